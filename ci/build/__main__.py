@@ -1,0 +1,124 @@
+"""The commands of build.sh; run by it, in the build's own venv, from the checkout's root."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ci.build import checks, source_tree, venvs
+from ci.build.steps import BUILD, ROOT, BuildError, one_at_a_time, run, say
+from ci.build.wheel import DIST, build_wheel, check_wheel
+
+USAGE = """\
+Usage: ./build.sh [COMMAND]
+
+  (none)                the wheel, in dist/, for the Python that runs this (PYTHON=python3.12 names another)
+  venv                  .venv/ with the wheel, torch and all that tests and examples need
+  demo [ARGS]           examples/demo: weights from a trainer to two inference actors, as a table and a plot
+  test [PYTEST ARGS]    native tests (plain and under sanitizers), then pytest on the installed wheel
+  check                 linters, types, and the rules for patches, overlay and layers
+  bench [ARGS]          measures the wheel against stock Ray, each in its own venv
+  apply TREE            puts patches and overlay onto a Ray source tree
+  apply --reverse TREE  takes them off again
+  clean                 removes build/, dist/ and .venv/
+  help                  this text
+
+Steps that were done for the same input are not done again.
+"""
+
+
+def wheel(_: list[str], __: Path) -> None:
+    with one_at_a_time():
+        built = build_wheel()
+        check_wheel(built)
+    print(built.relative_to(ROOT))
+
+
+def installed() -> Path:
+    """The python of .venv, with today's wheel in it."""
+    with one_at_a_time():
+        return venvs.test_venv(build_wheel())
+
+
+def venv(_: list[str], __: Path) -> None:
+    print(installed().relative_to(ROOT))
+
+
+def demo(arguments: list[str], _: Path) -> None:
+    program = ROOT / "examples" / "demo" / "run.py"
+    run([installed(), program, *arguments], advice="the demo says above what went wrong")
+
+
+def test(arguments: list[str], _: Path) -> None:
+    python = installed()
+    if not arguments:
+        checks.native_tests()
+    run([python, "-m", "pytest", *arguments], advice="see the failed tests above")
+
+
+def check(_: list[str], __: Path) -> None:
+    checks.check_all(installed())
+
+
+def bench(arguments: list[str], _: Path) -> None:
+    ours = installed()
+    with one_at_a_time():
+        stock = venvs.stock_venv()
+    program = ROOT / "bench" / "run.py"
+    run(
+        [ours, program, "--stock-python", stock, *arguments],
+        advice="the benchmark says above what went wrong",
+    )
+
+
+def apply(arguments: list[str], here: Path) -> None:
+    parser = argparse.ArgumentParser(prog="./build.sh apply")
+    parser.add_argument("--reverse", action="store_true", help="take them off again")
+    parser.add_argument("tree", type=Path, help="a Ray source tree: the folder that holds python/")
+    chosen = parser.parse_args(arguments)
+    act = source_tree.take_off if chosen.reverse else source_tree.put_on
+    act(here / chosen.tree)
+
+
+def clean(_: list[str], __: Path) -> None:
+    for folder in (BUILD, DIST, venvs.VENV):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def show_help(_: list[str], __: Path) -> None:
+    print(USAGE, end="")
+
+
+COMMANDS: dict[str, Callable[[list[str], Path], None]] = {
+    "wheel": wheel,
+    "venv": venv,
+    "demo": demo,
+    "test": test,
+    "check": check,
+    "bench": bench,
+    "apply": apply,
+    "clean": clean,
+    "help": show_help,
+    "--help": show_help,
+    "-h": show_help,
+}
+
+
+def main(arguments: list[str]) -> int:
+    here = Path(arguments[1])
+    name, *rest = arguments[2:] or ["wheel"]
+    if name not in COMMANDS:
+        say(f"there is no command '{name}'")
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    try:
+        COMMANDS[name](rest, here)
+    except BuildError as error:
+        say(str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,90 @@
+"""The base: stock Ray's wheel, pinned by sha256, fetched once and unpacked."""
+
+import platform
+import shutil
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ci.build.steps import BUILD, ROOT, BuildError, is_done, mark_done, need_disk, run, say, sha256_of
+
+BASE_FILE = ROOT / "patches" / "BASE"
+UNPACK_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Base:
+    """patches/BASE: the release, and the sha256 of each of its wheels by file name."""
+
+    version: str
+    commit: str
+    wheels: dict[str, str]
+
+    def wheel_name(self, python_tag: str, machine: str) -> str:
+        for name in self.wheels:
+            if f"-{python_tag}-" in name and name.endswith(f"_{machine}.whl"):
+                return name
+        raise BuildError(
+            f"patches/BASE has no wheel for {python_tag} on {machine}: Ray {self.version} is built "
+            f"for {', '.join(sorted(self.wheels))}"
+        )
+
+
+def python_tag() -> str:
+    return f"cp{sys.version_info.major}{sys.version_info.minor}"
+
+
+def read_base(path: Path = BASE_FILE) -> Base:
+    fields: dict[str, str] = {}
+    wheels: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        first, _, second = line.partition(" ")
+        if second.endswith(".whl"):
+            wheels[second.strip()] = first
+        else:
+            fields[first] = second
+    return Base(version=fields["version"], commit=fields["commit"], wheels=wheels)
+
+
+def verify(wheel: Path, sha256: str) -> None:
+    found = sha256_of(wheel.read_bytes())
+    if found != sha256:
+        raise BuildError(
+            f"wrong base: {wheel} has sha256 {found}, patches/BASE says {sha256}: remove the file "
+            "and build again; if that does not help, the index serves another file than it did"
+        )
+
+
+def fetch(base: Base, cache: Path = BUILD / "base") -> Path:
+    """Returns the verified base wheel for this Python and machine, downloading it if needed."""
+    name = base.wheel_name(python_tag(), platform.machine())
+    wheel = cache / name
+    if not wheel.exists():
+        say(f"fetching the base, {name}")
+        need_disk(UNPACK_BYTES, "unpacking the base")
+        cache.mkdir(parents=True, exist_ok=True)
+        run(
+            [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
+            + ["--only-binary=:all:", "--dest", str(cache), f"ray=={base.version}"],
+            advice=f"it needs a package index; without one, put {name} into {cache}/",
+        )
+    if not wheel.exists():
+        raise BuildError(f"pip downloaded another file than {name}: see {cache}/")
+    verify(wheel, base.wheels[name])
+    return wheel
+
+
+def unpack(wheel: Path, sha256: str, work: Path = BUILD) -> Path:
+    """Unpacks the base as a source tree, `<tree>/python/ray/...`; returns `<tree>`."""
+    tree = work / f"stock-{python_tag()}"
+    stamp = work / f"stock-{python_tag()}.done"
+    if not is_done(stamp, sha256):
+        shutil.rmtree(tree, ignore_errors=True)
+        stamp.unlink(missing_ok=True)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(tree / "python")
+        mark_done(stamp, sha256)
+    return tree

@@ -1,0 +1,2 @@
+def native_tests(): pass
+def check_all(python): pass

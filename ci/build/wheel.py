@@ -1,0 +1,264 @@
+"""Makes our wheel: the base's files, with patches, overlay and agent laid over them.
+
+The same input gives the same bytes: members in one order, one timestamp, two file modes.
+Stock members are compressed once and kept, so that a change in our Python is packed in a second.
+"""
+
+import base64
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ci.build import base, overlay
+from ci.build.steps import BUILD, ROOT, BuildError, capture, digest, is_done, mark_done, say
+
+DIST = ROOT / "dist"
+SHIPPED = "python/"
+NOT_SHIPPED = (".pyx", ".pxd")
+EPOCH_2020 = 1577836800
+CHANGES_FILE = "RDT-CHANGES.txt"
+PLATFORM_LINE = re.compile(r'platform\s+tag:\s+"(\w+)"')
+
+Members = dict[str, bytes | None]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What our wheel is called, and its folder of metadata."""
+
+    version: str
+    tag: str
+
+    @property
+    def dist_info(self) -> str:
+        return f"ray-{self.version}.dist-info"
+
+    @property
+    def wheel(self) -> str:
+        return f"ray-{self.version}-{self.tag}.whl"
+
+
+def our_version() -> str:
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    if not found:
+        raise BuildError("pyproject.toml: no line 'version = \"...\"' in [project]")
+    return found[1]
+
+
+def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
+    """Returns the wheel for the running Python, building what is not built yet."""
+    stock_release = base.read_base()
+    base_wheel = base.fetch(stock_release)
+    stock = base.unpack(base_wheel, stock_release.wheels[base_wheel.name], work)
+    changes = overlay.compose(stock)
+    agent = _agent(work)
+
+    members: Members = {
+        path.removeprefix(SHIPPED): change.content
+        for path, change in changes.items()
+        if path.startswith(SHIPPED) and not path.endswith(NOT_SHIPPED)
+    }
+    if agent:
+        members[f"ray/experimental/rdt/{agent.name}"] = agent.read_bytes()
+    stock_info = f"ray-{stock_release.version}.dist-info/"
+    with zipfile.ZipFile(base_wheel) as archive:
+        info = {
+            name.removeprefix(stock_info): archive.read(name)
+            for name in archive.namelist()
+            if name.startswith(stock_info)
+        }
+    names = Names(
+        version=f"{stock_release.version}+rdt.{our_version()}",
+        tag=f"{base.python_tag()}-{base.python_tag()}-{platform_tag(base_wheel, agent, work)}",
+    )
+    info[CHANGES_FILE] = describe_changes(changes).encode()
+    return pack(names, base_wheel, members, info, work, dist)
+
+
+def _agent(work):
+    try:
+        from ci.build.native import compile_agent
+    except ModuleNotFoundError:
+        return None
+    return compile_agent(work)
+
+
+def describe_changes(changes: dict[str, overlay.Change]) -> str:
+    """The list that goes into the wheel, so that its reader can tell ours from stock Ray's."""
+    lines = [f"{path.removeprefix(SHIPPED)}  {c.reason}" for path, c in sorted(changes.items())]
+    return "Files of this wheel that differ from the stock Ray release:\n" + "\n".join(lines) + "\n"
+
+
+def platform_tag(base_wheel: Path, agent: Path, work: Path) -> str:
+    """The oldest platform that every compiled file in the wheel runs on, as auditwheel finds it."""
+    stamp = work / f"platform-{base.python_tag()}.txt"
+    key = digest(base_wheel.name, agent or "")
+    if stamp.is_file():
+        known, _, tag = stamp.read_text().partition(" ")
+        if known == key:
+            return tag
+    say("asking auditwheel which platforms the compiled files run on")
+    probe = work / f"ray-0-{base.python_tag()}-{base.python_tag()}-linux_{platform.machine()}.whl"
+    with zipfile.ZipFile(base_wheel) as stock, zipfile.ZipFile(probe, "w") as archive:
+        for name in stock.namelist():
+            content = stock.read(name)
+            if content.startswith(b"\x7fELF"):
+                archive.writestr(name, content)
+        if agent:
+            archive.writestr(f"ray/experimental/rdt/{agent.name}", agent.read_bytes())
+        rows = "".join(f"{name},,\n" for name in archive.namelist())
+        archive.writestr("ray-0.dist-info/WHEEL", wheel_file("-".join(probe.stem.split("-")[2:])))
+        archive.writestr("ray-0.dist-info/RECORD", rows)
+    report = capture(
+        [sys.executable, "-m", "auditwheel", "show", probe],
+        advice="auditwheel could not read the compiled files",
+    )
+    probe.unlink()
+    found = PLATFORM_LINE.search(report)
+    if not found:
+        raise BuildError(f"auditwheel named no platform tag:\n{report}")
+    mark_done(stamp, f"{key} {found[1]}")
+    return found[1]
+
+
+def metadata(stock: bytes, version: str) -> bytes:
+    """The base's METADATA under our version, with the content type that it leaves to guess."""
+    text, count = re.subn(r"^Version: .+$", f"Version: {version}", stock.decode(), 1, re.MULTILINE)
+    if count != 1:
+        raise BuildError("the base's METADATA has no Version line")
+    head, blank, body = text.partition("\n\n")
+    if "\nDescription-Content-Type:" not in head:
+        head += "\nDescription-Content-Type: text/x-rst"
+    return (head + blank + body).encode()
+
+
+def wheel_file(tag: str) -> bytes:
+    lines = [
+        "Wheel-Version: 1.0",
+        f"Generator: ray-rdt build.sh ({our_version()})",
+        "Root-Is-Purelib: false",
+        f"Tag: {tag}",
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def record_row(name: str, content: bytes) -> str:
+    hashed = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    return f"{name},sha256={hashed},{len(content)}"
+
+
+def timestamp() -> tuple[int, int, int, int, int, int]:
+    moment = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH_2020)))
+    return (*moment[:3], *moment[3:6])  # type: ignore[return-value]
+
+
+def write_member(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
+    member = zipfile.ZipInfo(name, timestamp())
+    member.compress_type = zipfile.ZIP_DEFLATED
+    member.create_system = 3
+    member.external_attr = (0o100000 | mode) << 16
+    archive.writestr(member, content)
+
+
+def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
+    """A zip of the stock files that stay as they are; and beside it, their RECORD rows."""
+    packed = work / f"stock-{base.python_tag()}.zip"
+    stamp = packed.with_suffix(".zip.done")
+    with zipfile.ZipFile(base_wheel) as stock:
+        left_out &= set(stock.namelist())
+    key = digest(base_wheel.name, str(timestamp()), *sorted(left_out))
+    if is_done(stamp, key):
+        return packed
+    say("packing the stock files (once)")
+    rows = []
+    with zipfile.ZipFile(base_wheel) as stock, zipfile.ZipFile(packed, "w") as archive:
+        for member in sorted(stock.infolist(), key=lambda member: member.filename):
+            name = member.filename
+            if name in left_out or name.startswith("ray-"):
+                continue
+            content = stock.read(member)
+            executable = member.external_attr >> 16 & 0o100
+            write_member(archive, name, content, 0o755 if executable else 0o644)
+            rows.append(record_row(name, content))
+    packed.with_suffix(".rows").write_text("\n".join(rows) + "\n")
+    mark_done(stamp, key)
+    return packed
+
+
+def pack(
+    names: Names,
+    base_wheel: Path,
+    members: Members,
+    info: dict[str, bytes],
+    work: Path,
+    dist: Path,
+) -> Path:
+    """Writes the wheel if its content differs from what lies in dist/."""
+    stock = pack_stock(base_wheel, set(members), work)
+    ours = {name: content for name, content in sorted(members.items()) if content is not None}
+    info = {
+        **info,
+        "METADATA": metadata(info["METADATA"], names.version),
+        "WHEEL": wheel_file(names.tag),
+    }
+    for name, content in sorted(info.items()):
+        if name != "RECORD":
+            ours[f"{names.dist_info}/{name}"] = content
+    record = f"{names.dist_info}/RECORD"
+    rows = stock.with_suffix(".rows").read_text() + "".join(
+        record_row(name, content) + "\n" for name, content in ours.items()
+    )
+    ours[record] = (rows + f"{record},,\n").encode()
+
+    wheel = dist / names.wheel
+    stamp = work / f"wheel-{base.python_tag()}.done"
+    key = digest(str(wheel), str(timestamp()), ours[record])
+    if wheel.exists() and is_done(stamp, key):
+        return wheel
+    dist.mkdir(parents=True, exist_ok=True)
+    for older in dist.glob(f"ray-*-{base.python_tag()}-*.whl"):
+        older.unlink()
+    fresh = wheel.with_suffix(".new")
+    shutil.copyfile(stock, fresh)
+    with zipfile.ZipFile(fresh, "a") as archive:
+        for name, content in ours.items():
+            write_member(archive, name, content, 0o644)
+    fresh.replace(wheel)
+    mark_done(stamp, key)
+    say(f"built {wheel.relative_to(ROOT) if wheel.is_relative_to(ROOT) else wheel}")
+    return wheel
+
+
+def record_of(names: list[str]) -> str:
+    """The name of the wheel's own RECORD; stock Ray carries packages with a RECORD of theirs."""
+    return next(name for name in names if re.fullmatch(r"ray-[^/]+\.dist-info/RECORD", name))
+
+
+def check_wheel(wheel: Path) -> None:
+    """What the wheel must hold to be published: RECORD, metadata, compiled files, Python that compiles."""
+    check_record(wheel)
+    strict = [sys.executable, "-m", "twine", "check", "--strict", wheel]
+    capture(strict, advice="the wheel's metadata is not fit to publish")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith("ray/experimental/") and name.endswith(".py"):
+                compile(archive.read(name), f"{wheel.name}/{name}", "exec", dont_inherit=True)
+
+
+def check_record(wheel: Path) -> None:
+    """Every member stands in RECORD with its true hash and size, and nothing else does."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        record = record_of(names)
+        found = {record_row(name, archive.read(name)) for name in names if name != record}
+        stated = archive.read(record).decode().splitlines()
+    wrong = found ^ set(stated) - {f"{record},,"}
+    if wrong or len(stated) != len(names) or len(set(names)) != len(names):
+        raise BuildError(f"{wheel}: RECORD and files differ: {sorted(wrong)[:5]}")
