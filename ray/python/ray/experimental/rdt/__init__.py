@@ -1,0 +1,53 @@
+"""Ray Direct Transport: tensors go from the process that made them to the ones that use them.
+
+See doc/architecture.md of the project for the way of a tensor and the room for each line.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.api import (
+    set_target_device_for_ref,
+    set_target_for_ref,
+    stats,
+    wait_tensor_freed,
+)
+from ray.experimental.rdt.nixl_api import (
+    deregister_nixl_memory,
+    register_nixl_memory,
+    register_nixl_memory_pool,
+    set_nixl_cuda_stream,
+)
+from ray.experimental.rdt.tensor_transport_manager import (
+    CommunicatorMetadata,
+    TensorTransportManager,
+    TensorTransportMetadata,
+)
+from ray.experimental.rdt.util import register_tensor_transport
+
+if TYPE_CHECKING:
+    from ray.experimental.rdt.manager import RDTManager
+
+__all__ = [
+    "CommunicatorMetadata",
+    "RDTManager",
+    "TensorTransportManager",
+    "TensorTransportMetadata",
+    "deregister_nixl_memory",
+    "register_nixl_memory",
+    "register_nixl_memory_pool",
+    "register_tensor_transport",
+    "set_nixl_cuda_stream",
+    "set_target_device_for_ref",
+    "set_target_for_ref",
+    "stats",
+    "wait_tensor_freed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The manager needs ray.exceptions, which is not there yet while ``import ray`` runs.
+    if name == "RDTManager":
+        from ray.experimental.rdt.manager import RDTManager
+
+        return RDTManager
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,97 @@
+"""Settings of RDT, read from the environment of each process once, at first use.
+
+Every setting has a default that needs no thought; nothing here writes to the environment.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Callable, TypeVar
+
+from ray._private import ray_constants
+
+LANES = ("inproc", "cma", "shm", "tcp")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one process. The field's comment names the variable it comes from."""
+
+    eager_bytes: int  # RAY_RDT_EAGER_BYTES: CPU objects up to this size also ride in the value
+    lanes: frozenset[str]  # RAY_RDT_LANES: lanes this process may use, comma separated
+    strict_transport: bool  # RAY_RDT_STRICT_TRANSPORT: no other lane than the named transport
+    copy_threads: int  # RAY_RDT_COPY_THREADS
+    tcp_streams: int  # RAY_RDT_TCP_STREAMS: connections for one large pull
+    pool_bytes: int  # RAY_RDT_POOL_BYTES: free memory that the receive pool may keep
+    hint_bytes: int  # RAY_RDT_HINT_BYTES: memory for objects pulled before their task asks
+    fetch_timeout_s: float  # RAY_rdt_fetch_fail_timeout_milliseconds
+    connect_timeout_s: float  # RAY_RDT_CONNECT_TIMEOUT_S
+    peer_timeout_s: float  # RAY_RDT_PEER_TIMEOUT_S: a silent network peer is given up after this
+    group_timeout_s: float  # RAY_RDT_GROUP_TIMEOUT_S: making a collective group
+    clear_tcp: bool  # False only where Ray is told to use TLS and RAY_RDT_ALLOW_CLEAR_TCP is not 1
+
+
+@functools.cache
+def settings() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        ValueError: a variable holds something that cannot be read; names it.
+    """
+    return Settings(
+        eager_bytes=_read("RAY_RDT_EAGER_BYTES", 64 * 1024, int),
+        lanes=_read("RAY_RDT_LANES", frozenset(LANES), _lanes),
+        strict_transport=_read("RAY_RDT_STRICT_TRANSPORT", False, _flag),
+        copy_threads=_read("RAY_RDT_COPY_THREADS", _default_copy_threads(), int),
+        tcp_streams=_read("RAY_RDT_TCP_STREAMS", 4, int),
+        pool_bytes=_read("RAY_RDT_POOL_BYTES", _default_pool_bytes(), int),
+        hint_bytes=_read("RAY_RDT_HINT_BYTES", 256 << 20, int),
+        fetch_timeout_s=float(ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS),
+        connect_timeout_s=_read("RAY_RDT_CONNECT_TIMEOUT_S", 5.0, float),
+        peer_timeout_s=_read("RAY_RDT_PEER_TIMEOUT_S", 10.0, float),
+        group_timeout_s=_read("RAY_RDT_GROUP_TIMEOUT_S", 60.0, float),
+        clear_tcp=_clear_tcp(),
+    )
+
+
+def _read(name: str, default: _T, parse: Callable[[str], _T]) -> _T:
+    text = os.environ.get(name)
+    if text is None or not text.strip():
+        return default
+    try:
+        return parse(text.strip())
+    except ValueError as error:
+        raise ValueError(f"environment variable {name}={text!r} cannot be used: {error}") from None
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("0", "1", "true", "false"):
+        raise ValueError("expected 0, 1, true or false")
+    return text.lower() in ("1", "true")
+
+
+def _lanes(text: str) -> frozenset[str]:
+    names = frozenset(name.strip() for name in text.split(",") if name.strip())
+    unknown = sorted(names - set(LANES))
+    if unknown:
+        raise ValueError(f"unknown lanes {unknown}; known are {list(LANES)}")
+    return names
+
+
+def _clear_tcp() -> bool:
+    if not _read("RAY_USE_TLS", False, _flag):
+        return True
+    return _read("RAY_RDT_ALLOW_CLEAR_TCP", False, _flag)
+
+
+def _default_copy_threads() -> int:
+    return min(4, max(2, (os.cpu_count() or 2) // 4))
+
+
+def _default_pool_bytes() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(4 << 30, memory // 16))

@@ -1,0 +1,106 @@
+"""The descriptor: what the metadata of an RDT value says about where its tensors are.
+
+Ray moves the metadata of an object with the object, unread. An RDT value's metadata is
+``PYTHON,RDT`` followed by the base64 text of a packed head, so that Ray's own fields, which are
+separated by commas, stay readable. Pure code: no Ray, torch or thread inside.
+
+Head, little-endian: version u8, flags u8, key 16 bytes, payload bytes u64, producer id 16 bytes,
+length of the transport's name u8 and the name, length of the agent's address u16 and the address.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from dataclasses import dataclass
+
+PREFIX = b"PYTHON,RDT"
+VERSION = 1
+KEY_BYTES = 16
+PRODUCER_BYTES = 16
+
+_HEAD = struct.Struct("<BB16sQ16s")
+_EAGER = 1
+
+
+class DescriptorError(ValueError):
+    """The bytes are no descriptor of this version."""
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """Where the tensors of one RDT object are.
+
+    Attributes:
+        key: 16 random bytes; the right to read the object at the producer's agent.
+        nbytes: How many bytes a pull moves.
+        producer: The producer's actor id, or the start of its worker id if it is no actor.
+        transport: The transport that the user named, lower case.
+        address: The producer's agent.
+        is_eager: Whether the tensors' bytes also ride in the value itself.
+    """
+
+    key: bytes
+    nbytes: int
+    producer: bytes
+    transport: str
+    address: bytes
+    is_eager: bool
+
+
+def encode(descriptor: Descriptor) -> bytes:
+    """The metadata for a value with this descriptor."""
+    name = descriptor.transport.encode()
+    head = _HEAD.pack(
+        VERSION,
+        _EAGER if descriptor.is_eager else 0,
+        descriptor.key,
+        descriptor.nbytes,
+        descriptor.producer,
+    )
+    tail = bytes([len(name)]) + name + struct.pack("<H", len(descriptor.address))
+    return PREFIX + base64.b64encode(head + tail + descriptor.address)
+
+
+def is_rdt(metadata: bytes | None) -> bool:
+    """Whether a serialized value with this metadata is an RDT value."""
+    return metadata is not None and metadata.startswith(PREFIX)
+
+
+def decode(metadata: bytes) -> Descriptor:
+    """Reads the metadata of an RDT value.
+
+    Raises:
+        DescriptorError: truncated, of another version, or not base64.
+    """
+    # Ray appends fields of its own (a debugger's breakpoint) after another comma.
+    text = metadata[len(PREFIX) :].split(b",", 1)[0]
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise DescriptorError(f"the descriptor is not base64: {error}") from None
+    return unpack(raw)
+
+
+def unpack(raw: bytes) -> Descriptor:
+    """Reads a packed head. Raises DescriptorError."""
+    if not raw or raw[0] != VERSION:
+        found = raw[0] if raw else "nothing"
+        raise DescriptorError(f"descriptor version {found}, this process reads {VERSION}")
+    try:
+        return _unpack(raw)
+    except (struct.error, IndexError, UnicodeDecodeError) as error:
+        raise DescriptorError(f"the descriptor is malformed: {error}") from None
+
+
+def _unpack(raw: bytes) -> Descriptor:
+    _, flags, key, nbytes, producer = _HEAD.unpack_from(raw)
+    at = _HEAD.size
+    name_end = at + 1 + raw[at]
+    transport = raw[at + 1 : name_end].decode("ascii")
+    (length,) = struct.unpack_from("<H", raw, name_end)
+    address = raw[name_end + 2 :]
+    if len(address) != length or not transport:
+        raise DescriptorError(f"address of {length} bytes announced, {len(address)} found")
+    return Descriptor(key, nbytes, producer, transport, address, bool(flags & _EAGER))

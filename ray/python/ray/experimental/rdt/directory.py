@@ -1,0 +1,161 @@
+"""What an owner knows of its RDT objects. A pure state machine: event in, instructions out.
+
+No Ray, torch, thread or clock inside. The caller serializes access and carries the instructions out.
+
+Rows by object id (hex). Events come in any order that the core allows:
+
+==================  ==========================  ========================================
+event               row before                  what happens
+==================  ==========================  ========================================
+submitted           none                        row SUBMITTED
+submitted           CREATED (early reply)       row gets the call's producer
+created             none, a submit in flight    row CREATED: the reply was faster than the call
+created             none, no submit in flight   freed before it was created: Free
+created             SUBMITTED                   row CREATED
+created             CREATED (a retry)           Free of the old copy, row CREATED with the new
+out_of_scope        SUBMITTED                   row gone (a later created frees)
+out_of_scope        CREATED                     row gone, Free
+out_of_scope        none                        nothing: the object had no tensors
+close               any                         all rows gone, Free of each created one
+==================  ==========================  ========================================
+
+"A submit in flight": the core may hand over the reply to a task before ``.remote()`` has returned the
+reference that names it. So a caller brackets each submit with ``begin_submit`` and ``end_submit``; an
+early row whose submits in flight have all ended without naming it was freed before, and is freed.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an object's tensors are.
+
+    Attributes:
+        address: The producer's agent.
+        key: The object's key there.
+        nbytes: What a pull moves.
+    """
+
+    address: bytes
+    key: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Free:
+    """Instruction: tell the producer's agent that this key is no longer needed."""
+
+    location: Location
+
+
+class State(enum.Enum):
+    """SUBMITTED: the task has been submitted. CREATED: its reply has come."""
+
+    SUBMITTED = "submitted"
+    CREATED = "created"
+
+
+@dataclass
+class Row:
+    """One object.
+
+    Attributes:
+        state: See ``State``.
+        producer: The id of the actor that makes it, None while unknown or no actor.
+        transport: The transport that the user named, None while unknown.
+        location: Where its tensors are; None while SUBMITTED, or if it has none.
+        destinations: Ids of the actors that it was passed to.
+        is_warned: Whether the user was told that producer and others share it.
+    """
+
+    state: State
+    producer: bytes | None = None
+    transport: str | None = None
+    location: Location | None = None
+    destinations: set[bytes] = field(default_factory=set)
+    is_warned: bool = False
+    #: Early rows only: submits that may yet name it.
+    _awaited_submits: set[int] = field(default_factory=set)
+
+
+class Directory:
+    """The rows of one owner. Not thread-safe: its caller holds a lock."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, Row] = {}
+        self._early: set[str] = set()
+        self._submits: set[int] = set()
+        self._last_submit = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, object_id: str) -> Row | None:
+        return self._rows.get(object_id)
+
+    def begin_submit(self) -> int:
+        self._last_submit += 1
+        self._submits.add(self._last_submit)
+        return self._last_submit
+
+    def end_submit(self, submit: int) -> list[Free]:
+        self._submits.discard(submit)
+        if not self._early:
+            return []
+        orphans = []
+        for object_id in self._early:
+            awaited = self._rows[object_id]._awaited_submits
+            awaited.discard(submit)
+            if not awaited:
+                orphans.append(object_id)
+        return [free for object_id in orphans for free in self.out_of_scope(object_id)]
+
+    def submitted(self, object_id: str, producer: bytes | None, transport: str) -> None:
+        row = self._rows.setdefault(object_id, Row(State.SUBMITTED))
+        self._early.discard(object_id)
+        row.producer, row.transport = producer, transport
+
+    def created(self, object_id: str, location: Location | None) -> list[Free]:
+        row = self._rows.get(object_id)
+        if row is None:
+            if not self._submits:
+                return _free(location)
+            row = self._rows[object_id] = Row(State.CREATED)
+            row._awaited_submits = set(self._submits)
+            self._early.add(object_id)
+        old, row.location, row.state = row.location, location, State.CREATED
+        return _free(old) if old != location else []
+
+    def out_of_scope(self, object_id: str) -> list[Free]:
+        self._early.discard(object_id)
+        row = self._rows.pop(object_id, None)
+        return _free(row.location) if row is not None else []
+
+    def passed_to(self, object_id: str, destination: bytes) -> bool:
+        """Notes that an object goes to an actor.
+
+        Returns:
+            Whether this is the first time that its producer and others both have it.
+        """
+        row = self._rows.get(object_id)
+        if row is None or row.producer is None:
+            return False
+        row.destinations.add(destination)
+        is_shared = row.producer in row.destinations and len(row.destinations) > 1
+        is_news = is_shared and not row.is_warned
+        row.is_warned = row.is_warned or is_shared
+        return is_news
+
+    def close(self) -> list[Free]:
+        frees = [free for row in self._rows.values() for free in _free(row.location)]
+        self._rows.clear()
+        self._early.clear()
+        return frees
+
+
+def _free(location: Location | None) -> list[Free]:
+    return [Free(location)] if location is not None else []

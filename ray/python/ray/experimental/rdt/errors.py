@@ -1,0 +1,80 @@
+"""What a fetch raises. One small tree below ``ray.exceptions.RayError``.
+
+An error says what happened, to which object, between whom, over which lane, and what can be done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectFetchTimedOutError,
+    ObjectLostError,
+    RayError,
+)
+
+
+@dataclass(frozen=True)
+class FetchContext:
+    """Which pull an error is about.
+
+    Attributes:
+        object_id: The object's id in hex ("" where the value came without a reference).
+        transport: The transport that the producer's user named.
+        lane: How the bytes were to move, "" if that was not settled yet.
+        peer: The producer, for people: actor or worker id, host and process.
+    """
+
+    object_id: str
+    transport: str
+    lane: str
+    peer: str
+
+
+class RDTError(RayError):
+    """Something about tensor transport, other than a fetch, cannot be done."""
+
+
+class RDTFetchError(ObjectLostError):
+    """The tensors of an RDT object could not be fetched from the process that holds them.
+
+    Attributes:
+        context: The pull that failed.
+        reason: One sentence on what happened.
+        advice: One sentence on what the user can do.
+    """
+
+    def __init__(self, context: FetchContext, reason: str, advice: str):
+        super().__init__(context.object_id, None, "")
+        self.context = context
+        self.reason = reason
+        self.advice = advice
+
+    def __str__(self) -> str:
+        where = f"over {self.context.lane}" if self.context.lane else "before a lane was settled"
+        return (
+            f"RDT object {self.context.object_id or '(no id)'} could not be fetched from "
+            f"{self.context.peer} (transport {self.context.transport!r}, {where}): "
+            f"{self.reason} {self.advice}"
+        )
+
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return type(self), (self.context, self.reason, self.advice)
+
+
+class RDTProducerDiedError(RDTFetchError, ActorDiedError):
+    """The process that held the tensors is gone. Also caught as ``ActorDiedError``."""
+
+    def __init__(self, context: FetchContext, reason: str, advice: str):
+        ActorDiedError.__init__(self)
+        RDTFetchError.__init__(self, context, reason, advice)
+
+    __str__ = RDTFetchError.__str__
+    __reduce__ = RDTFetchError.__reduce__
+
+
+class RDTFetchTimedOutError(RDTFetchError, ObjectFetchTimedOutError):
+    """The producer did not deliver within ``RAY_rdt_fetch_fail_timeout_milliseconds``."""
+
+    __str__ = RDTFetchError.__str__

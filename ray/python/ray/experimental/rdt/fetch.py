@@ -1,0 +1,218 @@
+"""Brings the tensors of RDT values to the process that deserializes them.
+
+Runs on: consumer, the thread that deserializes; blocks without the GIL and holds no lock. All
+objects of a batch move at once. Bytes land in their final memory: a block of the receive pool or
+the user's own tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+from ray.exceptions import GetTimeoutError, RayError
+from ray.experimental.rdt import lanes
+from ray.experimental.rdt.capture import Envelope, Table
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.errors import (
+    FetchContext,
+    RDTFetchError,
+    RDTFetchTimedOutError,
+    RDTProducerDiedError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.store import Store
+    from ray.experimental.rdt.transports.registry import Transports
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the user wants an object's tensors.
+
+    Attributes:
+        tensors: Tensors to receive into, None for new ones.
+        device: The device for new ones, None for the producer's.
+    """
+
+    tensors: Sequence["torch.Tensor"] | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One object to fetch.
+
+    Attributes:
+        object_id: Its id in hex, "" if the value came without a reference.
+        envelope: The value as it arrived.
+        target: The user's wish.
+    """
+
+    object_id: str
+    envelope: Envelope
+    target: Target = Target()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A value whose tensors are here. Ray's deserializer calls ``unpickle``."""
+
+    envelope: Envelope
+    tensors: Sequence["torch.Tensor"]
+
+    def unpickle(self) -> list[Any]:
+        return self.envelope.restore(self.tensors)
+
+
+class Fetcher:
+    """Fetches for one process.
+
+    Args:
+        store: What this process produced itself.
+        links: Gives the process's session and its transports; called only if bytes have to move.
+    """
+
+    def __init__(self, store: "Store", links: Callable[[], tuple["Session", "Transports"]]):
+        self._store = store
+        self._links = links
+
+    def fetch(
+        self, requests: Sequence[Request], timeout_s: float | None
+    ) -> list[Arrival | RayError]:
+        """Fetches all at once.
+
+        Args:
+            requests: The objects.
+            timeout_s: The user's patience, None for only RDT's own.
+
+        Returns:
+            For each request its arrival or the error to give to the user in its place.
+
+        Raises:
+            GetTimeoutError: the user's timeout passed first.
+            ValueError: a target does not fit its tensor; nothing has moved.
+        """
+        for request in requests:
+            if request.target.tensors is not None:
+                check_targets(request.envelope.table, request.target.tensors)
+        patience = settings().fetch_timeout_s
+        is_users = timeout_s is not None and 0 <= timeout_s < patience
+        deadline = time.monotonic() + (timeout_s if is_users and timeout_s is not None else patience)
+        transfers = [self._begin(request, deadline) for request in requests]
+        try:
+            return [
+                self._finish(request, transfer, deadline, is_users)
+                for request, transfer in zip(requests, transfers)
+            ]
+        finally:
+            for transfer in transfers:
+                if not isinstance(transfer, RayError):
+                    transfer.abandon()
+
+    def _begin(self, request: Request, deadline: float) -> lanes.Transfer | RayError:
+        return _attempt(request, lambda: self._start(request, deadline))
+
+    def _start(self, request: Request, deadline: float) -> lanes.Transfer:
+        head = request.envelope.head
+        stored = self._store.by_key(head.key)
+        if stored is not None:
+            return lanes.Here(stored.captured.tensors, request.target.tensors)
+        if request.envelope.eager is not None:
+            return lanes.Eager(request.envelope, request.target.tensors)
+        session, transports = self._links()
+        return lanes.choose(session, transports, request.envelope, request.target.tensors, deadline)
+
+    def _finish(
+        self, request: Request, transfer: lanes.Transfer | RayError, deadline: float, is_users: bool
+    ) -> Arrival | RayError:
+        if isinstance(transfer, RayError):
+            return transfer
+
+        def finish() -> Arrival:
+            try:
+                tensors = transfer.finish(deadline)
+                device = request.target.device
+                moved = tensors if device is None else [tensor.to(device) for tensor in tensors]
+                return Arrival(request.envelope, moved)
+            except TimeoutError:
+                if is_users:
+                    raise GetTimeoutError(
+                        f"ray.get timed out while RDT object {request.object_id} was on its way"
+                    ) from None
+                raise
+
+        return _attempt(request, finish, transfer.lane)
+
+
+def _attempt(request: Request, action: Callable[[], Any], lane: str = "") -> Any:
+    """Runs one step of a fetch; an error becomes the object's value, as Ray does for plain objects."""
+    try:
+        return action()
+    except GetTimeoutError:
+        raise
+    except Exception as error:
+        return as_fetch_error(request, error, lane)
+
+
+def as_fetch_error(request: Request, error: Exception, lane: str) -> RDTFetchError:
+    """The error that the user sees for a failed fetch; keeps the cause."""
+    head = request.envelope.head
+    context = FetchContext(
+        request.object_id, head.transport, lane, lanes.describe_peer(head)
+    )
+    failure = _classify(context, error)
+    failure.__cause__ = error
+    return failure
+
+
+def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
+    code = getattr(error, "code", None)
+    if isinstance(error, TimeoutError):
+        return RDTFetchTimedOutError(
+            context,
+            f"it did not arrive within {settings().fetch_timeout_s:g} s.",
+            "Look whether the producer is stopped or its network is cut; the limit is "
+            "RAY_rdt_fetch_fail_timeout_milliseconds.",
+        )
+    if code in ("peer_lost", "unreachable"):
+        return RDTProducerDiedError(
+            context,
+            f"the process that holds the tensors is gone ({error}).",
+            "Make the object again; let the producer restart with max_restarts if it should.",
+        )
+    if code == "not_found":
+        return RDTFetchError(
+            context,
+            "the producer does not hold it any more: every reference to it had gone out of scope, "
+            "or its owner died.",
+            "Keep an ObjectRef to it while others need it.",
+        )
+    if isinstance(error, ModuleNotFoundError):
+        return RDTFetchError(
+            context,
+            f"this process cannot hold tensors: {error}.",
+            f"Install {error.name} in the environment of this worker.",
+        )
+    return RDTFetchError(context, f"{type(error).__name__}: {error}.", "See the cause above.")
+
+
+def check_targets(table: Table, targets: Sequence["torch.Tensor"]) -> None:
+    """Raises ValueError unless the targets match the object's tensors one to one."""
+    if len(targets) != len(table.rows):
+        raise ValueError(f"{len(targets)} target tensors were given, the object has {len(table.rows)}")
+    for index, (target, row) in enumerate(zip(targets, table.rows)):
+        _, _, dtype, shape, _, _ = row
+        for what, got, expected in (
+            ("shape", tuple(target.shape), tuple(shape)),
+            ("dtype", target.dtype, dtype),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"target {index} has {what} {got}, the object's tensor has {expected}"
+                )
+

@@ -1,0 +1,359 @@
+"""What the rest of Ray calls. One object per process: ``global_worker.rdt_manager``.
+
+It joins the parts: capture and store at the producer, the directory at the owner, fetch at the
+consumer. Making it starts nothing; the session begins when something has to be stored or moved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import threading
+import warnings
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
+
+from ray.exceptions import RayError, RayTaskError
+from ray.experimental.rdt import capture, descriptor, session
+from ray.experimental.rdt.capture import Captured
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.descriptor import Descriptor
+from ray.experimental.rdt.directory import Directory, Free, Location, Row
+from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, Target
+from ray.experimental.rdt.serve import Server
+from ray.experimental.rdt.store import Store, StoredObject
+from ray.experimental.rdt.transports.registry import Transports
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("ray.rdt")
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A value between its serialization and its storing. False if it has no tensors."""
+
+    captured: Captured
+    head: Descriptor | None
+
+    def __bool__(self) -> bool:
+        return bool(self.captured)
+
+
+class RDTManager:
+    """RDT's face to Ray's worker.
+
+    Attributes:
+        store: What this process produced.
+        rdt_store: The same by object id, as Ray's own tests use it.
+    """
+
+    def __init__(self) -> None:
+        self.store = Store()
+        self.rdt_store = StoreByObjectId(self)
+        self._directory = Directory()
+        self._directory_lock = threading.Lock()
+        self._fetcher = Fetcher(self.store, self._links)
+        self._targets: dict[str, Target] = {}
+        self._links_lock = threading.Lock()
+        self._known_links: tuple[session.Session, Transports] | None = None
+
+    # Producer.
+
+    def serialize(self, context: Any, value: Any, transport: str) -> tuple[Any, Outgoing]:
+        """Serializes what a task returned or a user put.
+
+        Runs on: producer, the thread of the task.
+
+        Args:
+            context: The worker's ``SerializationContext``.
+            value: The value.
+            transport: The transport's name, any case.
+
+        Returns:
+            The serialized object for Ray, and what ``keep`` takes once the object has an id.
+        """
+        if isinstance(value, (bytes, RayTaskError)):
+            return context.serialize(value), Outgoing(Captured(), None)
+        skeleton, captured = capture.take(context, value)
+        head = self._describe(captured, transport) if captured else None
+        return capture.pack(skeleton, captured, head), Outgoing(captured, head)
+
+    def keep(self, object_id: str, outgoing: Outgoing) -> bytes:
+        """Stores a value's tensors until the owner frees them.
+
+        Runs on: producer, the thread of the task.
+
+        Returns:
+            What the owner's ``set_tensor_transport_metadata_...`` gets, pickled.
+        """
+        if outgoing.head is None:
+            return pickle.dumps(None)
+        self._store(object_id, outgoing.captured, outgoing.head)
+        return pickle.dumps(_location(outgoing.head))
+
+    def put_object(self, ref: Any, outgoing: Outgoing) -> None:
+        """Stores and records what ``ray.put`` made. Runs on: producer and owner, the user's thread."""
+        if outgoing.head is None:
+            return
+        self._store(ref.hex(), outgoing.captured, outgoing.head)
+        with self._directory_lock:
+            self._directory.submitted(ref.hex(), _own_actor_id(), outgoing.head.transport)
+            self._directory.created(ref.hex(), _location(outgoing.head))
+
+    def _describe(self, captured: Captured, transport: str) -> Descriptor:
+        nbytes = captured.table.nbytes
+        return Descriptor(
+            key=os.urandom(descriptor.KEY_BYTES),
+            nbytes=nbytes,
+            producer=_own_id(),
+            transport=transport.lower(),
+            address=self._session().address,
+            is_eager=nbytes <= settings().eager_bytes,
+        )
+
+    def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
+        stored = self.store.add(head.key, object_id, captured, head.transport)
+        self._session().agent.register(
+            head.key,
+            array("Q", [address for address, _ in captured.regions]),
+            array("Q", [nbytes for _, nbytes in captured.regions]),
+            stored.token,
+        )
+        return stored
+
+    # Owner.
+
+    def submit(
+        self,
+        invocation: Callable[[Any, Any], Any],
+        args: Any,
+        kwargs: Any,
+        actor: Any,
+        transport: str,
+    ) -> Any:
+        """Submits a task whose returns are RDT objects.
+
+        Runs on: owner, the thread that called ``.remote()``.
+
+        Returns:
+            What ``invocation(args, kwargs)`` returns.
+        """
+        with self._directory_lock:
+            submit = self._directory.begin_submit()
+        try:
+            refs = invocation(args, kwargs)
+            with self._directory_lock:
+                for ref in _refs_in(refs):
+                    self._directory.submitted(ref.hex(), actor._actor_id.binary(), transport)
+            return refs
+        finally:
+            with self._directory_lock:
+                frees = self._directory.end_submit(submit)
+            self._carry_out(frees)
+
+    def note_arguments(self, actor: Any, args: Iterable[Any]) -> None:
+        """Notes which RDT objects go to an actor.
+
+        Runs on: owner, the thread that called ``.remote()``, for every actor call.
+        """
+        if not len(self._directory):
+            return
+        import ray
+
+        for argument in args:
+            if isinstance(argument, ray.ObjectRef):
+                with self._directory_lock:
+                    is_news = self._directory.passed_to(argument.hex(), actor._actor_id.binary())
+                if is_news:
+                    _warn_shared(argument.hex())
+
+    def set_tensor_transport_metadata_and_trigger_queued_operations(
+        self, object_id: str, location: Location | None
+    ) -> None:
+        """The reply of the task that made the object has come.
+
+        Runs on: owner, core io thread. Returns at once.
+        """
+        with self._directory_lock:
+            frees = self._directory.created(object_id, location)
+        self._carry_out(frees)
+
+    def queue_or_free_object_primary_copy(self, object_id: str) -> None:
+        """The last reference to the object is gone.
+
+        Runs on: owner, core io thread. Returns at once.
+        """
+        with self._directory_lock:
+            frees = self._directory.out_of_scope(object_id)
+        self._targets.pop(object_id, None)
+        self._carry_out(frees)
+
+    def _carry_out(self, frees: list[Free]) -> None:
+        for free in frees:
+            self._session().agent.free(free.location.address, free.location.key)
+
+    def is_managed_object(self, object_id: str) -> bool:
+        """Whether this process owns an RDT object of this id (hex)."""
+        return self._directory.row(object_id) is not None
+
+    def get_rdt_metadata(self, object_id: str) -> Row | None:
+        """What this owner knows of an object, None if it is not its own."""
+        return self._directory.row(object_id)
+
+    # Consumer.
+
+    def fetch(
+        self, serialized: Sequence[Any], refs: Sequence[Any], timeout_s: float | None = None
+    ) -> dict[int, Arrival | RayError]:
+        """Fetches the tensors of all RDT values in a batch.
+
+        Runs on: consumer, the thread that deserializes, before Ray's deserialization lock.
+
+        Args:
+            serialized: (data, metadata, transport) of each object.
+            refs: Their references; None where there is none.
+            timeout_s: The user's timeout, if any.
+
+        Returns:
+            By position in the batch: what Ray's deserializer needs for the value, or the error to
+            give in its place.
+
+        Raises:
+            GetTimeoutError, ValueError: see ``Fetcher.fetch``.
+        """
+        requests: dict[bytes, Request] = {}
+        keys: dict[int, bytes] = {}
+        for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
+            if descriptor.is_rdt(metadata):
+                envelope = capture.open_envelope(metadata, data)
+                keys[index] = envelope.head.key
+                object_id = ref.hex() if ref is not None else ""
+                request = Request(object_id, envelope, self._targets.get(object_id, Target()))
+                requests.setdefault(envelope.head.key, request)
+        arrivals = self._fetcher.fetch(list(requests.values()), timeout_s)
+        by_key = dict(zip(requests, arrivals))
+        return {index: by_key[key] for index, key in keys.items()}
+
+    def set_targets(self, object_id: str, tensors: Sequence["torch.Tensor"]) -> None:
+        """The tensors that ``ray.get`` of this object receives into, in this process."""
+        self._targets[object_id] = Target(tensors=tensors)
+
+    def set_target_device(self, object_id: str, device: str) -> None:
+        """The device that ``ray.get`` of this object puts its tensors on, in this process."""
+        self._targets[object_id] = Target(device=device)
+
+    # Life.
+
+    def stats(self) -> dict[str, int]:
+        """See ``ray.experimental.rdt.stats``."""
+        counters = {"stored_objects": len(self.store), "directory_rows": len(self._directory)}
+        current = session.peek()
+        return counters | (current.agent.stats() if current is not None else {})
+
+    def _session(self) -> session.Session:
+        return self._links()[0]
+
+    def _links(self) -> tuple[session.Session, Transports]:
+        """This process's session and its transports, begun if there are none."""
+        current = session.current()
+        links = self._known_links
+        if links is None or links[0] is not current:
+            with self._links_lock:
+                links = self._known_links
+                if links is None or links[0] is not current:
+                    links = self._known_links = self._join(current)
+        return links
+
+    def _join(self, current: session.Session) -> tuple[session.Session, Transports]:
+        transports = Transports(current)
+        self._server = Server(current, self.store, transports)
+        current.on_released(self._on_released)
+        current.on_close(transports.close)
+        return current, transports
+
+    def _on_released(self, tokens: list[int]) -> None:
+        """Runs on: producer, the reaper thread."""
+        for stored in self.store.drop(tokens):
+            self._server.withdraw(stored)
+
+    def shutdown(self) -> None:
+        """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""
+        with self._directory_lock:
+            frees = self._directory.close()
+        if session.peek() is not None:
+            self._carry_out(frees)
+        session.end()
+        self.store.clear()
+        self._targets.clear()
+
+
+class StoreByObjectId:
+    """The store by object id (hex), under the names that Ray's own tests use."""
+
+    def __init__(self, manager: RDTManager):
+        self._manager = manager
+
+    def has_object(self, object_id: str) -> bool:
+        return self._manager.store.by_id(object_id) is not None
+
+    def get_num_objects(self) -> int:
+        return len(self._manager.store)
+
+    def wait_and_get_object(
+        self, object_id: str, timeout: float | None = None
+    ) -> list["torch.Tensor"]:
+        return self._manager.store.wait_object(object_id, timeout).captured.tensors
+
+    def add_object_primary(
+        self, object_id: str, tensors: list["torch.Tensor"], transport: str
+    ) -> Location:
+        captured = capture.lay_out(tensors)
+        head = self._manager._describe(captured, transport)
+        self._manager._store(object_id, captured, head)
+        return _location(head)
+
+    def pop_object(self, object_id: str) -> list["torch.Tensor"]:
+        stored = self._manager.store.by_id(object_id)
+        if stored is None:
+            raise KeyError(f"RDT object {object_id} is not stored here")
+        self._manager._session().agent.release(stored.key)
+        return stored.captured.tensors
+
+
+def _location(head: Descriptor) -> Location:
+    return Location(head.address, head.key, head.nbytes)
+
+
+def _refs_in(refs: Any) -> list[Any]:
+    import ray
+
+    return [ref for ref in (refs if isinstance(refs, list) else [refs]) if isinstance(ref, ray.ObjectRef)]
+
+
+def _own_actor_id() -> bytes | None:
+    import ray
+
+    actor_id = ray._private.worker.global_worker.actor_id
+    return None if actor_id.is_nil() else bytes(actor_id.binary())
+
+
+def _own_id() -> bytes:
+    """Names this process in descriptors: its actor id, or the start of its worker id."""
+    import ray
+
+    own = _own_actor_id() or ray._private.worker.global_worker.worker_id
+    return own[: descriptor.PRODUCER_BYTES]
+
+
+def _warn_shared(object_id: str) -> None:
+    warnings.warn(
+        f"RDT ObjectRef({object_id}) has been passed to the actor that made it and to others. "
+        "The maker gets its own tensor, not a copy: what it changes in place is what later "
+        "consumers receive.",
+        UserWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,156 @@
+"""The producer's side of a pull over a transport: consumers ask, this process sends or exposes.
+
+The agent's own lanes need none of this; they read registered regions without Python.
+
+Requests (JSON, through the session):
+
+* ``rdt.send`` {key, transport, route, timeout_s}: checks, answers, then sends in the background; a
+  send that fails resets the transport's link to the consumer, which fails its receive.
+* ``rdt.expose`` {key, transport}: answers with what ``OneSided.expose`` gave; the object stays
+  borrowed until ``rdt.done`` or the consumer's loss.
+* ``rdt.done`` {key}: the consumer has read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.session import CallError, Session
+from ray.experimental.rdt.store import Store, StoredObject
+from ray.experimental.rdt.transports.base import OneSided, TwoSided
+from ray.experimental.rdt.transports.registry import Transports
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("ray.rdt")
+
+_SEND_THREADS = 8
+
+
+class Server:
+    """Serves one process's stored objects over its transports.
+
+    Args:
+        session: Brings the requests.
+        store: What this process produced.
+        transports: How to send it.
+    """
+
+    def __init__(self, session: Session, store: Store, transports: Transports):
+        self._store = store
+        self._transports = transports
+        self._lock = threading.Lock()
+        self._exposed: dict[tuple[bytes, str], dict[str, Any]] = {}
+        self._readers: Counter[tuple[bytes, bytes]] = Counter()
+        self._senders = ThreadPoolExecutor(_SEND_THREADS, thread_name_prefix="rdt-send")
+        session.serve("rdt.send", self._on_send)
+        session.serve("rdt.expose", self._on_expose)
+        session.serve("rdt.done", self._on_done)
+        session.on_peer_lost(self._on_peer_lost)
+        session.on_close(lambda: self._senders.shutdown(wait=False, cancel_futures=True))
+
+    def withdraw(self, stored: StoredObject) -> None:
+        """Ends all exposures of an object. Runs on: producer, the reaper thread."""
+        with self._lock:
+            ended = [key for key in self._exposed if key[0] == stored.key]
+            exposures = [(key[1], self._exposed.pop(key)) for key in ended]
+        for name, exposed in exposures:
+            transport = self._transports.get(name)
+            assert transport.capabilities.two_sided is False
+            one_sided: OneSided = transport  # type: ignore[assignment]
+            one_sided.withdraw(exposed)
+
+    def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
+        stored = self._borrow(body)
+        deadline = time.monotonic() + float(body["timeout_s"])
+        self._senders.submit(self._send, transport, peer_id, stored, body["route"], deadline)
+        return {}
+
+    def _send(
+        self,
+        transport: TwoSided,
+        peer_id: bytes,
+        stored: StoredObject,
+        route: dict[str, Any],
+        deadline: float,
+    ) -> None:
+        """Runs on: an rdt-send thread."""
+        try:
+            transport.send(route, flat_buffers(stored), deadline)
+        except Exception as error:
+            name = transport.capabilities.name
+            logger.warning(
+                "RDT object %s could not be sent over %s to agent %s: %s",
+                *(stored.object_id, name, peer_id.hex()[:8], error),
+            )
+            transport.reset(peer_id)
+        finally:
+            self._give_back(stored.key)
+
+    def _on_expose(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
+        stored = self._borrow(body)
+        try:
+            with self._lock:
+                known = self._exposed.get((stored.key, body["transport"]))
+                if known is None:
+                    known = transport.expose(flat_buffers(stored))
+                    self._exposed[stored.key, body["transport"]] = known
+                self._readers[peer_id, stored.key] += 1
+        except BaseException:
+            self._give_back(stored.key)
+            raise
+        return known
+
+    def _on_done(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        key = bytes.fromhex(body["key"])
+        with self._lock:
+            is_reading = self._readers[peer_id, key] > 0
+            self._readers[peer_id, key] -= is_reading
+            if not self._readers[peer_id, key]:
+                del self._readers[peer_id, key]
+        if is_reading:
+            self._give_back(key)
+        return {}
+
+    def _on_peer_lost(self, peer_id: bytes) -> None:
+        with self._lock:
+            lost = {entry: n for entry, n in self._readers.items() if entry[0] == peer_id}
+            for entry in lost:
+                del self._readers[entry]
+        for (_, key), count in lost.items():
+            for _ in range(count):
+                self._give_back(key)
+
+    def _borrow(self, body: dict[str, Any]) -> StoredObject:
+        stored = self._store.borrow(bytes.fromhex(body["key"]))
+        if stored is None:
+            raise CallError("the object is not stored here any more", "not_found")
+        return stored
+
+    def _give_back(self, key: bytes) -> None:
+        for stored in self._store.give_back(key):
+            self.withdraw(stored)
+
+
+def flat_buffers(stored: StoredObject) -> list["torch.Tensor"]:
+    """An object's regions as flat uint8 tensors over the same memory, valid while it is stored."""
+    return [_flat(address, nbytes) for address, nbytes in stored.captured.regions]
+
+
+def _flat(address: int, nbytes: int) -> "torch.Tensor":
+    import torch
+
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = (ctypes.c_uint8 * nbytes).from_address(address)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+

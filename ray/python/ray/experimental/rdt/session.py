@@ -1,0 +1,256 @@
+"""The part of RDT that a process has once: its agent, the reaper thread and requests to peers.
+
+A session begins at the first use of RDT and ends with ``ray.shutdown()``; the next ``ray.init()``
+gets a new one. A forked child never uses its parent's.
+
+Threads: the agent's own (native), ``rdt-reaper`` (waits for the agent's events without the GIL) and
+up to eight ``rdt-call-N`` (run requests of peers, which may block).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+from ray.experimental.rdt.config import settings
+
+logger = logging.getLogger("ray.rdt")
+
+_SECRET_KEY = b"secret"
+_NAMESPACE = b"ray_rdt"
+_CALL_THREADS = 8
+
+Handler = Callable[[bytes, dict[str, Any]], dict[str, Any]]
+
+
+class CallError(Exception):
+    """A request of a peer cannot be served; raised by its handler and, with that text, by ``call``.
+
+    Attributes:
+        code: One word for programs, "" for none: "not_found" is an object that is gone.
+    """
+
+    def __init__(self, message: str, code: str = ""):
+        super().__init__(message)
+        self.code = code
+
+
+class Session:
+    """One process's share of RDT. Made by ``current()``.
+
+    Attributes:
+        agent: The native agent.
+        address: The agent's endpoint, as descriptors carry it.
+    """
+
+    def __init__(self, secret: bytes, bind_ip: str):
+        from ray.experimental.rdt._agent import Agent
+
+        options = settings()
+        self.agent = Agent(
+            secret=secret,
+            bind_ip=bind_ip,
+            lanes=options.lanes,
+            copy_threads=options.copy_threads,
+            tcp_streams=options.tcp_streams,
+            pool_bytes=options.pool_bytes,
+            connect_timeout_s=options.connect_timeout_s,
+            peer_timeout_s=options.peer_timeout_s,
+            clear_tcp=options.clear_tcp,
+        )
+        self.address: bytes = self.agent.address
+        self.pid = os.getpid()
+        self._said: set[str] = set()
+        self._handlers: dict[str, Handler] = {}
+        self._on_released: list[Callable[[list[int]], None]] = []
+        self._on_peer_lost: list[Callable[[bytes], None]] = []
+        self._on_close: list[Callable[[], None]] = []
+        self._callers = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="rdt-call")
+        self._reaper = threading.Thread(target=self._reap, name="rdt-reaper", daemon=True)
+        self._reaper.start()
+
+    def serve(self, op: str, handler: Handler) -> None:
+        """Answers requests of peers named ``op``.
+
+        The handler runs on an ``rdt-call`` thread and may block; an exception of it reaches the
+        caller as a CallError with its text.
+        """
+        self._handlers[op] = handler
+
+    def call(
+        self, address: bytes, op: str, body: dict[str, Any], timeout_s: float
+    ) -> dict[str, Any]:
+        """Asks a peer's process and waits for its answer.
+
+        Runs on: any thread; blocks without the GIL.
+
+        Raises:
+            CallError: the peer's handler failed.
+            AgentError: the peer cannot be reached or was lost.
+            TimeoutError: no answer within ``timeout_s``.
+        """
+        return self.start_call(address, op, body)(timeout_s)
+
+    def start_call(
+        self, address: bytes, op: str, body: dict[str, Any]
+    ) -> Callable[[float], dict[str, Any]]:
+        """Sends a request; the returned function waits for its answer as ``call`` does."""
+        pending = self.agent.call(address, json.dumps({"op": op, "body": body}).encode())
+
+        def wait(timeout_s: float) -> dict[str, Any]:
+            answer = json.loads(pending.wait(timeout_s))
+            if "error" in answer:
+                raise CallError(answer["error"], answer["code"])
+            return dict(answer["body"])
+
+        return wait
+
+    def on_released(self, callback: Callable[[list[int]], None]) -> None:
+        """Calls back with the tokens of regions that nobody reads any more (reaper thread)."""
+        self._on_released.append(callback)
+
+    def on_peer_lost(self, callback: Callable[[bytes], None]) -> None:
+        """Calls back with the id of an agent whose connection broke (reaper thread)."""
+        self._on_peer_lost.append(callback)
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Calls back before the agent stops, last registered first."""
+        self._on_close.append(callback)
+
+    def say_once(self, message: str) -> None:
+        """Logs a warning unless this session has logged the same before."""
+        if message not in self._said:
+            self._said.add(message)
+            logger.warning(message)
+
+    def close(self) -> None:
+        """Stops the agent and its threads. Runs on: whoever shuts Ray down. Idempotent."""
+        callbacks, self._on_close = self._on_close, []
+        for callback in reversed(callbacks):
+            callback()
+        self.agent.stop()
+        self._callers.shutdown(wait=False, cancel_futures=True)
+        if threading.current_thread() is not self._reaper:
+            self._reaper.join(timeout=5)
+
+    def _reap(self) -> None:
+        """Runs on: the reaper thread, for the session's life."""
+        while True:
+            for event in self.agent.next_events(None):
+                kind = event[0]
+                if kind == "stopped":
+                    return
+                try:
+                    self._on_event(kind, event)
+                except Exception:
+                    logger.exception("RDT could not handle the agent's event %r", kind)
+
+    def _on_event(self, kind: str, event: tuple[Any, ...]) -> None:
+        if kind == "released":
+            for on_released in self._on_released:
+                on_released(event[1])
+        elif kind == "log":
+            logger.log(logging.getLevelName(event[1].upper()), "%s", event[2])
+        elif kind == "call":
+            self._callers.submit(self._answer, *event[1:])
+        elif kind == "lost":
+            for on_peer_lost in self._on_peer_lost:
+                on_peer_lost(event[1])
+
+    def _answer(self, call_id: int, peer_id: bytes, payload: bytes) -> None:
+        """Runs on: an rdt-call thread."""
+        try:
+            request = json.loads(payload)
+            handler = self._handlers.get(request["op"])
+            if handler is None:
+                raise CallError(f"this process does not serve {request['op']!r}")
+            answer: dict[str, Any] = {"body": handler(peer_id, request["body"])}
+        except Exception as error:
+            logger.debug("RDT request of a peer failed", exc_info=True)
+            answer = {
+                "error": f"{type(error).__name__}: {error}",
+                "code": getattr(error, "code", ""),
+            }
+        self.agent.reply(call_id, json.dumps(answer).encode(), False)
+
+
+_lock = threading.Lock()
+_session: Session | None = None
+_starters: list[Callable[[Session], None]] = []
+
+
+def on_start(callback: Callable[[Session], None]) -> None:
+    """Has every session of this process, as it begins, handed to ``callback``."""
+    _starters.append(callback)
+
+
+def current() -> Session:
+    """The process's session; begins it if there is none.
+
+    Raises:
+        RuntimeError: Ray is not initialized.
+    """
+    global _session
+    session = _session
+    if session is not None and session.pid == os.getpid():
+        return session
+    with _lock:
+        if _session is None or _session.pid != os.getpid():
+            _session = _begin()
+        return _session
+
+
+def peek() -> Session | None:
+    """The process's session if it has one."""
+    session = _session
+    return session if session is not None and session.pid == os.getpid() else None
+
+
+def end() -> None:
+    """Ends the process's session if it has one."""
+    global _session
+    with _lock:
+        session, _session = _session, None
+    if session is not None and session.pid == os.getpid():
+        session.close()
+
+
+def _begin() -> Session:
+    import ray
+
+    worker = ray._private.worker.global_worker
+    worker.check_connected()
+    started = time.monotonic()
+    session = Session(_cluster_secret(), worker.node_ip_address)
+    for starter in _starters:
+        starter(session)
+    logger.debug("RDT session began in %.1f ms", 1e3 * (time.monotonic() - started))
+    return session
+
+
+def _cluster_secret() -> bytes:
+    """The secret that all agents of the cluster share; the first to need it makes it."""
+    from ray.experimental import internal_kv
+
+    fresh = secrets.token_bytes(32)
+    internal_kv._internal_kv_put(_SECRET_KEY, fresh, overwrite=False, namespace=_NAMESPACE)
+    secret = internal_kv._internal_kv_get(_SECRET_KEY, namespace=_NAMESPACE)
+    if not secret:
+        raise RuntimeError("Ray's GCS did not keep the secret that RDT agents share")
+    return bytes(secret)
+
+
+def _forget_in_child() -> None:
+    """A forked child has none of the parent's threads: it starts anew if it ever needs RDT."""
+    global _session, _lock
+    _lock = threading.Lock()
+    _session = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,173 @@
+"""What a producer keeps: the tensors of its RDT objects, until the owner says that they are free.
+
+Thread-safe; every method returns at once but ``wait_freed`` and ``wait_object``. The store holds
+references only: no copy, no registration with any transport, no export is made here.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.capture import Captured
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """The tensors of one object.
+
+    Attributes:
+        key: The object's key at this process's agent.
+        object_id: Its Ray id in hex.
+        captured: Its tensors, regions and layout.
+        transport: The transport that the user named.
+        token: Names it in the agent's events.
+        storages: The identities of the tensors' storages.
+    """
+
+    key: bytes
+    object_id: str
+    captured: "Captured"
+    transport: str
+    token: int
+    storages: frozenset[int]
+
+
+class Store:
+    """The stored objects of one process, by key, by token and by object id."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._by_key: dict[bytes, StoredObject] = {}
+        self._by_token: dict[int, StoredObject] = {}
+        self._by_id: dict[str, StoredObject] = {}
+        self._storage_users: dict[int, int] = {}
+        self._borrowed: Counter[bytes] = Counter()
+        self._released: set[bytes] = set()
+        self._last_token = 0
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def add(
+        self, key: bytes, object_id: str, captured: "Captured", transport: str
+    ) -> StoredObject:
+        """Keeps the tensors of an object.
+
+        Runs on: producer, the thread that ran the task. The caller registers the regions with the
+        agent under the returned token afterwards.
+        """
+        storages = frozenset(storage_identity(tensor) for tensor in captured.tensors)
+        with self._changed:
+            self._last_token += 1
+            stored = StoredObject(
+                key, object_id, captured, transport, self._last_token, storages
+            )
+            self._by_key[key] = self._by_token[stored.token] = self._by_id[object_id] = stored
+            for storage in storages:
+                self._storage_users[storage] = self._storage_users.get(storage, 0) + 1
+            self._changed.notify_all()
+        return stored
+
+    def by_key(self, key: bytes) -> StoredObject | None:
+        return self._by_key.get(key)
+
+    def by_id(self, object_id: str) -> StoredObject | None:
+        return self._by_id.get(object_id)
+
+    def borrow(self, key: bytes) -> StoredObject | None:
+        """Keeps an object, freed or not, until ``give_back``. None if it is not here any more."""
+        with self._changed:
+            stored = self._by_key.get(key)
+            if stored is not None:
+                self._borrowed[key] += 1
+            return stored
+
+    def give_back(self, key: bytes) -> list[StoredObject]:
+        """Ends one ``borrow``; returns the object if this was all that kept it."""
+        with self._changed:
+            self._borrowed[key] -= 1
+            if self._borrowed[key]:
+                return []
+            del self._borrowed[key]
+            if key not in self._released:
+                return []
+            self._released.discard(key)
+            dropped = [self._forget(self._by_key[key].token)]
+            self._changed.notify_all()
+        return dropped
+
+    def drop(self, tokens: Sequence[int]) -> list[StoredObject]:
+        """Lets go of objects whose memory the agent does not read any more.
+
+        Borrowed ones stay until they are given back.
+
+        Runs on: producer, the reaper thread. The tensors may die with the returned objects, and so
+        outside the store's lock.
+        """
+        with self._changed:
+            known = [self._by_token[token] for token in tokens if token in self._by_token]
+            self._released.update(stored.key for stored in known if stored.key in self._borrowed)
+            dropped = [
+                self._forget(stored.token) for stored in known if stored.key not in self._borrowed
+            ]
+            self._changed.notify_all()
+        return dropped
+
+    def _forget(self, token: int) -> StoredObject:
+        stored = self._by_token.pop(token)
+        del self._by_key[stored.key]
+        if self._by_id.get(stored.object_id) is stored:
+            del self._by_id[stored.object_id]
+        for storage in stored.storages:
+            self._storage_users[storage] -= 1
+            if not self._storage_users[storage]:
+                del self._storage_users[storage]
+        return stored
+
+    def clear(self) -> list[StoredObject]:
+        """Lets go of everything, borrowed or not. Runs on: whoever shuts Ray down."""
+        with self._changed:
+            self._borrowed.clear()
+            self._released.clear()
+        return self.drop(list(self._by_token))
+
+    def wait_freed(self, tensor: "torch.Tensor", timeout_s: float | None) -> None:
+        """Blocks until no stored object uses the tensor's storage.
+
+        Raises:
+            TimeoutError: some still do after ``timeout_s`` seconds.
+        """
+        storage = storage_identity(tensor)
+        if not self._wait(lambda: storage not in self._storage_users, timeout_s):
+            raise TimeoutError(
+                f"the tensor is still in use by RDT objects after {timeout_s} s; drop every "
+                "ObjectRef that holds it, or wait longer"
+            )
+
+    def wait_object(self, object_id: str, timeout_s: float | None) -> StoredObject:
+        """Blocks until the object is stored here. Raises TimeoutError."""
+        if not self._wait(lambda: object_id in self._by_id, timeout_s):
+            raise TimeoutError(f"RDT object {object_id} is not here after {timeout_s} s")
+        return self._by_id[object_id]
+
+    def _wait(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while not is_done():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+
+def storage_identity(tensor: Any) -> int:
+    """A number that tensors share exactly while they share a storage."""
+    return int(tensor.untyped_storage()._cdata)

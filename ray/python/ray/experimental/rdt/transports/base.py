@@ -1,0 +1,141 @@
+"""The seam between RDT and the transports that a user names.
+
+A transport moves the bytes of one RDT object from the producer's tensors into memory that the
+consumer has prepared. It sees flat byte buffers only: what the tensors look like, where they are
+kept and when they are freed is decided elsewhere. There are two kinds, and a transport is one of them:
+
+* one-sided: the producer describes its memory once (``expose``), consumers read it (``read``);
+* two-sided: both act. The consumer agrees on a route, asks the producer's process to ``send``
+  along it, and calls ``receive`` itself.
+
+The agent's own lanes (in-process, cma, shm, tcp) are no transports: they serve whatever these cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TransportUnavailable(Exception):
+    """This transport cannot serve this pair or this object; nothing has been sent.
+
+    The fetch then takes the best other lane and logs the reason once, or, with
+    ``RAY_RDT_STRICT_TRANSPORT=1``, raises it to the user.
+    """
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a transport can do, as data.
+
+    Attributes:
+        name: The lower-case name that users write.
+        devices: torch device types that it moves bytes from and into.
+        two_sided: Whether the producer's process has to act for each pull.
+        needs_group: Whether the pair must share a process group (which it may make by itself).
+        same_host: Whether it works only between processes of one host.
+        abortable: Whether a transfer in progress can be given up without ending either process.
+    """
+
+    name: str
+    devices: frozenset[str]
+    two_sided: bool
+    needs_group: bool = False
+    same_host: bool = False
+    abortable: bool = True
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The other process of a pull, as both kinds of transport see it.
+
+    Attributes:
+        address: The endpoint of its agent, as ``Session.call`` takes it.
+        agent_id: Its agent's 16 random bytes; new for every process and every ``ray.init``.
+    """
+
+    address: bytes
+    agent_id: bytes
+
+
+#: A description that both sides understand, carried between them as JSON.
+Route = dict[str, Any]
+
+
+class OneSided(Protocol):
+    """Consumer reads what the producer has exposed."""
+
+    capabilities: Capabilities
+
+    def expose(self, buffers: Sequence["torch.Tensor"]) -> Route:
+        """Describes flat uint8 ``buffers`` so that ``read`` in another process can reach them.
+
+        Runs on: producer, an ``rdt-call`` thread, at the first pull of an object over this transport.
+        The buffers stay the object's; they live until ``withdraw`` has returned.
+
+        Raises:
+            TransportUnavailable: it cannot expose these.
+        """
+
+    def read(
+        self, peer: Peer, exposed: Route, buffers: Sequence["torch.Tensor"], deadline: float
+    ) -> None:
+        """Fills flat uint8 ``buffers``, which match the exposed ones one to one.
+
+        Runs on: consumer, the fetching thread; may block until ``deadline`` (``time.monotonic``).
+        Returns only once all bytes are in place; after an error none is written any more.
+
+        Raises:
+            TransportUnavailable: nothing was sent, another lane may be tried.
+            Exception: the transfer failed; the fetch error carries it as its cause.
+        """
+
+    def withdraw(self, exposed: Route) -> None:
+        """Ends what ``expose`` began. Runs on: producer, the reaper thread. Never raises."""
+
+    def close(self) -> None:
+        """Gives everything back. Runs on: whoever shuts Ray down. Idempotent."""
+
+
+class TwoSided(Protocol):
+    """Producer sends, consumer receives."""
+
+    capabilities: Capabilities
+
+    def route(self, peer: Peer, deadline: float) -> Route:
+        """Settles how ``peer`` will send to this process; makes the connection if there is none.
+
+        Runs on: consumer, the fetching thread. Each call gives a route for one transfer: two
+        transfers of one pair at once never mix.
+
+        Raises:
+            TransportUnavailable: no route to this peer.
+        """
+
+    def send(self, route: Route, buffers: Sequence["torch.Tensor"], deadline: float) -> None:
+        """Sends flat uint8 ``buffers`` along ``route``.
+
+        Runs on: producer, an ``rdt-call`` thread; returns when the buffers may change again.
+        """
+
+    def receive(self, route: Route, buffers: Sequence["torch.Tensor"], deadline: float) -> None:
+        """Fills flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
+
+        Runs on: consumer, the fetching thread. After an error none is written any more.
+        """
+
+    def reset(self, peer_id: bytes) -> None:
+        """Tears down what is shared with a peer after a failure; the next ``route`` makes it anew.
+
+        Runs on: any thread. Fails the pair's transfers in progress. Never raises.
+        """
+
+    def close(self) -> None:
+        """Gives everything back. Runs on: whoever shuts Ray down. Idempotent."""
+
+
+Transport = OneSided | TwoSided
