@@ -1,0 +1,263 @@
+"""Compiles the native agent, its Python extension and its tests.
+
+`python ci/build/native.py agent [--out DIR] [--sanitize KIND]` and
+`python ci/build/native.py tests [--sanitize KIND]`; build.sh calls
+compile_agent. Objects are kept in build/native and reused while their inputs
+are the same. Equal inputs give equal bytes: no time, no absolute path, no
+debug information goes into the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "ray" / "src"
+CACHE = ROOT / "build" / "native"
+JOBS = 2
+
+# libsodium comes from the source package of PyNaCl, because package indexes
+# have no package of its own that holds its sources.
+SODIUM_PACKAGE = "PyNaCl==1.5.0"
+SODIUM_ARCHIVE = "PyNaCl-1.5.0.tar.gz"
+SODIUM_SHA256 = "8ac7448f09ab85811607bdd21ec2464495ac8b7c66d146bf545b0f08fb9220ba"
+SODIUM_PREFIX = "PyNaCl-1.5.0/src/libsodium/"
+SODIUM_FILES = (
+    "crypto_auth/hmacsha256/auth_hmacsha256.c",
+    "crypto_hash/sha256/cp/hash_sha256_cp.c",
+    "crypto_verify/sodium/verify.c",
+    "sodium/utils.c",
+)
+SODIUM_FLAGS = (
+    "-DSODIUM_STATIC",
+    "-DCONFIGURED=1",
+    "-DNATIVE_LITTLE_ENDIAN=1",
+    "-DHAVE_WEAK_SYMBOLS=1",
+    "-DHAVE_EXPLICIT_BZERO=1",
+)
+
+SANITIZERS = {
+    "address": "-fsanitize=address,undefined",
+    "thread": "-fsanitize=thread",
+}
+# Fields that an initializer does not name take their defaults: that is meant.
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers")
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One way to compile everything; objects of two flavours never mix."""
+
+    name: str
+    common: tuple[str, ...]
+    link: tuple[str, ...] = field(default=())
+
+    @property
+    def folder(self) -> Path:
+        return CACHE / self.name
+
+
+def flavour(sanitize: str | None) -> Flavour:
+    if sanitize is None:
+        return Flavour("plain", ("-O2", "-g0"), ("-static-libstdc++", "-static-libgcc", "-s"))
+    option = SANITIZERS[sanitize]
+    checks = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+    return Flavour(sanitize, (option, *checks), (option,))
+
+
+def fetch_sodium() -> Path:
+    """The folder of libsodium's sources; downloaded once and verified."""
+    folder = CACHE / "sodium"
+    sources = folder / SODIUM_PREFIX / "src" / "libsodium"
+    if sources.is_dir():
+        return sources
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / SODIUM_ARCHIVE
+    if not archive.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        _run([*pip, "--no-binary=:all:", "--dest", str(folder), SODIUM_PACKAGE])
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if found != SODIUM_SHA256:
+        archive.unlink()
+        raise SystemExit(f"{SODIUM_ARCHIVE}: sha256 is {found}, not {SODIUM_SHA256}")
+    with tarfile.open(archive) as package:
+        wanted = [m for m in package.getmembers() if m.name.startswith(SODIUM_PREFIX + "src/")]
+        package.extractall(folder, members=wanted)
+    return sources
+
+
+def compile_agent(out_dir: Path, sanitize: str | None = None) -> Path:
+    """Builds the extension for the running Python; returns its path in out_dir."""
+    style = flavour(sanitize)
+    generated = _cythonize(style)
+    include = sysconfig.get_paths()["include"]
+    # What Cython writes is not held to our warnings.
+    extension = _Unit(generated, f"-I{include}", warnings=())
+    objects = _compile(style, [*_core_units(), extension])
+    out_dir.mkdir(parents=True, exist_ok=True)
+    target = out_dir / ("_agent" + sysconfig.get_config_var("EXT_SUFFIX"))
+    _link(style, objects, target, "-shared")
+    _check_no_undefined_sodium(target)
+    return target
+
+
+def build_native_tests(sanitize: str | None = None) -> Path:
+    """Builds tests/native into one program; returns its path."""
+    style = flavour(sanitize)
+    tests = [_Unit(path) for path in sorted((ROOT / "tests" / "native").glob("*.cc"))]
+    objects = _compile(style, [*_core_units(), *tests])
+    target = style.folder / "rdt_native_tests"
+    _link(style, objects, target)
+    return target
+
+
+class _Unit:
+    """One file to compile, with the options that only it needs."""
+
+    def __init__(self, path: Path, *flags: str, warnings: tuple[str, ...] = WARNINGS):
+        self.path = path
+        self.flags = (*warnings, *flags)
+
+    @property
+    def language(self) -> tuple[str, ...]:
+        return ("gcc", "-std=c11") if self.path.suffix == ".c" else ("g++", "-std=c++20")
+
+
+def _core_units() -> list[_Unit]:
+    sodium = fetch_sodium()
+    include = sodium / "include"
+    ours = sorted((SOURCE / "ray" / "rdt").rglob("*.cc"))
+    theirs = [
+        _Unit(sodium / name, *SODIUM_FLAGS, f"-I{include / 'sodium'}", warnings=("-w",))
+        for name in SODIUM_FILES
+    ]
+    return [_Unit(path, f"-I{include}", "-DSODIUM_STATIC") for path in ours] + theirs
+
+
+def _compile(style: Flavour, units: list[_Unit]) -> list[Path]:
+    with ThreadPoolExecutor(JOBS) as pool:
+        return list(pool.map(lambda unit: _compile_one(style, unit), units))
+
+
+def _compile_one(style: Flavour, unit: _Unit) -> Path:
+    name = str(unit.path.relative_to(ROOT)).replace("/", "-")
+    tag = hashlib.sha256(" ".join(unit.flags).encode()).hexdigest()[:8]
+    target = style.folder / "objects" / f"{name}-{tag}.o"
+    command = [
+        *unit.language,
+        *style.common,
+        *unit.flags,
+        "-fPIC",
+        "-pthread",
+        "-fvisibility=hidden",
+        "-ffunction-sections",
+        "-fdata-sections",
+        f"-ffile-prefix-map={ROOT}=.",
+        f"-I{SOURCE}",
+        "-c",
+        str(unit.path),
+        "-MMD",
+        "-MF",
+        f"{target}.d",
+        "-o",
+        str(target),
+    ]
+    if not _is_fresh(target, command):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _run(command)
+        _remember_inputs(target, command)
+    return target
+
+
+def _is_fresh(target: Path, command: list[str]) -> bool:
+    record = Path(f"{target}.json")
+    if not target.exists() or not record.exists():
+        return False
+    known = json.loads(record.read_text())
+    return known["command"] == command and known["inputs"] == _hashes(known["inputs"])
+
+
+def _remember_inputs(target: Path, command: list[str]) -> None:
+    rule = Path(f"{target}.d").read_text().replace("\\\n", " ")
+    inputs = shlex.split(rule.split(":", 1)[1])
+    record = {"command": command, "inputs": _hashes(inputs)}
+    Path(f"{target}.json").write_text(json.dumps(record))
+
+
+def _hashes(paths) -> dict[str, str]:
+    return {
+        path: hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else ""
+        for path in paths
+    }
+
+
+def _cythonize(style: Flavour) -> Path:
+    """Translates _agent.pyx. Run from the package root, so that the C++ names
+    its source by a relative path."""
+    package = ROOT / "ray" / "python"
+    target = style.folder / f"_agent-{sysconfig.get_config_var('SOABI')}.cpp"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = "ray/experimental/rdt/_agent.pyx"
+    command = [sys.executable, "-m", "cython", "--cplus", "-3", "-I", "."]
+    command += ["--module-name", "ray.experimental.rdt._agent", "-o", str(target), source]
+    stamp = [
+        *command,
+        *_hashes(str(package / source)[: -len("pyx")] + e for e in ("pyx", "pxd")).values(),
+    ]
+    record = Path(f"{target}.stamp")
+    if not target.exists() or not record.exists() or record.read_text() != json.dumps(stamp):
+        _run(command, cwd=package)
+        record.write_text(json.dumps(stamp))
+    return target
+
+
+def _link(style: Flavour, objects: list[Path], target: Path, *options: str) -> None:
+    # The compiler is run where the objects are, so that no absolute path of
+    # theirs reaches the output.
+    names = sorted(os.path.relpath(path, style.folder) for path in objects)
+    command = ["g++", *options, *style.link, "-pthread", "-Wl,--gc-sections", "-Wl,--build-id=none"]
+    _run([*command, "-o", str(target), *names], cwd=style.folder)
+
+
+def _check_no_undefined_sodium(target: Path) -> None:
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(target)], check=True, capture_output=True, text=True
+    ).stdout
+    missing = [
+        line.split()[-1] for line in listing.splitlines() if "sodium" in line or "crypto_" in line
+    ]
+    if missing:
+        raise SystemExit(f"{target.name} needs symbols that nobody has: {', '.join(missing)}")
+
+
+def _run(command: list[str], cwd: Path | None = None) -> None:
+    result = subprocess.run(command, cwd=cwd)
+    if result.returncode != 0:
+        raise SystemExit(f"failed: {shlex.join(command)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("agent", "tests"))
+    parser.add_argument("--sanitize", choices=sorted(SANITIZERS))
+    parser.add_argument("--out", type=Path, default=CACHE / "out")
+    args = parser.parse_args()
+    if args.what == "agent":
+        print(compile_agent(args.out, args.sanitize))
+    else:
+        print(build_native_tests(args.sanitize))
+
+
+if __name__ == "__main__":
+    main()

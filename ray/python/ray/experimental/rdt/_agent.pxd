@@ -1,0 +1,107 @@
+# Declarations of the native agent (ray/src/ray/rdt/agent.h). Nothing else.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint64_t
+from libcpp cimport bool
+from libcpp.map cimport map as cpp_map
+from libcpp.memory cimport shared_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+
+cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
+    ctypedef vector[uint8_t] Bytes
+
+    cdef cppclass ByteView:
+        ByteView()
+        ByteView(const uint8_t *data, size_t nbytes)
+
+    cdef cppclass Key:
+        uint8_t *data()
+
+    cdef enum class Code(uint8_t):
+        kOk
+
+    const char *CodeName(Code code)
+
+    cdef cppclass Status:
+        Code code
+        string text
+        bool ok()
+
+    cdef cppclass Span:
+        uint64_t address
+        uint64_t nbytes
+
+    cdef cppclass Settings:
+        string bind_ip
+        unsigned int lanes
+        int copy_threads
+        int tcp_streams
+        uint64_t pool_bytes
+        double connect_timeout_s
+        double peer_timeout_s
+        bool clear_tcp
+
+    const size_t kLaneCount
+    const char *kLaneNames[4]
+
+    cdef cppclass LaneReasons:
+        string &operator[](size_t lane)
+
+    cdef cppclass NativePull "ray::rdt::Pull":
+        bool is_settled()
+        Status status()
+        int EventFd() except +
+        bool Wait(double timeout_s) except +
+        int lane()
+
+    cdef cppclass NativeCall "ray::rdt::Call":
+        bool is_settled()
+        Status status()
+        int EventFd() except +
+        bool Wait(double timeout_s) except +
+        Bytes TakeReply()
+
+    cdef cppclass PullTicket:
+        shared_ptr[NativePull] pull
+
+    cdef cppclass CallTicket:
+        shared_ptr[NativeCall] call
+
+    cdef cppclass Pool:
+        void *Allocate(size_t nbytes) except +
+        void Free(void *memory, size_t nbytes)
+        void Trim(double idle_s)
+
+    cdef enum class EventKind "ray::rdt::Event::Kind":
+        kReleased "ray::rdt::Event::Kind::kReleased"
+        kLog "ray::rdt::Event::Kind::kLog"
+        kCall "ray::rdt::Event::Kind::kCall"
+        kLost "ray::rdt::Event::Kind::kLost"
+        kStopped "ray::rdt::Event::Kind::kStopped"
+
+    cdef cppclass Event:
+        EventKind kind
+        vector[int64_t] tokens
+        string level
+        string text
+        uint64_t call
+        Key agent
+        Bytes payload
+
+    cdef cppclass NativeAgent "ray::rdt::Agent":
+        NativeAgent(string secret, const Settings &settings) except +
+        const Bytes &address()
+        const Key &id()
+        bool Register(const Key &key, const vector[Span] &spans, int64_t token) except +
+        bool Release(const Key &key)
+        void Free(ByteView address, const Key &key) except +
+        PullTicket StartPull(ByteView address, const Key &key, const vector[Span] &to) except +
+        void Cancel(const PullTicket &ticket)
+        CallTicket StartCall(ByteView address, Bytes payload) except +
+        void CancelCall "Cancel"(const CallTicket &ticket)
+        void Reply(uint64_t call, Bytes payload, bool is_error)
+        vector[Event] NextEvents(double timeout_s)
+        const shared_ptr[Pool] &pool()
+        LaneReasons Explain(ByteView address) except +
+        cpp_map[string, int64_t] Stats()
+        void Stop()

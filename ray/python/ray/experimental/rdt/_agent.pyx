@@ -1,0 +1,428 @@
+# cython: language_level=3, embedsignature=True
+# distutils: language = c++
+"""Python face of the native agent: converts, releases the GIL, maps errors.
+
+Every wait here runs without the GIL in slices of at most 250 ms and looks for
+signals in between: Ray cancels a task with ``_thread.interrupt_main``, which
+sets a flag but does not wake a system call.
+
+A forked child has none of the agent's threads, so there every method raises
+``AgentError`` with code "stopped", and deallocation frees nothing.
+"""
+import time
+
+cimport cython
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from cython.operator cimport dereference as deref
+from libc.string cimport memcpy
+from libcpp.utility cimport move
+from posix.unistd cimport getpid
+
+cdef double _SLICE_S = 0.25
+
+LANES = tuple(kLaneNames[i].decode() for i in range(kLaneCount))
+
+
+class AgentError(Exception):
+    """A failure that the agent reports.
+
+    Attributes:
+        code: "not_found", "unreachable", "auth", "version", "size_mismatch",
+            "cancelled", "peer_lost", "refused", "io" or "stopped".
+        lane: Name of the lane of a pull that failed, once one was chosen.
+    """
+
+    def __init__(self, code, text, lane=None):
+        super().__init__(code, text, lane)
+        self.code = code
+        self.lane = lane
+
+    def __str__(self):
+        return self.args[1]
+
+
+cdef _raise_status(Status status, lane=None):
+    raise AgentError(CodeName(status.code).decode(), status.text.decode(errors="replace"), lane)
+
+
+cdef _check_process(int pid):
+    if pid != getpid():
+        raise AgentError("stopped", "a forked process cannot use its parent's RDT agent")
+
+
+cdef Key _key(bytes key) except *:
+    cdef Key result
+    if len(key) != 16:
+        raise ValueError(f"a key has 16 bytes, not {len(key)}")
+    memcpy(result.data(), <const char *>key, 16)
+    return result
+
+
+cdef ByteView _view(const uint8_t[::1] data):
+    if data.shape[0] == 0:
+        return ByteView()
+    return ByteView(&data[0], data.shape[0])
+
+
+cdef Bytes _copy_in(const uint8_t[::1] data):
+    cdef Bytes result
+    if data.shape[0] > 0:
+        result.assign(&data[0], &data[0] + data.shape[0])
+    return result
+
+
+cdef bytes _copy_out(const Bytes &data):
+    return PyBytes_FromStringAndSize(<const char *>data.data(), data.size())
+
+
+cdef vector[Span] _spans(const uint64_t[::1] addrs, const uint64_t[::1] lens) except *:
+    cdef vector[Span] spans
+    cdef Py_ssize_t i
+    if addrs.shape[0] != lens.shape[0]:
+        raise ValueError("addrs and lens differ in length")
+    spans.resize(addrs.shape[0])
+    for i in range(addrs.shape[0]):
+        spans[i].address = addrs[i]
+        spans[i].nbytes = lens[i]
+    return spans
+
+
+cdef double _deadline(timeout_s):
+    return float("inf") if timeout_s is None else time.monotonic() + timeout_s
+
+
+cdef double _slice_before(double deadline):
+    """Seconds to wait now; 0 once the deadline has passed."""
+    return max(0.0, min(_SLICE_S, deadline - time.monotonic()))
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Pull:
+    """One fetch under way, made by Agent.pull. Deallocation cancels it.
+
+    Attributes:
+        keep: Any object that must outlive the writes to the destination.
+        nbytes: Size of the destination.
+    """
+    cdef PullTicket _ticket
+    cdef Agent _agent
+    cdef public object keep
+    cdef readonly uint64_t nbytes
+
+    def __dealloc__(self):
+        if self._agent is not None and self._agent._pid == getpid():
+            with nogil:
+                self._agent._native.Cancel(self._ticket)
+
+    def wait(self, timeout_s=None):
+        """Blocks until the bytes are there.
+
+        Raises:
+            TimeoutError: Not within timeout_s; the pull goes on.
+            AgentError: The pull failed.
+        """
+        cdef double deadline = _deadline(timeout_s)
+        cdef double left = _SLICE_S
+        cdef bool is_settled = False
+        _check_process(self._agent._pid)
+        while True:
+            left = _slice_before(deadline)
+            with nogil:
+                is_settled = deref(self._ticket.pull).Wait(left)
+            if is_settled:
+                break
+            PyErr_CheckSignals()
+            if left == 0:
+                raise TimeoutError("the pull did not end in time")
+        cdef Status status = deref(self._ticket.pull).status()
+        if not status.ok():
+            _raise_status(status, self.lane)
+
+    def cancel(self):
+        """Gives up. When it returns, nobody writes to the destination any more."""
+        _check_process(self._agent._pid)
+        with nogil:
+            self._agent._native.Cancel(self._ticket)
+
+    def fileno(self):
+        """A descriptor that is readable once the pull has ended."""
+        _check_process(self._agent._pid)
+        return deref(self._ticket.pull).EventFd()
+
+    @property
+    def done(self):
+        return deref(self._ticket.pull).is_settled()
+
+    @property
+    def lane(self):
+        cdef int lane = deref(self._ticket.pull).lane()
+        return LANES[lane] if lane >= 0 else None
+
+
+@cython.final
+@cython.no_gc_clear
+cdef class Call:
+    """One request under way, made by Agent.call. Deallocation cancels it."""
+    cdef CallTicket _ticket
+    cdef Agent _agent
+
+    def __dealloc__(self):
+        if self._agent is not None and self._agent._pid == getpid():
+            self._agent._native.CancelCall(self._ticket)
+
+    def wait(self, timeout_s=None):
+        """The reply's payload, which can be taken once.
+
+        Raises:
+            TimeoutError: None came within timeout_s; the call goes on.
+            AgentError: The call failed; "refused" with the payload as text if
+                the other side replied with an error.
+        """
+        cdef double deadline = _deadline(timeout_s)
+        cdef double left = _SLICE_S
+        cdef bool is_settled = False
+        _check_process(self._agent._pid)
+        while True:
+            left = _slice_before(deadline)
+            with nogil:
+                is_settled = deref(self._ticket.call).Wait(left)
+            if is_settled:
+                break
+            PyErr_CheckSignals()
+            if left == 0:
+                raise TimeoutError("no reply came in time")
+        cdef Status status = deref(self._ticket.call).status()
+        if not status.ok():
+            _raise_status(status)
+        return _copy_out(deref(self._ticket.call).TakeReply())
+
+    def cancel(self):
+        _check_process(self._agent._pid)
+        self._agent._native.CancelCall(self._ticket)
+
+    def fileno(self):
+        """A descriptor that is readable once the call has ended."""
+        _check_process(self._agent._pid)
+        return deref(self._ticket.call).EventFd()
+
+    @property
+    def done(self):
+        return deref(self._ticket.call).is_settled()
+
+
+@cython.final
+cdef class Block:
+    """Writable memory from the receive pool; goes back when deallocated."""
+    cdef shared_ptr[Pool] _pool
+    cdef void *_memory
+    cdef int _pid
+    cdef readonly size_t nbytes
+
+    def __dealloc__(self):
+        # In a forked child the pool's lock may be held by a thread that is not there.
+        if self._memory != NULL and self._pid == getpid():
+            with nogil:
+                deref(self._pool).Free(self._memory, self.nbytes)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self._memory, self.nbytes, 0, flags)
+
+    def __len__(self):
+        return self.nbytes
+
+    @property
+    def address(self):
+        return <uint64_t>self._memory
+
+
+cdef _event(const Event &event):
+    if event.kind == EventKind.kReleased:
+        return ("released", event.tokens)
+    if event.kind == EventKind.kLog:
+        return ("log", event.level.decode(), event.text.decode(errors="replace"))
+    if event.kind == EventKind.kCall:
+        return ("call", event.call, _id(event.agent), _copy_out(event.payload))
+    if event.kind == EventKind.kLost:
+        return ("lost", _id(event.agent))
+    return ("stopped",)
+
+
+cdef bytes _id(Key agent):
+    return PyBytes_FromStringAndSize(<const char *>agent.data(), 16)
+
+
+@cython.final
+cdef class Agent:
+    """The native endpoint of this process.
+
+    Safe to use from any thread. Only stop, next_events and the waits block;
+    all of them without the GIL.
+    """
+    cdef NativeAgent *_native
+    cdef int _pid
+    cdef readonly bytes address
+    cdef readonly bytes agent_id
+
+    def __init__(
+        self,
+        *,
+        bytes secret,
+        str bind_ip,
+        lanes=frozenset(LANES),
+        int copy_threads=2,
+        int tcp_streams=4,
+        uint64_t pool_bytes=1 << 30,
+        double connect_timeout_s=10.0,
+        double peer_timeout_s=30.0,
+        bool clear_tcp=True,
+    ):
+        cdef Settings settings
+        cdef string key = secret
+        if self._native != NULL:
+            raise RuntimeError("an Agent is initialized once")
+        if not secret or copy_threads < 1 or tcp_streams < 1:
+            raise ValueError("secret, copy_threads and tcp_streams must not be empty or zero")
+        settings.bind_ip = bind_ip.encode()
+        settings.lanes = _lane_bits(lanes)
+        settings.copy_threads = copy_threads
+        settings.tcp_streams = tcp_streams
+        settings.pool_bytes = pool_bytes
+        settings.connect_timeout_s = connect_timeout_s
+        settings.peer_timeout_s = peer_timeout_s
+        settings.clear_tcp = clear_tcp
+        self._native = new NativeAgent(key, settings)
+        self._pid = getpid()
+        self.address = _copy_out(self._native.address())
+        self.agent_id = _id(self._native.id())
+
+    def __dealloc__(self):
+        if self._native != NULL and self._pid == getpid():
+            with nogil:
+                del self._native
+
+    def register(self, bytes key, addrs, lens, int64_t token):
+        """Serves the memory at addrs under `key`.
+
+        The memory stays the caller's, who keeps it alive until next_events
+        brings ("released", [.., token, ..]).
+
+        Args:
+            key: 16 bytes, not in use.
+            addrs, lens: Buffers of uint64, equally long; may be empty.
+            token: Comes back when nobody reads the memory any more.
+        """
+        _check_process(self._pid)
+        if not self._native.Register(_key(key), _spans(addrs, lens), token):
+            raise ValueError("the key is in use")
+
+    def release(self, bytes key):
+        """Stops serving `key`; pulls under way go on. False if unknown."""
+        _check_process(self._pid)
+        return self._native.Release(_key(key))
+
+    def free(self, address, bytes key):
+        """Asks the agent at `address` to release `key`.
+
+        Only queued here; never raises for a peer that is gone.
+        """
+        _check_process(self._pid)
+        self._native.Free(_view(address), _key(key))
+
+    def pull(self, address, bytes key, addrs, lens):
+        """Starts to fetch `key` from the agent at `address`.
+
+        Args:
+            addrs, lens: The destination, as in register. It may be cut up in
+                another way than at the producer, but must have the same total.
+
+        Returns:
+            A Pull. The destination must stay alive until it is done.
+        """
+        cdef Pull pull = Pull.__new__(Pull)
+        cdef uint64_t nbytes = 0
+        _check_process(self._pid)
+        cdef vector[Span] spans = _spans(addrs, lens)
+        for span in spans:
+            nbytes += span.nbytes
+        pull.nbytes = nbytes
+        pull._ticket = self._native.StartPull(_view(address), _key(key), spans)
+        pull._agent = self
+        return pull
+
+    def call(self, address, payload):
+        """Sends `payload` to the Python side of the agent at `address`: a Call."""
+        cdef Call call = Call.__new__(Call)
+        _check_process(self._pid)
+        call._ticket = self._native.StartCall(_view(address), _copy_in(payload))
+        call._agent = self
+        return call
+
+    def reply(self, uint64_t call_id, payload, bool is_error=False):
+        """Answers a ("call", call_id, ..) event. Ignored if the caller is gone."""
+        _check_process(self._pid)
+        self._native.Reply(call_id, _copy_in(payload), is_error)
+
+    def next_events(self, timeout_s=None):
+        """Waits for events; an empty list if none came within timeout_s.
+
+        Returns:
+            A list of ("released", [token, ..]), ("log", level, text),
+            ("call", call_id, peer_agent_id, payload), ("lost", peer_agent_id)
+            and, as the last one ever, ("stopped",).
+        """
+        cdef double deadline = _deadline(timeout_s)
+        cdef double left = _SLICE_S
+        cdef vector[Event] events
+        _check_process(self._pid)
+        while True:
+            left = _slice_before(deadline)
+            with nogil:
+                events = self._native.NextEvents(left)
+            if not events.empty() or left == 0:
+                return [_event(event) for event in events]
+            PyErr_CheckSignals()
+
+    def allocate(self, size_t nbytes):
+        """A Block of at least 64-byte aligned memory from the receive pool."""
+        cdef Block block = Block.__new__(Block)
+        _check_process(self._pid)
+        block._pool = self._native.pool()
+        block._pid = self._pid
+        with nogil:
+            block._memory = deref(block._pool).Allocate(nbytes)
+        block.nbytes = nbytes
+        return block
+
+    def explain(self, address):
+        """For each lane "ok", or why it does not serve the agent at `address`."""
+        _check_process(self._pid)
+        cdef LaneReasons reasons = self._native.Explain(_view(address))
+        return {LANES[i]: reasons[i].decode() for i in range(kLaneCount)}
+
+    def stats(self):
+        _check_process(self._pid)
+        return {name.decode(): value for name, value in dict(self._native.Stats()).items()}
+
+    def trim(self):
+        """Gives the receive pool's free memory back to the system."""
+        _check_process(self._pid)
+        with nogil:
+            deref(self._native.pool()).Trim(0)
+
+    def stop(self):
+        """Fails all waiters with "stopped" and joins the threads. Idempotent."""
+        _check_process(self._pid)
+        with nogil:
+            self._native.Stop()
+
+
+cdef unsigned int _lane_bits(lanes) except *:
+    cdef unsigned int bits = 0
+    for name in lanes:
+        if name not in LANES:
+            raise ValueError(f"unknown lane {name!r}; the lanes are {', '.join(LANES)}")
+        bits |= 1u << <unsigned int>LANES.index(name)
+    return bits

@@ -1,0 +1,75 @@
+#include "ray/rdt/address.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <fstream>
+
+namespace ray::rdt {
+namespace {
+
+uint64_t InodeOf(const char *path) {
+  struct stat status {};
+  return stat(path, &status) == 0 ? status.st_ino : 0;
+}
+
+uint8_t HexDigit(char c) {
+  return static_cast<uint8_t>(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
+}
+
+// A UUID in text, once per boot.
+std::array<uint8_t, 16> ReadBootId() {
+  std::array<uint8_t, 16> id{};
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string text;
+  std::getline(file, text);
+  std::erase(text, '-');
+  if (text.size() != 2 * id.size()) return id;
+  for (size_t i = 0; i < id.size(); ++i) {
+    id[i] = static_cast<uint8_t>(HexDigit(text[2 * i]) << 4 | HexDigit(text[2 * i + 1]));
+  }
+  return id;
+}
+
+}  // namespace
+
+bool Address::SharesHostWith(const Address &other) const {
+  bool is_known = boot != decltype(boot){} && net_namespace != 0;
+  return is_known && boot == other.boot && net_namespace == other.net_namespace;
+}
+
+std::string Address::Describe() const {
+  return "pid " + std::to_string(pid) + " on " + ip + ", agent " +
+         Hex(ByteView(agent).first(4));
+}
+
+Address DescribeThisProcess(const AgentId &agent) {
+  Address self;
+  self.agent = agent;
+  self.boot = ReadBootId();
+  self.net_namespace = InodeOf("/proc/self/ns/net");
+  self.pid_namespace = InodeOf("/proc/self/ns/pid");
+  self.pid = static_cast<uint32_t>(getpid());
+  self.uid = geteuid();
+  return self;
+}
+
+std::optional<Address> ParseAddress(ByteView bytes) {
+  Address other;
+  if (bytes.size() < sizeof(other.version)) return std::nullopt;
+  std::memcpy(&other.version, bytes.data(), sizeof(other.version));
+  if (other.version != kProtocolVersion) return other;
+  return Unpack<Address>(bytes);
+}
+
+std::string Hex(ByteView bytes) {
+  constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (uint8_t byte : bytes) {
+    text += kDigits[byte >> 4];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,43 @@
+// Where an agent can be reached, as opaque bytes that Python passes around.
+#pragma once
+
+#include <sys/types.h>
+
+#include <optional>
+#include <string>
+
+#include "ray/rdt/wire.h"
+
+namespace ray::rdt {
+
+struct Address {
+  uint16_t version = kProtocolVersion;
+  AgentId agent{};
+  std::array<uint8_t, 16> boot{};  // the running kernel; zero if unknown
+  uint64_t net_namespace = 0;
+  uint64_t pid_namespace = 0;
+  uint32_t pid = 0;  // in its own pid namespace
+  uint32_t uid = 0;
+  std::string ip;
+  uint16_t port = 0;  // 0: does not listen on TCP
+  template <class A>
+  void Fields(A &a) {
+    a(version), a(agent), a(boot), a(net_namespace), a(pid_namespace), a(pid), a(uid), a(ip), a(port);
+  }
+
+  // True when `other`'s abstract Unix socket can be seen from here.
+  bool SharesHostWith(const Address &other) const;
+  // "pid 12 on 10.0.0.1, agent 0a1b2c3d"
+  std::string Describe() const;
+};
+
+// Everything but ip and port, for this process.
+Address DescribeThisProcess(const AgentId &agent);
+
+// Nothing when the bytes are no address. Of an address of another version only
+// `version` is filled in.
+std::optional<Address> ParseAddress(ByteView bytes);
+
+std::string Hex(ByteView bytes);
+
+}  // namespace ray::rdt

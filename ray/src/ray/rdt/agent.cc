@@ -1,0 +1,224 @@
+#include "ray/rdt/agent.h"
+
+#include <future>
+#include <stdexcept>
+
+#include "ray/rdt/net.h"
+#include "ray/rdt/remote_peer.h"
+#include "ray/rdt/self_peer.h"
+
+namespace ray::rdt {
+namespace {
+
+constexpr double kTickS = 1.0;
+// A free block that nobody wanted for this long goes back to the system.
+constexpr double kPoolIdleS = 10.0;
+
+Identity MakeIdentity(std::string secret, LaneSet lanes, Probe *probe) {
+  Identity identity;
+  FillRandom(identity.agent.data(), identity.agent.size());
+  FillRandom(probe->data(), probe->size());
+  identity.secret = std::move(secret);
+  identity.lanes = lanes;
+  identity.probe = *probe;
+  identity.probe_address = reinterpret_cast<uint64_t>(probe->data());
+  return identity;
+}
+
+SpanList CheckedSpans(const std::vector<Span> &spans) {
+  uint64_t total = 0;
+  if (!TotalOf(spans, &total)) throw std::invalid_argument("spans overflow the address space");
+  return SpanList(spans);
+}
+
+Address Parsed(ByteView bytes) {
+  auto address = ParseAddress(bytes);
+  if (!address) throw std::invalid_argument("not an RDT agent's address");
+  return *address;
+}
+
+const Status kStopped{Code::kStopped, "this process's RDT agent was stopped"};
+
+}  // namespace
+
+Agent::Agent(std::string secret, const Settings &settings)
+    : settings_(settings),
+      log_(&events_),
+      pool_(std::make_shared<Pool>(settings.pool_bytes)),
+      regions_(&events_),
+      probe_(std::make_unique<Probe>()),
+      identity_(MakeIdentity(std::move(secret), settings.lanes, probe_.get())),
+      self_(DescribeThisProcess(identity_.agent)),
+      loop_("rdt-loop"),
+      copies_(settings.copy_threads),
+      service_(&loop_, &copies_, &regions_, &events_, &log_, &counters_) {
+  Open();
+  address_bytes_ = Pack(self_);
+  auto self = std::make_shared<SelfPeer>(Workplace{&loop_, &copies_, &events_, &log_, &counters_,
+                                                   &settings_, &identity_, &self_},
+                                         &regions_, &service_);
+  peers_[identity_.agent] = std::move(self);
+  loop_.After(kTickS, [this] { TickAll(); });
+  copies_.Start();
+  loop_.Start();
+}
+
+Agent::~Agent() { Stop(); }
+
+// Clear-text TCP that may not be used is not listened on either.
+void Agent::Open() {
+  door_ = std::make_unique<Door>(
+      &loop_, identity_, &log_,
+      [this](std::shared_ptr<Channel> channel, const PeerFacts &peer) {
+        service_.Enter(std::move(channel), peer);
+      });
+  door_->ListenOn(ListenUnix(identity_.agent), true, settings_.peer_timeout_s);
+  self_.ip = settings_.bind_ip;
+  if (settings_.clear_tcp) {
+    door_->ListenOn(ListenTcp(settings_.bind_ip, &self_.port), false, settings_.peer_timeout_s);
+  }
+}
+
+bool Agent::Register(const Key &key, const std::vector<Span> &spans, int64_t token) {
+  CheckedSpans(spans);
+  return regions_.Register(key, spans, token);
+}
+
+bool Agent::Release(const Key &key) { return regions_.Release(key); }
+
+void Agent::Free(ByteView address, const Key &key) {
+  WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
+    if (peer->QueueFree(key)) loop_.Post([peer] { peer->SendFrees(); });
+  });
+}
+
+PullTicket Agent::StartPull(ByteView address, const Key &key, const std::vector<Span> &destination) {
+  PullTicket ticket;
+  SpanList spans = CheckedSpans(destination);
+  Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
+    ticket = {std::make_shared<Pull>(next_id_++, key, std::move(spans)), peer};
+    loop_.Post([peer, pull = ticket.pull] { peer->Submit(pull); });
+  });
+  if (status.ok()) return ticket;
+  ticket.pull = std::make_shared<Pull>(0, key, SpanList());
+  ticket.pull->Fail(status);
+  return ticket;
+}
+
+void Agent::Cancel(const PullTicket &ticket) {
+  if (ticket.pull->is_settled()) return;
+  ticket.pull->Cancel();
+  loop_.Post([peer = ticket.peer, id = ticket.pull->id] { peer->ForgetPull(id); });
+}
+
+CallTicket Agent::StartCall(ByteView address, Bytes payload) {
+  CallTicket ticket;
+  Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
+    ticket = {std::make_shared<Call>(next_id_++), peer};
+    loop_.Post([peer, call = ticket.call, payload = std::move(payload)]() mutable {
+      peer->Submit(call, std::move(payload));
+    });
+  });
+  if (status.ok()) return ticket;
+  ticket.call = std::make_shared<Call>(0);
+  ticket.call->Fail(status);
+  return ticket;
+}
+
+void Agent::Cancel(const CallTicket &ticket) {
+  if (ticket.call->is_settled()) return;
+  ticket.call->Fail({Code::kCancelled, "the call was cancelled"});
+  loop_.Post([peer = ticket.peer, id = ticket.call->id] { peer->ForgetCall(id); });
+}
+
+void Agent::Reply(uint64_t call, Bytes payload, bool is_error) {
+  loop_.Post([this, call, is_error, payload = std::move(payload)]() mutable {
+    service_.Reply(call, is_error, std::move(payload));
+  });
+}
+
+LaneReasons Agent::Explain(ByteView address) {
+  LaneReasons reasons;
+  Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) { reasons = peer->Reasons(); });
+  if (!status.ok()) reasons.fill(status.text);
+  return reasons;
+}
+
+std::map<std::string, int64_t> Agent::Stats() const {
+  std::map<std::string, int64_t> stats = {
+      {"regions", regions_.size()},
+      {"pinned", service_.pinned()},
+      {"connections", counters_.connections},
+      {"bytes_granted", counters_.bytes_granted},
+      {"pool_used", pool_->used_bytes()},
+      {"pool_free", pool_->free_bytes()},
+  };
+  for (size_t i = 0; i < kLaneCount; ++i) {
+    stats[std::string("pulls_") + kLaneNames[i]] = static_cast<int64_t>(counters_.lanes[i].pulls);
+    stats[std::string("bytes_in_") + kLaneNames[i]] =
+        static_cast<int64_t>(counters_.lanes[i].bytes_in);
+  }
+  return stats;
+}
+
+void Agent::Stop() {
+  std::lock_guard<std::mutex> one_at_a_time(stop_mutex_);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (is_stopped_) return;
+    is_stopped_ = true;
+  }
+  // All that was submitted before is_stopped_ was set runs before this does.
+  std::promise<void> closed;
+  loop_.Post([this, &closed] {
+    CloseAll();
+    closed.set_value();
+  });
+  closed.get_future().wait();
+  loop_.Stop();
+  copies_.Stop();
+  regions_.ReleaseAll();
+  events_.Push({.kind = Event::Kind::kStopped});
+}
+
+void Agent::CloseAll() {
+  door_.reset();
+  service_.Shutdown();
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto &[id, peer] : peers_) peer->Shutdown(kStopped);
+}
+
+void Agent::TickAll() {
+  loop_.After(kTickS, [this] { TickAll(); });
+  pool_->Trim(kPoolIdleS);
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto &[id, peer] : peers_) peer->Tick();
+  // The map's own reference is the last one: nobody is about to use the peer.
+  std::erase_if(peers_, [](const auto &entry) {
+    return entry.second.use_count() == 1 && entry.second->is_idle();
+  });
+}
+
+std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
+  std::shared_ptr<Peer> &peer = peers_[address.agent];
+  if (!peer) {
+    peer = std::make_shared<RemotePeer>(Workplace{&loop_, &copies_, &events_, &log_, &counters_,
+                                                  &settings_, &identity_, &self_},
+                                        address);
+  }
+  return peer;
+}
+
+// Under the lock, so that what `use` posts comes before the end of Stop's post.
+Status Agent::WithPeer(ByteView bytes, const UsePeer &use) {
+  Address address = Parsed(bytes);
+  if (address.version != kProtocolVersion) {
+    return {Code::kVersion, VersionMismatchText(kProtocolVersion, address.version)};
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (is_stopped_) return kStopped;
+  use(PeerLocked(address));
+  return {};
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,92 @@
+// The native endpoint of one process: what Python sees of all in this folder.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "ray/rdt/door.h"
+#include "ray/rdt/peer.h"
+#include "ray/rdt/pool.h"
+#include "ray/rdt/region.h"
+#include "ray/rdt/service.h"
+
+namespace ray::rdt {
+
+// A pull or call with whom it was asked of, so that it can be given up.
+struct PullTicket {
+  std::shared_ptr<Pull> pull;
+  std::shared_ptr<Peer> peer;
+};
+struct CallTicket {
+  std::shared_ptr<Call> call;
+  std::shared_ptr<Peer> peer;
+};
+
+// Runs on: any thread; its own threads are "rdt-loop" and "rdt-copy-N". Only
+// the constructor, Stop and NextEvents may block. The constructor throws
+// std::exception; a malformed address throws std::invalid_argument.
+class Agent {
+ public:
+  Agent(std::string secret, const Settings &settings);
+  ~Agent();
+
+  const Bytes &address() const { return address_bytes_; }
+  const AgentId &id() const { return identity_.agent; }
+
+  // The memory stays the caller's, alive until a kReleased event brings the
+  // token. False when the key is taken.
+  bool Register(const Key &key, const std::vector<Span> &spans, int64_t token);
+  bool Release(const Key &key);
+  void Free(ByteView address, const Key &key);
+
+  PullTicket StartPull(ByteView address, const Key &key, const std::vector<Span> &destination);
+  // When it returns, nobody writes to the destination.
+  void Cancel(const PullTicket &ticket);
+
+  CallTicket StartCall(ByteView address, Bytes payload);
+  void Cancel(const CallTicket &ticket);
+  void Reply(uint64_t call, Bytes payload, bool is_error);
+
+  std::vector<Event> NextEvents(double timeout_s) { return events_.Next(timeout_s); }
+  const std::shared_ptr<Pool> &pool() const { return pool_; }
+  LaneReasons Explain(ByteView address);
+  std::map<std::string, int64_t> Stats() const;
+
+  // Fails all that waits with kStopped, returns every token, joins the threads.
+  void Stop();
+
+ private:
+  using UsePeer = std::function<void(const std::shared_ptr<Peer> &peer)>;
+
+  void Open();
+  void TickAll();
+  void CloseAll();
+  std::shared_ptr<Peer> PeerLocked(const Address &address);
+  Status WithPeer(ByteView address, const UsePeer &use);
+
+  const Settings settings_;
+  EventQueue events_;
+  Log log_;
+  Counters counters_;
+  const std::shared_ptr<Pool> pool_;  // blocks in use outlive the agent
+  RegionTable regions_;
+  const std::unique_ptr<Probe> probe_;
+  const Identity identity_;
+  Address self_;
+  Bytes address_bytes_;
+  Loop loop_;
+  CopyPool copies_;
+  Service service_;
+  std::unique_ptr<Door> door_;
+  mutable std::mutex mutex_;
+  bool is_stopped_ = false;                        // guarded by mutex_
+  uint64_t next_id_ = 1;                           // guarded by mutex_
+  std::map<AgentId, std::shared_ptr<Peer>> peers_;  // guarded by mutex_
+  std::mutex stop_mutex_;  // held through Stop, so that a second caller waits
+};
+
+}  // namespace ray::rdt

@@ -1,0 +1,82 @@
+// Mutual proof of the cluster's secret, as a state machine without sockets.
+//
+// Each side's MAC is HMAC-SHA256(secret, role || HELLO || CHALLENGE || what the
+// two sides added since), so it covers both fresh nonces, both agent ids, the
+// connection's purpose, the version and the lane sets, and one role's MAC never
+// passes for the other's. The server proves itself only to a proved client.
+//
+// Runs on: any one thread per object.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ray/rdt/status.h"
+#include "ray/rdt/wire.h"
+
+namespace ray::rdt {
+
+void FillRandom(void *to, size_t nbytes);  // getrandom(2); throws if it fails
+Mac HmacSha256(const std::string &secret, const std::vector<ByteView> &parts);
+bool EqualConstantTime(const Mac &a, const Mac &b);
+
+// What one side brings to every handshake it takes part in.
+struct Identity {
+  AgentId agent{};
+  std::string secret;
+  uint32_t lanes = 0;
+  uint64_t probe_address = 0;
+  Probe probe{};
+};
+
+// What a side knows about the other after a finished handshake.
+struct PeerFacts {
+  AgentId agent{};
+  Purpose purpose = Purpose::kControl;
+  uint32_t lanes = 0;
+  uint64_t probe_address = 0;  // known to the client only
+  Probe probe{};
+};
+
+class Handshake {
+ public:
+  enum class State { kRunning, kDone, kFailed };
+
+  // The side that dials; expects to meet `expected`.
+  static Handshake Client(const Identity &self, Purpose purpose, const AgentId &expected);
+  static Handshake Server(const Identity &self);
+
+  // The client's first frame.
+  Bytes FirstFrame();
+  // Takes the other side's next frame; returns the frame to send, which may be
+  // empty. After kFailed the connection is to be closed once it is sent.
+  Bytes OnFrame(const FrameHeader &header, ByteView payload);
+
+  State state() const { return state_; }
+  const Status &status() const { return status_; }
+  const PeerFacts &peer() const { return peer_; }
+
+ private:
+  Handshake(const Identity &self, bool is_client) : self_(self), is_client_(is_client) {}
+
+  Bytes OnHello(ByteView payload);
+  Bytes OnChallenge(ByteView payload);
+  Bytes OnProof(ByteView payload);
+  Bytes OnWelcome(ByteView payload);
+  Bytes Fail(Code code, const std::string &text);
+  Bytes FailVersion(uint16_t theirs);
+  Bytes OnError(ByteView payload);
+  Mac Prove(const char *role, const Bytes &extra) const;
+
+  Identity self_;
+  bool is_client_;
+  FrameType awaited_ = FrameType::kHello;
+  State state_ = State::kRunning;
+  Status status_;
+  PeerFacts peer_;
+  AgentId expected_{};
+  Bytes transcript_;  // HELLO and CHALLENGE payloads, which have fixed lengths
+};
+
+}  // namespace ray::rdt

@@ -1,0 +1,76 @@
+// Frames over one non-blocking stream socket.
+#pragma once
+
+#include <sys/socket.h>
+
+#include <deque>
+#include <memory>
+
+#include "ray/rdt/loop.h"
+#include "ray/rdt/status.h"
+#include "ray/rdt/wire.h"
+
+namespace ray::rdt {
+
+// Runs on: the loop it was made with. Owns its socket. A handler may close the
+// channel, or hand it to another handler, from inside its callbacks.
+class Channel : public std::enable_shared_from_this<Channel> {
+ public:
+  class Handler {
+   public:
+    virtual ~Handler() = default;
+    // `payload` is valid during the call. `attached` is the last descriptor
+    // that came over the socket; the handler may take it.
+    virtual void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) = 0;
+    // At most once, and never after Close or Release.
+    virtual void OnClosed(const Status &why) = 0;
+  };
+
+  Channel(Loop *loop, Fd fd) : loop_(loop), fd_(std::move(fd)) {}
+  ~Channel() { Close(); }
+
+  void Start(Handler *handler);
+  void set_handler(Handler *handler) { handler_ = handler; }
+  void set_max_frame(uint64_t nbytes) { max_frame_ = nbytes; }
+  int fd() const { return fd_.get(); }
+
+  // Queues without limit: callers send small frames, or what their own user
+  // asked to send.
+  void Send(Bytes frame, Fd attached = {});
+  void Close();
+  // Gives the socket up, for another use on another thread. Empty when bytes
+  // are left over that nobody asked for.
+  Fd Release();
+
+ private:
+  struct Outgoing {
+    Bytes frame;
+    size_t sent = 0;
+    Fd attached;
+  };
+
+  void OnReady(uint32_t events);
+  void Receive();
+  bool ReceiveOnce();
+  size_t RoomWanted() const;
+  void MakeRoom(size_t nbytes);
+  void Dispatch();
+  void KeepAttached(msghdr *message);
+  bool SendFirst();
+  void Flush();
+  void Fail(Code code, const std::string &text);
+
+  Loop *const loop_;
+  Fd fd_;
+  Handler *handler_ = nullptr;
+  Loop::Id watch_ = 0;
+  uint64_t max_frame_ = kMaxFrameBeforeAuth;
+  Bytes in_;  // received and not dispatched: [begin_, end_)
+  size_t begin_ = 0;
+  size_t end_ = 0;
+  Fd attached_;
+  std::deque<Outgoing> out_;
+  bool is_blocked_ = false;  // out_ waits for the socket to take more
+};
+
+}  // namespace ray::rdt

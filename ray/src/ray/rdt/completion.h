@@ -1,0 +1,39 @@
+// Something that a caller waits for.
+#pragma once
+
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+
+#include "ray/rdt/fd.h"
+#include "ray/rdt/status.h"
+
+namespace ray::rdt {
+
+// Runs on: any thread. Settles exactly once.
+class Completion {
+ public:
+  virtual ~Completion() = default;
+
+  bool is_settled() const;
+  // Ok until settled.
+  Status status() const;
+  // Readable from when the completion has settled. Made at the first call, so
+  // that thousands of pulls do not need thousands of descriptors.
+  int EventFd();
+  // True if settled within timeout_s; returns early when a signal arrives.
+  bool Wait(double timeout_s);
+
+ protected:
+  // Caller holds mutex_.
+  void SettleLocked(const Status &status);
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;  // for those who wait on a native thread
+  std::optional<Status> settled_;    // guarded by mutex_
+
+ private:
+  Fd event_;  // guarded by mutex_
+};
+
+}  // namespace ray::rdt

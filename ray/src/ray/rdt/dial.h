@@ -1,0 +1,57 @@
+// One attempt to reach another agent and prove the secret to it.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "ray/rdt/address.h"
+#include "ray/rdt/auth.h"
+#include "ray/rdt/channel.h"
+
+namespace ray::rdt {
+
+// How, besides the address, a connection is made.
+struct DialOptions {
+  Purpose purpose = Purpose::kControl;
+  bool over_unix = false;
+  double connect_timeout_s = 10;
+  double peer_timeout_s = 30;
+};
+
+// Runs on: the loop it was made with. Reports exactly once, never from inside
+// the constructor; dropping the object before that drops the attempt.
+class Dial : private Channel::Handler {
+ public:
+  // On failure `channel` is empty.
+  using OnResult = std::function<void(
+      const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &peer)>;
+
+  Dial(Loop *loop,
+       const Identity &self,
+       const Address &address,
+       const DialOptions &options,
+       OnResult on_result);
+  ~Dial() override;
+
+ private:
+  void Connect();
+  void OnWritable();
+  void Greet();
+  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
+  void OnClosed(const Status &why) override;
+  void Finish(const Status &status);
+
+  Loop *const loop_;
+  const Address address_;
+  const DialOptions options_;
+  Handshake handshake_;
+  OnResult on_result_;
+  Fd connecting_;
+  Loop::Id watch_ = 0;
+  Loop::Id deadline_ = 0;
+  Loop::Id retry_ = 0;
+  std::shared_ptr<Channel> channel_;
+};
+
+}  // namespace ray::rdt

@@ -1,0 +1,90 @@
+#include "ray/rdt/door.h"
+
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "ray/rdt/net.h"
+
+namespace ray::rdt {
+
+// One connection that has not proved itself.
+class Door::Knock : public Channel::Handler {
+ public:
+  Knock(Door *door, std::shared_ptr<Channel> channel)
+      : door_(door), channel_(std::move(channel)), handshake_(Handshake::Server(door->self_)) {
+    deadline_ = door_->loop_->After(kProofDeadlineS, [this] {
+      door_->Drop(this, {Code::kAuth, "no proof came in time"});
+    });
+    channel_->Start(this);
+  }
+
+  ~Knock() override { door_->loop_->CancelTimer(deadline_); }
+
+  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override {
+    attached->Reset();
+    Bytes answer = handshake_.OnFrame(header, payload);
+    if (!answer.empty()) channel_->Send(std::move(answer));
+    if (handshake_.state() == Handshake::State::kDone) return door_->Enter(this);
+    if (handshake_.state() == Handshake::State::kFailed) door_->Drop(this, handshake_.status());
+  }
+
+  void OnClosed(const Status &why) override { door_->Drop(this, why); }
+
+  std::shared_ptr<Channel> channel() const { return channel_; }
+  const PeerFacts &peer() const { return handshake_.peer(); }
+
+ private:
+  Door *const door_;
+  const std::shared_ptr<Channel> channel_;
+  Handshake handshake_;
+  Loop::Id deadline_;
+};
+
+Door::Door(Loop *loop, const Identity &self, Log *log, OnEntered on_entered)
+    : loop_(loop), self_(self), log_(log), on_entered_(std::move(on_entered)) {}
+
+Door::~Door() {
+  for (Loop::Id watch : watches_) loop_->Unwatch(watch);
+}
+
+void Door::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
+  int fd = listener.get();
+  listeners_.push_back(std::move(listener));
+  watches_.push_back(loop_->Watch(fd, EPOLLIN, [this, fd, is_unix, peer_timeout_s](uint32_t) {
+    Accept(fd, is_unix, peer_timeout_s);
+  }));
+}
+
+void Door::Accept(int listener, bool is_unix, double peer_timeout_s) {
+  Fd fd = AcceptOne(listener);
+  if (!fd) return;
+  if (is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
+    return log_->Warning("door", "RDT refused a connection from another user");
+  }
+  if (!is_unix) TuneTcp(fd.get(), peer_timeout_s);
+  if (knocks_.size() == kMaxUnproved) {
+    Drop(knocks_.front().get(), {Code::kRefused, "too many connections without proof"});
+  }
+  auto channel = std::make_shared<Channel>(loop_, std::move(fd));
+  knocks_.push_back(std::make_unique<Knock>(this, std::move(channel)));
+}
+
+void Door::Enter(Knock *knock) {
+  std::shared_ptr<Channel> channel = knock->channel();
+  PeerFacts peer = knock->peer();
+  Remove(knock);
+  channel->set_max_frame(kMaxFrame);
+  on_entered_(std::move(channel), peer);
+}
+
+void Door::Drop(Knock *knock, const Status &why) {
+  log_->Warning("door", "RDT dropped an incoming connection: " + why.text);
+  knock->channel()->Close();
+  Remove(knock);
+}
+
+void Door::Remove(Knock *knock) {
+  knocks_.remove_if([knock](const auto &one) { return one.get() == knock; });
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,33 @@
+// Cross-memory attach: the consumer reads the producer's memory with
+// process_vm_readv(2), in one copy and without the producer's help.
+//
+// That the pid still means the producer when the last byte was read is for the
+// caller to check (RemotePeer::IsAlive), after the report.
+#pragma once
+
+#include <sys/types.h>
+
+#include <string>
+
+#include "ray/rdt/auth.h"
+#include "ray/rdt/lanes/copy_job.h"
+
+namespace ray::rdt {
+
+// Empty when `pid`'s memory can be read and holds the probe that the peer told
+// in its WELCOME; else what is in the way.
+std::string ProbeCma(pid_t pid, const PeerFacts &peer);
+
+class CmaLane : public Lane {
+ public:
+  CmaLane(CopyPool *copies, pid_t pid) : copies_(copies), pid_(pid) {}
+
+  bool reads_memory() const override { return true; }
+  void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
+
+ private:
+  CopyPool *const copies_;
+  const pid_t pid_;
+};
+
+}  // namespace ray::rdt

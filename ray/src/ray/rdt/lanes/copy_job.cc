@@ -1,0 +1,73 @@
+#include "ray/rdt/lanes/copy_job.h"
+
+#include <atomic>
+#include <mutex>
+
+namespace ray::rdt {
+namespace {
+
+// Shared by the steps of one pull. A failure is reported by the last step to
+// end, so that nobody copies any more when another lane starts over.
+class CopyJob {
+ public:
+  CopyJob(std::shared_ptr<Pull> pull, CopyRange copy, Report report, int steps, uint64_t chunk)
+      : pull_(std::move(pull)),
+        copy_(std::move(copy)),
+        report_(std::move(report)),
+        steps_(steps),
+        chunk_(chunk) {}
+
+  // One chunk; true if there may be more.
+  bool Step() {
+    Range range;
+    if (has_failed_ || !pull_->TakeRange(chunk_, &range) || !pull_->BeginWrite()) {
+      return LastStep();
+    }
+    Status status = copy_(range);
+    pull_->EndWrite();
+    if (!status.ok()) {
+      Remember(status);
+      return LastStep();
+    }
+    if (pull_->Landed(range.nbytes)) report_({});
+    return true;
+  }
+
+ private:
+  void Remember(const Status &status) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!has_failed_.exchange(true)) failure_ = status;
+  }
+
+  bool LastStep() {
+    if (--steps_ > 0 || !has_failed_) return false;
+    std::lock_guard<std::mutex> lock(mutex_);
+    report_(failure_);
+    return false;
+  }
+
+  const std::shared_ptr<Pull> pull_;
+  const CopyRange copy_;
+  const Report report_;
+  std::atomic<int> steps_;
+  const uint64_t chunk_;
+  std::atomic<bool> has_failed_{false};
+  std::mutex mutex_;
+  Status failure_;  // guarded by mutex_
+};
+
+}  // namespace
+
+void StartCopyJob(CopyPool *copies, std::shared_ptr<Pull> pull, CopyRange copy, Report report) {
+  uint64_t total = pull->destination.total();
+  bool is_small = total <= kCopyAtOnce;
+  int workers = is_small || total <= Pull::kMinChunk ? 1 : copies->threads();
+  uint64_t chunk = pull->ChunkFor(workers);
+  auto job = std::make_shared<CopyJob>(
+      std::move(pull), std::move(copy), std::move(report), workers, chunk);
+  if (!is_small) return copies->Add([job] { return job->Step(); }, workers);
+  while (job->Step()) {
+  }
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,12 @@
+// Producer and consumer are one process: plain memory copies.
+#pragma once
+
+#include "ray/rdt/lanes/copy_job.h"
+#include "ray/rdt/region.h"
+
+namespace ray::rdt {
+
+// Runs on: any thread. Holds the pin until the report.
+void StartInprocCopy(CopyPool *copies, std::shared_ptr<Pull> pull, Pin source, Report report);
+
+}  // namespace ray::rdt

@@ -1,0 +1,169 @@
+#include "ray/rdt/loop.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <system_error>
+
+namespace ray::rdt {
+namespace {
+
+constexpr Loop::Id kWakeId = 0;
+
+int Checked(int fd, const char *what) {
+  if (fd < 0) throw std::system_error(errno, std::generic_category(), what);
+  return fd;
+}
+
+// Signals belong to the program's own threads, so a loop's thread is born with
+// them blocked; but for faults, which must reach the program's fault handler.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigdelset(&all, fault);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace
+
+Loop::Loop(std::string name)
+    : name_(std::move(name)),
+      epoll_(Checked(epoll_create1(EPOLL_CLOEXEC), "epoll_create1")),
+      wake_(Checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd")) {
+  epoll_event event{.events = EPOLLIN, .data = {.u64 = kWakeId}};
+  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, wake_.get(), &event);
+}
+
+Loop::~Loop() { Stop(); }
+
+void Loop::Start() {
+  SignalsBlocked inherited_by_the_thread;
+  thread_ = std::thread([this] { Run(); });
+}
+
+void Loop::Stop() {
+  stopping_ = true;
+  Post([] {});
+  if (thread_.joinable()) thread_.join();
+}
+
+void Loop::Post(Task task) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    posted_.push_back(std::move(task));
+    if (std::exchange(woken_, true)) return;
+  }
+  eventfd_write(wake_.get(), 1);
+}
+
+Loop::Id Loop::Watch(int fd, uint32_t events, OnReady ready) {
+  Id id = next_id_++;
+  watched_[id] = {fd, std::make_shared<OnReady>(std::move(ready))};
+  epoll_event event{.events = events, .data = {.u64 = id}};
+  Checked(epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event), "epoll_ctl");
+  return id;
+}
+
+void Loop::Rearm(Id watch, uint32_t events) {
+  epoll_event event{.events = events, .data = {.u64 = watch}};
+  epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, watched_.at(watch).fd, &event);
+}
+
+void Loop::Unwatch(Id watch) {
+  auto found = watched_.find(watch);
+  if (found == watched_.end()) return;
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, found->second.fd, nullptr);
+  watched_.erase(found);
+}
+
+Loop::Id Loop::After(double seconds, Task task) {
+  auto delay = std::chrono::duration_cast<Clock::duration>(
+      std::chrono::duration<double>(seconds));
+  Id id = next_id_++;
+  Clock::time_point due = Clock::now() + delay;
+  timers_[{due, id}] = std::move(task);
+  timer_due_[id] = due;
+  return id;
+}
+
+void Loop::CancelTimer(Id timer) {
+  auto found = timer_due_.find(timer);
+  if (found == timer_due_.end()) return;
+  timers_.erase({found->second, timer});
+  timer_due_.erase(found);
+}
+
+void Loop::Run() {
+  pthread_setname_np(pthread_self(), name_.c_str());
+  while (!stopping_) {
+    RunPosted();
+    RunTimers();
+    if (!stopping_) WaitForEvents();
+  }
+}
+
+void Loop::RunPosted() {
+  std::vector<Task> tasks;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    tasks.swap(posted_);
+    woken_ = false;
+  }
+  for (Task &task : tasks) task();
+}
+
+void Loop::RunTimers() {
+  Clock::time_point now = Clock::now();
+  while (!timers_.empty() && timers_.begin()->first.first <= now) {
+    auto first = timers_.begin();
+    Task task = std::move(first->second);
+    timer_due_.erase(first->first.second);
+    timers_.erase(first);
+    task();
+  }
+}
+
+void Loop::WaitForEvents() {
+  std::array<epoll_event, 64> ready;
+  int count = epoll_wait(epoll_.get(), ready.data(), ready.size(), TimeoutMs());
+  for (int i = 0; i < count; ++i) {
+    if (ready[i].data.u64 == kWakeId) {
+      DrainWake();
+      continue;
+    }
+    auto found = watched_.find(ready[i].data.u64);
+    if (found == watched_.end()) continue;
+    std::shared_ptr<OnReady> keep = found->second.ready;  // it may unwatch itself
+    (*keep)(ready[i].events);
+  }
+}
+
+int Loop::TimeoutMs() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!posted_.empty()) return 0;
+  }
+  if (timers_.empty()) return -1;
+  auto left = timers_.begin()->first.first - Clock::now();
+  auto ms = std::chrono::ceil<std::chrono::milliseconds>(left).count();
+  return static_cast<int>(std::clamp<int64_t>(ms, 0, 60'000));
+}
+
+void Loop::DrainWake() {
+  eventfd_t ignored;
+  eventfd_read(wake_.get(), &ignored);
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,73 @@
+// An agent that this process pulls from, as the rest of the agent sees it.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "ray/rdt/copy_pool.h"
+#include "ray/rdt/counters.h"
+#include "ray/rdt/dial.h"
+#include "ray/rdt/events.h"
+#include "ray/rdt/lanes/lane_kind.h"
+#include "ray/rdt/pull.h"
+
+namespace ray::rdt {
+
+// Limits and choices that the user set.
+struct Settings {
+  std::string bind_ip;
+  LaneSet lanes = 0;
+  int copy_threads = 2;
+  int tcp_streams = 4;
+  uint64_t pool_bytes = 0;
+  double connect_timeout_s = 10;
+  double peer_timeout_s = 30;
+  bool clear_tcp = true;  // false: nothing of ours may cross the network in the clear
+};
+
+// What every peer works with; owned by the agent, which outlives its peers.
+struct Workplace {
+  Loop *loop;
+  CopyPool *copies;
+  EventQueue *events;
+  Log *log;
+  Counters *counters;
+  const Settings *settings;
+  const Identity *identity;
+  const Address *self;
+};
+
+// Runs on: the agent's loop, but for QueueFree and Reasons (any thread).
+class Peer {
+ public:
+  virtual ~Peer() = default;
+
+  virtual void Submit(std::shared_ptr<Pull> pull) = 0;
+  virtual void Submit(std::shared_ptr<Call> call, Bytes payload) = 0;
+  // The caller of the pull or call has given up on it.
+  virtual void ForgetPull(uint64_t id) = 0;
+  virtual void ForgetCall(uint64_t id) = 0;
+  virtual void SendFrees() = 0;
+  // Once in a while: looks for a peer that no longer answers.
+  virtual void Tick() = 0;
+  // True when the peer holds no connection and no work.
+  virtual bool is_idle() const = 0;
+  // Fails all that is under way and closes. Nothing is submitted afterwards.
+  virtual void Shutdown(const Status &why) = 0;
+
+  // True if SendFrees must be posted: the first free since the last one.
+  bool QueueFree(const Key &key);
+  LaneReasons Reasons() const;
+
+ protected:
+  std::vector<Key> TakeFrees();
+  void SetReasons(const LaneReasons &reasons);
+
+ private:
+  mutable std::mutex mutex_;
+  std::vector<Key> frees_;  // guarded by mutex_
+  LaneReasons reasons_{"not settled yet", "not settled yet", "not settled yet", "not settled yet"};
+};
+
+}  // namespace ray::rdt

@@ -1,0 +1,92 @@
+#include "ray/rdt/pull.h"
+
+#include <algorithm>
+
+namespace ray::rdt {
+
+bool Pull::TakeRange(uint64_t max_bytes, Range *range) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ending_) return false;
+  if (!returned_.empty()) {
+    *range = returned_.front();
+    returned_.pop_front();
+    return true;
+  }
+  *range = {next_, std::min(max_bytes, destination.total() - next_)};
+  next_ += range->nbytes;
+  return range->nbytes > 0;
+}
+
+void Pull::ReturnRange(Range range) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (range.nbytes > 0) returned_.push_back(range);
+}
+
+bool Pull::BeginWrite() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ending_) return false;
+  ++writers_;
+  return true;
+}
+
+void Pull::EndWrite() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  --writers_;
+  if (writers_ == 0 && ending_) SettleLocked(*ending_);
+}
+
+bool Pull::Landed(uint64_t nbytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  landed_ += nbytes;
+  return landed_ == destination.total();
+}
+
+void Pull::Restart() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  next_ = landed_ = 0;
+  returned_.clear();
+}
+
+Status Pull::CheckTotal(uint64_t producer_total) const {
+  if (producer_total == destination.total()) return {};
+  return {Code::kSizeMismatch,
+          "the object has " + std::to_string(producer_total) + " bytes, the destination " +
+              std::to_string(destination.total())};
+}
+
+uint64_t Pull::ChunkFor(int workers) const {
+  uint64_t fair = destination.total() / (2 * static_cast<uint64_t>(workers)) + 1;
+  return std::clamp(fair, kMinChunk, kMaxChunk);
+}
+
+void Pull::Cancel() {
+  End({Code::kCancelled, "the pull was cancelled"});
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return settled_.has_value(); });
+}
+
+void Pull::End(const Status &status) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!ending_) ending_ = status;
+  if (writers_ == 0) SettleLocked(*ending_);
+}
+
+void Call::Answer(bool is_error, Bytes payload) {
+  if (is_error) return Fail({Code::kRefused, std::string(payload.begin(), payload.end())});
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (settled_) return;
+  reply_ = std::move(payload);
+  SettleLocked({});
+}
+
+void Call::Fail(const Status &status) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  SettleLocked(status);
+}
+
+Bytes Call::TakeReply() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::move(reply_);
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,87 @@
+// One consumer fetching one RDT object: the destination, what of it is still to
+// be fetched, and who writes to it at the moment.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <functional>
+
+#include "ray/rdt/completion.h"
+#include "ray/rdt/lanes/lane_kind.h"
+#include "ray/rdt/spans.h"
+#include "ray/rdt/wire.h"
+
+namespace ray::rdt {
+
+// Runs on: any thread. The destination memory belongs to the caller, who may
+// free it once the pull has settled: no writer is inside it then.
+//
+// A lane moves bytes so: TakeRange; then, around each write to the destination,
+// BeginWrite and EndWrite; then Landed, or ReturnRange if the bytes will not come.
+class Pull : public Completion {
+ public:
+  // A larger chunk makes others wait longer for their turn on a copy thread; a
+  // smaller one costs more system calls.
+  static constexpr uint64_t kMaxChunk = 4 << 20;
+  static constexpr uint64_t kMinChunk = 256 << 10;
+
+  Pull(uint64_t id, const Key &key, SpanList destination)
+      : id(id), key(key), destination(std::move(destination)) {}
+
+  const uint64_t id;
+  const Key key;
+  const SpanList destination;
+
+  // Hands out up to max_bytes that nobody has taken. False when nothing is left
+  // to take or the pull has ended.
+  bool TakeRange(uint64_t max_bytes, Range *range);
+  void ReturnRange(Range range);
+  // False when the pull has ended: then the destination must not be touched.
+  bool BeginWrite();
+  void EndWrite();
+  // True for the one call that makes the destination whole.
+  bool Landed(uint64_t nbytes);
+  // From the beginning again, on another lane. No lane is active.
+  void Restart();
+
+  // Ok, or kSizeMismatch with both lengths.
+  Status CheckTotal(uint64_t producer_total) const;
+  // The chunk that splits this pull fairly over `workers`.
+  uint64_t ChunkFor(int workers) const;
+
+  void Complete() { End({}); }
+  // Settles once the last writer has left; what came first counts.
+  void Fail(const Status &status) { End(status); }
+  // Fail with kCancelled, and wait until it settled.
+  void Cancel();
+
+  void set_lane(LaneKind lane) { lane_ = static_cast<int>(lane); }
+  int lane() const { return lane_; }  // -1 until chosen
+
+ private:
+  void End(const Status &status);
+
+  std::optional<Status> ending_;  // guarded by mutex_, as is all below
+  int writers_ = 0;
+  uint64_t next_ = 0;             // nothing from here on was ever taken
+  std::deque<Range> returned_;
+  uint64_t landed_ = 0;
+  std::atomic<int> lane_{-1};
+};
+
+// A request to the Python side of another agent.
+class Call : public Completion {
+ public:
+  explicit Call(uint64_t id) : id(id) {}
+  const uint64_t id;
+
+  // An error reply settles as kRefused with the payload as text.
+  void Answer(bool is_error, Bytes payload);
+  void Fail(const Status &status);
+  Bytes TakeReply();
+
+ private:
+  Bytes reply_;  // guarded by mutex_
+};
+
+}  // namespace ray::rdt

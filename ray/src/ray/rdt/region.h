@@ -1,0 +1,76 @@
+// The memory that this agent serves.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "ray/rdt/events.h"
+#include "ray/rdt/spans.h"
+
+namespace ray::rdt {
+
+// Memory of the caller, who keeps it alive until the region's token comes back.
+// A pin is a shared_ptr: whoever holds one may read the memory, and the last
+// one to let go, on whatever thread, sends the token back.
+class Region {
+ public:
+  Region(const std::vector<Span> &spans, int64_t token, EventQueue *events)
+      : memory(spans), token_(token), events_(events) {}
+  ~Region() { events_->PushReleased(token_); }
+  Region(const Region &) = delete;
+  Region &operator=(const Region &) = delete;
+
+  const SpanList memory;
+
+ private:
+  const int64_t token_;
+  EventQueue *const events_;
+};
+
+using Pin = std::shared_ptr<const Region>;
+
+// Runs on: any thread.
+class RegionTable {
+ public:
+  explicit RegionTable(EventQueue *events) : events_(events) {}
+
+  // False when the key is taken; then no token comes back for the call.
+  bool Register(const Key &key, const std::vector<Span> &spans, int64_t token);
+  // False when there is no such region. Running pulls keep what they pinned.
+  bool Release(const Key &key);
+  void ReleaseAll();
+  Pin Find(const Key &key) const;
+  size_t size() const;
+
+ private:
+  EventQueue *const events_;
+  mutable std::mutex mutex_;
+  std::map<Key, Pin> regions_;  // guarded by mutex_
+};
+
+// Pins of the pulls that are under way, found by who pulls and its pull id.
+// Data connections look here for what a control connection was granted.
+// Runs on: any thread.
+class PinTable {
+ public:
+  // `owner` is the control connection. A consumer that lost its connection may
+  // ask again, under the same id, before the end of the old one was seen here.
+  void Add(const AgentId &consumer, uint64_t pull, const void *owner, Pin pin);
+  void Remove(const AgentId &consumer, uint64_t pull, const void *owner);
+  Pin Find(const AgentId &consumer, uint64_t pull) const;
+  size_t size() const;
+
+ private:
+  struct Entry {
+    const void *owner = nullptr;
+    Pin pin;
+  };
+
+  mutable std::mutex mutex_;
+  std::map<std::pair<AgentId, uint64_t>, Entry> pins_;  // guarded by mutex_
+};
+
+}  // namespace ray::rdt

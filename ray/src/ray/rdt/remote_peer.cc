@@ -1,0 +1,359 @@
+#include "ray/rdt/remote_peer.h"
+
+#include <sys/epoll.h>
+
+#include "ray/rdt/lanes/cma.h"
+#include "ray/rdt/net.h"
+
+namespace ray::rdt {
+
+RemotePeer::RemotePeer(const Workplace &workplace, const Address &address)
+    : work_(workplace), address_(address) {}
+
+RemotePeer::~RemotePeer() { Disconnect(); }
+
+void RemotePeer::Submit(std::shared_ptr<Pull> pull) {
+  NoteWork();
+  uint64_t id = pull->id;
+  Asked &asked = pulls_[id] = {.pull = std::move(pull)};
+  if (channel_) return SendPull(id, &asked);
+  Connect();
+}
+
+void RemotePeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
+  NoteWork();
+  uint64_t id = call->id;
+  Called &called = calls_[id] = {.call = std::move(call), .payload = std::move(payload)};
+  if (channel_) return SendCall(id, &called);
+  Connect();
+}
+
+void RemotePeer::ForgetPull(uint64_t id) {
+  auto node = pulls_.extract(id);
+  if (node && node.mapped().is_sent && channel_) {
+    channel_->Send(EncodeFrame(FrameType::kAbort, id));
+  }
+}
+
+void RemotePeer::ForgetCall(uint64_t id) { calls_.erase(id); }
+
+void RemotePeer::SendFrees() {
+  if (!channel_) return Connect();
+  Free free{.keys = TakeFrees()};
+  if (!free.keys.empty()) channel_->Send(EncodeFrame(FrameType::kFree, 0, free));
+}
+
+void RemotePeer::Tick() {
+  bool is_waiting = channel_ && (!pulls_.empty() || !calls_.empty());
+  if (!is_waiting) return;
+  double silent_s = std::chrono::duration<double>(Clock::now() - last_heard_).count();
+  if (silent_s > work_.settings->peer_timeout_s) {
+    return Lose({Code::kPeerLost,
+                 "the peer has not answered for " + std::to_string(static_cast<int>(silent_s)) +
+                     " s"});
+  }
+  if (silent_s > work_.settings->peer_timeout_s / 3) {
+    channel_->Send(EncodeFrame(FrameType::kPing, 0));
+  }
+}
+
+bool RemotePeer::is_idle() const {
+  return !channel_ && !dial_ && pulls_.empty() && calls_.empty();
+}
+
+void RemotePeer::Shutdown(const Status &why) {
+  Disconnect();
+  dial_.reset();
+  FailAll(why);
+}
+
+// ---- connection ----
+
+void RemotePeer::Connect() {
+  if (dial_) return;
+  if (!OverUnix() && !NoTcpReason().empty()) return FailAll({Code::kRefused, NoTcpReason()});
+  DialOptions options{.purpose = Purpose::kControl,
+                      .over_unix = OverUnix(),
+                      .connect_timeout_s = work_.settings->connect_timeout_s,
+                      .peer_timeout_s = work_.settings->peer_timeout_s};
+  dial_ = std::make_unique<Dial>(
+      work_.loop, *work_.identity, address_, options,
+      [this](const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &facts) {
+        OnDialed(status, std::move(channel), facts);
+      });
+}
+
+void RemotePeer::OnDialed(const Status &status,
+                          std::shared_ptr<Channel> channel,
+                          const PeerFacts &facts) {
+  dial_.reset();
+  if (!status.ok()) {
+    TakeFrees();  // whoever is gone holds nothing to free
+    return FailAll(Named(status));
+  }
+  channel_ = std::move(channel);
+  channel_->set_handler(this);
+  ++work_.counters->connections;
+  last_heard_ = Clock::now();
+  if (OverUnix()) IdentifyProcess();
+  SettleLanes(facts);
+  SendAll();
+}
+
+// The kernel's word on who holds the other end. The pidfd is opened before the
+// probe is read, so that the process it stands for is the one that was probed.
+void RemotePeer::IdentifyProcess() {
+  pid_ = PeerCredentials(channel_->fd()).pid;
+  if (pid_ <= 0) return;
+  pidfd_ = OpenPidFd(pid_);
+  if (!pidfd_) return;
+  pidfd_watch_ = work_.loop->Watch(pidfd_.get(), EPOLLIN, [this](uint32_t) {
+    Lose({Code::kPeerLost, "the peer's process ended"});
+  });
+}
+
+void RemotePeer::SettleLanes(const PeerFacts &facts) {
+  LaneReasons reasons = JudgeLanes({.mine = work_.settings->lanes,
+                                    .theirs = facts.lanes,
+                                    .is_unix = OverUnix(),
+                                    .cma_probe_error = OverUnix() ? ProbeCma(pid_, facts) : "",
+                                    .has_tcp = NoTcpReason().empty(),
+                                    .no_tcp_reason = NoTcpReason()});
+  for (LaneKind kind : UsableLanes(reasons)) {
+    lanes_[static_cast<size_t>(kind)] = MakeLane(kind);
+  }
+  SetReasons(reasons);
+  LogLanes(reasons);
+}
+
+void RemotePeer::LogLanes(const LaneReasons &reasons) {
+  if (std::exchange(were_lanes_logged_, true)) return;
+  LaneKind best = LaneKind::kTcp;
+  std::string text = "RDT with " + address_.Describe() + ": ";
+  text += BestLane(&best) != nullptr ? std::string("lane ") + LaneName(best) : "no lane";
+  for (size_t i = 0; i < kLaneCount && reasons[i] != "ok"; ++i) {
+    text += std::string(i == 0 ? " (" : "; ") + kLaneNames[i] + ": " + reasons[i];
+  }
+  work_.log->Info("lanes", text + (reasons[0] != "ok" ? ")" : ""));
+}
+
+std::unique_ptr<Lane> RemotePeer::MakeLane(LaneKind kind) {
+  switch (kind) {
+  case LaneKind::kCma:
+    return std::make_unique<CmaLane>(work_.copies, pid_);
+  default:
+    return nullptr;
+  }
+}
+
+// After a cma read: both the connection and the process that it was made with
+// are still there, so the bytes came from the pinned region and nowhere else.
+bool RemotePeer::IsAlive() const {
+  return channel_ && !IsHungUp(channel_->fd()) && !(pidfd_ && IsReadable(pidfd_.get()));
+}
+
+void RemotePeer::OnClosed(const Status &why) { Lose(why); }
+
+void RemotePeer::Lose(const Status &why) {
+  bool has_ended = pidfd_ && IsReadable(pidfd_.get());
+  Disconnect();
+  work_.events->Push({.kind = Event::Kind::kLost, .agent = address_.agent});
+  std::map<uint64_t, Asked> again;
+  for (auto &[id, asked] : pulls_) {
+    bool may_retry = !asked.is_granted && !asked.is_second_try && !has_ended;
+    if (may_retry) again[id] = {.pull = asked.pull, .is_second_try = true};
+  }
+  for (auto &[id, asked] : again) pulls_.erase(id);
+  FailAll(Named({Code::kPeerLost, why.text}));
+  pulls_ = std::move(again);
+  if (!pulls_.empty()) Connect();
+}
+
+void RemotePeer::Disconnect() {
+  for (auto &lane : lanes_) lane.reset();
+  if (pidfd_) work_.loop->Unwatch(pidfd_watch_);
+  pidfd_.Reset();
+  if (!channel_) return;
+  channel_->Close();
+  channel_.reset();
+  --work_.counters->connections;
+}
+
+void RemotePeer::FailAll(const Status &why) {
+  for (auto &[id, asked] : std::exchange(pulls_, {})) {
+    bool is_loss = asked.is_second_try && why.code == Code::kUnreachable;
+    asked.pull->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
+  }
+  for (auto &[id, called] : std::exchange(calls_, {})) called.call->Fail(why);
+}
+
+bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_); }
+
+std::string RemotePeer::NoTcpReason() const {
+  if (!work_.settings->clear_tcp) {
+    return "TLS is required (Ray was told to use it), and RDT's tcp connections are clear text; "
+           "allow them explicitly to use them";
+  }
+  return address_.port == 0 ? "the peer does not listen on TCP" : "";
+}
+
+Status RemotePeer::Named(const Status &why) const {
+  return {why.code, why.text + " (" + address_.Describe() + ")"};
+}
+
+// ---- requests ----
+
+void RemotePeer::SendAll() {
+  for (auto &[id, called] : calls_) SendCall(id, &called);
+  // Sending may end a pull and so change the map.
+  std::vector<uint64_t> ids;
+  for (auto &[id, asked] : pulls_) ids.push_back(id);
+  for (uint64_t id : ids) {
+    if (auto found = pulls_.find(id); found != pulls_.end()) SendPull(id, &found->second);
+  }
+  SendFrees();
+}
+
+void RemotePeer::SendPull(uint64_t id, Asked *asked) {
+  Lane *lane = BestLane(&asked->lane);
+  if (lane == nullptr) {
+    return FinishPull(id, Named({Code::kRefused, "no lane is left to the peer"}));
+  }
+  asked->is_sent = true;
+  asked->pull->set_lane(asked->lane);
+  PullRequest request{.key = asked->pull->key, .with_spans = lane->reads_memory()};
+  channel_->Send(EncodeFrame(FrameType::kPull, id, request));
+}
+
+void RemotePeer::SendCall(uint64_t id, Called *called) {
+  if (std::exchange(called->is_sent, true)) return;
+  channel_->Send(EncodeFrame(FrameType::kCall, id, ByteView(called->payload)));
+  called->payload = {};
+}
+
+Lane *RemotePeer::BestLane(LaneKind *kind) {
+  for (size_t i = 0; i < kLaneCount; ++i) {
+    *kind = static_cast<LaneKind>(i);
+    if (lanes_[i]) return lanes_[i].get();
+  }
+  return nullptr;
+}
+
+void RemotePeer::BarLane(LaneKind lane, const std::string &why) {
+  LaneReasons reasons = Reasons();
+  reasons[static_cast<size_t>(lane)] = why;
+  SetReasons(reasons);
+  lanes_[static_cast<size_t>(lane)].reset();
+  work_.log->Warning("lanes", std::string("RDT gives up lane ") + LaneName(lane) + " with " +
+                                  address_.Describe() + ": " + why);
+}
+
+void RemotePeer::OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) {
+  last_heard_ = Clock::now();
+  if (header.version != kProtocolVersion || !Handle(header, payload)) {
+    Lose({Code::kPeerLost, "the peer sent a malformed or unknown frame"});
+  }
+}
+
+// False when the frame is none that a producer sends.
+bool RemotePeer::Handle(const FrameHeader &header, ByteView payload) {
+  switch (header.type) {
+  case FrameType::kGrant:
+    return OnGrant(header.request, Unpack<Grant>(payload));
+  case FrameType::kRefuse:
+    return OnRefuse(header.request, Unpack<Refuse>(payload));
+  case FrameType::kReply:
+    return OnReply(header.request, payload);
+  case FrameType::kFilled:
+    if (Lane *shm = lanes_[static_cast<size_t>(LaneKind::kShm)].get()) shm->OnFrame(header, payload);
+    return true;
+  case FrameType::kPong:
+    return true;
+  default:
+    return false;
+  }
+}
+
+bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
+  uint64_t span_bytes = 0;
+  if (!grant || !TotalOf(grant->spans, &span_bytes)) return false;
+  auto found = pulls_.find(id);
+  if (found == pulls_.end()) return true;  // forgotten; an ABORT is on its way
+  Asked &asked = found->second;
+  asked.is_granted = true;
+  if (Status fit = asked.pull->CheckTotal(grant->total); !fit.ok()) {
+    FinishPull(id, fit);
+    return true;
+  }
+  Lane *lane = lanes_[static_cast<size_t>(asked.lane)].get();
+  if (lane == nullptr) {
+    TryNextLane(id, "the lane was given up");
+    return true;
+  }
+  if (lane->reads_memory() && span_bytes != grant->total) return false;
+  if (grant->total == 0) {
+    FinishPull(id, {});
+    return true;
+  }
+  lane->Start(asked.pull, *grant, [loop = work_.loop, weak = std::weak_ptr(alive_), id](const Status &status) {
+    loop->Post([weak, id, status] {
+      if (auto peer = weak.lock()) (*peer)->OnMoved(id, status);
+    });
+  });
+  return true;
+}
+
+bool RemotePeer::OnRefuse(uint64_t id, const std::optional<Refuse> &refuse) {
+  if (!refuse) return false;
+  auto found = pulls_.find(id);
+  if (found == pulls_.end()) return true;
+  found->second.is_sent = false;  // nothing is pinned for it
+  FinishPull(id, Named({CodeFromWire(refuse->code), refuse->text}));
+  return true;
+}
+
+bool RemotePeer::OnReply(uint64_t id, ByteView payload) {
+  if (payload.empty()) return false;
+  auto node = calls_.extract(id);
+  if (!node) return true;
+  node.mapped().call->Answer(payload[0] != 0, Bytes(payload.begin() + 1, payload.end()));
+  return true;
+}
+
+void RemotePeer::OnMoved(uint64_t id, const Status &status) {
+  auto found = pulls_.find(id);
+  if (found == pulls_.end() || !channel_) return;
+  bool read_memory = found->second.lane == LaneKind::kCma;
+  if (read_memory && !IsAlive()) {
+    return Lose({Code::kPeerLost, "the peer ended during the pull"});
+  }
+  if (status.code == Code::kRefused) return TryNextLane(id, status.text);
+  FinishPull(id, status);
+}
+
+void RemotePeer::TryNextLane(uint64_t id, const std::string &why) {
+  Asked &asked = pulls_.at(id);
+  if (lanes_[static_cast<size_t>(asked.lane)]) BarLane(asked.lane, why);
+  channel_->Send(EncodeFrame(FrameType::kAbort, id));
+  asked.pull->Restart();
+  asked.is_granted = false;
+  SendPull(id, &asked);
+}
+
+void RemotePeer::FinishPull(uint64_t id, const Status &status) {
+  auto node = pulls_.extract(id);
+  Asked &asked = node.mapped();
+  if (status.ok()) {
+    work_.counters->CountPull(asked.lane, asked.pull->destination.total());
+    asked.pull->Complete();
+  } else {
+    asked.pull->Fail(status);
+  }
+  if (asked.is_sent) channel_->Send(EncodeFrame(FrameType::kDone, id));
+}
+
+void RemotePeer::NoteWork() {
+  if (pulls_.empty() && calls_.empty()) last_heard_ = Clock::now();
+}
+
+}  // namespace ray::rdt

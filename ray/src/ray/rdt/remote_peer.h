@@ -1,0 +1,93 @@
+// Another process as producer: one control connection, and the lanes over it.
+#pragma once
+
+#include <array>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "ray/rdt/lanes/lane.h"
+#include "ray/rdt/peer.h"
+
+namespace ray::rdt {
+
+// Runs on: the agent's loop. The connection is made at the first use. When it
+// breaks, what was asked and not yet granted is asked once more over a new one
+// (a connection may die of age); everything else fails at once.
+class RemotePeer : public Peer, private Channel::Handler {
+ public:
+  RemotePeer(const Workplace &workplace, const Address &address);
+  ~RemotePeer() override;
+
+  void Submit(std::shared_ptr<Pull> pull) override;
+  void Submit(std::shared_ptr<Call> call, Bytes payload) override;
+  void ForgetPull(uint64_t id) override;
+  void ForgetCall(uint64_t id) override;
+  void SendFrees() override;
+  void Tick() override;
+  bool is_idle() const override;
+  void Shutdown(const Status &why) override;
+
+ private:
+  struct Asked {
+    std::shared_ptr<Pull> pull;
+    LaneKind lane = LaneKind::kTcp;
+    bool is_sent = false;
+    bool is_granted = false;
+    bool is_second_try = false;
+  };
+  struct Called {
+    std::shared_ptr<Call> call;
+    Bytes payload;  // until sent
+    bool is_sent = false;
+  };
+
+  // Connection.
+  void Connect();
+  void OnDialed(const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &facts);
+  void IdentifyProcess();
+  void SettleLanes(const PeerFacts &facts);
+  void LogLanes(const LaneReasons &reasons);
+  std::unique_ptr<Lane> MakeLane(LaneKind kind);
+  bool IsAlive() const;
+  void OnClosed(const Status &why) override;
+  void Lose(const Status &why);
+  void Disconnect();
+  void FailAll(const Status &why);
+  bool OverUnix() const;
+  std::string NoTcpReason() const;
+  Status Named(const Status &why) const;
+
+  // Requests.
+  void SendAll();
+  void SendPull(uint64_t id, Asked *asked);
+  void SendCall(uint64_t id, Called *called);
+  Lane *BestLane(LaneKind *kind);
+  void BarLane(LaneKind lane, const std::string &why);
+  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
+  bool Handle(const FrameHeader &header, ByteView payload);
+  bool OnGrant(uint64_t id, std::optional<Grant> grant);
+  bool OnRefuse(uint64_t id, const std::optional<Refuse> &refuse);
+  bool OnReply(uint64_t id, ByteView payload);
+  void OnMoved(uint64_t id, const Status &status);
+  void TryNextLane(uint64_t id, const std::string &why);
+  void FinishPull(uint64_t id, const Status &status);
+  void NoteWork();
+
+  const Workplace work_;
+  const Address address_;
+  std::unique_ptr<Dial> dial_;
+  std::shared_ptr<Channel> channel_;  // when connected
+  pid_t pid_ = 0;                     // in our pid namespace; over Unix only
+  Fd pidfd_;
+  Loop::Id pidfd_watch_ = 0;
+  std::array<std::unique_ptr<Lane>, kLaneCount> lanes_;  // those that are usable
+  bool were_lanes_logged_ = false;
+  std::map<uint64_t, Asked> pulls_;
+  std::map<uint64_t, Called> calls_;
+  Clock::time_point last_heard_;
+  // Lets a report find out that the peer is gone.
+  const std::shared_ptr<RemotePeer *> alive_ = std::make_shared<RemotePeer *>(this);
+};
+
+}  // namespace ray::rdt

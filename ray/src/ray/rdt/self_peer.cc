@@ -1,0 +1,60 @@
+#include "ray/rdt/self_peer.h"
+
+#include "ray/rdt/lanes/inproc.h"
+
+namespace ray::rdt {
+
+SelfPeer::SelfPeer(const Workplace &workplace, RegionTable *regions, Service *service)
+    : work_(workplace), regions_(regions), service_(service) {
+  LaneSet mine = work_.settings->lanes;
+  SetReasons(JudgeLanes({.mine = mine,
+                         .theirs = mine,
+                         .is_same_agent = true,
+                         .no_tcp_reason = "the peer is this process"}));
+}
+
+void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
+  Pin source = regions_->Find(pull->key);
+  if (!source) return pull->Fail({Code::kNotFound, "this process holds no such object (it was freed)"});
+  if (Status fit = pull->CheckTotal(source->memory.total()); !fit.ok()) return pull->Fail(fit);
+  pull->set_lane(LaneKind::kInproc);
+  pulls_[pull->id] = pull;
+  StartInprocCopy(work_.copies, pull, std::move(source),
+                  [this, id = pull->id](const Status &status) {
+                    work_.loop->Post([this, id, status] { OnCopied(id, status); });
+                  });
+}
+
+void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
+  uint64_t id = call->id;
+  calls_[id] = std::move(call);
+  service_->Ask(work_.self->agent, payload, [this, id](bool is_error, Bytes answer) {
+    OnAnswer(id, is_error, std::move(answer));
+  });
+}
+
+void SelfPeer::SendFrees() {
+  for (const Key &key : TakeFrees()) regions_->Release(key);
+}
+
+void SelfPeer::Shutdown(const Status &why) {
+  for (auto &[id, pull] : pulls_) pull->Fail(why);
+  for (auto &[id, call] : calls_) call->Fail(why);
+  pulls_.clear();
+  calls_.clear();
+}
+
+void SelfPeer::OnCopied(uint64_t id, const Status &status) {
+  auto node = pulls_.extract(id);
+  if (!node) return;
+  if (!status.ok()) return node.mapped()->Fail(status);
+  work_.counters->CountPull(LaneKind::kInproc, node.mapped()->destination.total());
+  node.mapped()->Complete();
+}
+
+void SelfPeer::OnAnswer(uint64_t id, bool is_error, Bytes payload) {
+  auto node = calls_.extract(id);
+  if (node) node.mapped()->Answer(is_error, std::move(payload));
+}
+
+}  // namespace ray::rdt

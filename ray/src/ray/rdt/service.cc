@@ -1,0 +1,168 @@
+#include "ray/rdt/service.h"
+
+#include <set>
+#include <utility>
+
+#include "ray/rdt/address.h"
+
+namespace ray::rdt {
+
+// One agent's control connection to us.
+class Service::Guest : public Channel::Handler {
+ public:
+  Guest(Service *service, std::shared_ptr<Channel> channel, const AgentId &agent)
+      : service_(service), channel_(std::move(channel)), agent_(agent) {
+    channel_->set_handler(this);
+  }
+
+  ~Guest() override {
+    channel_->Close();
+    for (auto &[id, pin] : pulls_) service_->pins_.Remove(agent_, id, this);
+    for (uint64_t call : calls_) service_->answers_.erase(call);
+  }
+
+  const AgentId &agent() const { return agent_; }
+
+  void OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) override {
+    if (header.version != kProtocolVersion || !Handle(header, payload)) {
+      OnClosed({Code::kRefused, "a malformed or unknown frame"});
+    }
+  }
+
+  void OnClosed(const Status &why) override {
+    if (why.code != Code::kPeerLost) {
+      service_->log_->Warning("guest", "RDT dropped the connection of agent " +
+                                           Hex(ByteView(agent_).first(4)) + ": " + why.text);
+    }
+    service_->Leave(this);
+  }
+
+ private:
+  // False when the frame is none that a consumer sends.
+  bool Handle(const FrameHeader &header, ByteView payload) {
+    switch (header.type) {
+    case FrameType::kPull:
+      return OnPull(header.request, Unpack<PullRequest>(payload));
+    case FrameType::kDone:
+    case FrameType::kAbort:
+      Unpin(header.request);
+      return true;
+    case FrameType::kFree:
+      return OnFree(Unpack<Free>(payload));
+    case FrameType::kCall:
+      OnCall(header.request, payload);
+      return true;
+    case FrameType::kPing:
+      channel_->Send(EncodeFrame(FrameType::kPong, header.request));
+      return true;
+    default:
+      return false;
+    }
+  }
+
+  bool OnPull(uint64_t id, const std::optional<PullRequest> &request) {
+    if (!request) return false;
+    Pin pin = service_->regions_->Find(request->key);
+    if (!pin) {
+      RefusePull(id, Code::kNotFound, "the producer holds no such object (it was freed)");
+      return true;
+    }
+    Grant grant{.total = pin->memory.total(), .spans = {}};
+    if (request->with_spans) grant.spans = pin->memory.spans();
+    if (grant.spans.size() > kMaxSpans) {
+      RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
+      return true;
+    }
+    service_->pins_.Add(agent_, id, this, pin);
+    pulls_[id] = std::move(pin);
+    service_->counters_->bytes_granted += grant.total;
+    channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
+    return true;
+  }
+
+  void RefusePull(uint64_t id, Code code, const std::string &text) {
+    Refuse refuse{.code = static_cast<uint8_t>(code), .text = text};
+    channel_->Send(EncodeFrame(FrameType::kRefuse, id, refuse));
+  }
+
+  void Unpin(uint64_t id) {
+    if (pulls_.erase(id) > 0) service_->pins_.Remove(agent_, id, this);
+  }
+
+  bool OnFree(const std::optional<Free> &free) {
+    if (!free) return false;
+    for (const Key &key : free->keys) service_->regions_->Release(key);
+    return true;
+  }
+
+  void OnCall(uint64_t id, ByteView payload) {
+    uint64_t call = service_->next_call_;
+    calls_.insert(call);
+    // Ends with this guest (see the destructor), so `this` is valid when it runs.
+    service_->Ask(agent_, payload, [this, id, call](bool is_error, Bytes answer) {
+      calls_.erase(call);
+      answer.insert(answer.begin(), is_error ? 1 : 0);
+      channel_->Send(EncodeFrame(FrameType::kReply, id, ByteView(answer)));
+    });
+  }
+
+  static constexpr size_t kMaxSpans = kMaxFrame / sizeof(Span) - 1;
+
+  Service *const service_;
+  const std::shared_ptr<Channel> channel_;
+  const AgentId agent_;
+  std::map<uint64_t, Pin> pulls_;
+  std::set<uint64_t> calls_;      // keys of answers_ that are ours
+};
+
+Service::Service(Loop *loop,
+                 CopyPool *copies,
+                 RegionTable *regions,
+                 EventQueue *events,
+                 Log *log,
+                 Counters *counters)
+    : loop_(loop),
+      copies_(copies),
+      regions_(regions),
+      events_(events),
+      log_(log),
+      counters_(counters) {}
+
+Service::~Service() = default;
+
+void Service::Enter(std::shared_ptr<Channel> channel, const PeerFacts &peer) {
+  if (peer.purpose == Purpose::kData) return;
+  auto guest = std::make_unique<Guest>(this, std::move(channel), peer.agent);
+  guests_[guest.get()] = std::move(guest);
+  ++counters_->connections;
+}
+
+void Service::Ask(const AgentId &from, ByteView payload, Answer answer) {
+  uint64_t call = next_call_++;
+  answers_[call] = std::move(answer);
+  events_->Push({.kind = Event::Kind::kCall,
+                 .call = call,
+                 .agent = from,
+                 .payload = Bytes(payload.begin(), payload.end())});
+}
+
+bool Service::Reply(uint64_t call, bool is_error, Bytes payload) {
+  auto node = answers_.extract(call);
+  if (!node) return false;
+  node.mapped()(is_error, std::move(payload));
+  return true;
+}
+
+void Service::Shutdown() {
+  guests_.clear();
+  answers_.clear();
+}
+
+void Service::Leave(Guest *guest) {
+  AgentId agent = guest->agent();
+  guests_.erase(guest);
+  --counters_->connections;
+  events_->Push({.kind = Event::Kind::kLost, .agent = agent});
+}
+
+}  // namespace ray::rdt
