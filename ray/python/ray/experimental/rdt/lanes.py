@@ -15,6 +15,7 @@ from ray.experimental.rdt.capture import Envelope, Table, build_tensors
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
+from ray.experimental.rdt.session import agent_id_of
 from ray.experimental.rdt.transports.base import (
     OneSided,
     Peer,
@@ -144,6 +145,7 @@ class AgentPull:
             self._landing.addresses,
             self._landing.lengths,
         )
+        self._pull.keep = (self._landing, self._direct)
 
     @property
     def lane(self) -> str:
@@ -179,7 +181,7 @@ class TransportPull:
         self._envelope = envelope
         self._targets = targets
         address = envelope.head.address
-        self._peer = Peer(address, session.agent.id_of(address))
+        self._peer = Peer(address, agent_id_of(address))
         self._route: Route = {}
         if transport.capabilities.two_sided:
             two_sided = cast(TwoSided, transport)

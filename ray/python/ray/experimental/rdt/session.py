@@ -180,6 +180,11 @@ class Session:
         self.agent.reply(call_id, json.dumps(answer).encode(), False)
 
 
+def agent_id_of(address: bytes) -> bytes:
+    """The id of the agent at an address, which begins with a version (2 bytes) and the id (16)."""
+    return address[2:18]
+
+
 _lock = threading.Lock()
 _session: Session | None = None
 _starters: list[Callable[[Session], None]] = []
