@@ -13,17 +13,20 @@ from ci.build.wheel import DIST, build_wheel, check_wheel
 USAGE = """\
 Usage: ./build.sh [COMMAND]
 
-  (none)                the wheel, in dist/, for the Python that runs this (PYTHON=python3.12 names another)
+  (none)                the wheel, in dist/
   venv                  .venv/ with the wheel, torch and all that tests and examples need
-  demo [ARGS]           examples/demo: weights from a trainer to two inference actors, as a table and a plot
-  test [PYTEST ARGS]    native tests (plain and under sanitizers), then pytest on the installed wheel
+  demo [ARGS]           weights from a trainer to two inference actors, as a table and a plot
+  test [PYTEST ARGS]    pytest on the installed wheel; without ARGS, first the native tests,
+                        plain and under sanitizers
   check                 linters, types, and the rules for patches, overlay and layers
+  format                lays out Python and C++ as check wants it
   bench [ARGS]          measures the wheel against stock Ray, each in its own venv
   apply TREE            puts patches and overlay onto a Ray source tree
   apply --reverse TREE  takes them off again
   clean                 removes build/, dist/ and .venv/
   help                  this text
 
+All is for the Python that runs it: PYTHON=python3.12 ./build.sh names another.
 Steps that were done for the same input are not done again.
 """
 
@@ -61,6 +64,10 @@ def check(_: list[str], __: Path) -> None:
     checks.check_all(installed())
 
 
+def lay_out(_: list[str], __: Path) -> None:
+    checks.format_all()
+
+
 def bench(arguments: list[str], _: Path) -> None:
     ours = installed()
     with one_at_a_time():
@@ -96,6 +103,7 @@ COMMANDS: dict[str, Callable[[list[str], Path], None]] = {
     "demo": demo,
     "test": test,
     "check": check,
+    "format": lay_out,
     "bench": bench,
     "apply": apply,
     "clean": clean,

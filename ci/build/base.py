@@ -7,10 +7,21 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from ci.build.steps import BUILD, ROOT, BuildError, is_done, mark_done, need_disk, run, say, sha256_of
+from ci.build.steps import (
+    BUILD,
+    ROOT,
+    BuildError,
+    is_done,
+    mark_done,
+    need_disk,
+    run,
+    say,
+    sha256_of,
+)
 
 BASE_FILE = ROOT / "patches" / "BASE"
 UNPACK_BYTES = 1_000_000_000
+PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:"]
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,7 @@ def fetch(base: Base, cache: Path = BUILD / "base") -> Path:
         need_disk(UNPACK_BYTES, "unpacking the base")
         cache.mkdir(parents=True, exist_ok=True)
         run(
-            [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
-            + ["--only-binary=:all:", "--dest", str(cache), f"ray=={base.version}"],
+            [*PIP_DOWNLOAD, "--dest", str(cache), f"ray=={base.version}"],
             advice=f"it needs a package index; without one, put {name} into {cache}/",
         )
     if not wheel.exists():

@@ -179,7 +179,8 @@ def read_stock(tree: Path, patch: str, path: str) -> str:
     try:
         return (tree / path).read_bytes().decode()
     except FileNotFoundError:
-        raise BuildError(f"stale patch: patches/{patch} changes {path}, not there in {tree}")
+        missing = f"stale patch: patches/{patch} changes {path}, which is not in {tree}"
+        raise BuildError(missing) from None
 
 
 def apply_series(series: list[Patch], tree: Path) -> dict[str, str]:

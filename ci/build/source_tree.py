@@ -19,7 +19,9 @@ def put_on(tree: Path) -> None:
         raise BuildError(f"{tree} has no python/ray: name the root of a Ray source tree")
     kept = tree / KEPT
     if kept.exists():
-        raise BuildError(f"{kept} is there: it was applied before; './build.sh apply --reverse' first")
+        raise BuildError(
+            f"{kept} is there: it was applied before; './build.sh apply --reverse' first"
+        )
     changes = compose(tree)
     replace_file(kept / ".gitignore", b"*\n")
     for path, change in sorted(changes.items()):

@@ -54,10 +54,10 @@ def digest(*parts: str | bytes | Path) -> str:
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
-            part = part.read_bytes()
-        elif isinstance(part, str):
-            part = part.encode()
-        total.update(len(part).to_bytes(8, "little") + part)
+            content = part.read_bytes()
+        else:
+            content = part.encode() if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "little") + content)
     return total.hexdigest()
 
 

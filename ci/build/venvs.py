@@ -17,7 +17,6 @@ from ci.build.steps import (
     replace_file,
     run,
     say,
-    sha256_of,
 )
 from ci.build.wheel import record_of, record_row
 

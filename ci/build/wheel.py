@@ -11,12 +11,14 @@ import platform
 import re
 import shutil
 import sys
+import sysconfig
 import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from ci.build import base, overlay
+from ci.build.native import compile_agent
 from ci.build.steps import BUILD, ROOT, BuildError, capture, digest, is_done, mark_done, say
 
 DIST = ROOT / "dist"
@@ -58,15 +60,15 @@ def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
     base_wheel = base.fetch(stock_release)
     stock = base.unpack(base_wheel, stock_release.wheels[base_wheel.name], work)
     changes = overlay.compose(stock)
-    agent = _agent(work)
+    need_compiler()
+    agent = compile_agent(work / "agent")
 
     members: Members = {
         path.removeprefix(SHIPPED): change.content
         for path, change in changes.items()
         if path.startswith(SHIPPED) and not path.endswith(NOT_SHIPPED)
     }
-    if agent:
-        members[f"ray/experimental/rdt/{agent.name}"] = agent.read_bytes()
+    members[f"ray/experimental/rdt/{agent.name}"] = agent.read_bytes()
     stock_info = f"ray-{stock_release.version}.dist-info/"
     with zipfile.ZipFile(base_wheel) as archive:
         info = {
@@ -82,12 +84,16 @@ def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
     return pack(names, base_wheel, members, info, work, dist)
 
 
-def _agent(work):
-    try:
-        from ci.build.native import compile_agent
-    except ModuleNotFoundError:
-        return None
-    return compile_agent(work)
+def need_compiler() -> None:
+    for program in ("gcc", "g++"):
+        if not shutil.which(program):
+            raise BuildError(f"no {program} found: install one (on Debian: apt-get install g++)")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.is_file():
+        raise BuildError(
+            f"no Python headers in {header.parent}: install them (on Debian: apt-get install "
+            "python3-dev)"
+        )
 
 
 def describe_changes(changes: dict[str, overlay.Change]) -> str:
@@ -99,7 +105,7 @@ def describe_changes(changes: dict[str, overlay.Change]) -> str:
 def platform_tag(base_wheel: Path, agent: Path, work: Path) -> str:
     """The oldest platform that every compiled file in the wheel runs on, as auditwheel finds it."""
     stamp = work / f"platform-{base.python_tag()}.txt"
-    key = digest(base_wheel.name, agent or "")
+    key = digest(base_wheel.name, agent)
     if stamp.is_file():
         known, _, tag = stamp.read_text().partition(" ")
         if known == key:
@@ -111,8 +117,7 @@ def platform_tag(base_wheel: Path, agent: Path, work: Path) -> str:
             content = stock.read(name)
             if content.startswith(b"\x7fELF"):
                 archive.writestr(name, content)
-        if agent:
-            archive.writestr(f"ray/experimental/rdt/{agent.name}", agent.read_bytes())
+        archive.writestr(f"ray/experimental/rdt/{agent.name}", agent.read_bytes())
         rows = "".join(f"{name},,\n" for name in archive.namelist())
         archive.writestr("ray-0.dist-info/WHEEL", wheel_file("-".join(probe.stem.split("-")[2:])))
         archive.writestr("ray-0.dist-info/RECORD", rows)
@@ -130,10 +135,10 @@ def platform_tag(base_wheel: Path, agent: Path, work: Path) -> str:
 
 def metadata(stock: bytes, version: str) -> bytes:
     """The base's METADATA under our version, with the content type that it leaves to guess."""
-    text, count = re.subn(r"^Version: .+$", f"Version: {version}", stock.decode(), 1, re.MULTILINE)
+    head, blank, body = stock.decode().partition("\n\n")
+    head, count = re.subn(r"(?m)^Version: .+$", f"Version: {version}", head)
     if count != 1:
-        raise BuildError("the base's METADATA has no Version line")
-    head, blank, body = text.partition("\n\n")
+        raise BuildError("the base's METADATA has not one line for its version")
     if "\nDescription-Content-Type:" not in head:
         head += "\nDescription-Content-Type: text/x-rst"
     return (head + blank + body).encode()
@@ -156,7 +161,8 @@ def record_row(name: str, content: bytes) -> str:
 
 def timestamp() -> tuple[int, int, int, int, int, int]:
     moment = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH_2020)))
-    return (*moment[:3], *moment[3:6])  # type: ignore[return-value]
+    date = (moment.tm_year, moment.tm_mon, moment.tm_mday)
+    return (*date, moment.tm_hour, moment.tm_min, moment.tm_sec)
 
 
 def write_member(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
@@ -242,14 +248,21 @@ def record_of(names: list[str]) -> str:
 
 
 def check_wheel(wheel: Path) -> None:
-    """What the wheel must hold to be published: RECORD, metadata, compiled files, Python that compiles."""
+    """Once per wheel: RECORD is true, the metadata fit to publish, and all Python compiles."""
+    stamp = BUILD / f"checked-{base.python_tag()}.done"
+    key = digest(wheel)
+    if is_done(stamp, key):
+        return
     check_record(wheel)
-    strict = [sys.executable, "-m", "twine", "check", "--strict", wheel]
-    capture(strict, advice="the wheel's metadata is not fit to publish")
+    capture(
+        [sys.executable, "-m", "twine", "check", "--strict", wheel],
+        advice="the wheel's metadata is not fit to publish",
+    )
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.startswith("ray/experimental/") and name.endswith(".py"):
+            if name.endswith(".py"):
                 compile(archive.read(name), f"{wheel.name}/{name}", "exec", dont_inherit=True)
+    mark_done(stamp, key)
 
 
 def check_record(wheel: Path) -> None:
