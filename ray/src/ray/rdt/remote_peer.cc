@@ -3,6 +3,8 @@
 #include <sys/epoll.h>
 
 #include "ray/rdt/lanes/cma.h"
+#include "ray/rdt/lanes/shm.h"
+#include "ray/rdt/lanes/tcp.h"
 #include "ray/rdt/net.h"
 
 namespace ray::rdt {
@@ -141,9 +143,18 @@ std::unique_ptr<Lane> RemotePeer::MakeLane(LaneKind kind) {
   switch (kind) {
   case LaneKind::kCma:
     return std::make_unique<CmaLane>(work_.copies, pid_);
-  default:
-    return nullptr;
+  case LaneKind::kShm:
+    return std::make_unique<ShmLane>(work_.loop, work_.copies, channel_);
+  case LaneKind::kTcp:
+    return std::make_unique<TcpLane>(
+        work_.loop, work_.copies, *work_.identity, address_,
+        TcpOptions{.max_streams = work_.settings->tcp_streams,
+                   .connect_timeout_s = work_.settings->connect_timeout_s,
+                   .peer_timeout_s = work_.settings->peer_timeout_s});
+  case LaneKind::kInproc:
+    break;
   }
+  return nullptr;  // no other process is in this one
 }
 
 // After a cma read: both the connection and the process that it was made with

@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "ray/rdt/address.h"
+#include "ray/rdt/lanes/shm.h"
+#include "ray/rdt/lanes/tcp_source.h"
 
 namespace ray::rdt {
 
@@ -11,20 +13,23 @@ namespace ray::rdt {
 class Service::Guest : public Channel::Handler {
  public:
   Guest(Service *service, std::shared_ptr<Channel> channel, const AgentId &agent)
-      : service_(service), channel_(std::move(channel)), agent_(agent) {
+      : service_(service),
+        channel_(std::move(channel)),
+        agent_(agent),
+        shm_(service->loop_, service->copies_, channel_) {
     channel_->set_handler(this);
   }
 
   ~Guest() override {
     channel_->Close();
-    for (auto &[id, pin] : pulls_) service_->pins_.Remove(agent_, id, this);
+    for (auto &[id, pin] : pulls_) service_->pins_->Remove(agent_, id, this);
     for (uint64_t call : calls_) service_->answers_.erase(call);
   }
 
   const AgentId &agent() const { return agent_; }
 
-  void OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) override {
-    if (header.version != kProtocolVersion || !Handle(header, payload)) {
+  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override {
+    if (header.version != kProtocolVersion || !Handle(header, payload, attached)) {
       OnClosed({Code::kRefused, "a malformed or unknown frame"});
     }
   }
@@ -39,7 +44,7 @@ class Service::Guest : public Channel::Handler {
 
  private:
   // False when the frame is none that a consumer sends.
-  bool Handle(const FrameHeader &header, ByteView payload) {
+  bool Handle(const FrameHeader &header, ByteView payload, Fd *attached) {
     switch (header.type) {
     case FrameType::kPull:
       return OnPull(header.request, Unpack<PullRequest>(payload));
@@ -52,6 +57,10 @@ class Service::Guest : public Channel::Handler {
     case FrameType::kCall:
       OnCall(header.request, payload);
       return true;
+    case FrameType::kRing:
+      return OnRing(Unpack<Ring>(payload), Fd(std::move(*attached)));
+    case FrameType::kFill:
+      return OnFill(header.request, Unpack<Fill>(payload));
     case FrameType::kPing:
       channel_->Send(EncodeFrame(FrameType::kPong, header.request));
       return true;
@@ -73,11 +82,20 @@ class Service::Guest : public Channel::Handler {
       RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
       return true;
     }
-    service_->pins_.Add(agent_, id, this, pin);
+    service_->pins_->Add(agent_, id, this, pin);
     pulls_[id] = std::move(pin);
     service_->counters_->bytes_granted += grant.total;
     channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
     return true;
+  }
+
+  bool OnRing(const std::optional<Ring> &ring, const Fd &fd) {
+    return ring && shm_.OnRing(*ring, fd);
+  }
+
+  bool OnFill(uint64_t id, const std::optional<Fill> &fill) {
+    auto found = pulls_.find(id);
+    return fill && shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second);
   }
 
   void RefusePull(uint64_t id, Code code, const std::string &text) {
@@ -86,7 +104,7 @@ class Service::Guest : public Channel::Handler {
   }
 
   void Unpin(uint64_t id) {
-    if (pulls_.erase(id) > 0) service_->pins_.Remove(agent_, id, this);
+    if (pulls_.erase(id) > 0) service_->pins_->Remove(agent_, id, this);
   }
 
   bool OnFree(const std::optional<Free> &free) {
@@ -111,6 +129,7 @@ class Service::Guest : public Channel::Handler {
   Service *const service_;
   const std::shared_ptr<Channel> channel_;
   const AgentId agent_;
+  ShmSource shm_;
   std::map<uint64_t, Pin> pulls_;
   std::set<uint64_t> calls_;      // keys of answers_ that are ours
 };
@@ -131,10 +150,18 @@ Service::Service(Loop *loop,
 Service::~Service() = default;
 
 void Service::Enter(std::shared_ptr<Channel> channel, const PeerFacts &peer) {
-  if (peer.purpose == Purpose::kData) return;
+  if (peer.purpose == Purpose::kData) return Serve(channel->Release(), peer.agent);
   auto guest = std::make_unique<Guest>(this, std::move(channel), peer.agent);
   guests_[guest.get()] = std::move(guest);
   ++counters_->connections;
+}
+
+// A data connection: from here on it lives on a copy thread.
+void Service::Serve(Fd fd, const AgentId &consumer) {
+  if (!fd) return;
+  Loop *loop = copies_->loop(next_source_++);
+  auto source = std::make_shared<TcpSource>(loop, std::move(fd), consumer, pins_);
+  loop->Post([source] { source->Start(); });
 }
 
 void Service::Ask(const AgentId &from, ByteView payload, Answer answer) {

@@ -35,13 +35,14 @@ class Service {
   // False when nobody waits for that call any more.
   bool Reply(uint64_t call, bool is_error, Bytes payload);
 
-  size_t pinned() const { return pins_.size(); }
+  size_t pinned() const { return pins_->size(); }
   void Shutdown();
 
  private:
   class Guest;
 
   void Leave(Guest *guest);
+  void Serve(Fd fd, const AgentId &consumer);
 
   Loop *const loop_;
   CopyPool *const copies_;
@@ -49,7 +50,8 @@ class Service {
   EventQueue *const events_;
   Log *const log_;
   Counters *const counters_;
-  PinTable pins_;
+  const std::shared_ptr<PinTable> pins_ = std::make_shared<PinTable>();
+  uint64_t next_source_ = 0;
   std::map<Guest *, std::unique_ptr<Guest>> guests_;
   uint64_t next_call_ = 1;
   std::map<uint64_t, Answer> answers_;

@@ -1,0 +1,135 @@
+#include "ray/rdt/lanes/shm.h"
+
+#include <cerrno>
+
+#include "ray/rdt/lanes/copy_job.h"
+
+namespace ray::rdt {
+namespace {
+
+// Runs `work` here if it is small, else on a copy thread.
+void RunCopy(CopyPool *copies, uint64_t nbytes, std::function<void()> work) {
+  if (nbytes <= kCopyAtOnce) return work();
+  copies->Add(
+      [work = std::move(work)] {
+        work();
+        return false;
+      },
+      1);
+}
+
+Bytes FilledFrame(uint64_t pull, uint64_t position, bool is_ok) {
+  return EncodeFrame(FrameType::kFilled, pull, Filled{.position = position, .is_ok = is_ok});
+}
+
+}  // namespace
+
+ShmLane::ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
+    : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
+
+void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report report) {
+  if (!ring_ && !OpenRing()) {
+    return report({Code::kRefused, WithErrno("no memory to share", errno)});
+  }
+  jobs_.push_back(std::make_shared<Job>(std::move(pull), std::move(report)));
+  Pump();
+}
+
+bool ShmLane::OpenRing() {
+  Fd fd;
+  uint64_t nbytes = kSlots * kSlotBytes;
+  ring_ = RingMemory::Create(nbytes, &fd);
+  if (!ring_) return false;
+  channel_->Send(EncodeFrame(FrameType::kRing, 0, Ring{.nbytes = nbytes}), std::move(fd));
+  return true;
+}
+
+// Asks for as much as there are free slots, a slot for each pull in turn.
+void ShmLane::Pump() {
+  for (size_t i = 0; i < kSlots && !jobs_.empty(); ++i) {
+    Slot &slot = slots_[i];
+    if (slot.job) continue;
+    while (!jobs_.empty() && !jobs_.front()->pull->TakeRange(kSlotBytes, &slot.range)) {
+      jobs_.pop_front();
+    }
+    if (jobs_.empty()) return;
+    slot.job = std::move(jobs_.front());
+    jobs_.pop_front();
+    jobs_.push_back(slot.job);
+    Fill fill{.offset = slot.range.offset,
+              .nbytes = slot.range.nbytes,
+              .position = i * kSlotBytes};
+    channel_->Send(EncodeFrame(FrameType::kFill, slot.job->pull->id, fill));
+  }
+}
+
+void ShmLane::OnFrame(const FrameHeader &header, ByteView payload) {
+  auto filled = Unpack<Filled>(payload);
+  size_t index = filled ? filled->position / kSlotBytes : kSlots;
+  if (index >= kSlots || !slots_[index].job || slots_[index].is_filled) return;
+  Slot &slot = slots_[index];
+  if (slot.job->pull->id != header.request) return;
+  if (filled->is_ok) {
+    slot.is_filled = true;
+    return CopySlot(index);
+  }
+  std::shared_ptr<Job> job = std::move(slot.job);
+  ReportOnce(job.get(), {Code::kIo, "the producer no longer has the object"});
+  Pump();
+}
+
+void ShmLane::CopySlot(size_t index) {
+  std::shared_ptr<Pull> pull = slots_[index].job->pull;
+  Range range = slots_[index].range;
+  auto work = [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, pull, range, index] {
+    bool is_whole = false;
+    if (pull->BeginWrite()) {
+      pull->destination.CopyIn(range, ring->at(index * kSlotBytes));
+      pull->EndWrite();
+      is_whole = pull->Landed(range.nbytes);
+    }
+    loop->Post([weak, index, is_whole] {
+      if (auto lane = weak.lock()) (*lane)->OnSlotCopied(index, is_whole);
+    });
+  };
+  RunCopy(copies_, range.nbytes, std::move(work));
+}
+
+void ShmLane::OnSlotCopied(size_t index, bool is_whole) {
+  std::shared_ptr<Job> job = std::move(slots_[index].job);
+  slots_[index].is_filled = false;
+  if (is_whole) ReportOnce(job.get(), {});
+  Pump();
+}
+
+void ShmLane::ReportOnce(Job *job, const Status &status) {
+  if (!std::exchange(job->is_reported, true)) job->report(status);
+}
+
+ShmSource::ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
+    : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
+
+bool ShmSource::OnRing(const Ring &ring, const Fd &fd) {
+  if (ring_ || !fd) return false;
+  ring_ = RingMemory::Open(fd.get(), ring.nbytes);
+  return ring_ != nullptr;
+}
+
+bool ShmSource::OnFill(uint64_t pull, const Fill &fill, Pin pin) {
+  uint64_t ring_bytes = ring_ ? ring_->nbytes() : 0;
+  if (fill.nbytes > ring_bytes || fill.position > ring_bytes - fill.nbytes) return false;
+  if (!pin) {
+    channel_->Send(FilledFrame(pull, fill.position, false));
+    return true;
+  }
+  uint64_t total = pin->memory.total();
+  if (fill.nbytes > total || fill.offset > total - fill.nbytes) return false;
+  auto work = [loop = loop_, channel = channel_, ring = ring_, pull, fill, pin = std::move(pin)] {
+    pin->memory.CopyOut({fill.offset, fill.nbytes}, ring->at(fill.position));
+    loop->Post([channel, pull, fill] { channel->Send(FilledFrame(pull, fill.position, true)); });
+  };
+  RunCopy(copies_, fill.nbytes, std::move(work));
+  return true;
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,77 @@
+// Shared-memory lane, for hosts that forbid cma. The consumer owns a ring of
+// slots in a memfd. For each slot: FILL asks the producer to copy a range into
+// it, FILLED says it is there, and the consumer copies it out.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "ray/rdt/channel.h"
+#include "ray/rdt/copy_pool.h"
+#include "ray/rdt/lanes/lane.h"
+#include "ray/rdt/lanes/ring.h"
+#include "ray/rdt/region.h"
+
+namespace ray::rdt {
+
+// The consumer's half. Runs on: the agent's loop; copies on the copy threads.
+class ShmLane : public Lane {
+ public:
+  static constexpr uint64_t kSlotBytes = 1 << 20;
+  // Enough that both sides can copy while frames are on their way.
+  static constexpr size_t kSlots = 8;
+
+  ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
+
+  void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
+  void OnFrame(const FrameHeader &header, ByteView payload) override;
+
+ private:
+  struct Job {
+    std::shared_ptr<Pull> pull;
+    Report report;
+    bool is_reported = false;
+  };
+  struct Slot {
+    std::shared_ptr<Job> job;  // empty: free
+    Range range;
+    bool is_filled = false;
+  };
+
+  bool OpenRing();
+  void Pump();
+  void CopySlot(size_t index);
+  void OnSlotCopied(size_t index, bool is_whole);
+  static void ReportOnce(Job *job, const Status &status);
+
+  Loop *const loop_;
+  CopyPool *const copies_;
+  const std::shared_ptr<Channel> channel_;
+  std::shared_ptr<RingMemory> ring_;
+  std::vector<Slot> slots_{kSlots};
+  std::deque<std::shared_ptr<Job>> jobs_;  // with bytes left to ask for; in turns
+  // Lets a copy step find out that the lane is gone.
+  const std::shared_ptr<ShmLane *> alive_ = std::make_shared<ShmLane *>(this);
+};
+
+// The producer's half, one for each control connection.
+// Runs on: the agent's loop; copies on the copy threads.
+class ShmSource {
+ public:
+  ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
+
+  // False when the descriptor is no ring.
+  bool OnRing(const Ring &ring, const Fd &fd);
+  // False when the frame asks for what is not in the ring or the region. A pull
+  // that has ended (`pin` empty) is answered by "not ok".
+  bool OnFill(uint64_t pull, const Fill &fill, Pin pin);
+
+ private:
+  Loop *const loop_;
+  CopyPool *const copies_;
+  const std::shared_ptr<Channel> channel_;
+  std::shared_ptr<RingMemory> ring_;
+};
+
+}  // namespace ray::rdt

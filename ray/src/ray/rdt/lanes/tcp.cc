@@ -1,0 +1,83 @@
+#include "ray/rdt/lanes/tcp.h"
+
+#include <algorithm>
+
+namespace ray::rdt {
+
+TcpLane::TcpLane(Loop *loop,
+                 CopyPool *copies,
+                 const Identity &self,
+                 const Address &peer,
+                 const TcpOptions &options)
+    : loop_(loop), copies_(copies), self_(self), peer_(peer), options_(options) {}
+
+TcpLane::~TcpLane() {
+  for (auto &[id, one] : streams_) {
+    one.loop->Post([stream = one.stream] { stream->Close(); });
+  }
+}
+
+void TcpLane::Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) {
+  uint64_t chunk = pull->ChunkFor(options_.max_streams);
+  queue_->Add(std::make_shared<TcpJob>(std::move(pull), std::move(report), chunk));
+  breaks_ = 0;
+  OpenUpTo((grant.total + chunk - 1) / chunk);
+  for (auto &[id, one] : streams_) {
+    one.loop->Post([stream = one.stream] { stream->Pump(); });
+  }
+}
+
+void TcpLane::OpenUpTo(size_t wanted) {
+  wanted = std::min(wanted, static_cast<size_t>(options_.max_streams));
+  while (dials_.size() + streams_.size() < wanted) Open();
+}
+
+void TcpLane::Open() {
+  uint64_t id = next_id_++;
+  DialOptions options{.purpose = Purpose::kData,
+                      .over_unix = false,
+                      .connect_timeout_s = options_.connect_timeout_s,
+                      .peer_timeout_s = options_.peer_timeout_s};
+  dials_[id] = std::make_unique<Dial>(
+      loop_, self_, peer_, options,
+      [this, id](const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &) {
+        OnOpened(id, status, std::move(channel));
+      });
+}
+
+void TcpLane::OnOpened(uint64_t id, const Status &status, std::shared_ptr<Channel> channel) {
+  dials_.erase(id);
+  if (!status.ok()) {
+    // Other streams, if there are any, do the work.
+    if (streams_.empty() && dials_.empty()) FailWaiting(status);
+    return;
+  }
+  Loop *loop = copies_->loop(id);
+  auto on_broken = [agent_loop = loop_, weak = std::weak_ptr(alive_), id] {
+    agent_loop->Post([weak, id] {
+      if (auto lane = weak.lock()) (*lane)->OnBroken(id);
+    });
+  };
+  auto stream = std::make_shared<TcpStream>(loop, channel->Release(), queue_, on_broken);
+  streams_[id] = {loop, stream};
+  loop->Post([stream] { stream->Start(); });
+}
+
+void TcpLane::OnBroken(uint64_t id) {
+  streams_.erase(id);
+  if (queue_->is_empty()) return;  // it was idle; the next pull opens another
+  if (++breaks_ > kMaxBreaks) {
+    if (streams_.empty() && dials_.empty()) FailWaiting({Code::kPeerLost, "the data connections keep breaking"});
+    return;
+  }
+  Open();
+  for (auto &[other, one] : streams_) {
+    one.loop->Post([stream = one.stream] { stream->Pump(); });
+  }
+}
+
+void TcpLane::FailWaiting(const Status &why) {
+  for (const auto &job : queue_->TakeAll()) job->ReportOnce(why);
+}
+
+}  // namespace ray::rdt

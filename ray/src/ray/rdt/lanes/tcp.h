@@ -1,0 +1,67 @@
+// Network lane: several data connections, opened when they are first needed and
+// kept, each asking for its next chunk when it is done with the last (so a slow
+// one takes fewer). Bytes go from the producer's memory to the consumer's
+// without a copy in between but the kernel's.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ray/rdt/address.h"
+#include "ray/rdt/copy_pool.h"
+#include "ray/rdt/dial.h"
+#include "ray/rdt/lanes/lane.h"
+#include "ray/rdt/lanes/tcp_stream.h"
+#include "ray/rdt/region.h"
+
+namespace ray::rdt {
+
+struct TcpOptions {
+  int max_streams = 4;
+  double connect_timeout_s = 10;
+  double peer_timeout_s = 30;
+};
+
+// The consumer's half. Runs on: the agent's loop; streams on the copy threads.
+class TcpLane : public Lane {
+ public:
+  TcpLane(Loop *loop,
+          CopyPool *copies,
+          const Identity &self,
+          const Address &peer,
+          const TcpOptions &options);
+  ~TcpLane() override;
+
+  void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
+
+ private:
+  struct Stream {
+    Loop *loop = nullptr;
+    std::shared_ptr<TcpStream> stream;
+  };
+
+  void OpenUpTo(size_t wanted);
+  void Open();
+  void OnOpened(uint64_t id, const Status &status, std::shared_ptr<Channel> channel);
+  void OnBroken(uint64_t id);
+  void FailWaiting(const Status &why);
+
+  // Breaks in a row, with nothing received in between, before giving up.
+  static constexpr int kMaxBreaks = 3;
+
+  Loop *const loop_;
+  CopyPool *const copies_;
+  const Identity self_;
+  const Address peer_;
+  const TcpOptions options_;
+  const std::shared_ptr<TcpQueue> queue_ = std::make_shared<TcpQueue>();
+  uint64_t next_id_ = 0;
+  int breaks_ = 0;
+  std::map<uint64_t, std::unique_ptr<Dial>> dials_;
+  std::map<uint64_t, Stream> streams_;
+  const std::shared_ptr<TcpLane *> alive_ = std::make_shared<TcpLane *>(this);
+};
+
+}  // namespace ray::rdt

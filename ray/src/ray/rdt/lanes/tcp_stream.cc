@@ -1,0 +1,177 @@
+#include "ray/rdt/lanes/tcp_stream.h"
+
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace ray::rdt {
+namespace {
+
+// Bytes in one turn of the loop, so that streams on one thread share it fairly.
+constexpr uint64_t kBytesPerTurn = 1 << 20;
+
+}  // namespace
+
+void TcpQueue::Add(std::shared_ptr<TcpJob> job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  jobs_.push_back(std::move(job));
+}
+
+bool TcpQueue::Next(TcpRead *read) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  while (!jobs_.empty()) {
+    read->job = std::move(jobs_.front());
+    jobs_.pop_front();
+    if (read->job->pull->TakeRange(read->job->chunk, &read->range)) {
+      jobs_.push_back(read->job);
+      return true;
+    }
+  }
+  return false;
+}
+
+void TcpQueue::Return(const TcpRead &read) {
+  read.job->pull->ReturnRange(read.range);
+  std::lock_guard<std::mutex> lock(mutex_);
+  bool is_queued = std::find(jobs_.begin(), jobs_.end(), read.job) != jobs_.end();
+  if (!is_queued) jobs_.push_back(read.job);
+}
+
+bool TcpQueue::is_empty() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return jobs_.empty();
+}
+
+std::deque<std::shared_ptr<TcpJob>> TcpQueue::TakeAll() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(jobs_, {});
+}
+
+TcpStream::TcpStream(Loop *loop, Fd fd, std::shared_ptr<TcpQueue> queue, OnBroken on_broken)
+    : loop_(loop), fd_(std::move(fd)), queue_(std::move(queue)), on_broken_(std::move(on_broken)) {}
+
+void TcpStream::Start() {
+  watch_ = loop_->Watch(fd_.get(), EPOLLIN, [self = shared_from_this()](uint32_t events) {
+    self->OnReady(events);
+  });
+  Pump();
+}
+
+void TcpStream::Pump() {
+  TcpRead read;
+  while (fd_ && asked_.size() < kReadsAhead && queue_->Next(&read)) {
+    Read message{.offset = read.range.offset, .nbytes = read.range.nbytes};
+    Bytes frame = EncodeFrame(FrameType::kRead, read.job->pull->id, message);
+    out_.insert(out_.end(), frame.begin(), frame.end());
+    asked_.push_back(std::move(read));
+  }
+  if (fd_ && !out_.empty()) Flush();
+}
+
+void TcpStream::Close() {
+  if (!fd_) return;
+  loop_->Unwatch(watch_);
+  fd_.Reset();
+  on_broken_ = nullptr;
+}
+
+void TcpStream::OnReady(uint32_t events) {
+  if (events & EPOLLOUT) Flush();
+  uint64_t budget = kBytesPerTurn;
+  while (fd_ && (events & ~EPOLLOUT) && budget > 0 && Receive(&budget)) {
+  }
+}
+
+void TcpStream::Flush() {
+  ssize_t sent = send(fd_.get(), out_.data(), out_.size(), MSG_NOSIGNAL);
+  if (sent < 0 && errno != EAGAIN && errno != EINTR) return Break();
+  if (sent > 0) out_.erase(out_.begin(), out_.begin() + sent);
+  loop_->Rearm(watch_, out_.empty() ? EPOLLIN : EPOLLIN | EPOLLOUT);
+}
+
+// False when there is nothing more for now, or the stream broke.
+bool TcpStream::Receive(uint64_t *budget) {
+  bool in_header = header_bytes_ < sizeof(header_);
+  ssize_t got = in_header ? ReceiveHeader() : ReceiveBody(*budget);
+  if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
+  if (got <= 0) {
+    Break();
+    return false;
+  }
+  *budget -= std::min<uint64_t>(*budget, static_cast<uint64_t>(got));
+  if (!in_header) {
+    OnBody(static_cast<uint64_t>(got));
+    return true;
+  }
+  header_bytes_ += static_cast<size_t>(got);
+  if (header_bytes_ < sizeof(header_) || OnHeader()) return true;
+  Break();
+  return false;
+}
+
+ssize_t TcpStream::ReceiveHeader() {
+  char *at = reinterpret_cast<char *>(&header_) + header_bytes_;
+  return recv(fd_.get(), at, sizeof(header_) - header_bytes_, 0);
+}
+
+ssize_t TcpStream::ReceiveBody(uint64_t budget) {
+  const TcpRead &read = asked_.front();
+  Range rest{read.range.offset + body_bytes_,
+             std::min(budget, read.range.nbytes - body_bytes_)};
+  Pull &pull = *read.job->pull;
+  if (!pull.BeginWrite()) return Discard(rest.nbytes);
+  std::vector<iovec> pieces;
+  pull.destination.Slice(rest, &pieces);
+  ssize_t got = readv(fd_.get(), pieces.data(), static_cast<int>(pieces.size()));
+  int error = errno;
+  pull.EndWrite();
+  errno = error;
+  return got;
+}
+
+// For a pull that ended meanwhile: TCP drops the bytes without copying them.
+ssize_t TcpStream::Discard(uint64_t nbytes) {
+  return recv(fd_.get(), nullptr, nbytes, MSG_TRUNC);
+}
+
+// False when the producer does not keep to the protocol.
+bool TcpStream::OnHeader() {
+  if (header_.magic != kMagic || header_.version != kProtocolVersion ||
+      header_.type != FrameType::kData || asked_.empty()) {
+    return false;
+  }
+  const TcpRead &first = asked_.front();
+  if (header_.request != first.job->pull->id) return false;
+  if (header_.length == first.range.nbytes) return true;
+  if (header_.length != 0) return false;
+  first.job->ReportOnce({Code::kIo, "the producer no longer has the object"});
+  asked_.pop_front();
+  header_bytes_ = 0;
+  Pump();
+  return true;
+}
+
+void TcpStream::OnBody(uint64_t nbytes) {
+  body_bytes_ += nbytes;
+  if (body_bytes_ < asked_.front().range.nbytes) return;
+  TcpRead done = std::move(asked_.front());
+  asked_.pop_front();
+  header_bytes_ = 0;
+  body_bytes_ = 0;
+  if (done.job->pull->Landed(done.range.nbytes)) done.job->ReportOnce({});
+  Pump();
+}
+
+void TcpStream::Break() {
+  auto self = shared_from_this();  // Close drops the watch that owns it
+  OnBroken on_broken = std::move(on_broken_);
+  Close();
+  for (const TcpRead &read : asked_) queue_->Return(read);
+  asked_.clear();
+  if (on_broken) on_broken();
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,97 @@
+// The consumer's half of one data connection.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "ray/rdt/fd.h"
+#include "ray/rdt/lanes/lane.h"
+#include "ray/rdt/loop.h"
+
+namespace ray::rdt {
+
+// A pull on the tcp lane; reported once, whoever of the streams comes first.
+class TcpJob {
+ public:
+  TcpJob(std::shared_ptr<Pull> pull, Report report, uint64_t chunk)
+      : pull(std::move(pull)), chunk(chunk), report_(std::move(report)) {}
+
+  void ReportOnce(const Status &status) {
+    if (!is_reported_.exchange(true)) report_(status);
+  }
+
+  const std::shared_ptr<Pull> pull;
+  const uint64_t chunk;
+
+ private:
+  const Report report_;
+  std::atomic<bool> is_reported_{false};
+};
+
+// A range of a pull that one stream has asked for.
+struct TcpRead {
+  std::shared_ptr<TcpJob> job;
+  Range range;
+};
+
+// What all streams to one peer take their work from, a chunk of each pull in turn.
+// Runs on: any thread.
+class TcpQueue {
+ public:
+  void Add(std::shared_ptr<TcpJob> job);
+  bool Next(TcpRead *read);
+  // A range that will not come over the stream that took it.
+  void Return(const TcpRead &read);
+  bool is_empty() const;
+  // All jobs that have something left to be taken.
+  std::deque<std::shared_ptr<TcpJob>> TakeAll();
+
+ private:
+  mutable std::mutex mutex_;
+  std::deque<std::shared_ptr<TcpJob>> jobs_;  // guarded by mutex_
+};
+
+// Runs on: the copy thread whose loop it was given. Owned by its watch on that
+// loop until Close.
+class TcpStream : public std::enable_shared_from_this<TcpStream> {
+ public:
+  // Told at most once, on the copy thread, after all that was asked for has
+  // gone back to the queue.
+  using OnBroken = std::function<void()>;
+
+  TcpStream(Loop *loop, Fd fd, std::shared_ptr<TcpQueue> queue, OnBroken on_broken);
+
+  void Start();
+  // Takes work from the queue.
+  void Pump();
+  // Without a word to OnBroken.
+  void Close();
+
+ private:
+  static constexpr size_t kReadsAhead = 2;
+
+  void OnReady(uint32_t events);
+  void Flush();
+  bool Receive(uint64_t *budget);
+  ssize_t ReceiveHeader();
+  ssize_t ReceiveBody(uint64_t budget);
+  ssize_t Discard(uint64_t nbytes);
+  bool OnHeader();
+  void OnBody(uint64_t nbytes);
+  void Break();
+
+  Loop *const loop_;
+  Fd fd_;
+  const std::shared_ptr<TcpQueue> queue_;
+  OnBroken on_broken_;
+  Loop::Id watch_ = 0;
+  std::deque<TcpRead> asked_;  // in the order in which the answers come
+  Bytes out_;                  // READ frames not yet sent
+  FrameHeader header_;
+  size_t header_bytes_ = 0;  // of header_ received
+  uint64_t body_bytes_ = 0;  // of the first of asked_ received
+};
+
+}  // namespace ray::rdt
