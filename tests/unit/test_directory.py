@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from ray.experimental.rdt.directory import Directory, Free, Location, State
+from ray.experimental.rdt.directory import Directory, Free, Hint, Location, State, WarnShared
 
 HERE = Location(b"agent", b"k" * 16, 8)
 ELSEWHERE = Location(b"other", b"j" * 16, 8)
@@ -99,10 +99,24 @@ def test_close_frees_what_was_created():
 def test_sharing_with_the_producer_is_news_once():
     directory = Directory()
     submitted(directory)
-    assert not directory.passed_to("o", OTHER)
-    assert directory.passed_to("o", ACTOR)
-    assert not directory.passed_to("o", OTHER)
-    assert not directory.passed_to("unknown", ACTOR)
+    assert directory.passed_to("o", OTHER) == []
+    assert directory.passed_to("o", ACTOR) == [WarnShared("o")]
+    assert directory.passed_to("o", OTHER) == []
+    assert directory.passed_to("unknown", ACTOR) == []
+
+
+def test_created_object_is_hinted_to_the_actor_it_goes_to():
+    directory = Directory()
+    submitted(directory)
+    directory.created("o", HERE)
+    assert directory.passed_to("o", OTHER) == [Hint(OTHER, HERE)]
+
+
+def test_object_passed_on_before_it_exists_is_hinted_when_it_does():
+    directory = Directory()
+    submitted(directory)
+    assert directory.passed_to("o", OTHER) == []
+    assert directory.created("o", HERE) == [Hint(OTHER, HERE)]
 
 
 class Interleavings(RuleBasedStateMachine):

@@ -8,10 +8,12 @@ Rows by object id (hex). Events come in any order that the core allows:
 event               row before                  what happens
 ==================  ==========================  ========================================
 submitted           none                        row SUBMITTED
+passed_to           CREATED                     Hint; once WarnShared if the producer has it too
+passed_to           SUBMITTED                   the same; the Hint follows when it is created
 submitted           CREATED (early reply)       row gets the call's producer
 created             none, a submit in flight    row CREATED: the reply was faster than the call
 created             none, no submit in flight   freed before it was created: Free
-created             SUBMITTED                   row CREATED
+created             SUBMITTED                   row CREATED, Hint for each that waits for it
 created             CREATED (a retry)           Free of the old copy, row CREATED with the new
 out_of_scope        SUBMITTED                   row gone (a later created frees)
 out_of_scope        CREATED                     row gone, Free
@@ -28,6 +30,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Sequence
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ class Location:
         address: The producer's agent.
         key: The object's key there.
         nbytes: What a pull moves.
+        regions: The bytes of each region, None where there are too many to tell.
     """
 
     address: bytes
     key: bytes
     nbytes: int
+    regions: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,24 @@ class Free:
     """Instruction: tell the producer's agent that this key is no longer needed."""
 
     location: Location
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Instruction: tell an actor's agent that its next task will ask for this object."""
+
+    actor_id: bytes
+    location: Location
+
+
+@dataclass(frozen=True)
+class WarnShared:
+    """Instruction: tell the user that an object's producer and others both have it."""
+
+    object_id: str
+
+
+Instruction = Free | Hint | WarnShared
 
 
 class State(enum.Enum):
@@ -119,7 +142,7 @@ class Directory:
         self._early.discard(object_id)
         row.producer, row.transport = producer, transport
 
-    def created(self, object_id: str, location: Location | None) -> list[Free]:
+    def created(self, object_id: str, location: Location | None) -> Sequence[Instruction]:
         row = self._rows.get(object_id)
         if row is None:
             if not self._submits:
@@ -128,27 +151,28 @@ class Directory:
             row._awaited_submits = set(self._submits)
             self._early.add(object_id)
         old, row.location, row.state = row.location, location, State.CREATED
-        return _free(old) if old != location else []
+        if old == location:
+            return []
+        waiting = row.destinations if location is not None else ()
+        return [*_free(old), *(_hint(row, destination) for destination in waiting)]
 
     def out_of_scope(self, object_id: str) -> list[Free]:
         self._early.discard(object_id)
         row = self._rows.pop(object_id, None)
         return _free(row.location) if row is not None else []
 
-    def passed_to(self, object_id: str, destination: bytes) -> bool:
-        """Notes that an object goes to an actor.
-
-        Returns:
-            Whether this is the first time that its producer and others both have it.
-        """
+    def passed_to(self, object_id: str, destination: bytes) -> Sequence[Instruction]:
+        """An object is an argument of a task that was submitted to an actor."""
         row = self._rows.get(object_id)
-        if row is None or row.producer is None:
-            return False
+        if row is None:
+            return []
         row.destinations.add(destination)
+        hints = [_hint(row, destination)] if row.location is not None else []
         is_shared = row.producer in row.destinations and len(row.destinations) > 1
-        is_news = is_shared and not row.is_warned
-        row.is_warned = row.is_warned or is_shared
-        return is_news
+        if not is_shared or row.is_warned:
+            return hints
+        row.is_warned = True
+        return [*hints, WarnShared(object_id)]
 
     def close(self) -> list[Free]:
         frees = [free for row in self._rows.values() for free in _free(row.location)]
@@ -159,3 +183,8 @@ class Directory:
 
 def _free(location: Location | None) -> list[Free]:
     return [Free(location)] if location is not None else []
+
+
+def _hint(row: Row, destination: bytes) -> Hint:
+    assert row.location is not None
+    return Hint(destination, row.location)

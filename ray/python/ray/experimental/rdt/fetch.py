@@ -25,9 +25,8 @@ from ray.experimental.rdt.errors import (
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.store import Store
-    from ray.experimental.rdt.transports.registry import Transports
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,10 @@ class Fetcher:
 
     Args:
         store: What this process produced itself.
-        links: Gives the process's session and its transports; called only if bytes have to move.
+        links: Gives the process's session and its parts; called only if bytes have to move.
     """
 
-    def __init__(self, store: "Store", links: Callable[[], tuple["Session", "Transports"]]):
+    def __init__(self, store: "Store", links: Callable[[], "Links"]):
         self._store = store
         self._links = links
 
@@ -124,8 +123,9 @@ class Fetcher:
             return lanes.Here(stored.captured.tensors, request.target.tensors)
         if request.envelope.eager is not None:
             return lanes.Eager(request.envelope, request.target.tensors)
-        session, transports = self._links()
-        return lanes.choose(session, transports, request.envelope, request.target.tensors, deadline)
+        return lanes.choose(
+            self._links(), request.envelope, request.target.tensors, deadline
+        )
 
     def _finish(
         self, request: Request, transfer: lanes.Transfer | RayError, deadline: float, is_users: bool

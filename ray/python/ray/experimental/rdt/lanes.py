@@ -7,14 +7,13 @@ thread that deserializes.
 from __future__ import annotations
 
 import time
-from array import array
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Protocol, Sequence, cast
+from typing import TYPE_CHECKING, Any, Callable, Protocol, cast
 
 from ray.experimental.rdt.capture import Envelope, Table, build_tensors
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
+from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
 from ray.experimental.rdt.session import agent_id_of
 from ray.experimental.rdt.transports.base import (
     OneSided,
@@ -29,15 +28,9 @@ from ray.experimental.rdt.transports.registry import Transports
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
 
-Targets = Sequence["torch.Tensor"]
-
-#: A region of at least this many bytes gets a block of its own, so that keeping one large tensor
-#: does not keep the memory of all the others.
-_OWN_BLOCK_BYTES = 1 << 20
-
-_ALIGNMENT = 64
 
 
 class Transfer(Protocol):
@@ -92,72 +85,42 @@ class Eager:
         """Nothing is under way."""
 
 
-@dataclass(frozen=True)
-class Landing:
-    """Where a pull's bytes land.
-
-    Attributes:
-        places: For each region its buffer and the offset in it.
-        addresses: For each region its address, as uint64.
-        lengths: For each region its bytes, as uint64.
-    """
-
-    places: list[tuple[Any, int]]
-    addresses: "array[int]"
-    lengths: "array[int]"
-
-    def flat(self, direct: dict[int, "torch.Tensor"]) -> list["torch.Tensor"]:
-        """The regions as flat uint8 tensors, for a transport to fill."""
-        import torch
-
-        empty = torch.empty(0, dtype=torch.uint8)
-        return [
-            direct[region].view(-1).view(torch.uint8)
-            if region in direct
-            else torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
-            if nbytes
-            else empty
-            for region, ((buffer, offset), nbytes) in enumerate(zip(self.places, self.lengths))
-        ]
-
-    def deliver(
-        self, table: Table, targets: Targets | None, direct: dict[int, "torch.Tensor"]
-    ) -> Targets:
-        """The object's tensors over the memory, now that the bytes are there."""
-        if targets is None:
-            return build_tensors(table, self.places)
-        if len(direct) == len(table.regions):
-            return targets
-        return fill(targets, build_tensors(table, self.places, direct))
-
-
 class AgentPull:
-    """The agent pulls into blocks of the receive pool, or straight into the user's tensors."""
+    """The agent moves the bytes of one object into its landing place, from this moment on."""
 
-    def __init__(self, session: "Session", envelope: Envelope, targets: Targets | None):
-        self._table = envelope.table
-        self._targets = targets
-        self._direct = direct_targets(envelope.table, targets) if targets is not None else {}
-        self._landing = allocate(session, envelope.table, self._direct)
-        self._pull = session.agent.pull(
-            envelope.head.address,
-            envelope.head.key,
-            self._landing.addresses,
-            self._landing.lengths,
-        )
-        self._pull.keep = (self._landing, self._direct)
+    def __init__(self, session: "Session", address: bytes, key: bytes, landing: Landing):
+        self.landing = landing
+        self._pull = session.agent.pull(address, key, landing.addresses, landing.lengths)
+        self._pull.keep = landing
 
     @property
     def lane(self) -> str:
         return self._pull.lane or ""
 
-    def finish(self, deadline: float) -> Targets:
+    def wait(self, deadline: float) -> None:
         self._pull.wait(max(0.0, deadline - time.monotonic()))
-        return self._landing.deliver(self._table, self._targets, self._direct)
 
     def abandon(self) -> None:
         if not self._pull.done:
             self._pull.cancel()
+
+
+class FromAgent:
+    """The object comes over one of the agent's own lanes."""
+
+    def __init__(self, pull: AgentPull, table: Table, targets: Targets | None):
+        self._pull = pull
+        self._table = table
+        self._targets = targets
+        self.abandon = pull.abandon
+
+    @property
+    def lane(self) -> str:
+        return self._pull.lane
+
+    def finish(self, deadline: float) -> Targets:
+        self._pull.wait(deadline)
+        return self._pull.landing.deliver(self._table, self._targets)
 
 
 class TransportPull:
@@ -200,15 +163,14 @@ class TransportPull:
 
     def finish(self, deadline: float) -> Targets:
         table = self._envelope.table
-        direct = direct_targets(table, self._targets) if self._targets is not None else {}
-        landing = allocate(self._session, table, direct)
-        buffers = landing.flat(direct)
+        landing = allocate(self._session, table.regions, direct_targets(table, self._targets))
+        buffers = landing.flat()
         answer = self._asked(max(0.0, deadline - time.monotonic()))
         if self._transport.capabilities.two_sided:
             cast(TwoSided, self._transport).receive(self._route, buffers, deadline)
         else:
             self._read(answer, buffers, deadline)
-        return landing.deliver(table, self._targets, direct)
+        return landing.deliver(table, self._targets)
 
     def _read(self, exposed: Route, buffers: list["torch.Tensor"], deadline: float) -> None:
         try:
@@ -222,8 +184,7 @@ class TransportPull:
 
 
 def choose(
-    session: "Session",
-    transports: Transports,
+    links: "Links",
     envelope: Envelope,
     targets: Targets | None,
     deadline: float,
@@ -236,11 +197,20 @@ def choose(
     name = envelope.head.transport
     if name != "auto" and envelope.head.nbytes:
         try:
-            transport = transports.get(name)
-            return TransportPull(session, transport, envelope, targets, deadline)
+            transport = links.transports.get(name)
+            return TransportPull(links.session, transport, envelope, targets, deadline)
         except TransportUnavailable as error:
-            _fall_back(session, envelope.head, error)
-    return AgentPull(session, envelope, targets)
+            _fall_back(links.session, envelope.head, error)
+    return FromAgent(_agent_pull(links, envelope, targets), envelope.table, targets)
+
+
+def _agent_pull(links: "Links", envelope: Envelope, targets: Targets | None) -> AgentPull:
+    head, table = envelope.head, envelope.table
+    hinted = links.hinted.take(head.key)
+    if hinted is not None:
+        return hinted
+    landing = allocate(links.session, table.regions, direct_targets(table, targets))
+    return AgentPull(links.session, head.address, head.key, landing)
 
 
 def _fall_back(session: "Session", head: Descriptor, error: TransportUnavailable) -> None:
@@ -255,67 +225,6 @@ def _fall_back(session: "Session", head: Descriptor, error: TransportUnavailable
     )
 
 
-def allocate(session: "Session", table: Table, direct: dict[int, "torch.Tensor"]) -> Landing:
-    """Memory for all regions of an object.
-
-    Args:
-        session: Its agent's receive pool gives the blocks.
-        table: The object's layout.
-        direct: Regions that go straight into a tensor of the user's.
-    """
-    places: list[tuple[Any, int]] = []
-    addresses, packed = array("Q"), 0
-    for region, nbytes in enumerate(table.regions):
-        if region in direct or nbytes >= _OWN_BLOCK_BYTES:
-            continue
-        packed += _round_up(nbytes)
-    shared = session.agent.allocate(packed) if packed else None
-    at = 0
-    for region, nbytes in enumerate(table.regions):
-        if region in direct:
-            places.append((None, 0))
-            addresses.append(direct[region].data_ptr())
-        elif nbytes >= _OWN_BLOCK_BYTES:
-            block = session.agent.allocate(nbytes)
-            places.append((block, 0))
-            addresses.append(block.address)
-        else:
-            places.append((shared, at))
-            addresses.append(shared.address + at if shared is not None else 0)
-            at += _round_up(nbytes)
-    return Landing(places, addresses, array("Q", table.regions))
-
-
-def direct_targets(table: Table, targets: Targets) -> dict[int, "torch.Tensor"]:
-    """Regions that are exactly one contiguous target's bytes, and that target."""
-    users: dict[int, list[int]] = {}
-    for index, row in enumerate(table.rows):
-        users.setdefault(row[0], []).append(index)
-    direct = {}
-    for region, (first, *others) in users.items():
-        target, row = targets[first], table.rows[first]
-        is_exact = row[4] is None and target.nbytes == table.regions[region]
-        is_plain = target.is_contiguous() and target.device.type == "cpu" and not row[5] & ~1
-        if not others and is_exact and is_plain:
-            direct[region] = target
-    return direct
-
-
-def fill(targets: Targets, tensors: Targets) -> Targets:
-    """Copies the tensors into the user's."""
-    import torch
-
-    with torch.no_grad():
-        for target, tensor in zip(targets, tensors):
-            if target is not tensor:
-                target.copy_(tensor)
-    return targets
-
-
 def describe_peer(head: Descriptor) -> str:
     """The producer of an object, for people."""
     return f"producer {head.producer.hex()}"
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

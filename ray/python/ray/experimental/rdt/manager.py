@@ -6,7 +6,6 @@ consumer. Making it starts nothing; the session begins when something has to be 
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import threading
@@ -20,8 +19,10 @@ from ray.experimental.rdt import capture, descriptor, session
 from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
-from ray.experimental.rdt.directory import Directory, Free, Location, Row
+from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Row, WarnShared
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, Target
+from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
+from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.transports.registry import Transports
@@ -29,7 +30,8 @@ from ray.experimental.rdt.transports.registry import Transports
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger("ray.rdt")
+#: Objects of more regions are not hinted: the message would grow past its use.
+_MAX_HINTED_REGIONS = 256
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class RDTManager:
         self._fetcher = Fetcher(self.store, self._links)
         self._targets: dict[str, Target] = {}
         self._links_lock = threading.Lock()
-        self._known_links: tuple[session.Session, Transports] | None = None
+        self._known_links: Links | None = None
 
     # Producer.
 
@@ -93,7 +95,7 @@ class RDTManager:
         if outgoing.head is None:
             return pickle.dumps(None)
         self._store(object_id, outgoing.captured, outgoing.head)
-        return pickle.dumps(_location(outgoing.head))
+        return pickle.dumps(_location(outgoing.head, outgoing.captured))
 
     def put_object(self, ref: Any, outgoing: Outgoing) -> None:
         """Stores and records what ``ray.put`` made. Runs on: producer and owner, the user's thread."""
@@ -102,7 +104,7 @@ class RDTManager:
         self._store(ref.hex(), outgoing.captured, outgoing.head)
         with self._directory_lock:
             self._directory.submitted(ref.hex(), _own_actor_id(), outgoing.head.transport)
-            self._directory.created(ref.hex(), _location(outgoing.head))
+            self._directory.created(ref.hex(), _location(outgoing.head, outgoing.captured))
 
     def _describe(self, captured: Captured, transport: str) -> Descriptor:
         nbytes = captured.table.nbytes
@@ -116,8 +118,10 @@ class RDTManager:
         )
 
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
+        links = self._links()
+        links.transports.prepare(head.transport)
         stored = self.store.add(head.key, object_id, captured, head.transport)
-        self._session().agent.register(
+        links.session.agent.register(
             head.key,
             array("Q", [address for address, _ in captured.regions]),
             array("Q", [nbytes for _, nbytes in captured.regions]),
@@ -167,9 +171,8 @@ class RDTManager:
         for argument in args:
             if isinstance(argument, ray.ObjectRef):
                 with self._directory_lock:
-                    is_news = self._directory.passed_to(argument.hex(), actor._actor_id.binary())
-                if is_news:
-                    _warn_shared(argument.hex())
+                    todo = self._directory.passed_to(argument.hex(), actor._actor_id.binary())
+                self._carry_out(todo)
 
     def set_tensor_transport_metadata_and_trigger_queued_operations(
         self, object_id: str, location: Location | None
@@ -192,9 +195,15 @@ class RDTManager:
         self._targets.pop(object_id, None)
         self._carry_out(frees)
 
-    def _carry_out(self, frees: list[Free]) -> None:
-        for free in frees:
-            self._session().agent.free(free.location.address, free.location.key)
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Free):
+                location = instruction.location
+                self._session().agent.free(location.address, location.key)
+            elif isinstance(instruction, Hint):
+                self._links().hints.send(instruction.actor_id, instruction.location)
+            elif isinstance(instruction, WarnShared):
+                _warn_shared(instruction.object_id)
 
     def is_managed_object(self, object_id: str) -> bool:
         """Whether this process owns an RDT object of this id (hex)."""
@@ -255,30 +264,35 @@ class RDTManager:
         return counters | (current.agent.stats() if current is not None else {})
 
     def _session(self) -> session.Session:
-        return self._links()[0]
+        return self._links().session
 
-    def _links(self) -> tuple[session.Session, Transports]:
-        """This process's session and its transports, begun if there are none."""
+    def _links(self) -> Links:
+        """This process's session and its parts, begun if there are none."""
         current = session.current()
         links = self._known_links
-        if links is None or links[0] is not current:
+        if links is None or links.session is not current:
             with self._links_lock:
                 links = self._known_links
-                if links is None or links[0] is not current:
+                if links is None or links.session is not current:
                     links = self._known_links = self._join(current)
         return links
 
-    def _join(self, current: session.Session) -> tuple[session.Session, Transports]:
+    def _join(self, current: session.Session) -> Links:
         transports = Transports(current)
-        self._server = Server(current, self.store, transports)
+        server = Server(current, self.store, transports)
+        links = Links(current, transports, server, HintSender(current), HintedPulls(current))
         current.on_released(self._on_released)
+        current.on_tick(links.hinted.drop_stale)
         current.on_close(transports.close)
-        return current, transports
+        actor_id = _own_actor_id()
+        if actor_id is not None:
+            current.run_in_background(publish, current, actor_id)
+        return links
 
     def _on_released(self, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""
         for stored in self.store.drop(tokens):
-            self._server.withdraw(stored)
+            self._links().server.withdraw(stored)
 
     def shutdown(self) -> None:
         """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""
@@ -314,7 +328,7 @@ class StoreByObjectId:
         captured = capture.lay_out(tensors)
         head = self._manager._describe(captured, transport)
         self._manager._store(object_id, captured, head)
-        return _location(head)
+        return _location(head, captured)
 
     def pop_object(self, object_id: str) -> list["torch.Tensor"]:
         stored = self._manager.store.by_id(object_id)
@@ -324,8 +338,10 @@ class StoreByObjectId:
         return stored.captured.tensors
 
 
-def _location(head: Descriptor) -> Location:
-    return Location(head.address, head.key, head.nbytes)
+def _location(head: Descriptor, captured: Captured) -> Location:
+    is_hinted = head.nbytes >= MIN_HINTED_BYTES and len(captured.regions) <= _MAX_HINTED_REGIONS
+    regions = tuple(captured.table.regions) if is_hinted else None
+    return Location(head.address, head.key, head.nbytes, regions)
 
 
 def _refs_in(refs: Any) -> list[Any]:

@@ -23,8 +23,10 @@ from ray.experimental.rdt.config import settings
 logger = logging.getLogger("ray.rdt")
 
 _SECRET_KEY = b"secret"
-_NAMESPACE = b"ray_rdt"
+#: Of RDT's entries in Ray's GCS key-value store.
+KV_NAMESPACE = b"ray_rdt"
 _CALL_THREADS = 8
+_TICK_S = 10.0
 
 Handler = Callable[[bytes, dict[str, Any]], dict[str, Any]]
 
@@ -71,6 +73,7 @@ class Session:
         self._on_released: list[Callable[[list[int]], None]] = []
         self._on_peer_lost: list[Callable[[bytes], None]] = []
         self._on_close: list[Callable[[], None]] = []
+        self._on_tick: list[Callable[[], None]] = []
         self._callers = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="rdt-call")
         self._reaper = threading.Thread(target=self._reap, name="rdt-reaper", daemon=True)
         self._reaper.start()
@@ -119,9 +122,17 @@ class Session:
         """Calls back with the id of an agent whose connection broke (reaper thread)."""
         self._on_peer_lost.append(callback)
 
+    def on_tick(self, callback: Callable[[], None]) -> None:
+        """Calls back at least every ten seconds, for what grows old (reaper thread)."""
+        self._on_tick.append(callback)
+
     def on_close(self, callback: Callable[[], None]) -> None:
         """Calls back before the agent stops, last registered first."""
         self._on_close.append(callback)
+
+    def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
+        """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
+        self._callers.submit(_run_logged, action, *args)
 
     def say_once(self, message: str) -> None:
         """Logs a warning unless this session has logged the same before."""
@@ -142,7 +153,10 @@ class Session:
     def _reap(self) -> None:
         """Runs on: the reaper thread, for the session's life."""
         while True:
-            for event in self.agent.next_events(None):
+            events = self.agent.next_events(_TICK_S)
+            for on_tick in self._on_tick:
+                on_tick()
+            for event in events:
                 kind = event[0]
                 if kind == "stopped":
                     return
@@ -180,6 +194,13 @@ class Session:
         self.agent.reply(call_id, json.dumps(answer).encode(), False)
 
 
+def _run_logged(action: Callable[..., None], *args: Any) -> None:
+    try:
+        action(*args)
+    except Exception:
+        logger.warning("RDT could not finish %s", action.__qualname__, exc_info=True)
+
+
 def agent_id_of(address: bytes) -> bytes:
     """The id of the agent at an address, which begins with a version (2 bytes) and the id (16)."""
     return address[2:18]
@@ -187,12 +208,6 @@ def agent_id_of(address: bytes) -> bytes:
 
 _lock = threading.Lock()
 _session: Session | None = None
-_starters: list[Callable[[Session], None]] = []
-
-
-def on_start(callback: Callable[[Session], None]) -> None:
-    """Has every session of this process, as it begins, handed to ``callback``."""
-    _starters.append(callback)
 
 
 def current() -> Session:
@@ -233,8 +248,6 @@ def _begin() -> Session:
     worker.check_connected()
     started = time.monotonic()
     session = Session(_cluster_secret(), worker.node_ip_address)
-    for starter in _starters:
-        starter(session)
     logger.debug("RDT session began in %.1f ms", 1e3 * (time.monotonic() - started))
     return session
 
@@ -244,8 +257,8 @@ def _cluster_secret() -> bytes:
     from ray.experimental import internal_kv
 
     fresh = secrets.token_bytes(32)
-    internal_kv._internal_kv_put(_SECRET_KEY, fresh, overwrite=False, namespace=_NAMESPACE)
-    secret = internal_kv._internal_kv_get(_SECRET_KEY, namespace=_NAMESPACE)
+    internal_kv._internal_kv_put(_SECRET_KEY, fresh, overwrite=False, namespace=KV_NAMESPACE)
+    secret = internal_kv._internal_kv_get(_SECRET_KEY, namespace=KV_NAMESPACE)
     if not secret:
         raise RuntimeError("Ray's GCS did not keep the secret that RDT agents share")
     return bytes(secret)

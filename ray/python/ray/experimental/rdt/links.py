@@ -1,0 +1,29 @@
+"""What one session's parts reach each other through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray.experimental.rdt.hints import HintedPulls, HintSender
+from ray.experimental.rdt.serve import Server
+from ray.experimental.rdt.session import Session
+from ray.experimental.rdt.transports.registry import Transports
+
+
+@dataclass(frozen=True)
+class Links:
+    """One session and all that lives and ends with it.
+
+    Attributes:
+        session: The agent and its threads.
+        transports: The named transports.
+        server: Sends and exposes this process's objects.
+        hints: Hints objects to consumers.
+        hinted: Objects that owners hinted to this process.
+    """
+
+    session: Session
+    transports: Transports
+    server: Server
+    hints: HintSender
+    hinted: HintedPulls
