@@ -21,7 +21,7 @@ esac
 
 tools=build/tools-$tag
 wanted=$(cat ci/requirements/build.txt)
-if [[ "$(cat "$tools/installed.txt" 2>/dev/null)" != "$wanted" ]]; then
+if [[ ! -x $tools/bin/python || "$(cat "$tools/installed.txt" 2>/dev/null)" != "$wanted" ]]; then
   echo "build.sh: making the build's own venv, $tools" >&2
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "'$python' cannot make a venv: install its venv package (on Debian: apt-get install python3-venv)"

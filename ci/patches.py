@@ -107,7 +107,7 @@ def lint(tree: Path, patches: Path = PATCHES, root: Path = ROOT) -> str:
 
 def open_patch(name: str, tree: Path) -> None:
     """Lays out the files of a patch of the series as they are just after it."""
-    series = read_series()
+    series = read_series(PATCHES)
     names = [patch.name for patch in series]
     if name not in names:
         raise BuildError(f"patches/series has no {name}")
@@ -121,7 +121,7 @@ def open_patch(name: str, tree: Path) -> None:
 
 
 def new_patch(name: str, paths: list[str], tree: Path) -> None:
-    series = read_series()
+    series = read_series(PATCHES)
     texts = apply_series(series, tree)
     for path in paths:
         file = OPEN / name / path
@@ -138,7 +138,7 @@ def export_all(tree: Path) -> None:
     """Writes every patch anew; one that is not open keeps its change, wherever it now stands."""
     texts: dict[str, str] = {}
     written: dict[Path, str] = {}
-    for patch in read_series():
+    for patch in read_series(PATCHES):
         opened = OPEN / patch.name
         edited = {
             file.relative_to(opened).as_posix(): file.read_text()

@@ -13,6 +13,7 @@ from ci.build.steps import ROOT, BuildError, sha256_of
 
 OVERLAY = ROOT / "ray"
 LEFT_OUT = {"__pycache__", "REPLACED"}
+SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".cc", ".h"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,12 @@ def read_replaced(overlay: Path = OVERLAY) -> list[Replaced]:
 
 def overlay_files(overlay: Path = OVERLAY) -> Iterator[str]:
     for file in sorted(overlay.rglob("*")):
-        if file.is_file() and not LEFT_OUT & set(file.relative_to(overlay).parts):
-            yield file.relative_to(overlay).as_posix()
+        path = file.relative_to(overlay)
+        if not file.is_file() or LEFT_OUT & set(path.parts) or file.name.startswith("."):
+            continue
+        if file.suffix not in SOURCES:
+            raise BuildError(f"ray/{path}: the overlay holds only {', '.join(sorted(SOURCES))}")
+        yield path.as_posix()
 
 
 def check_replaced(tree: Path, rows: list[Replaced], ours: set[str]) -> None:

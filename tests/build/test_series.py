@@ -123,3 +123,39 @@ def test_export_takes_the_least_context_that_is_unique() -> None:
     (hunk,) = series.parse("x.patch", diff).hunks[ONE]
     assert series.only_place(hunk, lines) == series.stated_place(hunk, lines) >= 0
     assert series.apply(series.parse("x.patch", diff), {ONE: before})[ONE] == after
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, patches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The patch tool at work on the small series; gives the folder where it lays files out."""
+    monkeypatch.setattr(tool, "PATCHES", patches)
+    monkeypatch.setattr(tool, "OPEN", tmp_path / "open")
+    return tmp_path / "open"
+
+
+def test_export_writes_the_same_bytes(tree: Path, patches: Path, workshop: Path) -> None:
+    before = (patches / "hello.patch").read_bytes()
+    tool.export_all(tree)
+    assert (patches / "hello.patch").read_bytes() == before
+    tool.open_patch("hello.patch", tree)
+    tool.export_all(tree)
+    assert (patches / "hello.patch").read_bytes() == before
+
+
+def test_a_later_patch_moves_with_an_edit_of_an_earlier_one(
+    tree: Path, patches: Path, workshop: Path
+) -> None:
+    tool.new_patch("bye.patch", [ONE], tree)
+    edit(workshop / "bye.patch" / ONE, "line_30 = 30\n", "line_30 = 30\nbye = 0\n")
+    header = (patches / "bye.patch").read_text()
+    assert "Reason: one of temporary" in header
+    (patches / "bye.patch").write_text((patches / "hello.patch").read_text().split("---")[0])
+    tool.export_all(tree)
+    assert not workshop.exists()
+    assert "@@ -31,2 +31,3 @@" in (patches / "bye.patch").read_text()
+
+    tool.open_patch("hello.patch", tree)
+    edit(workshop / "hello.patch" / ONE, "hello = 0\n", "hello = 0\nworld = 0\n")
+    tool.export_all(tree)
+    assert "@@ -32,2 +32,3 @@" in (patches / "bye.patch").read_text()
+    assert lint(tree, patches) == "2 patches, 1 files, 3 changed lines"
