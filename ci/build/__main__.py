@@ -55,7 +55,7 @@ def demo(arguments: list[str], _: Path) -> None:
 
 
 def test(arguments: list[str], _: Path) -> None:
-    """pytest's own closing line stays the last that is printed."""
+    """The closing line of pytest stays the last that is printed."""
     python = installed()
     if not arguments:
         checks.native_tests()

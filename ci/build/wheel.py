@@ -25,6 +25,7 @@ DIST = ROOT / "dist"
 SHIPPED = "python/"
 NOT_SHIPPED = (".pyx", ".pxd")
 EPOCH_2020 = 1577836800
+ZIP_BEGINS = 315532800  # 1980: no zip file can say an earlier time
 CHANGES_FILE = "RDT-CHANGES.txt"
 PLATFORM_LINE = re.compile(r'platform\s+tag:\s+"(\w+)"')
 
@@ -160,7 +161,8 @@ def record_row(name: str, content: bytes) -> str:
 
 
 def timestamp() -> tuple[int, int, int, int, int, int]:
-    moment = time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH_2020)))
+    stated = int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH_2020))
+    moment = time.gmtime(max(stated, ZIP_BEGINS))
     date = (moment.tm_year, moment.tm_mon, moment.tm_mday)
     return (*date, moment.tm_hour, moment.tm_min, moment.tm_sec)
 
