@@ -1,0 +1,88 @@
+"""One local Ray for the whole folder, and a few actors that its tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray.experimental.rdt import config
+
+from tests.integration.peers import Peer
+from tests.support import ROOT
+
+#: Enough for every object of these tests that does not stay with its producer.
+STORE_BYTES = 200 << 20
+
+
+@pytest.fixture(scope="package")
+def local_ray() -> Iterator[None]:
+    """A Ray of two CPUs. The transport that a test names is the one that is used, or it fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("RAY_RDT_STRICT_TRANSPORT", "1")
+        config.settings.cache_clear()
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
+    config.settings.cache_clear()
+
+
+@pytest.fixture(scope="package")
+def producer(local_ray: None) -> Any:
+    return Peer.remote()
+
+
+@pytest.fixture(scope="package")
+def consumer(local_ray: None) -> Any:
+    return Peer.remote()
+
+
+@pytest.fixture(scope="package")
+def third(local_ray: None) -> Any:
+    return Peer.remote()
+
+
+@pytest.fixture
+def spawn(local_ray: None) -> Iterator[Callable[..., Any]]:
+    """Makes actors for one test: ``spawn(Peer)``, ``spawn(Peer, max_restarts=1)``."""
+    made = []
+
+    def make(actor_class: Any = Peer, *args: Any, **options: Any) -> Any:
+        made.append(actor_class.options(**options).remote(*args))
+        return made[-1]
+
+    yield make
+    for actor in made:
+        ray.kill(actor)
+
+
+def _needs_nixl() -> pytest.MarkDecorator:
+    is_missing = importlib.util.find_spec("nixl") is None
+    return pytest.mark.skipif(is_missing, reason="the package nixl is not installed")
+
+
+@pytest.fixture(params=["auto", "gloo", pytest.param("nixl", marks=_needs_nixl())])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Every transport that runs without a GPU."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["eager", "pulled"])
+def eagerness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Whether small tensors that this process puts ride along in the value."""
+    if request.param == "pulled":
+        monkeypatch.setenv("RAY_RDT_EAGER_BYTES", "0")
+    config.settings.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    config.settings.cache_clear()

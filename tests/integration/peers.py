@@ -1,0 +1,62 @@
+"""The processes that tests send tensors between. What they do is up to each test."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any, Callable
+
+import ray
+import torch
+
+#: Small enough to ride along in the value, and too large for that (1 MiB).
+SMALL, LARGE = 16, 1 << 18
+
+
+@ray.remote(num_cpus=0)
+class Peer:
+    """Runs what a test gives it; ``action`` gets the peer itself first.
+
+    Attributes:
+        kept: What the test wants to find again.
+        gate: Closed until the test opens it.
+    """
+
+    def __init__(self, **kept: Any):
+        self.kept: dict[str, Any] = kept
+        self.gate = threading.Event()
+
+    @ray.method(tensor_transport="auto")
+    def make(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result is an RDT object."""
+        return action(self, *args, **kwargs)
+
+    def run(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result is a plain object."""
+        return action(self, *args, **kwargs)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def stats(self) -> dict[str, int]:
+        return ray.experimental.rdt.stats()
+
+    def open(self) -> None:
+        self.gate.set()
+
+
+def ones(peer: Peer, count: int = LARGE) -> torch.Tensor:
+    return torch.ones(count)
+
+
+def count_up(peer: Peer, count: int = LARGE) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.float32)
+
+
+def total(peer: Peer, *tensors: torch.Tensor) -> float:
+    return sum(float(tensor.double().sum()) for tensor in tensors)
+
+
+def total_of_refs(peer: Peer, refs: Any) -> float:
+    """``refs`` in a list, so that the peer gets the references and not their values."""
+    return total(peer, *ray.get(refs))

@@ -1,0 +1,71 @@
+"""What several folders of tests share: waiting for a state, and programs run as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def wait_until(is_reached: Callable[[], Any], what: str = "", limit_s: float = 30) -> None:
+    """Returns once ``is_reached()`` is true; fails with ``what`` if that takes too long.
+
+    ``what`` may be left out where ``is_reached`` raises AssertionError until it is reached.
+    """
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            if is_reached() is not False:
+                return
+            reason = what or "not reached"
+        except AssertionError as error:
+            reason = f"{what} {error}"
+        if time.monotonic() > deadline:
+            pytest.fail(f"after {limit_s:g} s: {reason}")
+        time.sleep(0.02)
+
+
+def run_program(
+    arguments: list[str | Path],
+    folder: Path,
+    limit_s: float = 90,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Runs a Python program in another folder; returns what it printed, fails if it fails.
+
+    It runs in a process group of its own, so that its Ray processes end with it at the limit.
+    """
+    program = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = program.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(program.pid, signal.SIGKILL)
+        printed, _ = program.communicate()
+        pytest.fail(f"still running after {limit_s:g} s; it printed:\n{printed}")
+    assert program.returncode == 0, printed
+    return printed
+
+
+def run_driver(source: str, folder: Path, **options: Any) -> str:
+    """Runs the source of a Ray driver as a program of its own; see ``run_program``."""
+    file = folder / "driver.py"
+    file.write_text(textwrap.dedent(source))
+    return run_program([file], folder, **options)
