@@ -106,6 +106,37 @@ class RDTManager:
             self._directory.submitted(ref.hex(), _own_actor_id(), outgoing.head.transport)
             self._directory.created(ref.hex(), _location(outgoing.head, outgoing.captured))
 
+    def serialize_guarded(self, context: Any, value: Any, transport: str) -> Any:
+        """Serializes a value that the core does not flag; see ``guarded``.
+
+        Runs on: producer, the thread of the task.
+        """
+        if isinstance(value, (bytes, RayTaskError)):
+            return context.serialize(value)
+        skeleton, captured = capture.take(context, value)
+        if not captured:
+            return capture.pack(skeleton, captured, None)
+        outgoing = Outgoing(captured, self._describe(captured, transport))
+        guard = self._put_guard(context, transport)
+        self.put_object(guard, outgoing)
+        skeleton.contained_refs.add(guard)
+        return capture.pack(skeleton, captured, outgoing.head)
+
+    def _put_guard(self, context: Any, transport: str) -> Any:
+        import ray
+
+        core_worker = ray._private.worker.global_worker.core_worker
+        guard = core_worker.put_object(
+            context.serialize(b""),
+            pin_object=True,
+            inline_small_object=True,
+            _is_experimental_channel=False,
+            tensor_transport=transport,
+        )
+        # Tells the core that the guard leaves this process inside another object.
+        core_worker.serialize_object_ref(guard)
+        return guard
+
     def _describe(self, captured: Captured, transport: str) -> Descriptor:
         nbytes = captured.table.nbytes
         return Descriptor(
