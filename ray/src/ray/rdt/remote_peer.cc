@@ -8,6 +8,13 @@
 #include "ray/rdt/net.h"
 
 namespace ray::rdt {
+namespace {
+
+// An object up to this size is sent along with the grant where the lane would
+// need another round trip for it.
+constexpr uint64_t kMaxAttached = 64 << 10;
+
+}  // namespace
 
 RemotePeer::RemotePeer(const Workplace &workplace, const Address &address)
     : work_(workplace), address_(address) {}
@@ -232,7 +239,10 @@ void RemotePeer::SendPull(uint64_t id, Asked *asked) {
   }
   asked->is_sent = true;
   asked->pull->set_lane(asked->lane);
-  PullRequest request{.key = asked->pull->key, .with_spans = lane->reads_memory()};
+  bool reads_memory = lane->reads_memory();
+  PullRequest request{.key = asked->pull->key,
+                      .with_spans = reads_memory,
+                      .max_attached = reads_memory ? 0 : kMaxAttached};
   channel_->Send(EncodeFrame(FrameType::kPull, id, request));
 }
 
@@ -296,21 +306,29 @@ bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
     FinishPull(id, fit);
     return true;
   }
+  if (grant->total == 0 || !grant->attached.empty()) return TakeAttached(id, *grant);
   Lane *lane = lanes_[static_cast<size_t>(asked.lane)].get();
   if (lane == nullptr) {
     TryNextLane(id, "the lane was given up");
     return true;
   }
   if (lane->reads_memory() && span_bytes != grant->total) return false;
-  if (grant->total == 0) {
-    FinishPull(id, {});
-    return true;
-  }
   lane->Start(asked.pull, *grant, [loop = work_.loop, weak = std::weak_ptr(alive_), id](const Status &status) {
     loop->Post([weak, id, status] {
       if (auto peer = weak.lock()) (*peer)->OnMoved(id, status);
     });
   });
+  return true;
+}
+
+bool RemotePeer::TakeAttached(uint64_t id, const Grant &grant) {
+  if (grant.attached.size() != grant.total) return false;
+  Pull &pull = *pulls_.at(id).pull;
+  if (pull.BeginWrite()) {
+    pull.destination.CopyIn({0, grant.total}, grant.attached.data());
+    pull.EndWrite();
+  }
+  FinishPull(id, {});
   return true;
 }
 

@@ -67,6 +67,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   bool Handle(const FrameHeader &header, ByteView payload);
   bool OnGrant(uint64_t id, std::optional<Grant> grant);
+  bool TakeAttached(uint64_t id, const Grant &grant);
   bool OnRefuse(uint64_t id, const std::optional<Refuse> &refuse);
   bool OnReply(uint64_t id, ByteView payload);
   void OnMoved(uint64_t id, const Status &status);

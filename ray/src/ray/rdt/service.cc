@@ -1,5 +1,6 @@
 #include "ray/rdt/service.h"
 
+#include <algorithm>
 #include <set>
 #include <utility>
 
@@ -76,14 +77,19 @@ class Service::Guest : public Channel::Handler {
       RefusePull(id, Code::kNotFound, "the producer holds no such object (it was freed)");
       return true;
     }
-    Grant grant{.total = pin->memory.total(), .spans = {}};
+    Grant grant{.total = pin->memory.total()};
     if (request->with_spans) grant.spans = pin->memory.spans();
     if (grant.spans.size() > kMaxSpans) {
       RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
       return true;
     }
-    service_->pins_->Add(agent_, id, this, pin);
-    pulls_[id] = std::move(pin);
+    if (grant.total > 0 && grant.total <= std::min(request->max_attached, kMaxAttached)) {
+      grant.attached.resize(grant.total);
+      pin->memory.CopyOut({0, grant.total}, grant.attached.data());
+    } else {
+      service_->pins_->Add(agent_, id, this, pin);
+      pulls_[id] = std::move(pin);
+    }
     service_->counters_->bytes_granted += grant.total;
     channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
     return true;
@@ -124,6 +130,7 @@ class Service::Guest : public Channel::Handler {
     });
   }
 
+  static constexpr uint64_t kMaxAttached = 1 << 20;
   static constexpr size_t kMaxSpans = kMaxFrame / sizeof(Span) - 1;
 
   Service *const service_;

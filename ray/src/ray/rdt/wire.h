@@ -137,19 +137,21 @@ struct Welcome {
 
 struct PullRequest {
   Key key{};
-  uint8_t with_spans = 0;  // the client reads the memory itself
+  uint8_t with_spans = 0;      // the client reads the memory itself
+  uint64_t max_attached = 0;   // an object up to this size comes with the grant
   template <class A>
   void Fields(A &a) {
-    a(key), a(with_spans);
+    a(key), a(with_spans), a(max_attached);
   }
 };
 
 struct Grant {
   uint64_t total = 0;
   std::vector<Span> spans;  // empty unless asked for
+  Bytes attached;           // all bytes of a small object; then nothing is pinned
   template <class A>
   void Fields(A &a) {
-    a(total), a(spans);
+    a(total), a(spans), a(attached);
   }
 };
 
