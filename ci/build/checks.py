@@ -20,6 +20,8 @@ CPPCHECK = [
     "--enable=warning,performance,portability",
     "--inline-suppr",
     "--suppress=missingIncludeSystem",
+    # Plain structs are filled where they are made: compilers see one that is not.
+    "--suppress=uninitMemberVarNoCtor",
     "--error-exitcode=1",
     "--quiet",
 ]
@@ -53,7 +55,7 @@ def check_all(venv_python: Path) -> None:
     cpp = [file for file in sources if file.suffix == ".cc"]
     include = ROOT / "ray" / "src"
     checks: list[Check] = [
-        ("ruff", tool("ruff", "check", *existing(PYTHON_DIRS))),
+        ("ruff", tool("ruff", "check", "--quiet", *existing(PYTHON_DIRS))),
         ("ruff format", tool("ruff", "format", "--check", *existing(PYTHON_DIRS))),
         ("mypy", tool("mypy", "--python-executable", venv_python, *existing(TYPED))),
         ("shellcheck", tool("shellcheck", *shell_scripts())),

@@ -19,9 +19,9 @@ LAYERS: list[set[str]] = [
     {"_agent"},
     {"session"},
     {"transports", "groups"},
-    {"capture", "directory", "fetch", "lanes", "serve", "store"},
+    {"capture", "directory", "fetch", "hints", "landing", "lanes", "links", "serve", "store"},
     {"manager"},
-    {"api", "observe", "util", ""},
+    {"api", "guarded", "nixl_api", "observe", "util", ""},
 ]
 
 

@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 
 from ci.build import base, wheel
-from ci.build.steps import ROOT, BuildError
+from ci.build.steps import ROOT, BuildError, need_disk
 
-# Runs on its own, away from the checkout: what a user sees right after `pip install`.
+# Run on their own, away from the checkout: what a user sees right after `pip install`.
 AFTER_INSTALL = """
-import importlib.metadata, sys
+import importlib.metadata
 import ray
 print(ray.__version__, importlib.metadata.version("ray"), ray.__file__)
-heavy = [m for m in sys.modules if m == "torch" or m.endswith("._agent")]
-assert not heavy, heavy
 import ray.experimental.rdt._agent
+"""
+LOADED = """
+import sys
+import ray
+print([name for name in sys.modules if name == "torch" or name.endswith("._agent")])
 """
 
 
@@ -136,6 +139,30 @@ def test_tests_run_against_the_installed_wheel(built: Path) -> None:
         for name in archive.namelist():
             if name.startswith("ray/experimental/"):
                 assert (site / name).read_bytes() == archive.read(name), name
+
+
+def test_importing_ray_loads_neither_torch_nor_the_agent(tmp_path: Path) -> None:
+    """In this venv, which has torch: it could be loaded, and is not."""
+    assert importlib.util.find_spec("torch") is not None
+    loaded = subprocess.check_output([sys.executable, "-I", "-c", LOADED], cwd=tmp_path, text=True)
+    assert loaded.strip() == "[]"
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BuildError, match="no gcc found: install one"):
+        wheel.need_compiler()
+
+
+def test_a_python_without_headers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheel.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    with pytest.raises(BuildError, match="no Python headers in /nowhere: install them"):
+        wheel.need_compiler()
+
+
+def test_a_full_disk_is_told() -> None:
+    with pytest.raises(BuildError, match=r"unpacking needs 1000000000\.0 GB of disk"):
+        need_disk(10**18, "unpacking")
 
 
 def test_a_wrong_base_stops_the_build(base_wheel: Path, tmp_path: Path) -> None:
