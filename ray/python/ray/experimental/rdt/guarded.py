@@ -1,4 +1,4 @@
-"""RDT values that Ray's core does not flag: returns of normal tasks and items of generators.
+"""RDT values that Ray's core does not flag: returns of normal tasks.
 
 The core calls RDT only for the returns of actor methods and for puts. For everything else the user's
 function is wrapped, so that what it returns or yields says by itself that it stays here. Such a value
@@ -33,29 +33,13 @@ class GuardedValue:
         return manager.serialize_guarded(context, self._value, self._transport)
 
 
-def guard_items(generator: Function, transport: str) -> Function:
-    """Wraps a generator function, sync or async, so that each item is an RDT object."""
-    if inspect.isasyncgenfunction(generator):
-
-        @functools.wraps(generator)
-        async def yield_async(*args: Any, **kwargs: Any) -> Any:
-            async for item in generator(*args, **kwargs):
-                yield GuardedValue(item, transport)
-
-        return yield_async
-
-    @functools.wraps(generator)
-    def yield_sync(*args: Any, **kwargs: Any) -> Any:
-        for item in generator(*args, **kwargs):
-            yield GuardedValue(item, transport)
-
-    return yield_sync
-
-
 def guard_returns(function: Function, transport: str, num_returns: Any) -> Function:
     """Wraps a task's function so that each of its returns is an RDT object."""
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        return guard_items(function, transport)
+    if inspect.isgeneratorfunction(function) or num_returns in ("dynamic", "streaming"):
+        raise ValueError(
+            f"tensor_transport={transport!r} is for tasks that return their values; the items of a "
+            "generator go through Ray's object store"
+        )
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -69,8 +53,6 @@ def _guard_result(result: Any, transport: str, num_returns: Any) -> Any:
         return GuardedValue(result, transport)
     if num_returns == 0:
         return result
-    if inspect.isgenerator(result):
-        return (GuardedValue(item, transport) for item in result)
     if isinstance(result, (list, tuple)):
         return [GuardedValue(item, transport) for item in result]
     return result  # Ray reports that the number of returns is wrong.
@@ -84,7 +66,7 @@ def with_transport(
     Runs on: whoever submits the task.
 
     Raises:
-        ValueError: no such transport.
+        ValueError: no such transport, or the function is a generator.
     """
     from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
 
