@@ -1,0 +1,244 @@
+"""set_target_for_ref and set_target_device_for_ref: where ray.get puts an object's tensors."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.experimental import set_target_device_for_ref, set_target_for_ref
+
+from tests.integration.peers import LARGE, SMALL, Peer
+from tests.support import wait_until
+
+SIZES = pytest.mark.parametrize("count", [SMALL, LARGE], ids=["small", "large"])
+
+
+def two_tensors(_: Peer, count: int) -> list[torch.Tensor]:
+    return [torch.arange(count, dtype=torch.float32), torch.full((2, count), 5, dtype=torch.int16)]
+
+
+def targets_for(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(count), torch.zeros((2, count), dtype=torch.int16)]
+
+
+def assert_filled(tensors: list[torch.Tensor], count: int) -> None:
+    for tensor, expected in zip(tensors, two_tensors(None, count), strict=True):  # type: ignore[arg-type]
+        assert torch.equal(tensor, expected)
+
+
+@SIZES
+def test_targets_receive_the_tensors(producer: Any, transport: str, count: int) -> None:
+    ref = producer.make.options(tensor_transport=transport).remote(two_tensors, count)
+    targets = targets_for(count)
+    addresses = [target.data_ptr() for target in targets]
+    set_target_for_ref(ref, targets)
+    got = ray.get(ref)
+    assert [one is two for one, two in zip(got, targets, strict=True)] == [True, True]
+    assert [target.data_ptr() for target in targets] == addresses
+    assert_filled(targets, count)
+
+
+@SIZES
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda count: torch.zeros(count, 2)[:, 0],
+        lambda count: torch.zeros(2 * count)[::2],
+        lambda count: torch.zeros(count + 3)[3:],
+        lambda count: torch.zeros(count).flip(0).flip(0),
+    ],
+    ids=["column", "stepped", "offset", "flipped"],
+)
+def test_targets_need_not_be_contiguous(
+    producer: Any, count: int, lay_out: Callable[[int], torch.Tensor]
+) -> None:
+    ref = producer.make.remote(two_tensors, count)
+    target = lay_out(count)
+    whole = torch.zeros(count, 2, dtype=torch.int16).t()
+    set_target_for_ref(ref, [target, whole])
+    assert ray.get(ref)[0] is target
+    assert_filled([target, whole], count)
+
+
+def test_memory_around_a_target_stays_untouched(producer: Any, transport: str) -> None:
+    memory = torch.full((LARGE + 20,), -1.0)
+    ref = producer.make.options(tensor_transport=transport).remote(two_tensors, LARGE)
+    set_target_for_ref(ref, [memory[7 : LARGE + 7], torch.zeros((2, LARGE), dtype=torch.int16)])
+    ray.get(ref)
+    assert memory[:7].eq(-1).all()
+    assert memory[LARGE + 7 :].eq(-1).all()
+    assert torch.equal(memory[7 : LARGE + 7], torch.arange(LARGE, dtype=torch.float32))
+
+
+def test_targets_of_views_of_one_memory_are_filled_one_by_one(producer: Any) -> None:
+    def make(_: Peer) -> list[torch.Tensor]:
+        base = torch.arange(LARGE, dtype=torch.float32)
+        return [base, base[10:20], base.view(2, -1).t()]
+
+    ref = producer.make.remote(make)
+    targets = [torch.zeros(LARGE), torch.zeros(10), torch.zeros(LARGE // 2, 2)]
+    set_target_for_ref(ref, targets)
+    ray.get(ref)
+    for target, expected in zip(targets, make(None)):  # type: ignore[arg-type]
+        assert torch.equal(target, expected)
+
+
+def test_targets_in_other_values_than_lists(producer: Any) -> None:
+    ref = producer.make.remote(lambda _: {"b": torch.ones(LARGE), "a": (torch.zeros(3), "x")})
+    targets = [torch.zeros(LARGE), torch.ones(3)]
+    set_target_for_ref(ref, targets)
+    got = ray.get(ref)
+    assert got["b"] is targets[0]
+    assert got["a"] == (targets[1], "x")
+    assert targets[0].eq(1).all()
+    assert targets[1].eq(0).all()
+
+
+def test_targets_of_an_object_that_was_made_here() -> None:
+    tensor = torch.arange(LARGE, dtype=torch.float32)
+    ref = ray.put(tensor, _tensor_transport="auto")
+    target = torch.zeros(LARGE)
+    set_target_for_ref(ref, [target])
+    assert ray.get(ref) is target
+    assert torch.equal(target, tensor)
+
+
+def test_parameters_that_require_grad_are_targets(producer: Any) -> None:
+    ref = producer.make.remote(lambda _: [torch.ones(LARGE)])
+    target = torch.nn.Parameter(torch.zeros(LARGE))
+    set_target_for_ref(ref, [target])
+    ray.get(ref)
+    assert target.detach().eq(1).all()
+    assert target.requires_grad
+
+
+WRONG = [
+    ("shape", lambda n: [torch.zeros(n + 1), targets_for(n)[1]], r"target 0 .*shape.*\({1}.*\({0}"),
+    ("shape", lambda n: [torch.zeros(1, n), targets_for(n)[1]], r"target 0 .*shape.*\(1, {0}"),
+    ("dtype", lambda n: [targets_for(n)[0], torch.zeros(2, n)], r"target 1 .*float32.*int16"),
+    ("count", lambda n: targets_for(n)[:1], r"1 target.* 2"),
+    ("count", lambda n: [*targets_for(n), torch.zeros(1)], r"3 target.* 2"),
+    ("count", lambda n: [], r"0 target.* 2"),
+]
+
+
+@SIZES
+@pytest.mark.parametrize(("make", "message"), [row[1:] for row in WRONG], ids=[f"{row[0]}{i}" for i, row in enumerate(WRONG)])
+def test_wrong_targets_are_refused_and_the_reference_stays_usable(
+    producer: Any, count: int, make: Callable[[int], list[torch.Tensor]], message: str
+) -> None:
+    ref = producer.make.remote(two_tensors, count)
+    wrong = make(count)
+    set_target_for_ref(ref, wrong)
+    with pytest.raises(ValueError, match=message.format(count, count + 1)):
+        ray.get(ref)
+    assert all(not target.any() for target in wrong)
+    assert_filled(ray.get(ref), count)
+    right = targets_for(count)
+    set_target_for_ref(ref, right)
+    assert ray.get(ref)[0] is right[0]
+    assert_filled(right, count)
+
+
+def test_a_wrong_target_does_not_spoil_its_batch(producer: Any) -> None:
+    good, bad = (producer.make.remote(two_tensors, LARGE) for _ in range(2))
+    set_target_for_ref(bad, [torch.zeros(1)])
+    with pytest.raises(ValueError, match="target"):
+        ray.get([good, bad])
+    for tensors in ray.get([good, bad]):
+        assert_filled(tensors, LARGE)
+
+
+@pytest.mark.parametrize("wrong", [[None], ["x"], [torch.zeros(SMALL).numpy()]], ids=repr)
+def test_targets_that_are_no_tensors_are_refused(producer: Any, wrong: list[Any]) -> None:
+    ref = producer.make.remote(lambda _: [torch.ones(SMALL)])
+    with pytest.raises((ValueError, TypeError), match="target 0"):
+        set_target_for_ref(ref, wrong)
+        ray.get(ref)
+    assert ray.get(ref)[0].eq(1).all()
+
+
+def test_a_later_target_replaces_an_earlier_one(producer: Any) -> None:
+    ref = producer.make.remote(two_tensors, LARGE)
+    first, second = targets_for(LARGE), targets_for(LARGE)
+    set_target_for_ref(ref, first)
+    set_target_for_ref(ref, second)
+    assert ray.get(ref)[0] is second[0]
+    assert not first[0].any()
+    set_target_device_for_ref(ref, "cpu")
+    assert ray.get(ref)[0] is not second[0]
+
+
+def test_targets_stay_with_the_process_that_set_them(producer: Any, consumer: Any) -> None:
+    ref = producer.make.remote(two_tensors, LARGE)
+    targets = targets_for(LARGE)
+    set_target_for_ref(ref, targets)
+    assert ray.get(consumer.run.remote(lambda _, got: float(got[0].sum()), ref)) > 0
+    in_list = ray.get(consumer.run.remote(lambda _, refs: float(ray.get(refs[0])[0].sum()), [ref]))
+    assert in_list > 0
+    assert not targets[0].any()
+
+
+def test_borrower_sets_targets(producer: Any, consumer: Any, transport: str) -> None:
+    def get_into(_: Peer, refs: list[Any]) -> bool:
+        targets = targets_for(LARGE)
+        set_target_for_ref(refs[0], targets)
+        got = ray.get(refs[0])
+        assert_filled(targets, LARGE)
+        return got[0] is targets[0]
+
+    ref = producer.make.options(tensor_transport=transport).remote(two_tensors, LARGE)
+    assert ray.get(consumer.run.remote(get_into, [ref]))
+
+
+def test_targets_can_be_set_before_the_object_exists(spawn: Any) -> None:
+    def when_open(peer: Peer) -> list[torch.Tensor]:
+        assert peer.gate.wait(60)
+        return two_tensors(peer, LARGE)
+
+    maker = spawn(max_concurrency=2)
+    ref = maker.make.remote(when_open)
+    targets = targets_for(LARGE)
+    set_target_for_ref(ref, targets)
+    ray.get(maker.open.remote())
+    assert ray.get(ref)[0] is targets[0]
+    assert_filled(targets, LARGE)
+
+
+def test_a_borrowers_targets_are_not_kept_for_ever(producer: Any, consumer: Any) -> None:
+    def set_and_drop(peer: Peer, refs: list[Any]) -> None:
+        targets = targets_for(LARGE)
+        set_target_for_ref(refs[0], targets)
+        peer.kept["target"] = weakref.ref(targets[0])
+
+    def is_gone(peer: Peer) -> bool:
+        gc.collect()
+        return peer.kept["target"]() is None
+
+    ref = producer.make.remote(two_tensors, LARGE)
+    ray.get(consumer.run.remote(set_and_drop, [ref]))
+    del ref
+    wait_until(lambda: ray.get(consumer.run.remote(is_gone)), "the borrower's target is let go")
+
+
+def test_device_cpu(producer: Any, transport: str) -> None:
+    ref = producer.make.options(tensor_transport=transport).remote(two_tensors, LARGE)
+    set_target_device_for_ref(ref, "cpu")
+    assert_filled(ray.get(ref), LARGE)
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "no_such_device"])
+def test_a_device_that_is_not_there_is_named(producer: Any, device: str) -> None:
+    if device == "cuda:0" and torch.cuda.is_available():
+        pytest.skip("this machine has that device")
+    ref = producer.make.remote(two_tensors, LARGE)
+    with pytest.raises((ValueError, ray.exceptions.RayError), match=device.split(":")[0].upper() + "|" + device):
+        set_target_device_for_ref(ref, device)
+        ray.get(ref)
+    set_target_device_for_ref(ref, "cpu")
+    assert_filled(ray.get(ref), LARGE)
