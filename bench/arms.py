@@ -1,0 +1,210 @@
+"""What is measured, and the numbers that come back. Pure data: no Ray, no processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+OURS, STOCK, BARE = "ours", "stock", "bare"
+STOCK_AFTER_RDT = "stock after RDT"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that a case measures in turn.
+
+    Args:
+        side: Whose process runs it: OURS, STOCK, STOCK_AFTER_RDT or BARE (no Ray at all).
+        scenario: The scenario's name in that process.
+        options: The scenario's options.
+    """
+
+    side: str
+    scenario: str
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass
+class Samples:
+    """All samples of one arm, lower is better: seconds, or bytes for memory.
+
+    Args:
+        values: The samples, in the order they were taken.
+        failure: Why there are none, or no more.
+    """
+
+    values: list[float] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not self.values
+
+    @property
+    def median(self) -> float:
+        """The middle sample."""
+        return median(self.values)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The first and third quartile."""
+        if len(self.values) < 2:
+            return self.median, self.median
+        first, _, third = quantiles(self.values, n=4, method="inclusive")
+        return first, third
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        if self.is_empty:
+            return {"failure": self.failure}
+        first, third = self.spread
+        found: dict[str, object] = {"median": self.median, "q1": first, "q3": third}
+        if self.failure:
+            found["failure"] = self.failure
+        return {**found, "samples": self.values}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How the samples of an arm are shown.
+
+    Args:
+        suffix: The unit's name.
+        scale: What a sample is multiplied by; for a rate, what is divided by a sample.
+        is_rate: Whether more is better in this unit.
+        digits: Digits after the point.
+    """
+
+    suffix: str
+    scale: float
+    is_rate: bool = False
+    digits: int = 2
+
+    def convert(self, sample: float) -> float:
+        """One sample in this unit."""
+        return self.scale / sample if self.is_rate else self.scale * sample
+
+    def show(self, samples: Samples) -> str:
+        """The median with its unit, or why there is none."""
+        if samples.is_empty:
+            return "-"
+        return f"{self.convert(samples.median):.{self.digits}f} {self.suffix}"
+
+    def show_spread(self, samples: Samples) -> str:
+        """The quartiles, smaller number first."""
+        if samples.is_empty:
+            return samples.failure
+        low, high = sorted(self.convert(value) for value in samples.spread)
+        return f"{low:.{self.digits}f} to {high:.{self.digits}f}"
+
+
+MILLISECONDS = Unit("ms", 1e3)
+SECONDS = Unit("s", 1.0)
+MEBIBYTES = Unit("MiB", 1 / (1 << 20), digits=1)
+PER_SECOND = Unit("/s", 1.0, is_rate=True, digits=0)
+
+
+def gigabytes_per_second(nbytes: int) -> Unit:
+    """The unit of a transfer of so many bytes."""
+    return Unit("GB/s", nbytes / 1e9, is_rate=True)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a row must reach.
+
+    Args:
+        limit: The limit of the ratio.
+        text: As it is shown.
+        is_speed: Whether the ratio is "how many times faster" (at least the limit), and not
+            "how many times the cost" (at most the limit).
+    """
+
+    limit: float
+    text: str
+    is_speed: bool
+
+    def ratio(self, ours: Samples, against: Samples) -> float:
+        """Ours against the other, by medians."""
+        cost = ours.median / against.median
+        return 1 / cost if self.is_speed else cost
+
+    def is_met(self, ratio: float) -> bool:
+        """Whether a ratio is good enough."""
+        return ratio >= self.limit if self.is_speed else ratio <= self.limit
+
+
+def at_most(limit: float, text: str = "") -> Bound:
+    """Our cost is at most so many times the other's."""
+    return Bound(limit, text or f"<= {limit:g}x", is_speed=False)
+
+
+def at_least(limit: float) -> Bound:
+    """Our speed is at least so many times the other's."""
+    return Bound(limit, f">= {limit:g}x", is_speed=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Args:
+        measure: What is measured.
+        ours: This wheel's samples.
+        against: What they are compared with.
+        against_name: Its name.
+        bound: What must be reached.
+        unit: How samples are shown.
+        stock: Stock Ray's samples of the same thing, where it can do it.
+        stock_against: What stock's samples are compared with, where that is not `against`.
+    """
+
+    measure: str
+    ours: Samples
+    against: Samples
+    against_name: str
+    bound: Bound
+    unit: Unit
+    stock: Samples = field(default_factory=Samples)
+    stock_against: Samples | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours against the other; None where one of them was not measured."""
+        if self.ours.is_empty or self.against.is_empty:
+            return None
+        return self.bound.ratio(self.ours, self.against)
+
+    @property
+    def stock_ratio(self) -> float | None:
+        """The same for stock Ray."""
+        against = self.stock_against if self.stock_against is not None else self.against
+        if self.stock.is_empty or against.is_empty:
+            return None
+        return self.bound.ratio(self.stock, against)
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the bound is reached; None where it was not measured."""
+        return None if self.ratio is None else self.bound.is_met(self.ratio)
+
+    @property
+    def failure(self) -> str:
+        """Why there is no ratio."""
+        return self.ours.failure or self.against.failure
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "measure": self.measure,
+            "stock": self.unit.show(self.stock),
+            "stock_ratio": self.stock_ratio,
+            "ours": self.unit.show(self.ours),
+            "against": f"{self.against_name}: {self.unit.show(self.against)}",
+            "ratio": self.ratio,
+            "bound": self.bound.text,
+            "met": self.is_met,
+            "failure": self.failure,
+        }

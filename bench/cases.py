@@ -1,0 +1,363 @@
+"""The cases, one function each: what is measured, how often, and what must be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bench.arms import (
+    BARE,
+    MEBIBYTES,
+    MILLISECONDS,
+    OURS,
+    PER_SECOND,
+    SECONDS,
+    STOCK,
+    STOCK_AFTER_RDT,
+    Arm,
+    Row,
+    Samples,
+    at_least,
+    at_most,
+    gigabytes_per_second,
+)
+from bench.rounds import Rounds
+
+SMALL = 4096
+LARGE = 256 << 20
+BUSY = 16 << 20
+STREAMS = 4
+MANY_IN_ONE = 10_000 * 20_000
+STATE_DICT = 90_852_864
+GROUP_SIZE = 8
+
+Case = Callable[[Rounds], list[Row]]
+CASES: dict[str, Case] = {}
+
+
+def case(function: Case) -> Case:
+    """Registers a case under its function's name."""
+    CASES[function.__name__] = function
+    return function
+
+
+def _arms(
+    scenario: str, sides: dict[str, tuple[str, str | None]], **options: object
+) -> dict[str, Arm]:
+    """One arm for each side and transport.
+
+    Args:
+        scenario: The scenario of all of them.
+        sides: Name to (side, transport).
+        options: The scenario's other options, the same for all.
+    """
+    return {
+        name: Arm(side, scenario, {"transport": transport, **options})
+        for name, (side, transport) in sides.items()
+    }
+
+
+GLOO_SIDES = {
+    "ours plain": (OURS, None),
+    "ours auto": (OURS, "auto"),
+    "ours gloo": (OURS, "gloo"),
+    "stock plain": (STOCK, None),
+    "stock gloo": (STOCK, "gloo"),
+}
+RDT_SIDES: dict[str, tuple[str, str | None]] = {
+    "ours auto": (OURS, "auto"),
+    "ours gloo": (OURS, "gloo"),
+    "stock gloo": (STOCK, "gloo"),
+}
+NIXL_SIDES = {
+    "ours plain beside nixl": (OURS, None),
+    "ours nixl": (OURS, "nixl"),
+    "stock plain beside nixl": (STOCK, None),
+    "stock nixl": (STOCK, "nixl"),
+}
+
+
+@case
+def hop(rounds: Rounds) -> list[Row]:
+    """A 4 KB tensor from actor to actor, one hand-over after another."""
+    found = rounds.measure(_arms("hop", GLOO_SIDES, nbytes=SMALL, count=25), rounds=16)
+    found |= rounds.measure_alone(_arms("hop", NIXL_SIDES, nbytes=SMALL, count=50), rounds=4)
+
+    def row(transport: str, stock: str, beside: str, limit: float) -> Row:
+        return Row(
+            f"4 KB hop, {transport}, against a plain object",
+            found[f"ours {transport}"],
+            found[f"ours plain{beside}"],
+            "ours, plain",
+            at_most(limit),
+            MILLISECONDS,
+            found[f"stock {stock}"],
+            found[f"stock plain{beside}"],
+        )
+
+    return [
+        row("auto", "gloo", "", 1.15),
+        row("gloo", "gloo", "", 1.15),
+        row("nixl", "nixl", " beside nixl", 1.3),
+    ]
+
+
+@case
+def small_objects(rounds: Rounds) -> list[Row]:
+    """Small objects a second, submitted without waiting."""
+    found = rounds.measure(_arms("burst", GLOO_SIDES, count=500), rounds=8)
+    found |= rounds.measure_alone(_arms("burst", NIXL_SIDES, count=300), rounds=3)
+
+    def row(transport: str, stock: str, beside: str) -> Row:
+        return Row(
+            f"small objects without waiting, {transport}, against plain",
+            found[f"ours {transport}"],
+            found[f"ours plain{beside}"],
+            "ours, plain",
+            at_least(0.9),
+            PER_SECOND,
+            found[f"stock {stock}"],
+            found[f"stock plain{beside}"],
+        )
+
+    return [row("auto", "gloo", ""), row("gloo", "gloo", "")]
+
+
+@case
+def repeated(rounds: Rounds) -> list[Row]:
+    """256 MiB that exist already, actor to actor on one host, again and again."""
+    arms = _arms("hop", GLOO_SIDES, nbytes=LARGE) | {
+        "memcpy": Arm(BARE, "memcpy", {"nbytes": LARGE, "count": 3}),
+        "torch gloo": Arm(BARE, "raw_gloo", {"nbytes": LARGE}),
+    }
+    found = rounds.measure(arms, rounds=8)
+
+    def row(measure: str, ours: str, against: str, limit: float) -> Row:
+        return Row(
+            f"256 MiB repeated, {measure}",
+            found[ours],
+            found[against],
+            against,
+            at_least(limit),
+            gigabytes_per_second(LARGE),
+            found["stock gloo"],
+        )
+
+    return [
+        row("auto, against one-thread memcpy", "ours auto", "memcpy", 0.6),
+        row("auto, against stock gloo", "ours auto", "stock gloo", 6),
+        row("gloo, against torch.distributed gloo", "ours gloo", "torch gloo", 0.9),
+    ]
+
+
+@case
+def fresh(rounds: Rounds) -> list[Row]:
+    """256 MiB, the first time into a process whose memory is fresh."""
+    found = rounds.measure(_arms("hop_to_fresh", RDT_SIDES, nbytes=LARGE), rounds=5)
+    return [_against_stock_gloo("256 MiB first time into fresh memory", found, 3, LARGE)]
+
+
+@case
+def state_dict(rounds: Rounds) -> list[Row]:
+    """The demo's state dict: 103 tensors, 90.9 MB."""
+    found = rounds.measure(_arms("hop", GLOO_SIDES, kind="state_dict"), rounds=10)
+    return [_against_stock_gloo("state dict of 103 tensors, 90 MB", found, 4, STATE_DICT)]
+
+
+def _against_stock_gloo(measure: str, found: dict[str, Samples], limit: float, nbytes: int) -> Row:
+    return Row(
+        f"{measure}, auto, against stock gloo",
+        found["ours auto"],
+        found["stock gloo"],
+        "stock gloo",
+        at_least(limit),
+        gigabytes_per_second(nbytes),
+        found["stock gloo"],
+    )
+
+
+@case
+def many(rounds: Rounds) -> list[Row]:
+    """10,000 tensors of 20 KB in one object, against one tensor of the same bytes."""
+    one = _arms(
+        "hop", {f"{name}, one": side for name, side in RDT_SIDES.items()}, nbytes=MANY_IN_ONE
+    )
+    found = rounds.measure(one | _arms("hop", RDT_SIDES, kind="many"), rounds=5)
+    nixl = {name: side for name, side in NIXL_SIDES.items() if side[1] == "nixl"}
+    found |= rounds.measure_alone(_arms("hop", nixl, kind="many"), rounds=3)
+    return [
+        Row(
+            "10,000 tensors of 20 KB, auto, against one tensor",
+            found["ours auto"],
+            found["ours auto, one"],
+            "ours, one tensor",
+            at_most(3),
+            MILLISECONDS,
+            found["stock gloo"],
+            found["stock gloo, one"],
+        ),
+        Row(
+            "10,000 tensors of 20 KB, nixl, against stock nixl",
+            found["ours nixl"],
+            found["stock nixl"],
+            "stock nixl",
+            at_least(5),
+            MILLISECONDS,
+            found["stock nixl"],
+        ),
+    ]
+
+
+@case
+def nixl_large(rounds: Rounds) -> list[Row]:
+    """256 MiB over NIXL: into registered memory, and a new tensor each time."""
+    sides = {"ours nixl": (OURS, "nixl"), "stock nixl": (STOCK, "nixl")}
+    into = {f"{name}, registered": side for name, side in sides.items()}
+    new = {f"{name}, new tensor": side for name, side in sides.items()}
+    arms = _arms("hop_into", into, nbytes=LARGE) | _arms("hop_of_new", new, nbytes=LARGE)
+    arms["bare nixl"] = Arm(BARE, "bare_nixl", {"nbytes": LARGE})
+    found = rounds.measure_alone(arms, rounds=5)
+    unit = gigabytes_per_second(LARGE)
+    return [
+        Row(
+            "256 MiB over nixl into registered memory",
+            found["ours nixl, registered"],
+            found["bare nixl"],
+            "bare nixl",
+            at_least(0.9),
+            unit,
+            found["stock nixl, registered"],
+        ),
+        Row(
+            "256 MiB over nixl, a new tensor each time",
+            found["ours nixl, new tensor"],
+            found["stock nixl, new tensor"],
+            "stock nixl",
+            at_least(2),
+            unit,
+            found["stock nixl, new tensor"],
+        ),
+    ]
+
+
+@case
+def tcp(rounds: Rounds) -> list[Row]:
+    """256 MiB over our tcp lane between two test hosts, against iperf3."""
+    options = {"nbytes": LARGE, "streams": STREAMS}
+    arms = {
+        "ours tcp lane": Arm(BARE, "agent_over_tcp", options),
+        "iperf3": Arm(BARE, "iperf", options),
+    }
+    found = rounds.measure(arms, rounds=6)
+    return [
+        Row(
+            f"256 MiB, tcp lane, two test hosts, {STREAMS} streams",
+            found["ours tcp lane"],
+            found["iperf3"],
+            "iperf3",
+            at_least(0.85),
+            gigabytes_per_second(LARGE),
+        )
+    ]
+
+
+@case
+def busy(rounds: Rounds) -> list[Row]:
+    """16 MiB pulled while the producer runs pure Python, against an idle producer."""
+    options = {"nbytes": BUSY, "count": 8}
+    idle = {f"{name}, idle": side for name, side in RDT_SIDES.items()}
+    found = rounds.measure(
+        _arms("busy", idle, is_spinning=False, **options)
+        | _arms("busy", RDT_SIDES, is_spinning=True, **options),
+        rounds=5,
+    )
+    return [
+        Row(
+            "16 MiB pulled from a busy producer, auto, against an idle one",
+            found["ours auto"],
+            found["ours auto, idle"],
+            "ours, idle producer",
+            at_most(1.5),
+            MILLISECONDS,
+            found["stock gloo"],
+            found["stock gloo, idle"],
+        )
+    ]
+
+
+@case
+def memory(rounds: Rounds) -> list[Row]:
+    """How far memory rises while 256 MiB are pulled."""
+    arms = {
+        f"{name}, {process}": Arm(
+            side, "extra_memory", {"transport": transport, "nbytes": LARGE, "process": process}
+        )
+        for name, (side, transport) in RDT_SIDES.items()
+        for process in ("consumer", "producer")
+    }
+    found = rounds.measure(arms, rounds=3)
+    pulled = Samples([float(LARGE)])
+
+    def row(process: str, limit: float, text: str) -> Row:
+        return Row(
+            f"extra memory of the {process} while 256 MiB are pulled",
+            found[f"ours auto, {process}"],
+            pulled,
+            "the bytes pulled",
+            at_most(limit, text),
+            MEBIBYTES,
+            found[f"stock gloo, {process}"],
+        )
+
+    return [row("consumer", 1.05, "<= 1.05x"), row("producer", 16 / 256, "<= 16 MiB")]
+
+
+@case
+def plain_after_rdt(rounds: Rounds) -> list[Row]:
+    """A plain tensor hop in processes that have used RDT, against stock ones that have not."""
+    sides = {
+        "ours after RDT": (OURS, "auto"),
+        "stock": (STOCK, None),
+        "stock after RDT": (STOCK_AFTER_RDT, "gloo"),
+    }
+
+    def measure(label: str, nbytes: int, count: int, limit_rounds: int) -> Row:
+        arms = {
+            f"{name}, {label}": Arm(
+                side, "plain_hop", {"used": used, "nbytes": nbytes, "count": count}
+            )
+            for name, (side, used) in sides.items()
+        }
+        found = rounds.measure(arms, limit_rounds)
+        return Row(
+            f"plain {label} tensor hop after using RDT, against stock",
+            found[f"ours after RDT, {label}"],
+            found[f"stock, {label}"],
+            "stock, no RDT used",
+            at_most(1.02),
+            MILLISECONDS,
+            found[f"stock after RDT, {label}"],
+        )
+
+    return [measure("4 KB", SMALL, 25, 24), measure("16 MiB", BUSY, 4, 10)]
+
+
+@case
+def group(rounds: Rounds) -> list[Row]:
+    """Making a gloo group of eight actors."""
+    options = {"transport": "gloo", "count": GROUP_SIZE}
+    arms = {
+        "ours gloo group": Arm(OURS, "group_of", options),
+        "stock gloo group": Arm(STOCK, "group_of", options),
+    }
+    found = rounds.measure(arms, rounds=5)
+    return [
+        Row(
+            f"group of {GROUP_SIZE} actors made, gloo",
+            found["ours gloo group"],
+            Samples([2.0]),
+            "two seconds",
+            at_most(1, "<= 2 s"),
+            SECONDS,
+            found["stock gloo group"],
+        )
+    ]

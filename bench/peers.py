@@ -1,0 +1,156 @@
+"""The actors that scenarios drive; they are the same program for stock Ray and for this wheel."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ray
+from ray.experimental import register_nixl_memory, set_target_for_ref
+
+Value = torch.Tensor | list[torch.Tensor] | dict[str, torch.Tensor]
+
+MANY_TENSORS, MANY_NBYTES = 10_000, 20_000
+STATE_DICT_NBYTES = 90_852_864
+
+
+def make_value(kind: str, nbytes: int) -> Value:
+    """Makes something to hand over, every page of it written.
+
+    Args:
+        kind: "tensor" (one of nbytes), "many" (10,000 of 20 KB) or "state_dict" (the demo's
+            103 tensors).
+        nbytes: The size of "tensor".
+    """
+    if kind == "many":
+        return [torch.ones(MANY_NBYTES // 4) for _ in range(MANY_TENSORS)]
+    if kind == "state_dict":
+        return {name: torch.ones(shape) for name, shape in state_dict_shapes().items()}
+    return torch.ones(nbytes // 4)
+
+
+def state_dict_shapes() -> dict[str, tuple[int, ...]]:
+    """The parameters of the demo's sentence encoder: 103 shapes, 90.9 MB as float32."""
+    width, inner, layers = 384, 1536, 6
+    sizes = {"word": 30522, "position": 512, "token_type": 2}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"embeddings.{name}": (rows, width) for name, rows in sizes.items()
+    }
+    shapes |= _norm("embeddings", width)
+    for layer in range(layers):
+        prefix = f"layer.{layer}"
+        for part in ("query", "key", "value", "attention"):
+            shapes |= _dense(f"{prefix}.{part}", width, width)
+        shapes |= _dense(f"{prefix}.intermediate", inner, width)
+        shapes |= _dense(f"{prefix}.output", width, inner)
+        shapes |= _norm(f"{prefix}.attention", width) | _norm(f"{prefix}.output", width)
+    return shapes | _dense("pooler", width, width)
+
+
+def _dense(name: str, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.norm.weight": (width,), f"{name}.norm.bias": (width,)}
+
+
+def first_element(value: Value) -> float:
+    """Touches one element of what came in."""
+    tensors = value.values() if isinstance(value, dict) else value
+    tensor = value if isinstance(value, torch.Tensor) else next(iter(tensors))
+    return float(tensor.view(-1)[0])
+
+
+def process_memory(field: str) -> int:
+    """Bytes of this process, from a field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status has no {field}")
+    return int(found[1]) << 10
+
+
+class Peer:
+    """Makes values and uses those of others; peer_class adds the transport to make."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], Value] = {}
+        self._spins = threading.Event()
+        self._target = torch.empty(0)
+
+    def prepare(self, kind: str, nbytes: int) -> int:
+        """Makes a new value ahead of time; returns this process's id."""
+        self._kept[kind, nbytes] = make_value(kind, nbytes)
+        return os.getpid()
+
+    def kept(self, kind: str, nbytes: int) -> Value:
+        """The prepared value itself."""
+        return self._kept[kind, nbytes]
+
+    def use(self, value: Value) -> float:
+        """Touches one element and drops the rest."""
+        return first_element(value)
+
+    def spin(self) -> int:
+        """Counts in pure Python until stop_spinning."""
+        self._spins.set()
+        count = 0
+        while self._spins.is_set():
+            count += 1
+        return count
+
+    def is_spinning(self) -> bool:
+        """Whether spin has begun."""
+        return self._spins.is_set()
+
+    def stop_spinning(self) -> None:
+        """Ends spin."""
+        self._spins.clear()
+
+    def reset_peak(self) -> int:
+        """Forgets the memory peak so far; returns the memory in use now."""
+        Path("/proc/self/clear_refs").write_text("5")
+        return process_memory("VmRSS")
+
+    def peak(self) -> int:
+        """The memory peak since reset_peak."""
+        return process_memory("VmHWM")
+
+    def register_target(self, nbytes: int) -> None:
+        """Makes the tensor that pull_into fills, known to NIXL."""
+        self._target = torch.ones(nbytes // 4)
+        register_nixl_memory(self._target)
+
+    def pull_into(self, refs: list[ray.ObjectRef]) -> float:
+        """Fetches a tensor into the registered one."""
+        set_target_for_ref(refs[0], [self._target])
+        return first_element(ray.get(refs[0]))
+
+
+def peer_class(transport: str | None, threads: int = 1) -> Any:
+    """Makes the actor class whose make() returns by a transport.
+
+    Args:
+        transport: The transport, or None for plain Ray objects.
+        threads: How many methods may run at once.
+    """
+    returns = ray.method(num_returns=1)
+    options: dict[str, object] = {"num_cpus": 0}
+    if transport is not None:
+        returns = ray.method(tensor_transport=transport)
+        options["enable_tensor_transport"] = True
+    if threads > 1:
+        options["max_concurrency"] = threads
+
+    class Maker(Peer):
+        @returns
+        def make(self, kind: str, nbytes: int) -> Value:
+            return self.kept(kind, nbytes)
+
+    return ray.remote(**options)(Maker)

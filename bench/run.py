@@ -1,0 +1,104 @@
+"""Measures this wheel against stock Ray 2.60.0, in one run on one machine, and says what is met.
+
+Run: ./build.sh bench      or: python bench/run.py --stock-python PATH [--only hop] [--quick]
+doc/benchmarks.md says how each row is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from bench.arms import Row
+from bench.cases import CASES
+from bench.link import Workers
+from bench.machine import describe_machine, describe_python
+from bench.report import Measured, show_arms, show_rows, write_json
+from bench.rounds import Rounds
+
+OUTPUT = Path(__file__).resolve().parents[1] / "build" / "bench"
+FILE_WIDTH = 150
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--stock-python", type=Path, required=True, help="a Python with stock ray==2.60.0 and torch"
+    )
+    parser.add_argument("--quick", action="store_true", help="two rounds of each case")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=CASES,
+        metavar="CASE",
+        help=f"run this case alone, may be given again: {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N rounds of each case (default: its own)",
+    )
+    parser.add_argument(
+        "--json", type=Path, default=OUTPUT / "results.json", metavar="FILE", help="where to write"
+    )
+    return parser.parse_args()
+
+
+def run_case(console: Console, name: str, args: argparse.Namespace) -> tuple[Measured, list[Row]]:
+    """Runs one case with workers of its own.
+
+    Args:
+        console: Where progress and the arms are shown.
+        name: The case.
+        args: The command line.
+
+    Returns:
+        What each arm measured, and the case's rows.
+    """
+    workers = Workers(Path(sys.executable), args.stock_python, OUTPUT)
+    with console.status(name) as status:
+        rounds = Rounds(
+            workers, args.repeat, args.quick, lambda text: status.update(f"{name}: {text}")
+        )
+        try:
+            rows = CASES[name](rounds)
+        finally:
+            workers.stop()
+    show_arms(console, name, (CASES[name].__doc__ or "").strip(), rounds.measured)
+    return rounds.measured, rows
+
+
+def wide_console() -> Console:
+    """A console that is wide enough for the table where no terminal sets the width."""
+    console = Console()
+    return console if console.is_terminal else Console(width=FILE_WIDTH)
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    args, console = parse_arguments(), wide_console()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine() | {
+        "this wheel": describe_python(Path(sys.executable)),
+        "stock": describe_python(args.stock_python),
+    }
+    for name, text in machine.items():
+        console.print(f"{name:>18}: {text}", highlight=False)
+    cases = {}
+    for name in args.only or CASES:
+        cases[name] = run_case(console, name, args)
+        write_json(args.json, machine, cases)
+    show_rows(console, [row for _, rows in cases.values() for row in rows])
+    console.print(f"Every sample: {args.json}. The workers' messages: {OUTPUT}.", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

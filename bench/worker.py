@@ -1,0 +1,109 @@
+"""A process that measures when it is told to; run.py starts one per side.
+
+Run: python -m bench.worker ray|bare. It reads one JSON object a line and answers each with one
+line. Whatever libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from bench.protocol import Scenario, Skip
+
+OBJECT_STORE_BYTES = 2 << 30
+
+Request = dict[str, Any]
+Reply = dict[str, object]
+
+
+class Server:
+    """Holds the open scenarios and does what the lines say.
+
+    Args:
+        scenarios: Name to class.
+    """
+
+    def __init__(self, scenarios: Mapping[str, Callable[..., Scenario]]) -> None:
+        self._scenarios = scenarios
+        self._open: dict[str, Scenario] = {}
+
+    def answer(self, request: Request) -> Reply:
+        """Does one request; a failure is an answer too."""
+        try:
+            return self._do(request)
+        except Skip as skip:
+            return {"failure": f"skipped: {skip}"}
+        except Exception as error:
+            traceback.print_exc()
+            cause = getattr(error, "cause", None) or error
+            return {"failure": f"{type(cause).__name__}: {cause}".splitlines()[0][:200]}
+
+    def _do(self, request: Request) -> Reply:
+        arm = request["arm"]
+        match request["do"]:
+            case "open":
+                self._open[arm] = self._scenarios[request["scenario"]](**request["options"])
+                return {}
+            case "sample":
+                return {"samples": self._open[arm].sample()}
+            case "close":
+                self._open.pop(arm).close()
+                return {}
+            case other:
+                raise ValueError(f"unknown request {other!r}")
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    """A Ray cluster of this process alone."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="rdtb")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=folder,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def serve(server: Server) -> None:
+    """Answers every line until standard input ends."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            print(json.dumps(server.answer(json.loads(line))), file=answers, flush=True)
+
+
+def main() -> None:
+    """Serves one side."""
+    if sys.argv[1] == "bare":
+        from bench.bare import SCENARIOS
+
+        serve(Server(SCENARIOS))
+        return
+    from bench.scenarios import SCENARIOS
+
+    with local_ray():
+        serve(Server(SCENARIOS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The same hand-over with NIXL: another name for the transport, and no group.
+
+Run: python examples/nixl_pass.py      (needs: pip install nixl nixl-cu12; works on CPU)
+"""
+
+import importlib.util
+
+import torch
+
+import ray
+
+
+@ray.remote(enable_tensor_transport=True)
+class Worker:
+    """Makes tensors and adds up those of others."""
+
+    @ray.method(tensor_transport="nixl")
+    def ramp(self, size: int) -> torch.Tensor:
+        """Returns 0, 1, 2, ... on the GPU where there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.arange(size, dtype=torch.float64, device=device)
+
+    def total(self, ramp: torch.Tensor) -> float:
+        """Returns the sum."""
+        return ramp.sum().item()
+
+
+def main() -> None:
+    """Sends one tensor from one actor to the other and to the driver over NIXL."""
+    if importlib.util.find_spec("nixl") is None:
+        print("skipped: the nixl package is not installed (pip install nixl nixl-cu12)")
+        return
+    gpus = 1 if torch.cuda.device_count() >= 2 else 0
+    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+        sender, receiver = (Worker.options(num_gpus=gpus).remote() for _ in range(2))
+
+        ref = sender.ramp.remote(1000)
+        total = ray.get(receiver.total.remote(ref))
+        print(f"the receiver added up {total} over NIXL, with no group made")
+        assert total == 499_500.0
+
+        ramp = ray.get(ref)
+        print(f"the driver got {ramp.numel()} elements on {ramp.device.type}")
+        assert ramp.sum().item() == 499_500.0
+
+
+if __name__ == "__main__":
+    main()

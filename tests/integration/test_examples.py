@@ -1,0 +1,73 @@
+"""Every walk-through runs by itself, as a user would start it, and says what it shows."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run_program(arguments: list[str | Path], folder: Path, limit_s: float) -> str:
+    """Runs a Python program in another folder; returns what it printed.
+
+    Runs in a process group of its own, so that its Ray processes end with it at the limit.
+    """
+    program = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, _ = program.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(program.pid, signal.SIGKILL)
+        printed, _ = program.communicate()
+        pytest.fail(f"still running after {limit_s} s; it printed:\n{printed}")
+    assert program.returncode == 0, printed
+    return printed
+
+
+def test_all_walk_throughs_are_here() -> None:
+    names = {example.stem for example in EXAMPLES}
+    gloo = {"gloo_method", "gloo_groups", "gloo_pass", "gloo_nested"}
+    assert names == gloo | {
+        "plain_return",
+        "same_actor",
+        "driver_get",
+        "nixl_pass",
+        "nccl_pass",
+        "auto_pass",
+    }
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs_and_prints(example: Path, tmp_path: Path) -> None:
+    printed = run_program([example], tmp_path, limit_s=90)
+    assert printed.strip()
+    assert "Traceback" not in printed
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="two GPUs: the example runs for real")
+def test_nccl_example_says_why_it_skips(tmp_path: Path) -> None:
+    printed = run_program([ROOT / "examples" / "nccl_pass.py"], tmp_path, limit_s=60)
+    assert printed.startswith("skipped: ")
+    assert "GPU" in printed
+
+
+@pytest.mark.slow
+def test_demo_shows_equal_embeddings_and_a_plot(tmp_path: Path) -> None:
+    plot = tmp_path / "plots" / "sync.png"
+    demo = ROOT / "examples" / "demo" / "run.py"
+    printed = run_program([demo, "--steps", "1", "--plot", plot], tmp_path, limit_s=110)
+    assert "step 1: " in printed
+    assert "all embeddings equal" in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
