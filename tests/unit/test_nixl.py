@@ -1,0 +1,279 @@
+"""The nixl transport over stand-ins for nixl's agents."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.transports import nixl, nixl_engine
+from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
+from ray.experimental.rdt.transports.nixl import NixlTransport
+from ray.experimental.rdt.transports.nixl_engine import NixlError, NixlMissing, choose_backend
+from ray.experimental.rdt.transports.nixl_registration import LARGE_NBYTES
+from tests.unit.nixl_fakes import Fabric
+
+PEER = Peer(b"", b"")
+
+
+@pytest.fixture
+def fabric():
+    return Fabric()
+
+
+@pytest.fixture
+def producer(fabric):
+    return NixlTransport(open_engine=fabric.engine)
+
+
+@pytest.fixture
+def consumer(fabric):
+    return NixlTransport(open_engine=fabric.engine)
+
+
+def pattern(*sizes):
+    return [torch.arange(size, dtype=torch.int64).to(torch.uint8) + 1 for size in sizes]
+
+
+def blanks(buffers):
+    return [torch.zeros_like(buffer) for buffer in buffers]
+
+
+def expose(transport, buffers):
+    return json.loads(json.dumps(transport.expose(buffers)))
+
+
+def read(transport, exposed, buffers, timeout_s=10.0):
+    transport.read(PEER, exposed, buffers, time.monotonic() + timeout_s)
+
+
+def same(buffers, others):
+    return all(torch.equal(one, other) for one, other in zip(buffers, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(1,), (0,), (), (0, 5, 0, 7), (LARGE_NBYTES + 3, 10, 0), (20_000,) * 300, (40 << 20,)],
+    ids=str,
+)
+def test_round_trip(producer, consumer, sizes):
+    sent = pattern(*sizes)
+    received = blanks(sent)
+    exposed = expose(producer, sent)
+    read(consumer, exposed, received)
+    read(consumer, exposed, received)
+    producer.withdraw(exposed)
+    assert same(sent, received)
+
+
+def test_nothing_is_opened_before_it_is_needed(fabric, producer):
+    exposed = expose(producer, pattern(0))
+    producer.withdraw(exposed)
+    assert not fabric.engines
+
+
+def test_withdrawn_memory_is_not_read(fabric, producer, consumer):
+    sent = pattern(100)
+    exposed = expose(producer, sent)
+    producer.withdraw(exposed)
+    producer.withdraw(exposed)
+    with pytest.raises(NixlError, match="not registered"):
+        read(consumer, exposed, blanks(sent))
+
+
+def test_a_consumer_keeps_no_registration(fabric, producer, consumer):
+    sent = pattern(LARGE_NBYTES, 10)
+    read(consumer, expose(producer, sent), blanks(sent))
+    assert not fabric.engines["engine-1"].registered
+
+
+def test_a_read_ends_at_its_deadline_and_is_cut_off(fabric, producer, consumer, monkeypatch):
+    monkeypatch.setattr(nixl, "_GRACE_S", 0.05)
+    fabric.looks = None
+    sent = pattern(100)
+    received = blanks(sent)
+    exposed = expose(producer, sent)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        read(consumer, exposed, received, 0.05)
+    assert time.monotonic() - began < 5
+    assert fabric.engines["engine-1"].registered, "late bytes must find their memory"
+    assert not any(received[0])
+    consumer.close()
+    assert fabric.engines["engine-1"].is_closed
+
+
+def test_a_read_that_ends_just_after_its_deadline_leaves_nothing(fabric, producer, consumer):
+    fabric.looks = 60
+    sent = pattern(100)
+    with pytest.raises(TimeoutError):
+        read(consumer, expose(producer, sent), blanks(sent), 0.0005)
+    assert not fabric.engines["engine-1"].registered
+
+
+def test_a_deadline_that_has_passed_posts_nothing(fabric, producer, consumer):
+    sent = pattern(100)
+    with pytest.raises(TimeoutError):
+        read(consumer, expose(producer, sent), blanks(sent), -1)
+    assert ("post", 1) not in fabric.engines["engine-1"].log
+
+
+def test_a_failed_read_is_over_and_the_next_one_works(fabric, producer, consumer):
+    sent = pattern(100)
+    received = blanks(sent)
+    exposed = expose(producer, sent)
+    fabric.error = NixlError("lost", "peer_lost")
+    with pytest.raises(NixlError) as failure:
+        read(consumer, exposed, received)
+    assert failure.value.code == "peer_lost"
+    fabric.error = None
+    read(consumer, exposed, received)
+    assert same(sent, received)
+    assert ("detach", "engine-0") in fabric.engines["engine-1"].log
+
+
+def test_buffers_that_do_not_match_are_refused(producer, consumer):
+    exposed = expose(producer, pattern(100))
+    with pytest.raises(ValueError, match="buffer 0 has 99 bytes, the peer's has 100"):
+        read(consumer, exposed, blanks(pattern(99)))
+
+
+def test_reads_at_once_do_not_mix(fabric, producer, consumer):
+    fabric.looks = 3
+    objects = [pattern(1000 + i, 10, i) for i in range(20)]
+    results = {}
+
+    def fetch(index):
+        received = blanks(objects[index])
+        read(consumer, expose(producer, objects[index]), received)
+        results[index] = same(objects[index], received)
+
+    threads = [threading.Thread(target=fetch, args=(i,)) for i in range(len(objects))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert results == dict.fromkeys(range(len(objects)), True)
+
+
+def test_objects_go_through_the_pool(fabric, producer, consumer):
+    producer.register_pool(1000, "cpu")
+    sent = pattern(100, 0, 200)
+    exposed = expose(producer, sent)
+    expected = [buffer.clone() for buffer in sent]
+    for buffer in sent:
+        buffer.zero_()
+    received = blanks(sent)
+    read(consumer, exposed, received)
+    assert same(expected, received)
+    assert len(fabric.engines["engine-0"].registered) == 1
+    producer.withdraw(exposed)
+    assert expose(producer, pattern(1000))["spans"]
+
+
+def test_a_full_pool_waits_until_an_object_is_withdrawn(producer, consumer):
+    producer.register_pool(128, "cpu")
+    exposed = expose(producer, pattern(128))
+    threading.Timer(0.05, producer.withdraw, [exposed]).start()
+    sent = pattern(100)
+    received = blanks(sent)
+    read(consumer, expose(producer, sent), received)
+    assert same(sent, received)
+
+
+def test_a_pool_that_stays_full_lets_another_lane_be_taken(producer, monkeypatch):
+    class Short:
+        fetch_timeout_s = 0.02
+
+    producer.register_pool(128, "cpu")
+    producer.expose(pattern(128))
+    monkeypatch.setattr(nixl, "settings", lambda: Short)
+    with pytest.raises(TransportUnavailable, match="register a larger pool"):
+        producer.expose(pattern(1))
+
+
+def test_large_and_registered_objects_pass_the_pool_by(producer, consumer):
+    producer.register_pool(128, "cpu")
+    mine = pattern(50)
+    producer.register_memory(mine[0])
+    for sent in (pattern(129), mine):
+        received = blanks(sent)
+        exposed = expose(producer, sent)
+        sent[0][0] = 77
+        read(consumer, exposed, received)
+        assert received[0][0] == 77
+    producer.deregister_memory(mine[0])
+    with pytest.raises(ValueError, match="not registered"):
+        producer.deregister_memory(mine[0])
+
+
+def test_one_pool_of_a_real_size(producer):
+    with pytest.raises(ValueError, match="above 0"):
+        producer.register_pool(0, "cpu")
+    producer.register_pool(10, "cpu")
+    with pytest.raises(ValueError, match="already"):
+        producer.register_pool(10, "cpu")
+
+
+def test_memory_that_nixl_refuses_is_unavailable(fabric, producer, consumer):
+    exposed = expose(producer, pattern(5))
+    read(consumer, exposed, blanks(pattern(5)))
+    for engine in fabric.engines.values():
+        engine.refusal = NixlError("read-only")
+    with pytest.raises(TransportUnavailable, match="read-only"):
+        producer.expose(pattern(6))
+    with pytest.raises(TransportUnavailable, match="read-only"):
+        read(consumer, exposed, blanks(pattern(5)))
+
+
+def test_a_closed_transport_stays_closed(producer):
+    producer.expose(pattern(5))
+    producer.close()
+    producer.close()
+    with pytest.raises(TransportUnavailable, match="closed"):
+        producer.expose(pattern(5))
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    with pytest.raises(TransportUnavailable, match="pip install nixl"):
+        NixlTransport()
+    with pytest.raises(ImportError):
+        nixl_engine.open_engine()
+    assert issubclass(NixlMissing, ImportError)
+
+
+def test_a_library_of_another_layout_is_unavailable(monkeypatch):
+    monkeypatch.setattr(nixl_engine, "check_installed", lambda: None)
+    monkeypatch.setattr(nixl_engine, "_import_nixl", object)
+    with pytest.raises(TransportUnavailable, match=r"nixl 1\.5"):
+        nixl_engine.open_engine()
+
+
+def test_tls_forbids_nixl(monkeypatch):
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    settings.cache_clear()
+    try:
+        with pytest.raises(TransportUnavailable, match="RAY_RDT_ALLOW_CLEAR_TCP"):
+            NixlTransport()
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+def test_libfabric_is_chosen_for_efa_devices_only(tmp_path):
+    plugins = ["LIBFABRIC", "UCX"]
+    assert choose_backend(plugins, tmp_path) == "UCX"
+    for name, driver in (("mlx5_0", "mlx5_core"), ("rdmap0", "efa")):
+        device = tmp_path / "infiniband" / name / "device"
+        device.mkdir(parents=True)
+        (tmp_path / driver).mkdir()
+        (device / "driver").symlink_to(tmp_path / driver)
+        expected = "LIBFABRIC" if driver == "efa" else "UCX"
+        assert choose_backend(plugins, tmp_path) == expected
+    assert choose_backend(["UCX"], tmp_path) == "UCX"
