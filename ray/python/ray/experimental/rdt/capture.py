@@ -215,7 +215,7 @@ def build_tensors(
             buffer, offset = memory[region]
             items = math.prod(shape)
             flat = torch.frombuffer(buffer, dtype=dtype, count=items, offset=offset + start)
-            tensor = flat.view(shape)
+            tensor = flat if len(shape) == 1 else flat.view(shape)
         else:
             if region not in storages:
                 storages[region] = _storage_over(memory[region], count)
@@ -291,8 +291,8 @@ def is_carried(tensor: "torch.Tensor") -> bool:
     import torch
 
     return (
-        tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
+        tensor.is_cpu
+        and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -324,7 +324,9 @@ def _span(tensor: "torch.Tensor") -> _Span:
     else:
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
         extent = (last + 1) * tensor.element_size()
-    return tensor.untyped_storage().data_ptr(), start, start + extent
+    # The storage's address; cheaper than to ask the storage, which Python would make an object for.
+    storage = start - tensor.storage_offset() * tensor.element_size()
+    return storage, start, start + extent
 
 
 def _merge(spans: list[_Span]) -> tuple[list[Region], list[int]]:
@@ -354,12 +356,13 @@ def _row(
     flags = _PARAMETER if is_parameter else 0
     if tensor.requires_grad:
         flags |= _REQUIRES_GRAD
-    if tensor.is_conj():
+    dtype = tensor.dtype
+    if dtype.is_complex and tensor.is_conj():
         flags |= _CONJUGATED
     if tensor.is_neg():
         flags |= _NEGATED
     offset = start - base if start < end else 0
-    return region, offset, tensor.dtype, shape, None if is_dense else stride, flags
+    return region, offset, dtype, shape, None if is_dense else stride, flags
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 import warnings
 from array import array
@@ -20,11 +21,13 @@ from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Row, WarnShared
-from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, Target
+from ray.experimental.rdt.fetch import Arrival, Fetcher, Request
+from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
 from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
+from ray.experimental.rdt.targets import Targets
 from ray.experimental.rdt.transports.registry import Transports
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ class RDTManager:
         self._directory = Directory()
         self._directory_lock = threading.Lock()
         self._fetcher = Fetcher(self.store, self._links)
-        self._targets: dict[str, Target] = {}
+        self._targets = Targets()
         self._links_lock = threading.Lock()
         self._known_links: Links | None = None
 
@@ -150,7 +153,6 @@ class RDTManager:
 
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
         links = self._links()
-        links.transports.prepare(head.transport)
         stored = self.store.add(head.key, object_id, captured, head.transport)
         links.session.agent.register(
             head.key,
@@ -223,7 +225,7 @@ class RDTManager:
         """
         with self._directory_lock:
             frees = self._directory.out_of_scope(object_id)
-        self._targets.pop(object_id, None)
+        self._targets.forget(object_id)
         self._carry_out(frees)
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
@@ -263,7 +265,8 @@ class RDTManager:
             give in its place.
 
         Raises:
-            GetTimeoutError, ValueError: see ``Fetcher.fetch``.
+            GetTimeoutError: the user's timeout passed first.
+            ValueError: a target does not fit its tensor; nothing has moved.
         """
         requests: dict[bytes, Request] = {}
         keys: dict[int, bytes] = {}
@@ -272,7 +275,8 @@ class RDTManager:
                 envelope = capture.open_envelope(metadata, data)
                 keys[index] = envelope.head.key
                 object_id = ref.hex() if ref is not None else ""
-                request = Request(object_id, envelope, self._targets.get(object_id, Target()))
+                target = self._targets.of(object_id, envelope.table)
+                request = Request(object_id, envelope, target)
                 requests.setdefault(envelope.head.key, request)
         arrivals = self._fetcher.fetch(list(requests.values()), timeout_s)
         by_key = dict(zip(requests, arrivals))
@@ -280,11 +284,11 @@ class RDTManager:
 
     def set_targets(self, object_id: str, tensors: Sequence["torch.Tensor"]) -> None:
         """The tensors that ``ray.get`` of this object receives into, in this process."""
-        self._targets[object_id] = Target(tensors=tensors)
+        self._targets.set_tensors(object_id, tensors)
 
     def set_target_device(self, object_id: str, device: str) -> None:
         """The device that ``ray.get`` of this object puts its tensors on, in this process."""
-        self._targets[object_id] = Target(device=device)
+        self._targets.set_device(object_id, device)
 
     # Life.
 
@@ -315,6 +319,7 @@ class RDTManager:
         current.on_released(self._on_released)
         current.on_tick(links.hinted.drop_stale)
         current.on_close(transports.close)
+        groups.attach(current, transports.get)  # type: ignore[arg-type]
         actor_id = _own_actor_id()
         if actor_id is not None:
             current.run_in_background(publish, current, actor_id)
@@ -402,5 +407,14 @@ def _warn_shared(object_id: str) -> None:
         "The maker gets its own tensor, not a copy: what it changes in place is what later "
         "consumers receive.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=_levels_to_user(),
     )
+
+
+def _levels_to_user() -> int:
+    """How far up the caller's caller is that is not Ray: whose line a warning should name."""
+    ours = os.path.dirname(os.path.dirname(os.path.dirname(__file__))) + os.sep
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -46,15 +46,6 @@ class Transports:
         module, factory = _FACTORIES[name]
         return cast(Transport, getattr(importlib.import_module(module), factory)(self._session))
 
-    def prepare(self, name: str) -> None:
-        """Makes a transport ready to answer peers, if this process can have it at all."""
-        if name in self._made or name not in _FACTORIES:
-            return
-        try:
-            self.get(name)
-        except TransportUnavailable as error:
-            self._session.say_once(f"RDT transport {name!r} is not available here: {error}.")
-
     def made(self) -> list[Transport]:
         """Those in use so far."""
         with self._lock:
