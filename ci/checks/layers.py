@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"_agent"},
     {"session"},
     {"transports", "groups"},
-    {"capture", "directory", "fetch", "hints", "landing", "lanes", "links", "serve", "store"},
+    {"capture", "directory", "fetch", "hints", "landing", "lanes", "links", "serve", "store", "targets"},
     {"manager"},
     {"api", "guarded", "nixl_api", "observe", "util", ""},
 ]

@@ -42,10 +42,11 @@ def wait_tensor_freed(tensor: "torch.Tensor", timeout: float | None = None) -> N
 
 @PublicAPI(stability="alpha")
 def set_target_for_ref(ref: "ray.ObjectRef", target: list[Any]) -> None:
-    """Lets the next ``ray.get`` of an RDT object in this process receive into given tensors.
+    """Lets ``ray.get`` of an RDT object in this process receive into given tensors.
 
     They replace the tensors in the value, in the order in which these were pickled; a list of tensors
-    keeps its order. They need not be contiguous. A later call replaces an earlier one.
+    keeps its order. They need not be contiguous. A later call replaces an earlier one. RDT does not
+    keep them alive: when one dies, or did not fit, ``ray.get`` makes new tensors again.
 
     Args:
         ref: The object.

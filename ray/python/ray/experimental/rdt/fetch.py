@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental.rdt import lanes
-from ray.experimental.rdt.capture import Envelope, Table
+from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.errors import (
     FetchContext,
@@ -21,25 +21,13 @@ from ray.experimental.rdt.errors import (
     RDTFetchTimedOutError,
     RDTProducerDiedError,
 )
+from ray.experimental.rdt.targets import ANYWHERE, Target
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.store import Store
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the user wants an object's tensors.
-
-    Attributes:
-        tensors: Tensors to receive into, None for new ones.
-        device: The device for new ones, None for the producer's.
-    """
-
-    tensors: Sequence["torch.Tensor"] | None = None
-    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,7 @@ class Request:
 
     object_id: str
     envelope: Envelope
-    target: Target = Target()
+    target: Target = ANYWHERE
 
 
 @dataclass(frozen=True)
@@ -94,11 +82,7 @@ class Fetcher:
 
         Raises:
             GetTimeoutError: the user's timeout passed first.
-            ValueError: a target does not fit its tensor; nothing has moved.
         """
-        for request in requests:
-            if request.target.tensors is not None:
-                check_targets(request.envelope.table, request.target.tensors)
         patience = settings().fetch_timeout_s
         is_users = timeout_s is not None and 0 <= timeout_s < patience
         deadline = time.monotonic() + (timeout_s if is_users and timeout_s is not None else patience)
@@ -199,20 +183,3 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             f"Install {error.name} in the environment of this worker.",
         )
     return RDTFetchError(context, f"{type(error).__name__}: {error}.", "See the cause above.")
-
-
-def check_targets(table: Table, targets: Sequence["torch.Tensor"]) -> None:
-    """Raises ValueError unless the targets match the object's tensors one to one."""
-    if len(targets) != len(table.rows):
-        raise ValueError(f"{len(targets)} target tensors were given, the object has {len(table.rows)}")
-    for index, (target, row) in enumerate(zip(targets, table.rows)):
-        _, _, dtype, shape, _, _ = row
-        for what, got, expected in (
-            ("shape", tuple(target.shape), tuple(shape)),
-            ("dtype", target.dtype, dtype),
-        ):
-            if got != expected:
-                raise ValueError(
-                    f"target {index} has {what} {got}, the object's tensor has {expected}"
-                )
-

@@ -1,0 +1,129 @@
+"""Where users want the tensors of objects that this process will get.
+
+A user's tensors are held weakly, since a borrower is not told when an object's last reference is
+gone: as soon as one of them dies, the object's wish is void. A wish that does not fit is void once
+its error was raised, so that the reference stays usable.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.capture import Table
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the user wants an object's tensors.
+
+    Attributes:
+        tensors: Tensors to receive into, None for new ones.
+        device: The device for new ones, None for the producer's.
+    """
+
+    tensors: Sequence["torch.Tensor"] | None = None
+    device: str | None = None
+
+
+ANYWHERE = Target()
+
+#: Gives the target, None if a tensor of it has died.
+_Wish = Callable[[], "Target | None"]
+
+
+class Targets:
+    """The wishes of one process by object id (hex). Runs on: any thread; never blocks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wishes: dict[str, _Wish] = {}
+
+    def __len__(self) -> int:
+        return len(self._wishes)
+
+    def set_tensors(self, object_id: str, tensors: Sequence["torch.Tensor"]) -> None:
+        """Replaces an earlier wish. Raises ValueError for what cannot receive a tensor."""
+        _check_kinds(tensors)
+        self._set(object_id, _hold_weakly(tensors))
+
+    def set_device(self, object_id: str, device: str) -> None:
+        """Replaces an earlier wish."""
+        target = Target(device=device)
+        self._set(object_id, lambda: target)
+
+    def _set(self, object_id: str, wish: _Wish) -> None:
+        with self._lock:
+            self._wishes = {key: other for key, other in self._wishes.items() if other()}
+            self._wishes[object_id] = wish
+
+    def of(self, object_id: str, table: "Table") -> Target:
+        """The target of an object with this layout.
+
+        Raises:
+            ValueError: the user's tensors do not fit; their wish is void from now on.
+        """
+        wish = self._wishes.get(object_id)
+        target = wish() if wish is not None else None
+        if target is None:
+            return ANYWHERE
+        try:
+            if target.tensors is not None:
+                check_targets(table, target.tensors)
+        except ValueError:
+            self.forget(object_id)
+            raise
+        return target
+
+    def forget(self, object_id: str) -> None:
+        with self._lock:
+            self._wishes.pop(object_id, None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._wishes.clear()
+
+
+def _hold_weakly(tensors: Sequence["torch.Tensor"]) -> _Wish:
+    from torch.utils.weak import TensorWeakRef
+
+    held = [TensorWeakRef(tensor) for tensor in tensors]
+
+    def wish() -> Target | None:
+        alive = [tensor for tensor in (each() for each in held) if tensor is not None]
+        return Target(tensors=alive) if len(alive) == len(held) else None
+
+    return wish
+
+
+def _check_kinds(tensors: Sequence[Any]) -> None:
+    import torch
+
+    for index, tensor in enumerate(tensors):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"target {index} is a {type(tensor).__name__}, not a torch.Tensor")
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise ValueError(
+                f"target {index} is a tensor of layout {tensor.layout} on device {tensor.device}, "
+                "which has no memory to receive into"
+            )
+
+
+def check_targets(table: "Table", targets: Sequence["torch.Tensor"]) -> None:
+    """Raises ValueError unless the targets match the object's tensors one to one."""
+    if len(targets) != len(table.rows):
+        raise ValueError(f"{len(targets)} target tensors were given, the object has {len(table.rows)}")
+    for index, (target, row) in enumerate(zip(targets, table.rows)):
+        _, _, dtype, shape, _, _ = row
+        for what, got, expected in (
+            ("shape", tuple(target.shape), tuple(shape)),
+            ("dtype", target.dtype, dtype),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"target {index} has {what} {got}, the object's tensor has {expected}"
+                )
