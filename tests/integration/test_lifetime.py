@@ -151,18 +151,22 @@ def test_an_object_lives_while_any_process_has_a_reference(
     settled()
 
 
-def test_objects_of_a_dead_owner_are_freed(
+def test_objects_of_a_dead_owner_are_freed_and_lost_to_borrowers(
     maker: Any, settled: Callable[[], None], spawn: Any
 ) -> None:
-    def submit(peer: Peer, to: Any) -> None:
-        peer.kept["refs"] = [to.make.remote(ones) for _ in range(3)]
-        ray.wait(peer.kept["refs"], num_returns=3)
+    def submit(_: Peer, to: Any) -> list[Any]:
+        refs = [to.make.remote(ones) for _ in range(3)]
+        ray.wait(refs, num_returns=3)
+        return refs
 
     owner = spawn()
-    ray.get(owner.run.remote(submit, maker))
+    borrowed = ray.get(owner.run.remote(submit, maker))
+    assert ray.get(borrowed[0]).sum() == LARGE
     assert ray.get(maker.stats.remote())["stored_objects"] == 3
     ray.kill(owner)
     settled()
+    with pytest.raises(ray.exceptions.ObjectLostError):
+        ray.get(borrowed[1], timeout=60)
 
 
 def test_retried_tasks_copies_are_all_freed(

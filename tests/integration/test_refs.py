@@ -202,26 +202,3 @@ def test_future_and_await_give_the_value(producer: Any) -> None:
     assert torch.equal(small, torch.ones(SMALL))
     assert torch.equal(large, torch.ones(LARGE))
     assert torch.equal(refs[1].future().result(timeout=30), torch.ones(LARGE))
-
-
-def test_object_of_a_dead_owner_is_lost_as_in_plain_ray(spawn: Any, producer: Any) -> None:
-    def submit(_: Peer, maker: Any) -> list[Any]:
-        refs = [maker.make.remote(ones), maker.run.remote(ones)]
-        ray.wait(refs, num_returns=2)
-        return refs
-
-    owner = spawn()
-    refs = ray.get(owner.run.remote(submit, producer))
-    ray.kill(owner)
-    wait_until(lambda: is_dead(owner), "the owner is gone")
-    for ref in refs:
-        with pytest.raises(ray.exceptions.ObjectLostError):
-            ray.get(ref, timeout=60)
-
-
-def is_dead(actor: Any) -> bool:
-    try:
-        ray.get(actor.pid.remote())
-    except ray.exceptions.ActorDiedError:
-        return True
-    return False
