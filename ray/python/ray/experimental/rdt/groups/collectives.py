@@ -1,0 +1,65 @@
+"""Lets members of a group call ``ray.util.collective`` operations under the group's name.
+
+``ray.experimental.collective.allreduce`` and the others look a group up by name in the member's
+process; each group is registered there, with a backend of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.groups.membership import Group
+
+if TYPE_CHECKING:
+    from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
+
+logger = logging.getLogger("ray.rdt")
+
+BACKEND = "RDT"
+
+_entered: dict[str, tuple[Group, ProcessGroupTransport]] = {}
+
+
+def enter(group: Group, transport: ProcessGroupTransport) -> None:
+    """Registers a group. Runs on: member, any thread.
+
+    Raises:
+        RuntimeError: the actor has registered a group of that name itself.
+    """
+    ray_collective = _ray_collective()
+    if ray_collective is None:
+        return
+    _entered[group.name] = (group, transport)
+    ray_collective.init_collective_group(len(group.members), group.rank, BACKEND, group.name)
+
+
+def leave(group: Group) -> None:
+    """The reverse of ``enter``, also for a group that was never entered. Runs on: any thread."""
+    if group.name not in _entered or entered(group.name)[0] != group:
+        return
+    ray_collective = _ray_collective()
+    if ray_collective.is_group_initialized(group.name):
+        ray_collective.destroy_collective_group(group.name)
+    del _entered[group.name]
+
+
+def entered(name: str) -> tuple[Group, ProcessGroupTransport]:
+    """A registered group and what it moves bytes with."""
+    return _entered[name]
+
+
+@functools.cache
+def _ray_collective() -> Any:
+    """Ray's module, with our backend registered; None where what it needs itself is missing."""
+    try:
+        from ray.util.collective import collective
+        from ray.util.collective.backend_registry import register_collective_backend
+
+        from ray.experimental.rdt.groups.ray_group import RDTGroup
+    except ImportError as error:
+        logger.info("groups have no collective operations in this process: %s", error)
+        return None
+    register_collective_backend(BACKEND, RDTGroup)
+    return collective

@@ -1,0 +1,285 @@
+"""Making, finding and ending collective groups, in terms of actors.
+
+Any process that holds the actors' handles can do so. The first contact with each actor is a task,
+since that is how an actor is reached and known to be able; the rest goes between the processes
+(``service``), so that a group of busy actors can be destroyed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from base64 import b64decode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.groups import records, service
+from ray.experimental.rdt.groups.membership import Member
+from ray.experimental.rdt.groups.records import Record
+from ray.experimental.rdt.groups.service import MemberFailed
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.experimental.collective.communicator import CommunicatorHandle
+
+BACKENDS = {"gloo": "gloo", "torch_gloo": "gloo", "nccl": "nccl"}
+
+
+class _Made:
+    """The groups that this process has made, by id. Their handles keep the actors alive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._handles: dict[str, CommunicatorHandle] = {}
+
+    def add(self, group_id: str, handle: CommunicatorHandle) -> None:
+        with self._lock:
+            self._handles[group_id] = handle
+
+    def get(self, group_id: str) -> CommunicatorHandle | None:
+        with self._lock:
+            return self._handles.get(group_id)
+
+    def discard(self, group_id: str) -> None:
+        with self._lock:
+            self._handles.pop(group_id, None)
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return [handle.name for handle in self._handles.values()]
+
+    def clear(self) -> None:
+        with self._lock:
+            self._handles.clear()
+
+
+_made = _Made()
+
+
+def create(
+    actors: Sequence[ActorHandle], backend: str, name: str | None = None
+) -> CommunicatorHandle:
+    """Makes a group of actors, all connected to one another when this returns.
+
+    Runs on: creator, the user's thread; blocks for up to ``RAY_RDT_GROUP_TIMEOUT_S``.
+
+    Args:
+        actors: The members in rank order.
+        backend: "gloo" or "nccl", any case.
+        name: What it will be called; None for a name that is not in use.
+
+    Raises:
+        ValueError: an unknown backend, an actor given twice, or a name in use.
+        RuntimeError: an actor is dead, does not answer, or cannot join; names it. Nothing of the
+            group is left.
+    """
+    from ray.experimental.collective.communicator import CommunicatorHandle
+
+    deadline = time.monotonic() + settings().group_timeout_s
+    backend = normalized(backend)
+    _check_actors(actors)
+    _check_hardware(backend)
+    record = _reserve(actors, backend, uuid.uuid4().hex if name is None else name)
+    try:
+        members = _introduce(actors, backend, deadline)
+        _begin_session().form(record.id, record.name, backend, members, deadline)
+    except MemberFailed as failure:
+        records.remove(record.name)
+        actor = actors[failure.rank]
+        raise RuntimeError(
+            f"{actor} could not join collective group {record.name!r}: {failure.reason}"
+        ) from failure
+    except BaseException:
+        records.remove(record.name)
+        raise
+    ready = Record(
+        record.id, record.name, backend, record.actor_ids, record.handles, tuple(members)
+    )
+    handle = CommunicatorHandle(list(actors), record.name, backend)
+    _made.add(record.id, handle)
+    records.publish(ready)
+    return handle
+
+
+def find(
+    actors: Sequence[ActorHandle] | None = None, backend: str | None = None
+) -> list[CommunicatorHandle]:
+    """The groups, made by any process of this Ray namespace, that all these actors are in.
+
+    Runs on: any process, any thread; asks the GCS.
+    """
+    given = {actor._ray_actor_id.hex(): actor for actor in actors or ()}
+    wanted = None if backend is None else normalized(backend)
+    return [
+        _made.get(record.id) or _handle(record, given)
+        for record in records.ready()
+        if given.keys() <= set(record.actor_ids) and wanted in (None, record.backend)
+    ]
+
+
+def destroy(name: str) -> None:
+    """Ends a group, made by any process. Dead members are no error.
+
+    Runs on: any process, any thread; blocks briefly, also when members are busy.
+
+    Raises:
+        ValueError: there is no group of this name.
+    """
+    record = records.read(name)
+    if record is None or not record.is_ready or not records.remove(name):
+        raise ValueError(
+            f"No group with name {name} found. It may have been destroyed already, or belong to "
+            "another Ray namespace."
+        )
+    _made.discard(record.id)
+    reason = f"collective group {name!r} was destroyed"
+    _begin_session().dissolve(record.id, record.members, reason)
+
+
+def destroy_all() -> None:
+    """Ends all groups that this process has made. Those that others have ended are no error."""
+    for name in _made.names():
+        if records.read(name) is not None:
+            destroy(name)
+    _made.clear()
+
+
+def normalized(backend: str) -> str:
+    """The lower-case name of a backend.
+
+    Raises:
+        ValueError: there is none of this name; lists those there are.
+    """
+    known = BACKENDS.get(backend.lower()) if isinstance(backend, str) else None
+    if known is None:
+        raise ValueError(f"Unknown backend {backend!r} for a collective group; known: gloo, nccl")
+    return known
+
+
+def _check_actors(actors: Sequence[ActorHandle]) -> None:
+    if not actors:
+        raise ValueError("A collective group needs at least one actor")
+    seen = set()
+    for actor in actors:
+        if not isinstance(actor, ray.actor.ActorHandle):
+            raise ValueError(f"Expected actor handles, got {actor!r}")
+        if actor._ray_actor_id in seen:
+            raise ValueError(f"All actors must be unique, but {actor} was given twice")
+        seen.add(actor._ray_actor_id)
+
+
+def _check_hardware(backend: str) -> None:
+    """Raises RuntimeError where it is plain, before any actor is asked, that nccl cannot work."""
+    if backend != "nccl":
+        return
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 or any(node["Resources"].get("GPU") for node in nodes):
+        return
+    try:
+        import torch
+    except ImportError as error:
+        raise RuntimeError(
+            f"Backend nccl needs torch, which cannot be imported: {error}"
+        ) from error
+    if not torch.cuda.is_available():
+        raise RuntimeError("Backend nccl needs NVIDIA GPUs, and this machine has none")
+
+
+def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
+    """Takes the name. A group that has outlived all its actors does not keep it."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"The name of a collective group must be a string, got {name!r}")
+    record = Record(
+        id=uuid.uuid4().hex,
+        name=name,
+        backend=backend,
+        actor_ids=tuple(actor._ray_actor_id.hex() for actor in actors),
+        handles=tuple(actor._serialization_helper()[0] for actor in actors),
+    )
+    if records.reserve(record):
+        return record
+    holder = records.read(name)
+    if holder is None or not records.is_any_alive(holder.actor_ids):
+        records.remove(name)
+        if records.reserve(record):
+            return record
+    raise ValueError(
+        f"The name {name!r} is in use by another collective group; destroy that one first"
+    )
+
+
+def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> list[Member]:
+    """Reaches every actor once, by a task, and learns how its process is reached directly."""
+    own_id = ray.get_runtime_context().get_actor_id()
+    answers: dict[int, dict[str, str]] = {}
+    pending: dict[Any, int] = {}
+    for rank, actor in enumerate(actors):
+        if actor._ray_actor_id.hex() == own_id:
+            answers[rank] = _introduce_here(backend)
+        else:
+            pending[actor.__ray_call__.remote(_answer_introduction, backend)] = rank
+    try:
+        while pending:
+            left = max(0.0, deadline - time.monotonic())
+            done, _ = ray.wait(list(pending), timeout=left)
+            if not done:
+                raise _silent([actors[rank] for rank in pending.values()])
+            rank = pending.pop(done[0])
+            answers[rank] = _answer_of(actors[rank], done[0])
+    finally:
+        for ref in pending:
+            ray.cancel(ref)
+    return [
+        Member(
+            bytes.fromhex(answers[rank]["agent"]),
+            b64decode(answers[rank]["address"]),
+            actor._ray_actor_id.hex(),
+        )
+        for rank, actor in enumerate(actors)
+    ]
+
+
+def _answer_of(actor: ActorHandle, ref: Any) -> dict[str, str]:
+    try:
+        return dict(ray.get(ref))
+    except ray.exceptions.RayActorError as error:
+        raise RuntimeError(f"{actor} is dead and cannot join a collective group") from error
+    except ray.exceptions.RayTaskError as error:
+        raise RuntimeError(f"{actor} cannot join a collective group: {error.cause}") from error
+
+
+def _silent(actors: list[ActorHandle]) -> RuntimeError:
+    names = ", ".join(str(actor) for actor in actors)
+    return RuntimeError(
+        f"No answer within {settings().group_timeout_s:g} s from {names}: an actor joins a "
+        "collective group between two tasks, so it must not be busy for longer "
+        "(RAY_RDT_GROUP_TIMEOUT_S)"
+    )
+
+
+def _answer_introduction(instance: Any, backend: str) -> dict[str, str]:
+    """Runs on: member, as a task of the actor."""
+    return _introduce_here(backend)
+
+
+def _introduce_here(backend: str) -> dict[str, str]:
+    return _begin_session().introduce(backend)
+
+
+def _begin_session() -> service.GroupService:
+    ray._private.worker.global_worker.rdt_manager._links()  # attaches the service
+    return service.current()
+
+
+def _handle(record: Record, given: dict[str, ActorHandle]) -> CommunicatorHandle:
+    """A handle to a group that another process has made; it does not keep the actors alive."""
+    from ray.experimental.collective.communicator import CommunicatorHandle
+
+    actors = [
+        given.get(actor_id) or ray.actor.ActorHandle._deserialization_helper(serialized, True)
+        for actor_id, serialized in zip(record.actor_ids, record.handles)
+    ]
+    return CommunicatorHandle(actors, record.name, record.backend)

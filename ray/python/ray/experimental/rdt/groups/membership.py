@@ -1,0 +1,128 @@
+"""Which collective groups this process is in. Pure data: no I/O, no Ray, no torch."""
+
+from __future__ import annotations
+
+import threading
+from base64 import b64decode, b64encode
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Member:
+    """One actor of a group, as the others reach it.
+
+    Attributes:
+        agent_id: The id of its process's agent; a restarted actor has another one.
+        address: The agent's endpoint, as ``Session.call`` takes it.
+        actor_id: The actor's id in hex.
+    """
+
+    agent_id: bytes
+    address: bytes
+    actor_id: str
+
+    def to_json(self) -> dict[str, str]:
+        """The member as JSON carries it."""
+        return {
+            "agent": self.agent_id.hex(),
+            "address": b64encode(self.address).decode(),
+            "actor": self.actor_id,
+        }
+
+    @classmethod
+    def from_json(cls, body: dict[str, str]) -> Member:
+        """The reverse of ``to_json``."""
+        return cls(bytes.fromhex(body["agent"]), b64decode(body["address"]), body["actor"])
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group that this process is in.
+
+    Attributes:
+        id: New for each creation; a group re-made under the same name has another one.
+        name: What users call it.
+        backend: The transport it belongs to ("gloo", "nccl").
+        rank: This process's place in ``members``.
+        members: All members in rank order, this process included.
+    """
+
+    id: str
+    name: str
+    backend: str
+    rank: int
+    members: tuple[Member, ...]
+
+    @property
+    def others(self) -> tuple[Member, ...]:
+        """The members that are not this process."""
+        return tuple(m for rank, m in enumerate(self.members) if rank != self.rank)
+
+    def has(self, agent_id: bytes) -> bool:
+        """Whether another process of this group has this agent."""
+        return any(m.agent_id == agent_id for m in self.others)
+
+
+class GroupEnded(Exception):
+    """The group was destroyed before this process could join it."""
+
+
+class Membership:
+    """The groups of one process, oldest first. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._groups: dict[str, Group] = {}
+        self._ended: set[str] = set()
+
+    def add(self, group: Group) -> None:
+        """Joins a group.
+
+        Raises:
+            GroupEnded: ``remove`` was called for it already: a request to leave overtook this one.
+            ValueError: this process is in another group of that name.
+        """
+        with self._lock:
+            if group.id in self._ended:
+                raise GroupEnded(f"collective group {group.name!r} was destroyed meanwhile")
+            if any(g.name == group.name and g.id != group.id for g in self._groups.values()):
+                raise ValueError(f"already in a collective group named {group.name!r}")
+            self._groups[group.id] = group
+
+    def remove(self, group_id: str) -> Group | None:
+        """Leaves a group for good; returns it if this process was in it."""
+        with self._lock:
+            self._ended.add(group_id)
+            return self._groups.pop(group_id, None)
+
+    def get(self, group_id: str) -> Group | None:
+        """The group with this id."""
+        with self._lock:
+            return self._groups.get(group_id)
+
+    def find_common(self, backend: str, agent_id: bytes) -> Group | None:
+        """The oldest group of ``backend`` that the process with this agent is in, too."""
+        with self._lock:
+            return next(
+                (g for g in self._groups.values() if g.backend == backend and g.has(agent_id)),
+                None,
+            )
+
+    def all(self) -> list[Group]:
+        """Every group this process is in."""
+        with self._lock:
+            return list(self._groups.values())
+
+    def clear(self) -> None:
+        """Forgets everything, when Ray is shut down."""
+        with self._lock:
+            self._groups.clear()
+            self._ended.clear()
+
+
+_membership = Membership()
+
+
+def membership() -> Membership:
+    """The membership of this process."""
+    return _membership

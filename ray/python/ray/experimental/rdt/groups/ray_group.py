@@ -1,0 +1,161 @@
+"""A group as ``ray.util.collective`` sees it. Importing this imports ``ray.util.collective``.
+
+Its process group of all members is made by the first operation, since most groups only move RDT
+objects. All methods run on the user's threads and block; every member has to call the same ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray.util.collective import types
+from ray.util.collective.collective_group.base_collective_group import BaseGroup
+
+from ray.experimental.rdt.groups import collectives
+
+if TYPE_CHECKING:
+    import torch
+
+_TIMEOUT_S = 1800.0  # torch's own for gloo
+
+_Tensors = Sequence[Any]
+
+
+class RDTGroup(BaseGroup):
+    """The collective operations of one group in one member's process."""
+
+    def __init__(self, world_size: int, rank: int, group_name: str):
+        super().__init__(world_size, rank, group_name)
+        self._group, self._transport = collectives.entered(group_name)
+        self._lock = threading.Lock()
+        self._made: tuple[Any, Any] | None = None
+
+    @classmethod
+    def backend(cls) -> str:
+        """See BaseGroup."""
+        return collectives.BACKEND
+
+    @classmethod
+    def check_backend_availability(cls) -> bool:
+        """See BaseGroup. Whether torch is there is known before a group is made."""
+        return True
+
+    def destroy_group(self) -> None:
+        """See BaseGroup."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None:
+            self._transport.end_group(made[0])
+
+    def allreduce(self, tensor: _Tensors, allreduce_options: Any = types.AllReduceOptions) -> None:
+        """See BaseGroup."""
+        from torch.distributed import AllreduceOptions
+
+        options = AllreduceOptions()
+        options.reduceOp = _torch_op(allreduce_options.reduceOp)
+        self._process_group().allreduce([_only(tensor)], options).wait()
+
+    def barrier(self, barrier_options: Any = types.BarrierOptions) -> None:
+        """See BaseGroup. A reduction of one byte, which needs no device to be named."""
+        self._process_group().allreduce([self._transport.byte()]).wait()
+
+    def reduce(self, tensor: _Tensors, reduce_options: Any = types.ReduceOptions) -> None:
+        """See BaseGroup. Only the root's tensor changes."""
+        mine = _only(tensor)
+        root = reduce_options.root_rank
+        scratch = mine if self._rank == root else mine.detach().clone()
+        self._reduce(scratch, root, reduce_options.reduceOp)
+
+    def allgather(
+        self,
+        tensor_list: _Tensors,
+        tensor: _Tensors,
+        allgather_options: Any = types.AllGatherOptions,
+    ) -> None:
+        """See BaseGroup."""
+        self._process_group().allgather([_list(tensor_list)], [_only(tensor)]).wait()
+
+    def broadcast(self, tensor: _Tensors, broadcast_options: Any = types.BroadcastOptions) -> None:
+        """See BaseGroup."""
+        from torch.distributed import BroadcastOptions
+
+        options = BroadcastOptions()
+        options.rootRank = broadcast_options.root_rank
+        options.rootTensor = 0
+        self._process_group().broadcast([_only(tensor)], options).wait()
+
+    def reducescatter(
+        self,
+        tensor: _Tensors,
+        tensor_list: _Tensors,
+        reducescatter_options: Any = types.ReduceScatterOptions,
+    ) -> None:
+        """See BaseGroup. One reduction per rank: gloo has nothing better; inputs do not change."""
+        output = _only(tensor)
+        inputs = _list(tensor_list)
+        if output.shape != inputs[self._rank].shape:
+            raise ValueError(
+                f"the output has shape {tuple(output.shape)}, the input of rank {self._rank} has "
+                f"{tuple(inputs[self._rank].shape)}"
+            )
+        for root, part in enumerate(inputs):
+            scratch = part.detach().clone()
+            self._reduce(scratch, root, reducescatter_options.reduceOp)
+            if root == self._rank:
+                output.copy_(scratch)
+
+    def send(self, tensor: _Tensors, send_options: types.SendOptions) -> None:
+        """See BaseGroup."""
+        self._process_group().send([_only(tensor)], send_options.dst_rank, 0).wait()
+
+    def recv(self, tensor: _Tensors, recv_options: types.RecvOptions) -> None:
+        """See BaseGroup."""
+        self._process_group().recv([_only(tensor)], recv_options.src_rank, 0).wait()
+
+    def _reduce(self, tensor: torch.Tensor, root: int, operation: types.ReduceOp) -> None:
+        from torch.distributed import ReduceOptions
+
+        options = ReduceOptions()
+        options.rootRank = root
+        options.rootTensor = 0
+        options.reduceOp = _torch_op(operation)
+        self._process_group().reduce([tensor], options).wait()
+
+    def _process_group(self) -> Any:
+        with self._lock:
+            if self._made is None:
+                self._made = self._transport.make_group(
+                    self._group.id, self._rank, self._world_size, _TIMEOUT_S
+                )
+            return self._made[0]
+
+
+def _torch_op(operation: types.ReduceOp) -> Any:
+    from torch.distributed import ReduceOp
+
+    return {
+        types.ReduceOp.SUM: ReduceOp.SUM,
+        types.ReduceOp.PRODUCT: ReduceOp.PRODUCT,
+        types.ReduceOp.MIN: ReduceOp.MIN,
+        types.ReduceOp.MAX: ReduceOp.MAX,
+    }[operation]
+
+
+def _only(tensors: _Tensors) -> torch.Tensor:
+    """The tensor of a list of one, which is how Ray hands it over."""
+    (tensor,) = tensors
+    return _as_tensor(tensor)
+
+
+def _list(tensor_lists: _Tensors) -> list[torch.Tensor]:
+    (tensors,) = tensor_lists
+    return [_as_tensor(tensor) for tensor in tensors]
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    """A tensor over the same memory as a tensor or NumPy array."""
+    import torch
+
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(value)

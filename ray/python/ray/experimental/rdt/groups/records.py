@@ -1,0 +1,123 @@
+"""What every process can know about collective groups: their records in Ray's key-value store.
+
+A name belongs to one Ray namespace, as the names of actors do.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray.experimental import internal_kv
+from ray.experimental.rdt.groups.membership import Member
+
+_NAMESPACE = b"ray_rdt_groups"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One group.
+
+    Attributes:
+        id: New for each creation.
+        name: What users call it.
+        backend: "gloo" or "nccl".
+        actor_ids: The members' actor ids in hex, in rank order.
+        handles: Their serialized handles.
+        members: Their processes; empty while the group is being made.
+    """
+
+    id: str
+    name: str
+    backend: str
+    actor_ids: tuple[str, ...]
+    handles: tuple[bytes, ...]
+    members: tuple[Member, ...] = ()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the group has been made."""
+        return bool(self.members)
+
+    def encode(self) -> bytes:
+        """JSON."""
+        body = {
+            "id": self.id,
+            "name": self.name,
+            "backend": self.backend,
+            "actors": self.actor_ids,
+            "handles": [b64encode(handle).decode() for handle in self.handles],
+            "members": [member.to_json() for member in self.members],
+        }
+        return json.dumps(body).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Record:
+        """The reverse of ``encode``."""
+        body = json.loads(data)
+        return cls(
+            id=body["id"],
+            name=body["name"],
+            backend=body["backend"],
+            actor_ids=tuple(body["actors"]),
+            handles=tuple(b64decode(handle) for handle in body["handles"]),
+            members=tuple(Member.from_json(member) for member in body["members"]),
+        )
+
+
+def reserve(record: Record) -> bool:
+    """Takes the name for a group that is being made; False if it is taken."""
+    is_taken = internal_kv._internal_kv_put(
+        _key(record.name), record.encode(), overwrite=False, namespace=_NAMESPACE
+    )
+    return not is_taken
+
+
+def publish(record: Record) -> None:
+    """Makes a group known that is ready."""
+    internal_kv._internal_kv_put(_key(record.name), record.encode(), namespace=_NAMESPACE)
+
+
+def read(name: str) -> Record | None:
+    """The record of this name."""
+    data = internal_kv._internal_kv_get(_key(name), namespace=_NAMESPACE)
+    return Record.decode(data) if data else None
+
+
+def remove(name: str) -> bool:
+    """Gives the name back; False if it was not taken."""
+    return bool(internal_kv._internal_kv_del(_key(name), namespace=_NAMESPACE))
+
+
+def ready() -> Iterator[Record]:
+    """All groups that can be used."""
+    for key in internal_kv._internal_kv_list(_prefix(), namespace=_NAMESPACE):
+        data = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+        if data and (record := Record.decode(data)).is_ready:
+            yield record
+
+
+def is_any_alive(actor_ids: Sequence[str]) -> bool:
+    """Whether Ray knows any of these actors to be alive, or to come."""
+    import ray
+
+    return any(_state(ray, actor_id) not in ("DEAD", "") for actor_id in actor_ids)
+
+
+def _state(ray: Any, actor_id: str) -> str:
+    info = ray._private.state.actors(actor_id)
+    return str(info.get("State", "")) if info else ""
+
+
+def _prefix() -> bytes:
+    import ray
+
+    namespace: str = ray.get_runtime_context().namespace
+    return f"{namespace.encode().hex()}:".encode()
+
+
+def _key(name: str) -> bytes:
+    return _prefix() + name.encode()

@@ -1,0 +1,294 @@
+"""The requests by which a collective group is made and ended, between the processes themselves.
+
+Any process can make a group, as long as it knows its members' agents; members answer on their
+``rdt-call`` threads, so that a busy actor can still leave a group. A handler never waits for
+another handler: a group made while others are made cannot be in their way.
+
+Requests (JSON, through the session):
+
+* ``rdt.group.join`` {id, name, backend, rank, members}: the member knows the group from now on.
+* ``rdt.group.connect`` {id, timeout_s, creator}: once all have joined; the member connects to all
+  others on a thread of its own and then reports.
+* ``rdt.group.report`` {id, rank, error}: a member tells the creator that it is connected, or why
+  not.
+* ``rdt.group.leave`` {id, reason}: the member forgets the group; its transfers fail.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.groups import collectives, membership
+from ray.experimental.rdt.groups.membership import Group, Member, Membership
+from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, serve_links
+
+if TYPE_CHECKING:
+    from ray.experimental.rdt.session import Session
+
+logger = logging.getLogger("ray.rdt")
+
+_LEAVE_TIMEOUT_S = 5.0
+_REPORT_TIMEOUT_S = 10.0
+
+Answer = Callable[[float], dict[str, Any]]
+
+
+class MemberFailed(Exception):
+    """A member could not join or connect.
+
+    Attributes:
+        rank: Which one.
+        reason: Why.
+    """
+
+    def __init__(self, rank: int, reason: str):
+        super().__init__(f"rank {rank}: {reason}")
+        self.rank = rank
+        self.reason = reason
+
+
+@dataclass
+class _Forming:
+    """A group that this process is making: what its members have reported."""
+
+    members: Sequence[Member]
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    reports: dict[int, str] = field(default_factory=dict)
+
+    def report(self, rank: int, error: str) -> None:
+        with self.changed:
+            self.reports.setdefault(rank, error)
+            self.changed.notify_all()
+
+    def wait(self, deadline: float) -> None:
+        """Returns when all are connected.
+
+        Raises:
+            MemberFailed: one is not, or has not said so by the deadline.
+        """
+        with self.changed:
+            while True:
+                for rank, error in self.reports.items():
+                    if error:
+                        raise MemberFailed(rank, error)
+                missing = set(range(len(self.members))) - set(self.reports)
+                if not missing:
+                    return
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise MemberFailed(min(missing), "it was not connected in time")
+                self.changed.wait(min(left, 0.2))
+
+
+class GroupService:
+    """One process's part in groups, as a member and as the one who makes them.
+
+    Args:
+        session: What the others are asked through.
+        transport: Gives this process's transport by backend name.
+        groups: What this process is in.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        transport: Callable[[str], ProcessGroupTransport],
+        groups: Membership | None = None,
+    ):
+        self._session = session
+        self._transport = transport
+        self._groups = groups if groups is not None else membership.membership()
+        self._lock = threading.Lock()
+        self._forming: dict[str, _Forming] = {}
+        self._handlers = {
+            "rdt.group.join": self._on_join,
+            "rdt.group.connect": self._on_connect,
+            "rdt.group.report": self._on_report,
+            "rdt.group.leave": self._on_leave,
+        }
+        for op, handler in self._handlers.items():
+            session.serve(op, handler)
+        session.on_peer_lost(self._on_peer_lost)
+        session.on_close(self._groups.clear)
+
+    def introduce(self, backend: str) -> dict[str, str]:
+        """How others reach this process, once it is sure that it can use the backend.
+
+        Raises:
+            TransportUnavailable: it cannot.
+        """
+        self._transport(backend).check_available()
+        return {
+            "address": b64encode(self._session.address).decode(),
+            "agent": self._session.agent.agent_id.hex(),
+        }
+
+    # Creator.
+
+    def form(
+        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: float
+    ) -> None:
+        """Makes a group: returns when every member is connected to every other.
+
+        Runs on: creator, the user's thread; blocks until ``deadline`` at most.
+
+        Raises:
+            MemberFailed: one could not; nothing of the group is left on the others.
+        """
+        forming = _Forming(members)
+        with self._lock:
+            self._forming[group_id] = forming
+        try:
+            self._have_all_join(group_id, name, backend, members, deadline)
+            self._have_all_connect(group_id, members, deadline)
+            forming.wait(deadline)
+        except BaseException:
+            self.dissolve(group_id, members, f"collective group {name!r} could not be made")
+            raise
+        finally:
+            with self._lock:
+                del self._forming[group_id]
+
+    def dissolve(self, group_id: str, members: Sequence[Member], reason: str) -> None:
+        """Has all members that are still alive leave. Runs on: any process, any thread."""
+        body = {"id": group_id, "reason": reason}
+        answers = []
+        for member in members:
+            with suppress(Exception):  # it is gone, which is as good as having left
+                answers.append(self._ask(member, "rdt.group.leave", body))
+        deadline = time.monotonic() + _LEAVE_TIMEOUT_S
+        for answer in answers:
+            try:
+                answer(max(0.0, deadline - time.monotonic()))
+            except Exception:
+                logger.debug("RDT had no answer from a member that leaves", exc_info=True)
+
+    def _have_all_join(
+        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: float
+    ) -> None:
+        body = {
+            "id": group_id,
+            "name": name,
+            "backend": backend,
+            "members": [member.to_json() for member in members],
+        }
+        bodies = [body | {"rank": rank} for rank in range(len(members))]
+        self._ask_all(members, "rdt.group.join", bodies, deadline)
+
+    def _have_all_connect(self, group_id: str, members: Sequence[Member], deadline: float) -> None:
+        body = {
+            "id": group_id,
+            "timeout_s": max(0.0, deadline - time.monotonic()),
+            "creator": b64encode(self._session.address).decode(),
+        }
+        self._ask_all(members, "rdt.group.connect", [body] * len(members), deadline)
+
+    def _ask_all(
+        self, members: Sequence[Member], op: str, bodies: list[dict[str, Any]], deadline: float
+    ) -> None:
+        answers: list[Answer] = []
+        for rank, (member, body) in enumerate(zip(members, bodies)):
+            try:
+                answers.append(self._ask(member, op, body))
+            except Exception as error:
+                raise MemberFailed(rank, str(error)) from error
+        for rank, answer in enumerate(answers):
+            try:
+                answer(max(0.0, deadline - time.monotonic()))
+            except Exception as error:
+                raise MemberFailed(rank, str(error)) from error
+
+    def _ask(self, member: Member, op: str, body: dict[str, Any]) -> Answer:
+        """Sends a request; the result waits for the answer. A process asks itself directly."""
+        own_id = self._session.agent.agent_id
+        if member.agent_id != own_id:
+            return self._session.start_call(member.address, op, body)
+        answer = self._handlers[op](own_id, body)
+        return lambda timeout_s: answer
+
+    def _on_report(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            forming = self._forming.get(body["id"])
+        if forming is not None and forming.members[body["rank"]].agent_id == peer_id:
+            forming.report(body["rank"], body["error"])
+        return {}
+
+    def _on_peer_lost(self, peer_id: bytes) -> None:
+        with self._lock:
+            all_forming = list(self._forming.values())
+        for forming in all_forming:
+            for rank, member in enumerate(forming.members):
+                if member.agent_id == peer_id:
+                    forming.report(rank, "its process is gone")
+
+    # Member. All run on rdt-call threads.
+
+    def _on_join(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        members = tuple(Member.from_json(member) for member in body["members"])
+        group = Group(body["id"], body["name"], body["backend"], body["rank"], members)
+        self._groups.add(group)
+        transport = self._transport(group.backend)
+        transport.check_available()
+        transport.join(group)
+        return {}
+
+    def _on_connect(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        group = self._groups.get(body["id"])
+        if group is None:
+            raise LookupError("the group was destroyed meanwhile")
+        deadline = time.monotonic() + float(body["timeout_s"])
+        creator = Member(peer_id, b64decode(body["creator"]), "")
+        arguments = (group, deadline, creator)
+        threading.Thread(
+            target=self._connect, args=arguments, name="rdt-group", daemon=True
+        ).start()
+        return {}
+
+    def _connect(self, group: Group, deadline: float, creator: Member) -> None:
+        """Runs on: member, a thread of its own."""
+        error = ""
+        try:
+            self._transport(group.backend).connect(group, deadline)
+            collectives.enter(group, self._transport(group.backend))
+        except Exception as failure:  # told to the creator
+            error = str(failure)
+        report = {"id": group.id, "rank": group.rank, "error": error}
+        try:
+            self._ask(creator, "rdt.group.report", report)(_REPORT_TIMEOUT_S)
+        except Exception:  # the creator is gone; whoever destroys the group finds it recorded
+            logger.debug("RDT could not tell who made group %r", group.name, exc_info=True)
+
+    def _on_leave(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        group = self._groups.remove(body["id"])
+        if group is not None:
+            collectives.leave(group)
+            self._transport(group.backend).disconnect(group.id, body["reason"])
+        return {}
+
+
+_service: GroupService | None = None
+
+
+def attach(session: Session, transport: Callable[[str], ProcessGroupTransport]) -> None:
+    """Lets a process be in groups and make them, from its session's begin to its end.
+
+    Args:
+        session: The session that begins.
+        transport: Gives this process's transport by backend name.
+    """
+    global _service
+    serve_links(session, transport)
+    _service = GroupService(session, transport)
+
+
+def current() -> GroupService:
+    """The service of this process's session. The session must have begun."""
+    assert _service is not None, "no session has begun"
+    return _service

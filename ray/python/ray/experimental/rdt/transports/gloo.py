@@ -1,0 +1,133 @@
+"""gloo: CPU tensors over torch's gloo process groups, TCP between the nodes' Ray addresses.
+
+Gloo has no notion of who may connect and sends in the clear, so it is refused where Ray is told to
+use TLS and ``RAY_RDT_ALLOW_CLEAR_TCP`` is not set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.groups.membership import Membership
+from ray.experimental.rdt.transports.base import Capabilities
+from ray.experimental.rdt.transports.link import MAX_TAG, Buffers
+from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, node_ip
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.session import Session
+
+
+class GlooBackend:
+    """Gloo process groups, all of a process on one device: one socket-reading thread.
+
+    Args:
+        host: The address of this node that others reach.
+    """
+
+    capabilities = Capabilities("gloo", frozenset({"cpu"}), two_sided=True, needs_group=True)
+    has_tags = True
+
+    def __init__(self, host: str):
+        self._host = host
+        self._lock = threading.Lock()
+        self._device: Any = None
+
+    def unavailable(self) -> str:
+        """See ``Backend``."""
+        if not settings().clear_tcp:
+            return (
+                "Ray is told to use TLS and gloo sends in the clear; RAY_RDT_ALLOW_CLEAR_TCP=1 "
+                "allows it"
+            )
+        try:
+            import torch.distributed
+        except ImportError as error:
+            return f"gloo needs torch, which this process cannot import: {error}"
+        if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+            return "this build of torch has no gloo"
+        return ""
+
+    def make(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
+        """See ``Backend``."""
+        from torch.distributed import ProcessGroupGloo
+
+        options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timedelta(seconds=timeout_s)
+        options._devices = [self._shared_device()]
+        if size == 2:
+            options._threads = 0  # they run collectives; send and receive need none
+        return ProcessGroupGloo(store, rank, size, options)
+
+    def kill(self, group: Any) -> None:
+        """See ``Backend``.
+
+        Gloo's own abort wakes nobody. What does close all connections of a process group, and wake
+        the waits for messages that have not begun, is a wait that times out.
+        """
+        if group.size() == 1:
+            return
+        other = (group.rank() + 1) % group.size()
+        with contextlib.suppress(RuntimeError):
+            self.wait(group.recv([self.empty(1)], other, MAX_TAG), 0.001)
+
+    def wait(self, work: Any, timeout_s: float) -> None:
+        """See ``Backend``."""
+        work.wait(timedelta(seconds=timeout_s))
+
+    def turn(self) -> AbstractContextManager[None]:
+        """See ``Backend``."""
+        return contextlib.nullcontext()
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """See ``Backend``."""
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def reject(self, buffers: Buffers) -> str:
+        """See ``Backend``."""
+        others = {str(b.device) for b in buffers if b.device.type != "cpu"}
+        return f"gloo carries CPU tensors only, not those on {sorted(others)}" if others else ""
+
+    def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
+        """See ``Backend``. Not with torch's copy, which would start an OpenMP team per thread."""
+        at = slot.data_ptr()
+        for buffer in buffers:
+            ctypes.memmove(at, buffer.data_ptr(), buffer.numel())
+            at += buffer.numel()
+
+    def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
+        """See ``Backend``."""
+        at = slot.data_ptr()
+        for buffer in buffers:
+            ctypes.memmove(buffer.data_ptr(), at, buffer.numel())
+            at += buffer.numel()
+
+    def _shared_device(self) -> Any:
+        from torch.distributed import ProcessGroupGloo
+
+        with self._lock:
+            if self._device is None:
+                self._device = ProcessGroupGloo.create_device(hostname=self._host)
+            return self._device
+
+
+class GlooTransport(ProcessGroupTransport):
+    """The transport that users name "gloo".
+
+    Args:
+        session: What peers are asked through.
+        host: The address of this node that others reach; the node's Ray address by default.
+        groups: The collective groups of this process.
+    """
+
+    def __init__(self, session: Session, host: str | None = None, groups: Membership | None = None):
+        super().__init__(GlooBackend(host or node_ip()), session, groups)

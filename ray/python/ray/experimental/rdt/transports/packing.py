@@ -1,0 +1,129 @@
+"""How the buffers of one object are cut into messages. Pure: both sides compute the same plan.
+
+A message costs about the same whether it carries 8 bytes or 100 KiB, so runs of small buffers share
+one, through a staging slot. Large buffers go straight from and into their own memory, in segments,
+so that a transfer that is given up ends within one segment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+SMALL_NBYTES = 256 << 10  # buffers below this are packed
+SLOT_NBYTES = 1 << 20  # bytes of small buffers in one message
+SEGMENT_NBYTES = 16 << 20  # bytes of a large buffer in one message
+WINDOW = 4  # messages under way at once; as many staging slots
+
+HEADER_NBYTES = 256
+_HEADER = struct.Struct("<4sIIQQ8s")
+_MAGIC = b"RDT1"
+_REASON_NBYTES = HEADER_NBYTES - _HEADER.size - 1
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Bytes ``start`` to ``stop`` of the buffer at ``index``."""
+
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The buffers ``first`` to ``last`` (exclusive), one after the other, ``nbytes`` in all."""
+
+    first: int
+    last: int
+    nbytes: int
+
+
+Message = Direct | Packed
+
+
+def plan(sizes: Sequence[int]) -> Iterator[Message]:
+    """Cuts buffers of these sizes into messages, in order. Empty buffers need none."""
+    first = run = 0
+    for index, size in enumerate(sizes):
+        is_small = size < SMALL_NBYTES
+        if not is_small or run + size > SLOT_NBYTES:
+            yield from _packed(sizes, first, index, run)
+            first, run = index, 0
+        if is_small:
+            run += size
+        else:
+            yield from _segments(index, size)
+            first = index + 1
+    yield from _packed(sizes, first, len(sizes), run)
+
+
+def _packed(sizes: Sequence[int], first: int, last: int, nbytes: int) -> Iterator[Message]:
+    if nbytes == 0:
+        return
+    if nbytes == sizes[first]:
+        yield Direct(first, 0, nbytes)
+    else:
+        yield Packed(first, last, nbytes)
+
+
+def _segments(index: int, size: int) -> Iterator[Message]:
+    for start in range(0, size, SEGMENT_NBYTES):
+        yield Direct(index, start, min(start + SEGMENT_NBYTES, size))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the producer says before the bytes of one transfer.
+
+    Gloo ends the whole process when a message is larger than the buffer that waits for it, so the
+    consumer compares headers before it offers any memory.
+
+    Attributes:
+        tag: The transfer's tag.
+        count: How many buffers follow.
+        nbytes: Their bytes.
+        digest: A hash of all sizes in order.
+        refusal: Why nothing will follow; "" where the bytes do.
+    """
+
+    tag: int
+    count: int
+    nbytes: int
+    digest: bytes
+    refusal: str = ""
+
+    @classmethod
+    def describing(cls, tag: int, sizes: Sequence[int]) -> Header:
+        """The header for buffers of these sizes."""
+        digest = hashlib.blake2b(array("Q", sizes).tobytes(), digest_size=8).digest()
+        return cls(tag, len(sizes), sum(sizes), digest)
+
+    @classmethod
+    def refusing(cls, tag: int, reason: str) -> Header:
+        """The header that says that the producer will not send."""
+        return cls(tag, 0, 0, bytes(8), reason or "no reason given")
+
+    def encode(self) -> bytes:
+        """``HEADER_NBYTES`` bytes."""
+        fixed = _HEADER.pack(
+            _MAGIC, self.tag, bool(self.refusal), self.count, self.nbytes, self.digest
+        )
+        reason = self.refusal.encode()[:_REASON_NBYTES]
+        return (fixed + reason).ljust(HEADER_NBYTES, b"\0")
+
+    @classmethod
+    def decode(cls, data: bytes) -> Header:
+        """Reads what ``encode`` made.
+
+        Raises:
+            ValueError: these bytes are no header.
+        """
+        magic, tag, refused, count, nbytes, digest = _HEADER.unpack_from(data)
+        if magic != _MAGIC:
+            raise ValueError(f"expected the header of a transfer, got {data[:16]!r}")
+        reason = data[_HEADER.size :].rstrip(b"\0").decode(errors="replace") if refused else ""
+        return cls(tag, count, nbytes, digest, reason)
