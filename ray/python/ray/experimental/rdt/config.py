@@ -6,6 +6,7 @@ Every setting has a default that needs no thought; nothing here writes to the en
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
 from typing import Callable, TypeVar
@@ -43,17 +44,17 @@ def settings() -> Settings:
         ValueError: a variable holds something that cannot be read; names it.
     """
     return Settings(
-        eager_bytes=_read("RAY_RDT_EAGER_BYTES", 64 * 1024, int),
+        eager_bytes=_read("RAY_RDT_EAGER_BYTES", 64 * 1024, _count(0)),
         lanes=_read("RAY_RDT_LANES", frozenset(LANES), _lanes),
         strict_transport=_read("RAY_RDT_STRICT_TRANSPORT", False, _flag),
-        copy_threads=_read("RAY_RDT_COPY_THREADS", _default_copy_threads(), int),
-        tcp_streams=_read("RAY_RDT_TCP_STREAMS", 4, int),
-        pool_bytes=_read("RAY_RDT_POOL_BYTES", _default_pool_bytes(), int),
-        hint_bytes=_read("RAY_RDT_HINT_BYTES", 256 << 20, int),
+        copy_threads=_read("RAY_RDT_COPY_THREADS", _default_copy_threads(), _count(1)),
+        tcp_streams=_read("RAY_RDT_TCP_STREAMS", 4, _count(1)),
+        pool_bytes=_read("RAY_RDT_POOL_BYTES", _default_pool_bytes(), _count(0)),
+        hint_bytes=_read("RAY_RDT_HINT_BYTES", 256 << 20, _count(0)),
         fetch_timeout_s=float(ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS),
-        connect_timeout_s=_read("RAY_RDT_CONNECT_TIMEOUT_S", 5.0, float),
-        peer_timeout_s=_read("RAY_RDT_PEER_TIMEOUT_S", 10.0, float),
-        group_timeout_s=_read("RAY_RDT_GROUP_TIMEOUT_S", 60.0, float),
+        connect_timeout_s=_read("RAY_RDT_CONNECT_TIMEOUT_S", 5.0, _seconds),
+        peer_timeout_s=_read("RAY_RDT_PEER_TIMEOUT_S", 10.0, _seconds),
+        group_timeout_s=_read("RAY_RDT_GROUP_TIMEOUT_S", 60.0, _seconds),
         clear_tcp=_clear_tcp(),
     )
 
@@ -72,6 +73,21 @@ def _flag(text: str) -> bool:
     if text.lower() not in ("0", "1", "true", "false"):
         raise ValueError("expected 0, 1, true or false")
     return text.lower() in ("1", "true")
+
+
+def _count(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if int(text) < least:
+            raise ValueError(f"expected at least {least}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError("expected a number of seconds, more than 0")
+    return float(text)
 
 
 def _lanes(text: str) -> frozenset[str]:
