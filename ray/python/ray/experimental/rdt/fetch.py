@@ -15,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental.rdt import lanes
 from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import (
     FetchContext,
     RDTFetchError,
@@ -140,15 +141,14 @@ def _attempt(request: Request, action: Callable[[], Any], lane: str = "") -> Any
     except GetTimeoutError:
         raise
     except Exception as error:
-        return as_fetch_error(request, error, lane)
+        return as_fetch_error(request.object_id, request.envelope.head, error, lane)
 
 
-def as_fetch_error(request: Request, error: Exception, lane: str) -> RDTFetchError:
+def as_fetch_error(
+    object_id: str, head: Descriptor, error: Exception, lane: str = ""
+) -> RDTFetchError:
     """The error that the user sees for a failed fetch; keeps the cause."""
-    head = request.envelope.head
-    context = FetchContext(
-        request.object_id, head.transport, lane, lanes.describe_peer(head)
-    )
+    context = FetchContext(object_id, head.transport, lane, lanes.describe_peer(head))
     failure = _classify(context, error)
     failure.__cause__ = error
     return failure
@@ -176,7 +176,7 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "or its owner died.",
             "Keep an ObjectRef to it while others need it.",
         )
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ImportError):
         return RDTFetchError(
             context,
             f"this process cannot hold tensors: {error}.",

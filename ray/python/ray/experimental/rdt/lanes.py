@@ -14,7 +14,7 @@ from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
-from ray.experimental.rdt.session import agent_id_of
+from ray.experimental.rdt.session import CallError, agent_id_of
 from ray.experimental.rdt.transports.base import (
     OneSided,
     Peer,
@@ -132,14 +132,15 @@ class TransportPull:
 
     def __init__(
         self,
-        session: "Session",
+        links: "Links",
         transport: Transport,
         envelope: Envelope,
         targets: Targets | None,
         deadline: float,
     ):
         self.lane = transport.capabilities.name
-        self._session = session
+        self._links = links
+        self._session = links.session
         self._transport = transport
         self._envelope = envelope
         self._targets = targets
@@ -150,6 +151,7 @@ class TransportPull:
             two_sided = cast(TwoSided, transport)
             self._route = two_sided.route(self._peer, deadline)
         self._asked = self._ask(deadline)
+        self._is_reading = not transport.capabilities.two_sided
 
     def _ask(self, deadline: float) -> Callable[[float], dict[str, Any]]:
         op = "rdt.send" if self._transport.capabilities.two_sided else "rdt.expose"
@@ -162,25 +164,42 @@ class TransportPull:
         return self._session.start_call(self._peer.address, op, body)
 
     def finish(self, deadline: float) -> Targets:
+        try:
+            return self._move(deadline)
+        except TransportUnavailable as error:
+            _fall_back(self._session, self._envelope.head, error)
+        self.abandon()
+        pull = _agent_pull(self._links, self._envelope, self._targets)
+        try:
+            return FromAgent(pull, self._envelope.table, self._targets).finish(deadline)
+        finally:
+            pull.abandon()
+
+    def _move(self, deadline: float) -> Targets:
         table = self._envelope.table
         landing = allocate(self._session, table.regions, direct_targets(table, self._targets))
-        buffers = landing.flat()
-        answer = self._asked(max(0.0, deadline - time.monotonic()))
+        answer = self._wait_for_answer(deadline)
         if self._transport.capabilities.two_sided:
-            cast(TwoSided, self._transport).receive(self._route, buffers, deadline)
+            cast(TwoSided, self._transport).receive(self._route, landing.flat(), deadline)
         else:
-            self._read(answer, buffers, deadline)
+            cast(OneSided, self._transport).read(self._peer, answer, landing.flat(), deadline)
+            self.abandon()
         return landing.deliver(table, self._targets)
 
-    def _read(self, exposed: Route, buffers: list["torch.Tensor"], deadline: float) -> None:
+    def _wait_for_answer(self, deadline: float) -> Route:
         try:
-            cast(OneSided, self._transport).read(self._peer, exposed, buffers, deadline)
-        finally:
-            body = {"key": self._envelope.head.key.hex()}
-            self._session.start_call(self._peer.address, "rdt.done", body)
+            return self._asked(max(0.0, deadline - time.monotonic()))
+        except CallError as error:
+            if error.code == TransportUnavailable.code:
+                raise TransportUnavailable(str(error)) from error
+            raise
 
     def abandon(self) -> None:
-        """The transport ends it at its deadline: ``receive`` and ``read`` leave nothing behind."""
+        """Tells the producer that nobody reads any more. ``receive`` and ``read`` end by themselves."""
+        if self._is_reading:
+            self._is_reading = False
+            body = {"key": self._envelope.head.key.hex()}
+            self._session.start_call(self._peer.address, "rdt.done", body)
 
 
 def choose(
@@ -198,7 +217,7 @@ def choose(
     if name != "auto" and envelope.head.nbytes:
         try:
             transport = links.transports.get(name)
-            return TransportPull(links.session, transport, envelope, targets, deadline)
+            return TransportPull(links, transport, envelope, targets, deadline)
         except TransportUnavailable as error:
             _fall_back(links.session, envelope.head, error)
     return FromAgent(_agent_pull(links, envelope, targets), envelope.table, targets)

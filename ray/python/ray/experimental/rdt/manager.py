@@ -21,7 +21,7 @@ from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Row, WarnShared
-from ray.experimental.rdt.fetch import Arrival, Fetcher, Request
+from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
 from ray.experimental.rdt.links import Links
@@ -179,6 +179,8 @@ class RDTManager:
         Returns:
             What ``invocation(args, kwargs)`` returns.
         """
+        # Before the core's io thread has to carry anything out: a session takes a while to begin.
+        self.begin()
         with self._directory_lock:
             submit = self._directory.begin_submit()
         try:
@@ -270,17 +272,25 @@ class RDTManager:
         """
         requests: dict[bytes, Request] = {}
         keys: dict[int, bytes] = {}
+        results: dict[int, Arrival | RayError] = {}
         for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
             if descriptor.is_rdt(metadata):
-                envelope = capture.open_envelope(metadata, data)
-                keys[index] = envelope.head.key
                 object_id = ref.hex() if ref is not None else ""
-                target = self._targets.of(object_id, envelope.table)
-                request = Request(object_id, envelope, target)
-                requests.setdefault(envelope.head.key, request)
+                try:
+                    request = self._request(object_id, metadata, data)
+                except ImportError as error:  # torch is not here
+                    head = descriptor.decode(metadata)
+                    results[index] = as_fetch_error(object_id, head, error)
+                    continue
+                keys[index] = request.envelope.head.key
+                requests.setdefault(keys[index], request)
         arrivals = self._fetcher.fetch(list(requests.values()), timeout_s)
         by_key = dict(zip(requests, arrivals))
-        return {index: by_key[key] for index, key in keys.items()}
+        return results | {index: by_key[key] for index, key in keys.items()}
+
+    def _request(self, object_id: str, metadata: bytes, data: Any) -> Request:
+        envelope = capture.open_envelope(metadata, data)
+        return Request(object_id, envelope, self._targets.of(object_id, envelope.table))
 
     def set_targets(self, object_id: str, tensors: Sequence["torch.Tensor"]) -> None:
         """The tensors that ``ray.get`` of this object receives into, in this process."""
@@ -297,6 +307,10 @@ class RDTManager:
         counters = {"stored_objects": len(self.store), "directory_rows": len(self._directory)}
         current = session.peek()
         return counters | (current.agent.stats() if current is not None else {})
+
+    def begin(self) -> None:
+        """Begins this process's session if it has none. Runs on: any thread but the core's io thread."""
+        self._links()
 
     def _session(self) -> session.Session:
         return self._links().session
@@ -375,7 +389,12 @@ class StoreByObjectId:
 
 
 def _location(head: Descriptor, captured: Captured) -> Location:
-    is_hinted = head.nbytes >= MIN_HINTED_BYTES and len(captured.regions) <= _MAX_HINTED_REGIONS
+    # A hinted object comes over the agent's lanes, which serve no other transport than "auto".
+    is_hinted = (
+        head.transport == "auto"
+        and head.nbytes >= MIN_HINTED_BYTES
+        and len(captured.regions) <= _MAX_HINTED_REGIONS
+    )
     regions = tuple(captured.table.regions) if is_hinted else None
     return Location(head.address, head.key, head.nbytes, regions)
 

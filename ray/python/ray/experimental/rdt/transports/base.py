@@ -24,8 +24,11 @@ class TransportUnavailable(Exception):
     """This transport cannot serve this pair or this object; nothing has been sent.
 
     The fetch then takes the best other lane and logs the reason once, or, with
-    ``RAY_RDT_STRICT_TRANSPORT=1``, raises it to the user.
+    ``RAY_RDT_STRICT_TRANSPORT=1``, raises it to the user. Raised in the producer's process, it
+    reaches the consumer by its ``code``.
     """
+
+    code = "unavailable"
 
 
 @dataclass(frozen=True)

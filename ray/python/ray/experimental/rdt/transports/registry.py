@@ -44,7 +44,11 @@ class Transports:
         if name not in _FACTORIES:
             raise TransportUnavailable(f"transport {name!r} is not known in this process")
         module, factory = _FACTORIES[name]
-        return cast(Transport, getattr(importlib.import_module(module), factory)(self._session))
+        try:
+            make = getattr(importlib.import_module(module), factory)
+        except ImportError as error:
+            raise TransportUnavailable(f"transport {name!r} cannot be loaded: {error}") from error
+        return cast(Transport, make(self._session))
 
     def made(self) -> list[Transport]:
         """Those in use so far."""
