@@ -67,7 +67,7 @@ class HintSender:
             "address": base64.b64encode(location.address).decode(),
             "regions": location.regions,
         }
-        self._session.start_call(address, "rdt.hint", body)
+        self._session.tell(address, "rdt.hint", body)
 
 
 @dataclass

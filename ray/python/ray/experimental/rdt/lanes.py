@@ -199,7 +199,7 @@ class TransportPull:
         if self._is_reading:
             self._is_reading = False
             body = {"key": self._envelope.head.key.hex()}
-            self._session.start_call(self._peer.address, "rdt.done", body)
+            self._session.tell(self._peer.address, "rdt.done", body)
 
 
 def choose(

@@ -69,6 +69,9 @@ class Session:
         self.address: bytes = self.agent.address
         self.pid = os.getpid()
         self._said: set[str] = set()
+        # Requests under way whose answers nobody waits for: the agent gives up one that is let go.
+        self._told: list[Any] = []
+        self._told_lock = threading.Lock()
         self._handlers: dict[str, Handler] = {}
         self._on_released: list[Callable[[list[int]], None]] = []
         self._on_peer_lost: list[Callable[[bytes], None]] = []
@@ -100,11 +103,21 @@ class Session:
         """
         return self.start_call(address, op, body)(timeout_s)
 
+    def tell(self, address: bytes, op: str, body: dict[str, Any]) -> None:
+        """Sends a request whose answer nobody needs; a peer that is gone is no error."""
+        sent = self._send(address, op, body)
+        with self._told_lock:
+            self._told = [pending for pending in self._told if not pending.done]
+            self._told.append(sent)
+
     def start_call(
         self, address: bytes, op: str, body: dict[str, Any]
     ) -> Callable[[float], dict[str, Any]]:
-        """Sends a request; the returned function waits for its answer as ``call`` does."""
-        pending = self.agent.call(address, json.dumps({"op": op, "body": body}).encode())
+        """Sends a request; the returned function waits for its answer as ``call`` does.
+
+        The request is given up when the function is let go before the answer has come.
+        """
+        pending = self._send(address, op, body)
 
         def wait(timeout_s: float) -> dict[str, Any]:
             answer = json.loads(pending.wait(timeout_s))
@@ -129,6 +142,9 @@ class Session:
     def on_close(self, callback: Callable[[], None]) -> None:
         """Calls back before the agent stops, last registered first."""
         self._on_close.append(callback)
+
+    def _send(self, address: bytes, op: str, body: dict[str, Any]) -> Any:
+        return self.agent.call(address, json.dumps({"op": op, "body": body}).encode())
 
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
