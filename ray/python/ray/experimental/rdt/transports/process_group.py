@@ -64,10 +64,17 @@ class _Lines:
 
 @dataclass(frozen=True)
 class _Meeting:
-    """A process group under construction, and the processes that take part beside this one."""
+    """A process group under construction.
+
+    Attributes:
+        rendezvous: What its ranks set.
+        peers: The processes that take part beside this one.
+        scope: The id of the collective group it belongs to, "" for none.
+    """
 
     rendezvous: Rendezvous
     peers: tuple[Peer, ...]
+    scope: str
 
 
 class ProcessGroupTransport:
@@ -121,7 +128,7 @@ class ProcessGroupTransport:
 
         Runs on: member, any thread, before ``connect`` is called at any member.
         """
-        self._meet(group.id, tuple(Peer(m.address, m.agent_id) for m in group.others))
+        self._meet(group.id, tuple(Peer(m.address, m.agent_id) for m in group.others), group.id)
 
     def connect(self, group: Group, deadline: float) -> None:
         """Makes the links of a group from all its other members to this process.
@@ -215,7 +222,7 @@ class ProcessGroupTransport:
     def _open(self, peer: Peer, scope: str) -> Link:
         """Makes a link. Runs on: consumer."""
         link_id = uuid.uuid4().hex
-        self._meet(link_id, (peer,))
+        self._meet(link_id, (peer,), scope)
         request = {
             "transport": self.capabilities.name,
             "link": link_id,
@@ -225,6 +232,9 @@ class ProcessGroupTransport:
         try:
             self._session.call(peer.address, "rdt.link.open", request, _OPEN_TIMEOUT_S)
             return self._join(link_id, peer, scope, CONSUMER)
+        except Exception as error:
+            self._tell((peer,), "rdt.link.close", link_id, reason=str(error))
+            raise
         finally:
             self._part(link_id)
 
@@ -242,7 +252,7 @@ class ProcessGroupTransport:
         self.check_available()
         self._check_open(body["scope"])
         peer = Peer(b64decode(body["address"]), peer_id)
-        self._meet(body["link"], (peer,))
+        self._meet(body["link"], (peer,), body["scope"])
         name = f"rdt-{self.capabilities.name}-dial"
         arguments = (peer, body["link"], body["scope"])
         threading.Thread(target=self._answer, args=arguments, name=name, daemon=True).start()
@@ -294,8 +304,9 @@ class ProcessGroupTransport:
                 self._links[link_id] = link
         try:
             link.prove(timeout_s)
-        except Exception:
-            link.close("the connection did not carry its first byte")
+            self._check_open(scope)  # its group may have been destroyed meanwhile
+        except Exception as error:
+            link.close(f"the connection could not be made: {error}")
             raise
         return link
 
@@ -320,7 +331,7 @@ class ProcessGroupTransport:
         """One byte of memory that the backend can carry."""
         return self._backend.empty(1)
 
-    def _meet(self, name: str, peers: tuple[Peer, ...]) -> None:
+    def _meet(self, name: str, peers: tuple[Peer, ...], scope: str) -> None:
         """Begins to collect what the other ranks of a process group set."""
 
         def publish(key: str, value: bytes) -> None:
@@ -328,7 +339,7 @@ class ProcessGroupTransport:
             self._tell(peers, "rdt.link.set", name, key=key, value=text)
 
         with self._changed:
-            self._meetings[name] = _Meeting(Rendezvous(publish), peers)
+            self._meetings[name] = _Meeting(Rendezvous(publish), peers, scope)
 
     def _part(self, name: str) -> None:
         """Ends what ``_meet`` began."""
@@ -369,11 +380,12 @@ class ProcessGroupTransport:
         """Closes the links of a collective group. Runs on: member, any thread; blocks briefly."""
         self._close([link for link in self._known() if link.scope == scope], reason)
         with self._changed:
-            meeting = self._meetings.pop(scope, None)
+            meetings = [m for m in self._meetings.values() if m.scope == scope]
+            self._meetings.pop(scope, None)
             for key in [key for key in self._lines if key[0] == scope]:
                 del self._lines[key]
             self._changed.notify_all()
-        if meeting is not None:
+        for meeting in meetings:
             meeting.rendezvous.fail(reason)
 
     def reset(self, peer_id: bytes) -> None:
