@@ -51,7 +51,7 @@ def differing(one: Path, other: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_two_clones_build_the_same_bytes(tmp_path: Path) -> None:
     """Another folder, with its own unpacking, compiling and packing; only downloads are shared."""
     clone = tmp_path / "a longer name than the other"
