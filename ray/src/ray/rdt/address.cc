@@ -56,8 +56,10 @@ Address DescribeThisProcess(const AgentId &agent) {
 
 std::optional<Address> ParseAddress(ByteView bytes) {
   Address other;
-  if (bytes.size() < sizeof(other.version)) return std::nullopt;
-  std::memcpy(&other.version, bytes.data(), sizeof(other.version));
+  Decoder start(bytes);
+  start(other.magic);
+  start(other.version);
+  if (!start.is_ok() || other.magic != kMagic) return std::nullopt;
   if (other.version != kProtocolVersion) return other;
   return Unpack<Address>(bytes);
 }

@@ -11,6 +11,7 @@
 namespace ray::rdt {
 
 struct Address {
+  uint32_t magic = kMagic;
   uint16_t version = kProtocolVersion;
   AgentId agent{};
   std::array<uint8_t, 16> boot{};  // the running kernel; zero if unknown
@@ -22,7 +23,8 @@ struct Address {
   uint16_t port = 0;  // 0: does not listen on TCP
   template <class A>
   void Fields(A &a) {
-    a(version), a(agent), a(boot), a(net_namespace), a(pid_namespace), a(pid), a(uid), a(ip), a(port);
+    a(magic), a(version), a(agent), a(boot), a(net_namespace), a(pid_namespace);
+    a(pid), a(uid), a(ip), a(port);
   }
 
   // True when `other`'s abstract Unix socket can be seen from here.

@@ -37,7 +37,12 @@ Address Parsed(ByteView bytes) {
   return *address;
 }
 
-const Status kStopped{Code::kStopped, "this process's RDT agent was stopped"};
+// No global of class type: threads of ours may run while the process exits.
+Status Stopped() { return {Code::kStopped, "this process's RDT agent was stopped"}; }
+
+// A frame, less the byte that says whether a reply is an error.
+constexpr size_t kMaxPayload = kMaxFrame - 1;
+constexpr char kTooLong[] = "a call or reply is longer than 64 MiB";
 
 }  // namespace
 
@@ -113,7 +118,8 @@ void Agent::Cancel(const PullTicket &ticket) {
 
 CallTicket Agent::StartCall(ByteView address, Bytes payload) {
   CallTicket ticket;
-  Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
+  bool is_too_long = payload.size() > kMaxPayload;
+  Status status = is_too_long ? Status{Code::kRefused, kTooLong} : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
     ticket = {std::make_shared<Call>(next_id_++), peer};
     loop_.Post([peer, call = ticket.call, payload = std::move(payload)]() mutable {
       peer->Submit(call, std::move(payload));
@@ -132,6 +138,10 @@ void Agent::Cancel(const CallTicket &ticket) {
 }
 
 void Agent::Reply(uint64_t call, Bytes payload, bool is_error) {
+  if (payload.size() > kMaxPayload) {
+    is_error = true;
+    payload.assign(std::begin(kTooLong), std::end(kTooLong) - 1);
+  }
   loop_.Post([this, call, is_error, payload = std::move(payload)]() mutable {
     service_.Reply(call, is_error, std::move(payload));
   });
@@ -185,7 +195,7 @@ void Agent::CloseAll() {
   door_.reset();
   service_.Shutdown();
   std::lock_guard<std::mutex> lock(mutex_);
-  for (auto &[id, peer] : peers_) peer->Shutdown(kStopped);
+  for (auto &[id, peer] : peers_) peer->Shutdown(Stopped());
 }
 
 void Agent::TickAll() {
@@ -216,7 +226,7 @@ Status Agent::WithPeer(ByteView bytes, const UsePeer &use) {
     return {Code::kVersion, VersionMismatchText(kProtocolVersion, address.version)};
   }
   std::lock_guard<std::mutex> lock(mutex_);
-  if (is_stopped_) return kStopped;
+  if (is_stopped_) return Stopped();
   use(PeerLocked(address));
   return {};
 }

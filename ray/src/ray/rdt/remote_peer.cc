@@ -57,6 +57,8 @@ void RemotePeer::Tick() {
   if (!is_waiting) return;
   double silent_s = std::chrono::duration<double>(Clock::now() - last_heard_).count();
   if (silent_s > work_.settings->peer_timeout_s) {
+    // No second try: what is silent would be silent again.
+    for (auto &[id, asked] : pulls_) asked.is_second_try = true;
     return Lose({Code::kPeerLost,
                  "the peer has not answered for " + std::to_string(static_cast<int>(silent_s)) +
                      " s"});

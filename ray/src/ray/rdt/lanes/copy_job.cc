@@ -60,6 +60,7 @@ class CopyJob {
 
 void StartCopyJob(CopyPool *copies, std::shared_ptr<Pull> pull, CopyRange copy, Report report) {
   uint64_t total = pull->destination.total();
+  if (total == 0) return report({});
   bool is_small = total <= kCopyAtOnce;
   int workers = is_small || total <= Pull::kMinChunk ? 1 : copies->threads();
   uint64_t chunk = pull->ChunkFor(workers);

@@ -1,0 +1,207 @@
+#include <thread>
+
+#include "fixtures.h"
+#include "ray/rdt/lanes/ring.h"
+
+namespace fixtures {
+namespace {
+
+constexpr size_t kMiB = 1 << 20;
+
+struct LaneCase {
+  const char *name;
+  LaneSet lanes;
+  LaneKind lane;
+};
+
+constexpr LaneCase kRemoteLanes[] = {{"cma", 0b1111, LaneKind::kCma},
+                                     {"shm", 0b1100, LaneKind::kShm},
+                                     {"tcp", 0b1000, LaneKind::kTcp}};
+
+// Pulls `source` of `producer` into memory that is cut up in another way.
+void RoundTrip(Agent *producer, Agent *consumer, size_t nbytes, size_t cuts, LaneKind lane) {
+  Memory source(nbytes);
+  Memory destination(nbytes);
+  source.FillRandom(3);
+  CHECK(producer->Register(KeyOf(9), source.Cut(cuts, 1), 1));
+  PullTicket ticket =
+      consumer->StartPull(producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2));
+  Status status = Outcome(ticket.pull.get());
+  CHECK_EQ(status.text, "");
+  CHECK(source == destination);
+  CHECK_EQ(ticket.pull->lane(), static_cast<int>(lane));
+  CHECK(producer->Release(KeyOf(9)));
+  CHECK(AwaitEvent(producer, Event::Kind::kReleased));
+}
+
+void EverySize(Agent *producer, Agent *consumer, LaneKind lane) {
+  for (size_t nbytes : {size_t{0}, size_t{1}, size_t{64} << 10, (size_t{64} << 10) + 1,
+                        3 * kMiB + 17, 20 * kMiB + 1}) {
+    for (size_t cuts : {1, 2, 13, 3000}) RoundTrip(producer, consumer, nbytes, cuts, lane);
+  }
+}
+
+TEST("lanes: inproc carries every size and segmentation") {
+  auto agent = MakeAgent();
+  EverySize(agent.get(), agent.get(), LaneKind::kInproc);
+}
+
+TEST("lanes: cma, shm and tcp carry every size and segmentation") {
+  for (const LaneCase &one : kRemoteLanes) {
+    auto producer = MakeAgent();
+    auto consumer = MakeAgent(one.lanes);
+    EverySize(producer.get(), consumer.get(), one.lane);
+    CHECK_EQ(consumer->Stats().at(std::string("pulls_") + one.name), 24);
+    CHECK(Await([&] { return producer->Stats().at("pinned") == 0; }));
+  }
+}
+
+TEST("lanes: the lengths must agree") {
+  for (const LaneCase &one : kRemoteLanes) {
+    auto producer = MakeAgent();
+    auto consumer = MakeAgent(one.lanes);
+    Memory source(100000);
+    Memory destination(100001);
+    producer->Register(KeyOf(1), source.Whole(), 1);
+    PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
+    CHECK(Outcome(ticket.pull.get()).code == Code::kSizeMismatch);
+    CHECK(Await([&] { return producer->Stats().at("pinned") == 0; }));
+  }
+}
+
+TEST("lanes: between processes, each lane") {
+  for (const LaneCase &one : kRemoteLanes) {
+    Producer producer(9 * kMiB, kAllLanes);
+    auto consumer = MakeAgent(one.lanes);
+    Memory expected(9 * kMiB);
+    Memory destination(9 * kMiB);
+    expected.FillRandom(1);
+    PullTicket ticket = consumer->StartPull(producer.address(), KeyOf(1), destination.Cut(5, 5));
+    CHECK_EQ(Outcome(ticket.pull.get()).text, "");
+    CHECK(expected == destination);
+    CHECK_EQ(ticket.pull->lane(), static_cast<int>(one.lane));
+  }
+}
+
+TEST("lanes: what either side forbids is not used, and said") {
+  auto producer = MakeAgent(0b1100);
+  auto consumer = MakeAgent(0b1011);
+  RoundTrip(producer.get(), consumer.get(), 100000, 3, LaneKind::kTcp);
+  LaneReasons reasons = consumer->Explain(producer->address());
+  CHECK_EQ(reasons[1], "forbidden by the peer's settings");
+  CHECK_EQ(reasons[2], "forbidden by this process's settings");
+  CHECK_EQ(reasons[3], "ok");
+  auto log = AwaitEvent(consumer.get(), Event::Kind::kLog);
+  CHECK(log && log->text.find("lane tcp (inproc:") != std::string::npos);
+}
+
+TEST("lanes: no lane in common is a refusal, not a hang") {
+  auto producer = MakeAgent(0b0100);
+  auto consumer = MakeAgent(0b1000);
+  Memory memory(10);
+  producer->Register(KeyOf(1), memory.Whole(), 1);
+  PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
+  CHECK(Outcome(ticket.pull.get()).code == Code::kRefused);
+}
+
+TEST("lanes: cancel stops all writing at once") {
+  for (const LaneCase &one : kRemoteLanes) {
+    auto producer = MakeAgent();
+    auto consumer = MakeAgent(one.lanes);
+    Memory source(16 * kMiB);
+    source.FillRandom(1);
+    producer->Register(KeyOf(1), source.Cut(100, 1), 1);
+    for (int i = 0; i < 20; ++i) {
+      Memory destination(source.size());
+      PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
+      std::this_thread::sleep_for(std::chrono::microseconds(i * 100));
+      consumer->Cancel(ticket);
+      CHECK(ticket.pull->is_settled());
+      Memory after = destination;
+      std::this_thread::sleep_for(std::chrono::milliseconds(3));
+      CHECK(after == destination);
+    }
+    RoundTrip(producer.get(), consumer.get(), 5 * kMiB, 3, one.lane);
+    CHECK(Await([&] { return producer->Stats().at("pinned") == 0; }));
+  }
+}
+
+TEST("lanes: a producer killed in a pull fails it at once") {
+  for (const LaneCase &one : kRemoteLanes) {
+    Producer producer(32 * kMiB, kAllLanes);
+    auto consumer = MakeAgent(one.lanes);
+    Memory destination(32 * kMiB);
+    PullTicket first = consumer->StartPull(producer.address(), KeyOf(1), destination.Whole());
+    CHECK(Outcome(first.pull.get()).ok());
+    std::vector<std::unique_ptr<Memory>> memories;
+    std::vector<PullTicket> tickets;
+    for (int i = 0; i < 4; ++i) {
+      memories.push_back(std::make_unique<Memory>(32 * kMiB));
+      tickets.push_back(
+          consumer->StartPull(producer.address(), KeyOf(1), memories.back()->Whole()));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    producer.Kill();
+    for (PullTicket &ticket : tickets) {
+      Status status = Outcome(ticket.pull.get(), 5);
+      bool is_expected = status.ok() || status.code == Code::kPeerLost;
+      CHECK_EQ(is_expected ? "" : status.text, "");
+    }
+    CHECK(Outcome(tickets.back().pull.get()).code == Code::kPeerLost);
+    CHECK(AwaitEvent(consumer.get(), Event::Kind::kLost));
+  }
+}
+
+TEST("lanes: a stopped producer delays nobody else") {
+  for (const LaneCase &one : kRemoteLanes) {
+    Producer stopped(16 * kMiB, kAllLanes);
+    Producer running(16 * kMiB, kAllLanes);
+    auto consumer = MakeAgent(one.lanes);
+    Memory a(16 * kMiB);
+    Memory b(16 * kMiB);
+    Outcome(consumer->StartPull(stopped.address(), KeyOf(1), a.Whole()).pull.get());
+    PullTicket held = consumer->StartPull(stopped.address(), KeyOf(1), a.Whole());
+    stopped.Stop();
+    for (int i = 0; i < 5; ++i) {
+      PullTicket ticket = consumer->StartPull(running.address(), KeyOf(1), b.Whole());
+      CHECK_EQ(Outcome(ticket.pull.get(), 5).text, "");
+    }
+    stopped.Continue();
+    CHECK_EQ(Outcome(held.pull.get()).text, "");
+  }
+}
+
+TEST("lanes: the shm ring refuses what is no ring") {
+  Fd fd;
+  auto ring = RingMemory::Create(1 << 20, &fd);
+  CHECK(ring != nullptr);
+  CHECK(RingMemory::Open(fd.get(), 1 << 20) != nullptr);
+  CHECK(RingMemory::Open(fd.get(), 2 << 20) == nullptr);
+  CHECK(RingMemory::Open(0, 1 << 20) == nullptr);
+}
+
+TEST("lanes: thousands of pulls at once") {
+  for (const LaneCase &one : kRemoteLanes) {
+    auto producer = MakeAgent();
+    auto consumer = MakeAgent(one.lanes);
+    constexpr size_t kPulls = 2000;
+    constexpr size_t kBytes = 100000;
+    Memory source(kBytes);
+    source.FillRandom(1);
+    producer->Register(KeyOf(1), source.Cut(3, 1), 1);
+    Memory destination(kPulls * kBytes);
+    std::vector<PullTicket> tickets;
+    for (size_t i = 0; i < kPulls; ++i) {
+      auto at = reinterpret_cast<uint64_t>(destination.data() + i * kBytes);
+      tickets.push_back(consumer->StartPull(producer->address(), KeyOf(1), {{at, kBytes}}));
+    }
+    for (size_t i = 0; i < kPulls; ++i) {
+      CHECK_EQ(Outcome(tickets[i].pull.get()).text, "");
+      CHECK(std::equal(source.data(), source.data() + kBytes, destination.data() + i * kBytes));
+    }
+    CHECK_EQ(consumer->Stats().at("connections"), 1);
+  }
+}
+
+}  // namespace
+}  // namespace fixtures
