@@ -67,6 +67,7 @@ class Session:
             clear_tcp=options.clear_tcp,
         )
         self.address: bytes = self.agent.address
+        assert agent_id_of(self.address) == self.agent.agent_id
         self.pid = os.getpid()
         self._said: set[str] = set()
         # Requests under way whose answers nobody waits for: the agent gives up one that is let go.
@@ -218,8 +219,8 @@ def _run_logged(action: Callable[..., None], *args: Any) -> None:
 
 
 def agent_id_of(address: bytes) -> bytes:
-    """The id of the agent at an address, which begins with a version (2 bytes) and the id (16)."""
-    return address[2:18]
+    """The id of the agent at an address: 16 bytes after a mark (4) and a version (2)."""
+    return address[6:22]
 
 
 _lock = threading.Lock()
