@@ -182,4 +182,6 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             f"this process cannot hold tensors: {error}.",
             f"Install {error.name} in the environment of this worker.",
         )
-    return RDTFetchError(context, f"{type(error).__name__}: {error}.", "See the cause above.")
+    return RDTFetchError(
+        context, f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
+    )

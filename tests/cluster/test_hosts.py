@@ -1,0 +1,77 @@
+"""Two test hosts with a network between them: the tcp lane carries the tensors, and its loss is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.cluster.hosts import HostsUnavailable, ray_on, two_hosts
+from tests.integration.test_errors import BUSY_S, KNOWN_WITHIN_S
+from tests.support import ROOT
+
+pytestmark = [pytest.mark.netns, pytest.mark.slow]
+
+#: RAY_RDT_PEER_TIMEOUT_S of both hosts.
+PEER_TIMEOUT_S = 3
+
+
+@pytest.fixture(scope="module")
+def report() -> Iterator[dict[str, Any]]:
+    """What one driver saw that did everything."""
+    try:
+        with two_hosts() as hosts, ray_on(hosts) as address:
+            yield run_driver_on(hosts[0], address)
+    except HostsUnavailable as error:
+        pytest.skip(str(error))
+
+
+def run_driver_on(host: Any, address: str) -> dict[str, Any]:
+    driver = ROOT / "tests" / "cluster" / "driver_on_hosts.py"
+    done = subprocess.run(
+        host.command(sys.executable, driver, address, host.device),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_RDT_PEER_TIMEOUT_S": str(PEER_TIMEOUT_S)},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return last
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_tensors_cross_the_network_over_tcp(report: dict[str, Any], way: str) -> None:
+    assert report[way] == {"right": True, "pulls": {"cma": 0, "shm": 0, "tcp": 2}}
+
+
+def test_driver_pulls_over_tcp(report: dict[str, Any]) -> None:
+    assert report["driver"]
+    assert report["driver_pulls"] == 1
+
+
+def test_targets_receive_over_tcp(report: dict[str, Any]) -> None:
+    assert report["target"]
+
+
+def test_gloo_crosses_the_network(report: dict[str, Any]) -> None:
+    assert report["gloo"]
+
+
+def test_killed_producer_on_the_other_host_is_known_soon(report: dict[str, Any]) -> None:
+    killed = report["killed"]
+    assert killed["after_s"] < KNOWN_WITHIN_S + BUSY_S
+    assert killed["is_death"]
+    assert killed["id"] in killed["text"]
+
+
+def test_cut_network_is_known_within_the_peer_timeout(report: dict[str, Any]) -> None:
+    cut = report["cut"]
+    assert cut["after_s"] < PEER_TIMEOUT_S + KNOWN_WITHIN_S + BUSY_S
+    assert cut["id"] in cut["text"]

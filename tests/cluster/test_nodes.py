@@ -1,0 +1,135 @@
+"""Several Ray nodes on one machine: objects cross node borders, and nodes go away."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.exceptions import ObjectLostError
+from ray.experimental.rdt import config
+
+from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
+from tests.integration.test_errors import BUSY_S, KNOWN_WITHIN_S
+from tests.support import ROOT, wait_until
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head node, where the driver is, and two more, each with a resource of its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        config.settings.cache_clear()
+        nodes = Cluster(initialize_head=True, head_node_args={**NODE, "resources": {"head": 9}})
+        for name in ("one", "two"):
+            nodes.add_node(**NODE, resources={name: 9})
+        ray.init(address=nodes.address, log_to_driver=False)
+        nodes.wait_for_nodes()
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
+    config.settings.cache_clear()
+
+
+@pytest.fixture
+def spawn_on(cluster: Cluster) -> Iterator[Callable[..., Any]]:
+    """Makes an actor on the node of this name, for one test."""
+    made = []
+
+    def make(node: str, **options: Any) -> Any:
+        made.append(Peer.options(resources={node: 1}, **options).remote())
+        return made[-1]
+
+    yield make
+    for actor in made:
+        ray.kill(actor)
+
+
+def node_of(_: Peer) -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+@pytest.mark.parametrize("transport", ["auto", "gloo"])
+def test_objects_go_from_node_to_node(spawn_on: Any, transport: str) -> None:
+    one, two, three = spawn_on("one"), spawn_on("two"), spawn_on("head")
+    assert len({ray.get(peer.run.remote(node_of)) for peer in (one, two, three)}) == 3
+    for count in (SMALL, LARGE):
+        ref = one.make.options(tensor_transport=transport).remote(ones, count)
+        used = [peer.run.remote(total, ref) for peer in (one, two, three)]
+        assert ray.get(used) == [count] * 3
+        assert torch.equal(ray.get(ref), torch.ones(count))
+
+
+def test_put_on_another_node(spawn_on: Any) -> None:
+    def put(_: Peer) -> list[Any]:
+        return [ray.put(torch.ones(LARGE), _tensor_transport="auto")]
+
+    one, two = spawn_on("one"), spawn_on("two")
+    refs = ray.get(one.run.remote(put))
+    assert ray.get(two.run.remote(total_of_refs, refs)) == LARGE
+    assert ray.get(refs[0]).sum() == LARGE
+
+
+def test_references_go_round_the_cluster(spawn_on: Any) -> None:
+    one, two, three = spawn_on("one"), spawn_on("two"), spawn_on("head")
+    ref = one.make.remote(count_up)
+    for _ in range(3):
+        for peer in (two, three, one):
+            (ref,) = ray.get(peer.run.remote(lambda _, refs: refs, [ref]))
+    assert ray.get(two.run.remote(total_of_refs, [ref])) == LARGE * (LARGE - 1) / 2
+    del ref
+
+    def assert_idle() -> None:
+        for peer in (one, two, three):
+            counters = ray.get(peer.stats.remote())
+            assert (counters["stored_objects"], counters["directory_rows"]) == (0, 0)
+
+    wait_until(assert_idle, "still in use:")
+
+
+def test_value_with_much_plain_data_goes_through_the_object_store(spawn_on: Any) -> None:
+    """Its skeleton is too large to ride in a call, so it comes by way of plasma on both nodes."""
+
+    def make(_: Peer) -> dict[str, Any]:
+        return {"t": torch.ones(LARGE), "plain": bytes(2 << 20)}
+
+    def check(peer: Peer, value: dict[str, Any]) -> bool:
+        return value["plain"] == bytes(2 << 20) and total(peer, value["t"]) == LARGE
+
+    one, two = spawn_on("one"), spawn_on("two")
+    ref = one.make.remote(make)
+    assert ray.get(two.run.remote(check, ref))
+    assert ray.get(two.run.remote(lambda peer, refs: check(peer, ray.get(refs[0])), [ref]))
+
+
+def test_tasks_on_other_nodes_take_objects(spawn_on: Any) -> None:
+    @ray.remote(num_cpus=0)
+    def total_in_task(tensor: torch.Tensor) -> float:
+        return float(tensor.sum())
+
+    ref = spawn_on("one").make.remote(ones)
+    used = [total_in_task.options(resources={node: 1}).remote(ref) for node in ("two", "head")]
+    assert ray.get(used) == [LARGE, LARGE]
+
+
+def test_removed_node_loses_its_objects_and_no_others(cluster: Cluster, spawn_on: Any) -> None:
+    node = cluster.add_node(**NODE, resources={"short-lived": 9})
+    doomed = Peer.options(resources={"short-lived": 1}).remote()
+    stays, taker = spawn_on("one"), spawn_on("two")
+    lost, kept = doomed.make.remote(ones), stays.make.remote(ones)
+    assert ray.get(taker.run.remote(total_of_refs, [lost, kept])) == 2 * LARGE
+    cluster.remove_node(node, allow_graceful=False)
+    began = time.monotonic()
+    with pytest.raises(ObjectLostError):
+        ray.get(lost, timeout=60)
+    assert time.monotonic() - began < KNOWN_WITHIN_S + BUSY_S
+    with pytest.raises(ObjectLostError):
+        ray.get(taker.run.remote(total_of_refs, [lost]), timeout=60)
+    assert ray.get(taker.run.remote(total_of_refs, [kept])) == LARGE
