@@ -1,4 +1,4 @@
-"""What several folders of tests share: waiting for a state, and programs run as a user starts them."""
+"""What several folders of tests share: waiting for a state, programs as a user starts them."""
 
 from __future__ import annotations
 

@@ -8,10 +8,10 @@ import sys
 import time
 from typing import Any
 
-import ray
 import torch
 from ray.exceptions import ActorDiedError, ObjectLostError
 
+import ray
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
 from tests.integration.test_lanes import pulls
 
@@ -35,7 +35,11 @@ def make_odd(_: Peer) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def transfer(maker: Any, taker: Any) -> dict[str, Any]:
-    refs = [maker.make.remote(count_up, MANY), maker.make.remote(make_odd), maker.make.remote(ones, SMALL)]
+    refs = [
+        maker.make.remote(count_up, MANY),
+        maker.make.remote(make_odd),
+        maker.make.remote(ones, SMALL),
+    ]
     return {"right": ray.get(taker.run.remote(check_bytes, refs)), "pulls": pulls(taker)}
 
 
@@ -63,9 +67,7 @@ def lose(ref: Any, cut: Any) -> dict[str, Any]:
 
 def main(address: str, device: str) -> None:
     ray.init(address=address, log_to_driver=False)
-    here, there, spare = (
-        Peer.options(resources={host: 1}).remote() for host in ("a", "b", "b")
-    )
+    here, there, spare = (Peer.options(resources={host: 1}).remote() for host in ("a", "b", "b"))
     report: dict[str, Any] = {"there": transfer(here, there), "back": transfer(there, here)}
     report["driver"] = ray.get(there.make.remote(count_up, MANY)).sum().item() > 0
     report["driver_pulls"] = ray.experimental.rdt.stats()["pulls_tcp"]
@@ -76,7 +78,9 @@ def main(address: str, device: str) -> None:
     ref = spare.make.remote(ones)
     report["killed"] = lose(ref, lambda: ray.kill(spare))
     ref = there.make.remote(count_up, MANY)
-    report["cut"] = lose(ref, lambda: subprocess.run(["ip", "link", "set", device, "down"], check=True))
+    report["cut"] = lose(
+        ref, lambda: subprocess.run(["ip", "link", "set", device, "down"], check=True)
+    )
     print(json.dumps(report), flush=True)
 
 

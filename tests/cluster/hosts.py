@@ -1,4 +1,4 @@
-"""Test hosts: network namespaces of this machine with a cable between them, and a Ray node in each."""
+"""Test hosts: network namespaces of this machine, a cable between them, a Ray node in each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from tests.support import ROOT, wait_until
 
 _PORT = 6391
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-_OPTIONS = ["--num-cpus=1", f"--object-store-memory={100 << 20}", "--disable-usage-stats", "--block"]
+_OPTIONS = [
+    "--num-cpus=1",
+    f"--object-store-memory={100 << 20}",
+    "--disable-usage-stats",
+    "--block",
+]
 
 
 class HostsUnavailable(Exception):
@@ -101,14 +106,24 @@ def ray_on(hosts: tuple[Host, Host]) -> Iterator[str]:
     address = f"{head.ip}:{_PORT}"
     folder = Path(tempfile.mkdtemp(prefix="rdt", dir="/tmp"))
     try:
-        _start(head, folder, "a", "--head", f"--port={_PORT}", f"--temp-dir={folder}", "--include-dashboard=false")
+        _start(
+            head,
+            folder,
+            "a",
+            "--head",
+            f"--port={_PORT}",
+            f"--temp-dir={folder}",
+            "--include-dashboard=false",
+        )
         _start(other, folder, "b", f"--address={address}")
         yield address
     finally:
         for host in hosts:
             for pid in pids_in(host):
                 os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not any(pids_in(host) for host in hosts) or kill_rest(hosts), "Ray ended")
+        wait_until(
+            lambda: not any(pids_in(host) for host in hosts) or kill_rest(hosts), "Ray ended"
+        )
         shutil.rmtree(folder, ignore_errors=True)
 
 

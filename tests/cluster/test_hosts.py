@@ -1,4 +1,4 @@
-"""Two test hosts with a network between them: the tcp lane carries the tensors, and its loss is known."""
+"""Two test hosts and a network: the tcp lane carries the tensors, and its loss is known."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import ray
 import torch
 from ray.cluster_utils import Cluster
 from ray.exceptions import ObjectLostError
-from ray.experimental.rdt import config
 
+import ray
+from ray.experimental.rdt import config
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
 from tests.integration.test_errors import BUSY_S, KNOWN_WITHIN_S
 from tests.support import ROOT, wait_until

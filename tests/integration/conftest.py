@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
 import ray
 from ray.experimental.rdt import config
-
 from tests.integration.peers import Peer
 from tests.support import ROOT
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 import ray
-import torch
 
 #: Small enough to ride along in the value, and too large for that (1 MiB).
 SMALL, LARGE = 16, 1 << 18

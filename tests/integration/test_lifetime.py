@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import ray
 import torch
-from ray.experimental import wait_tensor_freed
 
+import ray
+from ray.experimental import wait_tensor_freed
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
 from tests.support import wait_until
 
@@ -80,9 +80,7 @@ def test_puts_return_to_the_start(
     settled()
 
 
-def test_results_that_nobody_asks_for_are_freed(
-    maker: Any, settled: Callable[[], None]
-) -> None:
+def test_results_that_nobody_asks_for_are_freed(maker: Any, settled: Callable[[], None]) -> None:
     for _ in range(50):
         maker.make.remote(ones)
     settled()
@@ -102,7 +100,10 @@ def test_nested_references_are_freed_after_the_outer_one(
     maker: Any, taker: Any, settled: Callable[[], None]
 ) -> None:
     def nest(_: Peer) -> dict[str, Any]:
-        return {"t": torch.ones(LARGE), "inner": ray.put(torch.ones(LARGE), _tensor_transport="auto")}
+        return {
+            "t": torch.ones(LARGE),
+            "inner": ray.put(torch.ones(LARGE), _tensor_transport="auto"),
+        }
 
     def total_of_both(peer: Peer, outer: dict[str, Any]) -> float:
         return total(peer, outer["t"], ray.get(outer["inner"]))
@@ -132,7 +133,9 @@ def test_received_memory_goes_back_when_the_last_tensor_dies(
     got = ray.get(maker.make.remote(lambda _: [torch.ones(LARGE), torch.ones(10)]))
     small = got[1]
     del got
-    wait_until(lambda: ray.experimental.rdt.stats()["pool_used"] < 4 * LARGE, "the large one is back")
+    wait_until(
+        lambda: ray.experimental.rdt.stats()["pool_used"] < 4 * LARGE, "the large one is back"
+    )
     assert small.tolist() == [1.0] * 10
     del small
     settled()
@@ -197,7 +200,9 @@ def wait_freed(peer: Peer, timeout: float | None) -> str:
 
 
 @pytest.mark.parametrize(
-    "view_of", [lambda t: t, lambda t: t[5:10], lambda t: t.view(2, -1).t()], ids=["itself", "slice", "transposed"]
+    "view_of",
+    [lambda t: t, lambda t: t[5:10], lambda t: t.view(2, -1).t()],
+    ids=["itself", "slice", "transposed"],
 )
 def test_wait_tensor_freed(maker: Any, view_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
     ref = maker.make.remote(keep_and_return, view_of)

@@ -1,4 +1,4 @@
-"""ray.put with a transport works in every process, and without one it has nothing to do with RDT."""
+"""ray.put with a transport works in every process; without one RDT has no part in it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 
+import ray
 from tests.integration.peers import LARGE, SMALL, Peer, total, total_of_refs
 from tests.support import run_driver
 
@@ -73,7 +73,9 @@ def test_transports_are_named_in_any_case(consumer: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["carrier_pigeon", "", 7])
 def test_unknown_transport_is_refused_with_the_known_ones(local_ray: None, name: Any) -> None:
-    with pytest.raises(ValueError, match=r"Invalid tensor transport.*(auto.*gloo.*nixl|not a string)"):
+    with pytest.raises(
+        ValueError, match=r"Invalid tensor transport.*(auto.*gloo.*nixl|not a string)"
+    ):
         ray.put(torch.ones(3), _tensor_transport=name)
 
 

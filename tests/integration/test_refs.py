@@ -8,10 +8,10 @@ import signal
 from typing import Any
 
 import pytest
-import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
+import ray
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
 from tests.support import wait_until
 
@@ -117,9 +117,7 @@ def test_same_reference_twice_in_one_call(
     assert ray.get(again) == [count] * 5
 
 
-def test_get_of_a_mixed_list_keeps_its_order(
-    producer: Any, consumer: Any, transport: str
-) -> None:
+def test_get_of_a_mixed_list_keeps_its_order(producer: Any, consumer: Any, transport: str) -> None:
     make = producer.make.options(tensor_transport=transport)
     large, small = make.remote(count_up), make.remote(ones, SMALL)
     other = consumer.make.remote(ones, LARGE + 1)

@@ -1,4 +1,4 @@
-"""DESIGN's oracle with real Ray: what a consumer gets through RDT is what it gets through plain Ray."""
+"""The oracle with real Ray: a consumer gets through RDT what it gets through plain Ray."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
+import ray
 from tests.integration.peers import LARGE, Peer, count_up
 from tests.unit import values
 
@@ -23,7 +23,7 @@ batches = st.lists(values.values, min_size=3, max_size=10)
 
 
 def compare(_: Peer, rdt_refs: list[Any], plain: list[Any]) -> None:
-    """Runs on: consumer. The batch came through RDT by reference, and with the call as plain Ray."""
+    """Runs on: consumer. The batch came through RDT by reference, and plain with the call."""
     for got, expected in zip(ray.get(rdt_refs), plain):
         values.assert_same(got, expected)
 
@@ -91,7 +91,12 @@ def test_mixed_python_data_keeps_its_place(
     producer: Any, consumer: Any, transport: str, count: int
 ) -> None:
     ref = producer.make.options(tensor_transport=transport).remote(
-        lambda _: {"t": torch.ones(count), "n": np.arange(count), "deep": [(1, {"x": "y"})], "e": None}
+        lambda _: {
+            "t": torch.ones(count),
+            "n": np.arange(count),
+            "deep": [(1, {"x": "y"})],
+            "e": None,
+        }
     )
     kept = ray.get(consumer.run.remote(lambda _, got: {**got, "t": got["t"].numpy()}, ref))
     assert kept["deep"] == [(1, {"x": "y"})]
@@ -102,7 +107,9 @@ def test_mixed_python_data_keeps_its_place(
 
 def make_model(_: Any) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 300))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 300)
+    )
     model.head = torch.nn.Linear(300, 200, bias=False)
     model.head.weight = model[0].weight
     return model

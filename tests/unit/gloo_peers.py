@@ -39,6 +39,7 @@ class FakeSession:
         self._handlers: dict[str, Callable[[bytes, dict], dict]] = {}
         self._on_lost: list[Callable[[bytes], None]] = []
         self._on_close: list[Callable[[], None]] = []
+        self._told: list[Callable[[float], dict]] = []
         self._callers = ThreadPoolExecutor(8)
         self._listener = Listener(path, "AF_UNIX", backlog=64)
         threading.Thread(target=self._accept, daemon=True).start()
@@ -59,6 +60,10 @@ class FakeSession:
 
     def call(self, address, op, body, timeout_s):
         return self.start_call(address, op, body)(timeout_s)
+
+    def tell(self, address, op, body):
+        with suppress(OSError):
+            self._told.append(self.start_call(address, op, body))
 
     def start_call(self, address, op, body):
         connection = Client(address.decode(), "AF_UNIX")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from ray.experimental.rdt import config
 
 
@@ -84,7 +85,13 @@ def test_what_cannot_be_read_is_an_error_that_names_the_variable(monkeypatch, na
 
 @pytest.mark.parametrize(
     ("uses_tls", "allows", "expected"),
-    [(None, None, True), ("0", None, True), ("1", None, False), ("1", "1", True), ("1", "0", False)],
+    [
+        (None, None, True),
+        ("0", None, True),
+        ("1", None, False),
+        ("1", "1", True),
+        ("1", "0", False),
+    ],
 )
 def test_clear_tcp_is_refused_where_ray_uses_tls(monkeypatch, uses_tls, allows, expected):
     if uses_tls is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
-from ray.experimental.rdt.directory import Directory, Free, Hint, Location, State, WarnShared
+from ray.experimental.rdt.directory import Directory, Free, Hint, Location, Own, State, WarnShared
 
 HERE = Location(b"agent", b"k" * 16, 8)
 ELSEWHERE = Location(b"other", b"j" * 16, 8)
@@ -22,7 +22,7 @@ def test_object_is_freed_once_when_it_goes_out_of_scope():
     directory = Directory()
     submitted(directory)
     assert directory.row("o").state is State.SUBMITTED
-    assert directory.created("o", HERE) == []
+    assert directory.created("o", HERE) == [Own(HERE)]
     assert directory.out_of_scope("o") == [Free(HERE)]
     assert directory.out_of_scope("o") == []
     assert len(directory) == 0
@@ -31,7 +31,7 @@ def test_object_is_freed_once_when_it_goes_out_of_scope():
 def test_reply_before_remote_returns_is_kept():
     directory = Directory()
     submit = directory.begin_submit()
-    assert directory.created("o", HERE) == []
+    assert directory.created("o", HERE) == [Own(HERE)]
     directory.submitted("o", ACTOR, "auto")
     assert directory.end_submit(submit) == []
     assert directory.row("o").location == HERE
@@ -51,7 +51,7 @@ def test_freed_before_created_during_another_submit_is_freed_when_that_ends():
     submitted(directory)
     directory.out_of_scope("o")
     submit = directory.begin_submit()
-    assert directory.created("o", HERE) == []
+    assert directory.created("o", HERE) == [Own(HERE)]
     assert directory.end_submit(submit) == [Free(HERE)]
     assert len(directory) == 0
 
@@ -69,7 +69,7 @@ def test_retry_frees_the_first_copy():
     directory = Directory()
     submitted(directory)
     directory.created("o", HERE)
-    assert directory.created("o", ELSEWHERE) == [Free(HERE)]
+    assert directory.created("o", ELSEWHERE) == [Free(HERE), Own(ELSEWHERE)]
     assert directory.out_of_scope("o") == [Free(ELSEWHERE)]
 
 
@@ -116,7 +116,7 @@ def test_object_passed_on_before_it_exists_is_hinted_when_it_does():
     directory = Directory()
     submitted(directory)
     assert directory.passed_to("o", OTHER) == []
-    assert directory.created("o", HERE) == [Hint(OTHER, HERE)]
+    assert directory.created("o", HERE) == [Own(HERE), Hint(OTHER, HERE)]
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -134,6 +134,9 @@ class Interleavings(RuleBasedStateMachine):
 
     def carry_out(self, frees: list[Free]) -> None:
         for free in frees:
+            if isinstance(free, Own):
+                assert free.location in self.live
+                continue
             assert self.live.pop(free.location, None) is not None, "freed twice or never made"
 
     @rule(target=submits)

@@ -16,6 +16,7 @@ from ray.exceptions import (
     ObjectFetchTimedOutError,
     ObjectLostError,
 )
+
 from ray.experimental.rdt import capture
 from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.descriptor import Descriptor
@@ -23,7 +24,6 @@ from ray.experimental.rdt.errors import RDTFetchError, RDTProducerDiedError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request
 from ray.experimental.rdt.store import Store
 from ray.experimental.rdt.targets import Target, Targets
-
 from tests.unit.test_capture import Context
 
 ADDRESS = b"\x01\x00" + b"A" * 16
@@ -113,7 +113,9 @@ class World:
         bytes_along = captured.gather() if eager else None
         return Envelope(head, skeleton.inband, captured.table, bytes_along, skeleton.buffers)
 
-    def fetch(self, *envelopes: Envelope, timeout_s: float | None = None, **target: Any) -> list[Any]:
+    def fetch(
+        self, *envelopes: Envelope, timeout_s: float | None = None, **target: Any
+    ) -> list[Any]:
         requests = [
             Request(f"id{index}", envelope, Target(**target))
             for index, envelope in enumerate(envelopes)
@@ -198,7 +200,11 @@ def test_target_of_an_own_value_is_filled(world: World):
         (AgentError("size_mismatch"), RDTFetchError, "size_mismatch"),
         (AgentError("auth"), RDTFetchError, "auth"),
         (TimeoutError("slow"), ObjectFetchTimedOutError, "60 s"),
-        (ModuleNotFoundError("No module named 'torch'", name="torch"), RDTFetchError, "Install torch"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            RDTFetchError,
+            "Install torch",
+        ),
         (OSError("disk is full."), RDTFetchError, "disk is full"),
     ],
     ids=lambda value: str(value) if isinstance(value, Exception) else "",
@@ -234,6 +240,19 @@ def test_users_timeout_is_raised_and_everything_is_given_up(world: World):
     with pytest.raises(GetTimeoutError, match="id0"):
         world.fetch(*sent, timeout_s=0.01)
     assert [pull.cancelled for pull in world.agent.pulls] == [True] * 3
+
+
+def test_users_timeout_is_raised_whatever_a_transport_made_of_it(world: World):
+    sent = world.send([torch.ones(5)], outcome=OSError("not made in time"))
+    with pytest.raises(GetTimeoutError, match="id0"):
+        world.fetch(sent, timeout_s=0)
+
+
+def test_death_that_a_transport_wraps_is_still_a_death(world: World):
+    wrapped = RuntimeError("no connection")
+    wrapped.__cause__ = AgentError("unreachable")
+    (error,) = world.fetch(world.send([torch.ones(5)], outcome=wrapped))
+    assert isinstance(error, RDTProducerDiedError)
 
 
 def test_own_timeout_is_an_error_and_everything_is_given_up(world: World):
@@ -290,13 +309,27 @@ def test_wish_holds_until_it_is_replaced_or_forgotten():
     assert wishes.of("o", table) == Target()
 
 
-def test_wish_does_not_keep_its_tensors_and_ends_with_one_of_them():
-    wishes, kept, dropped = Targets(), torch.zeros(3), torch.zeros(3)
-    wishes.set_tensors("o", [kept, dropped])
-    del dropped
-    assert wishes.of("o", table_of(torch.ones(3), torch.ones(3))) == Target()
+def test_wish_keeps_its_tensors_until_they_have_received_once():
+    wishes, kept = Targets(), torch.zeros(3)
+    table = table_of(torch.ones(3), torch.ones(3))
+    wishes.set_tensors("o", [kept, torch.zeros(3)])
+    target = wishes.of("o", table)
+    assert target.tensors[0] is kept
+    wishes.received("o", target)
+    assert wishes.of("o", table).tensors[1] is target.tensors[1]
+    del target
+    assert wishes.of("o", table) == Target()
     wishes.set_tensors("another", [kept])
     assert len(wishes) == 1
+
+
+def test_wish_of_later_is_not_weakened_by_what_an_earlier_one_received():
+    wishes, table = Targets(), table_of(torch.ones(3))
+    wishes.set_tensors("o", [torch.zeros(3)])
+    earlier = wishes.of("o", table)
+    wishes.set_tensors("o", [torch.full((3,), 2.0)])
+    wishes.received("o", earlier)
+    assert wishes.of("o", table).tensors[0].tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

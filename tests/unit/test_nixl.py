@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.transports import nixl, nixl_engine
+from ray.experimental.rdt.transports import nixl_consumer, nixl_engine, nixl_producer
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import NixlTransport
 from ray.experimental.rdt.transports.nixl_engine import NixlError, NixlMissing, choose_backend
@@ -59,7 +60,7 @@ def same(buffers, others):
 @pytest.mark.parametrize(
     "sizes",
     [(1,), (0,), (), (0, 5, 0, 7), (LARGE_NBYTES + 3, 10, 0), (20_000,) * 300, (40 << 20,)],
-    ids=str,
+    ids=lambda sizes: f"{len(sizes)}-{sum(sizes)}",
 )
 def test_round_trip(producer, consumer, sizes):
     sent = pattern(*sizes)
@@ -86,14 +87,20 @@ def test_withdrawn_memory_is_not_read(fabric, producer, consumer):
         read(consumer, exposed, blanks(sent))
 
 
-def test_a_consumer_keeps_no_registration(fabric, producer, consumer):
+def test_a_consumer_registers_its_memory_while_it_lives(fabric, producer, consumer):
     sent = pattern(LARGE_NBYTES, 10)
-    read(consumer, expose(producer, sent), blanks(sent))
+    received = blanks(sent)
+    exposed = expose(producer, sent)
+    read(consumer, exposed, received)
+    read(consumer, exposed, received)
+    assert len(fabric.engines["engine-1"].registered) == 1
+    del received
+    gc.collect()
     assert not fabric.engines["engine-1"].registered
 
 
-def test_a_read_ends_at_its_deadline_and_is_cut_off(fabric, producer, consumer, monkeypatch):
-    monkeypatch.setattr(nixl, "_GRACE_S", 0.05)
+def test_a_read_that_hangs_has_its_agent_closed(fabric, producer, consumer, monkeypatch):
+    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.05)
     fabric.looks = None
     sent = pattern(100)
     received = blanks(sent)
@@ -102,10 +109,29 @@ def test_a_read_ends_at_its_deadline_and_is_cut_off(fabric, producer, consumer, 
     with pytest.raises(TimeoutError):
         read(consumer, exposed, received, 0.05)
     assert time.monotonic() - began < 5
-    assert fabric.engines["engine-1"].registered, "late bytes must find their memory"
-    assert not any(received[0])
-    consumer.close()
     assert fabric.engines["engine-1"].is_closed
+    assert not any(received[0])
+    fabric.looks = 0
+    read(consumer, exposed, received)
+    assert same(sent, received)
+    assert not fabric.engines["engine-2"].is_closed
+
+
+def test_other_reads_begin_anew_when_one_hangs(fabric, producer, consumer, monkeypatch):
+    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.05)
+    fabric.looks = None
+    sent = pattern(100, 200)
+    exposed = expose(producer, sent)
+    received = blanks(sent)
+    other = threading.Thread(target=read, args=(consumer, exposed, received))
+    other.start()
+    with pytest.raises(TimeoutError):
+        read(consumer, exposed, blanks(sent), 0.05)
+    assert fabric.engines["engine-1"].is_closed
+    fabric.looks = 0
+    other.join(10)
+    assert not other.is_alive()
+    assert same(sent, received)
 
 
 def test_a_read_that_ends_just_after_its_deadline_leaves_nothing(fabric, producer, consumer):
@@ -114,6 +140,7 @@ def test_a_read_that_ends_just_after_its_deadline_leaves_nothing(fabric, produce
     with pytest.raises(TimeoutError):
         read(consumer, expose(producer, sent), blanks(sent), 0.0005)
     assert not fabric.engines["engine-1"].registered
+    assert not fabric.engines["engine-1"].is_closed
 
 
 def test_a_deadline_that_has_passed_posts_nothing(fabric, producer, consumer):
@@ -192,7 +219,7 @@ def test_a_pool_that_stays_full_lets_another_lane_be_taken(producer, monkeypatch
 
     producer.register_pool(128, "cpu")
     producer.expose(pattern(128))
-    monkeypatch.setattr(nixl, "settings", lambda: Short)
+    monkeypatch.setattr(nixl_producer, "settings", lambda: Short)
     with pytest.raises(TransportUnavailable, match="register a larger pool"):
         producer.expose(pattern(1))
 

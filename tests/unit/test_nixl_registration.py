@@ -41,7 +41,7 @@ def test_small_buffers_share_a_registration_that_ends_with_the_lease(engine, reg
     lease = acquire(registrations, *buffers, blank(0))
     check(engine, lease)
     assert len(engine.registered) == 1
-    registrations.release(lease, keep=True)
+    registrations.release(lease)
     assert not engine.registered
 
 
@@ -52,25 +52,16 @@ def test_a_large_storage_is_registered_once_and_found_again(engine, registration
     check(engine, first)
     check(engine, second)
     assert len(engine.registered) == 1
-    registrations.release(first, keep=True)
-    registrations.release(second, keep=True)
+    registrations.release(first)
+    registrations.release(second)
     assert len(engine.registered) == 1
     check(engine, acquire(registrations, tensor))
     assert len(engine.registered) == 1
 
 
-def test_what_need_not_be_kept_ends_with_the_last_lease(engine, registrations):
-    tensor = blank(LARGE_NBYTES)
-    leases = [acquire(registrations, tensor) for _ in range(2)]
-    registrations.release(leases[0], keep=False)
-    check(engine, leases[1])
-    registrations.release(leases[1], keep=False)
-    assert not engine.registered
-
-
 def test_a_kept_registration_ends_with_its_storage(engine, registrations):
     tensor = blank(LARGE_NBYTES)
-    registrations.release(acquire(registrations, tensor), keep=True)
+    registrations.release(acquire(registrations, tensor))
     view = tensor[5:]
     del tensor
     gc.collect()
@@ -84,7 +75,7 @@ def test_memory_that_was_freed_and_taken_again_is_registered_anew(engine, regist
     memory = np.empty(LARGE_NBYTES, np.uint8)
     tensor = torch.from_numpy(memory)
     lease = acquire(registrations, tensor)
-    registrations.release(lease, keep=True)
+    registrations.release(lease)
     del tensor
     again = acquire(registrations, torch.from_numpy(memory))
     assert again.spans.rows[0, 0] == lease.spans.rows[0, 0]
@@ -96,7 +87,7 @@ def test_memory_that_was_freed_and_taken_again_is_registered_anew(engine, regist
 
 def test_a_storage_that_was_resized_is_registered_anew(engine, registrations):
     tensor = blank(LARGE_NBYTES)
-    registrations.release(acquire(registrations, tensor), keep=True)
+    registrations.release(acquire(registrations, tensor))
     tensor.untyped_storage().resize_(2 * LARGE_NBYTES)
     lease = acquire(registrations, tensor.set_(tensor.untyped_storage()))
     check(engine, lease)
@@ -109,7 +100,7 @@ def test_a_storage_that_dies_while_leased_stays_registered(engine, registrations
     del tensor
     gc.collect()
     check(engine, lease)
-    registrations.release(lease, keep=True)
+    registrations.release(lease)
     assert not engine.registered
 
 
@@ -121,7 +112,7 @@ def test_pins_count(engine, registrations):
     assert len(engine.registered) == 1
     assert registrations.has_pinned(spans_of([tensor[9:10]]))
     assert not registrations.has_pinned(spans_of([blank(1)]))
-    registrations.release(lease, keep=False)
+    registrations.release(lease)
     registrations.unpin(tensor)
     assert len(engine.registered) == 1
     registrations.unpin(tensor)
@@ -136,7 +127,8 @@ def test_a_lease_outlives_the_pin(engine, registrations):
     lease = acquire(registrations, tensor)
     registrations.unpin(tensor)
     check(engine, lease)
-    registrations.release(lease, keep=False)
+    check(engine, lease)
+    registrations.release(lease)
     assert not engine.registered
 
 
@@ -160,8 +152,10 @@ def test_the_registered_rows_of_a_lease_cover_it(engine, registrations):
 def test_a_refused_registration_leaves_nothing_behind(engine, registrations):
     tensor = blank(LARGE_NBYTES)
     lease = acquire(registrations, tensor)
+    registrations.release(lease)
     engine.refusal = NixlError("no")
     with pytest.raises(NixlError):
         acquire(registrations, tensor, blank(10))
-    registrations.release(lease, keep=False)
+    del tensor
+    gc.collect()
     assert not engine.registered

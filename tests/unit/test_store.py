@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from ray.experimental.rdt.capture import lay_out
 from ray.experimental.rdt.store import Store, StoredObject, storage_identity
 

@@ -45,8 +45,8 @@ def set_target_for_ref(ref: "ray.ObjectRef", target: list[Any]) -> None:
     """Lets ``ray.get`` of an RDT object in this process receive into given tensors.
 
     They replace the tensors in the value, in the order in which these were pickled; a list of tensors
-    keeps its order. They need not be contiguous. A later call replaces an earlier one. RDT does not
-    keep them alive: when one dies, or did not fit, ``ray.get`` makes new tensors again.
+    keeps its order. They need not be contiguous. A later call replaces an earlier one.
+    They serve every ``ray.get`` while they live; RDT keeps them alive until the first.
 
     Args:
         ref: The object.

@@ -84,13 +84,11 @@ class Fetcher:
         Raises:
             GetTimeoutError: the user's timeout passed first.
         """
-        patience = settings().fetch_timeout_s
-        is_users = timeout_s is not None and 0 <= timeout_s < patience
-        deadline = time.monotonic() + (timeout_s if is_users and timeout_s is not None else patience)
-        transfers = [self._begin(request, deadline) for request in requests]
+        patience = _patience(timeout_s)
+        transfers = [self._begin(request, patience) for request in requests]
         try:
             return [
-                self._finish(request, transfer, deadline, is_users)
+                self._finish(request, transfer, patience)
                 for request, transfer in zip(requests, transfers)
             ]
         finally:
@@ -98,8 +96,8 @@ class Fetcher:
                 if not isinstance(transfer, RayError):
                     transfer.abandon()
 
-    def _begin(self, request: Request, deadline: float) -> lanes.Transfer | RayError:
-        return _attempt(request, lambda: self._start(request, deadline))
+    def _begin(self, request: Request, patience: "_Patience") -> lanes.Transfer | RayError:
+        return _attempt(request, lambda: self._start(request, patience.deadline), patience)
 
     def _start(self, request: Request, deadline: float) -> lanes.Transfer:
         head = request.envelope.head
@@ -113,35 +111,55 @@ class Fetcher:
         )
 
     def _finish(
-        self, request: Request, transfer: lanes.Transfer | RayError, deadline: float, is_users: bool
+        self, request: Request, transfer: lanes.Transfer | RayError, patience: "_Patience"
     ) -> Arrival | RayError:
         if isinstance(transfer, RayError):
             return transfer
 
         def finish() -> Arrival:
-            try:
-                tensors = transfer.finish(deadline)
-                device = request.target.device
-                moved = tensors if device is None else [tensor.to(device) for tensor in tensors]
-                return Arrival(request.envelope, moved)
-            except TimeoutError:
-                if is_users:
-                    raise GetTimeoutError(
-                        f"ray.get timed out while RDT object {request.object_id} was on its way"
-                    ) from None
-                raise
+            tensors = transfer.finish(patience.deadline)
+            device = request.target.device
+            moved = tensors if device is None else [tensor.to(device) for tensor in tensors]
+            return Arrival(request.envelope, moved)
 
-        return _attempt(request, finish, transfer.lane)
+        return _attempt(request, finish, patience, lambda: transfer.lane)
 
 
-def _attempt(request: Request, action: Callable[[], Any], lane: str = "") -> Any:
+@dataclass(frozen=True)
+class _Patience:
+    """Until when a fetch may take, and whether that is the user's limit or RDT's own."""
+
+    deadline: float
+    is_users: bool
+
+    def is_over(self, error: Exception) -> bool:
+        """Whether the user's time ended a step that failed like this."""
+        is_late = isinstance(error, TimeoutError) or time.monotonic() >= self.deadline
+        return self.is_users and is_late
+
+
+def _patience(timeout_s: float | None) -> _Patience:
+    own = settings().fetch_timeout_s
+    if timeout_s is not None and 0 <= timeout_s < own:
+        return _Patience(time.monotonic() + timeout_s, True)
+    return _Patience(time.monotonic() + own, False)
+
+
+def _attempt(
+    request: Request,
+    action: Callable[[], Any],
+    patience: _Patience,
+    lane: Callable[[], str] = lambda: "",
+) -> Any:
     """Runs one step of a fetch; an error becomes the object's value, as Ray does for plain objects."""
     try:
         return action()
-    except GetTimeoutError:
-        raise
     except Exception as error:
-        return as_fetch_error(request.object_id, request.envelope.head, error, lane)
+        if patience.is_over(error):
+            raise GetTimeoutError(
+                f"ray.get timed out while RDT object {request.object_id} was on its way"
+            ) from error
+        return as_fetch_error(request.object_id, request.envelope.head, error, lane())
 
 
 def as_fetch_error(
@@ -155,7 +173,7 @@ def as_fetch_error(
 
 
 def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
-    code = getattr(error, "code", None)
+    codes = _codes(error)
     if isinstance(error, TimeoutError):
         return RDTFetchTimedOutError(
             context,
@@ -163,13 +181,13 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "Look whether the producer is stopped or its network is cut; the limit is "
             "RAY_rdt_fetch_fail_timeout_milliseconds.",
         )
-    if code in ("peer_lost", "unreachable"):
+    if codes & {"peer_lost", "unreachable"}:
         return RDTProducerDiedError(
             context,
             f"the process that holds the tensors is gone ({error}).",
             "Make the object again; let the producer restart with max_restarts if it should.",
         )
-    if code == "not_found":
+    if "not_found" in codes:
         return RDTFetchError(
             context,
             "the producer does not hold it any more: every reference to it had gone out of scope, "
@@ -185,3 +203,12 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
     return RDTFetchError(
         context, f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
     )
+
+
+def _codes(error: BaseException | None) -> set[str]:
+    """What an error and its causes say to programs: a named transport wraps what the agent said."""
+    codes = set()
+    while error is not None:
+        codes.add(getattr(error, "code", ""))
+        error = error.__cause__
+    return codes

@@ -20,11 +20,12 @@ from ray.experimental.rdt import capture, descriptor, session
 from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
-from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Row, WarnShared
+from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Own, Row, WarnShared
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
 from ray.experimental.rdt.links import Links
+from ray.experimental.rdt.owners import OwnerWatch, publish_worker
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.targets import Targets
@@ -235,6 +236,8 @@ class RDTManager:
             if isinstance(instruction, Free):
                 location = instruction.location
                 self._session().agent.free(location.address, location.key)
+            elif isinstance(instruction, Own):
+                self._session().agent.own(instruction.location.address, instruction.location.key)
             elif isinstance(instruction, Hint):
                 self._links().hints.send(instruction.actor_id, instruction.location)
             elif isinstance(instruction, WarnShared):
@@ -285,6 +288,9 @@ class RDTManager:
                 keys[index] = request.envelope.head.key
                 requests.setdefault(keys[index], request)
         arrivals = self._fetcher.fetch(list(requests.values()), timeout_s)
+        for request, arrival in zip(requests.values(), arrivals):
+            if isinstance(arrival, Arrival):
+                self._targets.received(request.object_id, request.target)
         by_key = dict(zip(requests, arrivals))
         return results | {index: by_key[key] for index, key in keys.items()}
 
@@ -334,6 +340,8 @@ class RDTManager:
         current.on_tick(links.hinted.drop_stale)
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
+        OwnerWatch(current)
+        publish_worker(current, _own_worker_id())
         actor_id = _own_actor_id()
         if actor_id is not None:
             current.run_in_background(publish, current, actor_id)
@@ -412,11 +420,15 @@ def _own_actor_id() -> bytes | None:
     return None if actor_id.is_nil() else bytes(actor_id.binary())
 
 
-def _own_id() -> bytes:
-    """Names this process in descriptors: its actor id, or the start of its worker id."""
+def _own_worker_id() -> bytes:
     import ray
 
-    own = _own_actor_id() or ray._private.worker.global_worker.worker_id
+    return bytes(ray._private.worker.global_worker.worker_id)
+
+
+def _own_id() -> bytes:
+    """Names this process in descriptors: its actor id, or the start of its worker id."""
+    own = _own_actor_id() or _own_worker_id()
     return own[: descriptor.PRODUCER_BYTES]
 
 

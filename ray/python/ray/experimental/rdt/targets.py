@@ -1,15 +1,17 @@
 """Where users want the tensors of objects that this process will get.
 
-A user's tensors are held weakly, since a borrower is not told when an object's last reference is
-gone: as soon as one of them dies, the object's wish is void. A wish that does not fit is void once
-its error was raised, so that the reference stays usable.
+A user's tensors are kept until they have received the object once; from then on they are held
+weakly, since a borrower is not told when an object's last reference is gone: as soon as one of them
+dies, the object's wish is void. A wish that does not fit is void once its error was raised, so that
+the reference stays usable.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,7 @@ class Target:
         device: The device for new ones, None for the producer's.
     """
 
-    tensors: Sequence["torch.Tensor"] | None = None
+    tensors: Sequence[torch.Tensor] | None = None
     device: str | None = None
 
 
@@ -46,22 +48,27 @@ class Targets:
     def __len__(self) -> int:
         return len(self._wishes)
 
-    def set_tensors(self, object_id: str, tensors: Sequence["torch.Tensor"]) -> None:
+    def set_tensors(self, object_id: str, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces an earlier wish. Raises ValueError for what cannot receive a tensor."""
         _check_kinds(tensors)
-        self._set(object_id, _hold_weakly(tensors))
+        self._set(object_id, _hold(Target(tensors=list(tensors))))
 
     def set_device(self, object_id: str, device: str) -> None:
-        """Replaces an earlier wish."""
-        target = Target(device=device)
-        self._set(object_id, lambda: target)
+        """Replaces an earlier wish. Raises ValueError for what is no name of a device."""
+        import torch
+
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"target device {device!r}: {error}") from None
+        self._set(object_id, _hold(Target(device=device)))
 
     def _set(self, object_id: str, wish: _Wish) -> None:
         with self._lock:
             self._wishes = {key: other for key, other in self._wishes.items() if other()}
             self._wishes[object_id] = wish
 
-    def of(self, object_id: str, table: "Table") -> Target:
+    def of(self, object_id: str, table: Table) -> Target:
         """The target of an object with this layout.
 
         Raises:
@@ -79,6 +86,15 @@ class Targets:
             raise
         return target
 
+    def received(self, object_id: str, target: Target) -> None:
+        """Notes that an object is in its target."""
+        if target.tensors is None:
+            return
+        with self._lock:
+            wish = self._wishes.get(object_id)
+            if wish is not None and wish() is target:
+                self._wishes[object_id] = _hold_weakly(target.tensors)
+
     def forget(self, object_id: str) -> None:
         with self._lock:
             self._wishes.pop(object_id, None)
@@ -88,7 +104,11 @@ class Targets:
             self._wishes.clear()
 
 
-def _hold_weakly(tensors: Sequence["torch.Tensor"]) -> _Wish:
+def _hold(target: Target) -> _Wish:
+    return lambda: target
+
+
+def _hold_weakly(tensors: Sequence[torch.Tensor]) -> _Wish:
     from torch.utils.weak import TensorWeakRef
 
     held = [TensorWeakRef(tensor) for tensor in tensors]
@@ -113,10 +133,12 @@ def _check_kinds(tensors: Sequence[Any]) -> None:
             )
 
 
-def check_targets(table: "Table", targets: Sequence["torch.Tensor"]) -> None:
+def check_targets(table: Table, targets: Sequence[torch.Tensor]) -> None:
     """Raises ValueError unless the targets match the object's tensors one to one."""
     if len(targets) != len(table.rows):
-        raise ValueError(f"{len(targets)} target tensors were given, the object has {len(table.rows)}")
+        raise ValueError(
+            f"{len(targets)} target tensors were given, the object has {len(table.rows)}"
+        )
     for index, (target, row) in enumerate(zip(targets, table.rows)):
         _, _, dtype, shape, _, _ = row
         for what, got, expected in (
