@@ -6,13 +6,16 @@ Those that take two processes start the second one from this file:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,17 +73,18 @@ class SecondProcess:
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
-    def hear(self) -> str:
-        """Waits for a line.
+    def hear_after(self, label: str) -> str:
+        """Waits for a line that begins with a label; libraries print lines of their own.
 
         Raises:
-            Skip: The process ended; what it printed last is on standard error.
+            RuntimeError: The process ended; what it printed last is on standard error.
         """
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise Skip(f"the second process ended with status {self._process.wait()}")
-        return line.rstrip("\n")
+        for line in self._process.stdout:
+            first, _, rest = line.rstrip("\n").partition(" ")
+            if first == label:
+                return rest
+        raise RuntimeError(f"the second process ended with status {self._process.wait()}")
 
     def close(self) -> None:
         """Ends the process."""
@@ -96,10 +100,13 @@ class RawGloo:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rdt-bench-gloo-")
-        self._second = SecondProcess("gloo", self._folder.name, str(nbytes))
-        _join_gloo(self._folder.name, rank=0)
-        self._tensor, self._receipt = torch.ones(nbytes // 4), torch.zeros(1)
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rdt-bench-gloo-"))
+            stack.enter_context(contextlib.closing(SecondProcess("gloo", folder, str(nbytes))))
+            _join_gloo(folder, rank=0)
+            stack.callback(torch.distributed.destroy_process_group)
+            self._tensor, self._receipt = torch.ones(nbytes // 4), torch.zeros(1)
+            self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
         """Seconds until the second process says that all has come in."""
@@ -107,12 +114,6 @@ class RawGloo:
         torch.distributed.send(self._tensor, dst=1)
         torch.distributed.recv(self._receipt, src=1)
         return [time.perf_counter() - start]
-
-    def close(self) -> None:
-        """Ends the group and the second process."""
-        torch.distributed.destroy_process_group()
-        self._second.close()
-        self._folder.cleanup()
 
 
 def receive_over_gloo(folder: str, nbytes: str) -> None:
@@ -129,6 +130,9 @@ def _join_gloo(folder: str, rank: int) -> None:
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 
 
+NIXL_POLL_S = 1e-4
+
+
 class BareNixl:
     """NIXL reads a registered tensor of a second process into a registered one.
 
@@ -139,29 +143,28 @@ class BareNixl:
     def __init__(self, nbytes: int) -> None:
         if importlib.util.find_spec("nixl") is None:
             raise Skip("the nixl package is not installed")
-        self._agent = _nixl_agent("reader")
+        agent = self._agent = _nixl_agent("reader")
         self._target = torch.zeros(nbytes // 4)
-        self._agent.register_memory([self._target])
-        self._second = SecondProcess("nixl", str(nbytes))
-        self._peer = self._agent.add_remote_agent(bytes.fromhex(_last_word(self._second, "agent")))
-        there = self._agent.deserialize_descs(bytes.fromhex(_last_word(self._second, "memory")))
-        here = self._agent.get_xfer_descs([self._target])
-        self._transfer = self._agent.initialize_xfer("READ", here, there, self._peer, b"read")
+        agent.register_memory([self._target])
+        with contextlib.ExitStack() as stack:
+            second = stack.enter_context(contextlib.closing(SecondProcess("nixl", str(nbytes))))
+            peer = agent.add_remote_agent(bytes.fromhex(second.hear_after("agent")))
+            there = agent.deserialize_descs(bytes.fromhex(second.hear_after("memory")))
+            here = agent.get_xfer_descs([self._target])
+            self._transfer = agent.initialize_xfer("READ", here, there, peer, b"read")
+            stack.callback(agent.release_xfer_handle, self._transfer)
+            self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
         """Seconds of one read."""
         start = time.perf_counter()
         state = self._agent.transfer(self._transfer)
         while state == "PROC":
+            time.sleep(NIXL_POLL_S)  # leaves the core to NIXL's own thread, which does the work
             state = self._agent.check_xfer_state(self._transfer)
         if state != "DONE":
             raise RuntimeError(f"the NIXL read ended in state {state}")
         return [time.perf_counter() - start]
-
-    def close(self) -> None:
-        """Ends the second process."""
-        self._agent.release_xfer_handle(self._transfer)
-        self._second.close()
 
 
 def hold_nixl_memory(nbytes: str) -> None:
@@ -180,14 +183,6 @@ def _nixl_agent(name: str) -> Any:
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
 
 
-def _last_word(second: SecondProcess, label: str) -> str:
-    """The word after a label; NIXL itself prints lines as well."""
-    while True:
-        first, _, rest = second.hear().partition(" ")
-        if first == label:
-            return rest
-
-
 class Iperf:
     """iperf3 from one test host to the other.
 
@@ -198,16 +193,20 @@ class Iperf:
     """
 
     def __init__(self, nbytes: int, streams: int, seconds: int = 2) -> None:
-        self._hosts, self._nbytes = TwoHosts(), nbytes
-        self._server = subprocess.Popen(
-            [*self._hosts.inside(0), "iperf3", "--server"], stdout=subprocess.DEVNULL
-        )
-        self._client = [
-            *self._hosts.inside(1),
-            *("iperf3", "--client", self._hosts.address(0), "--reverse", "--json"),
-            *("--parallel", str(streams), "--time", str(seconds)),
-        ]
-        self._wait_for_server()
+        if shutil.which("iperf3") is None:
+            raise Skip("iperf3 is missing (Debian: apt-get install iperf3)")
+        self._nbytes = nbytes
+        with contextlib.ExitStack() as stack:
+            hosts = stack.enter_context(contextlib.closing(TwoHosts()))
+            server = [*hosts.inside(0), "iperf3", "--server"]
+            stack.callback(_end, subprocess.Popen(server, stdout=subprocess.DEVNULL))
+            self._client = [
+                *hosts.inside(1),
+                *("iperf3", "--client", hosts.address(0), "--reverse", "--json"),
+                *("--parallel", str(streams), "--time", str(seconds)),
+            ]
+            self._wait_for_server()
+            self.close = stack.pop_all().close
 
     def _wait_for_server(self) -> None:
         for _ in range(50):
@@ -224,11 +223,10 @@ class Iperf:
         report = json.loads(self._run().stdout)
         return [8 * self._nbytes / report["end"]["sum_received"]["bits_per_second"]]
 
-    def close(self) -> None:
-        """Ends the server and the hosts."""
-        self._server.terminate()
-        self._server.wait()
-        self._hosts.close()
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    process.wait()
 
 
 class AgentOverTcp:
@@ -242,26 +240,23 @@ class AgentOverTcp:
     def __init__(self, nbytes: int, streams: int) -> None:
         if importlib.util.find_spec("ray.experimental.rdt._agent") is None:
             raise Skip("this Ray has no agent")
-        self._hosts = TwoHosts()
         shape = str(nbytes), str(streams)
-        self._holder = SecondProcess(
-            "agent", self._hosts.address(0), *shape, prefix=self._hosts.inside(0)
-        )
-        address, key = _last_word(self._holder, "region").split()
-        self._puller = SecondProcess(
-            "puller", self._hosts.address(1), *shape, address, key, prefix=self._hosts.inside(1)
-        )
+        with contextlib.ExitStack() as stack:
+            hosts = stack.enter_context(contextlib.closing(TwoHosts()))
+
+            def start(name: str, host: int, *more: str) -> SecondProcess:
+                arguments = name, hosts.address(host), *shape, *more
+                second = SecondProcess(*arguments, prefix=hosts.inside(host))
+                return stack.enter_context(contextlib.closing(second))
+
+            region = start("agent", 0).hear_after("region")
+            self._puller = start("puller", 1, *region.split())
+            self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
         """Seconds of one pull."""
         self._puller.tell("pull")
-        return [float(_last_word(self._puller, "seconds"))]
-
-    def close(self) -> None:
-        """Ends both processes and the hosts."""
-        self._puller.close()
-        self._holder.close()
-        self._hosts.close()
+        return [float(self._puller.hear_after("seconds"))]
 
 
 AGENT_SECRET = bytes(32)
@@ -304,8 +299,6 @@ def _tcp_agent(ip: str, streams: str) -> Any:
 
 
 def _span(tensor: torch.Tensor) -> tuple[Any, Any]:
-    from array import array
-
     return array("Q", [tensor.data_ptr()]), array("Q", [tensor.nbytes])
 
 

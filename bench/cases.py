@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from bench.arms import (
     BARE,
@@ -41,7 +41,7 @@ def case(function: Case) -> Case:
 
 
 def _arms(
-    scenario: str, sides: dict[str, tuple[str, str | None]], **options: object
+    scenario: str, sides: Mapping[str, tuple[str, str | None]], **options: object
 ) -> dict[str, Arm]:
     """One arm for each side and transport.
 

@@ -61,6 +61,12 @@ class Server:
             case other:
                 raise ValueError(f"unknown request {other!r}")
 
+    def close(self) -> None:
+        """Closes what is still open, as far as that goes."""
+        for scenario in self._open.values():
+            with contextlib.suppress(Exception):
+                scenario.close()
+
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
@@ -84,9 +90,10 @@ def local_ray() -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve(server: Server) -> None:
+def serve(scenarios: Mapping[str, Callable[..., Scenario]]) -> None:
     """Answers every line until standard input ends."""
-    with os.fdopen(os.dup(1), "w") as answers:
+    server = Server(scenarios)
+    with os.fdopen(os.dup(1), "w") as answers, contextlib.closing(server):
         os.dup2(2, 1)
         for line in sys.stdin:
             print(json.dumps(server.answer(json.loads(line))), file=answers, flush=True)
@@ -97,12 +104,12 @@ def main() -> None:
     if sys.argv[1] == "bare":
         from bench.bare import SCENARIOS
 
-        serve(Server(SCENARIOS))
+        serve(SCENARIOS)
         return
     from bench.scenarios import SCENARIOS
 
     with local_ray():
-        serve(Server(SCENARIOS))
+        serve(SCENARIOS)
 
 
 if __name__ == "__main__":
