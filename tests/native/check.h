@@ -43,9 +43,9 @@ void Equal(const A &a, const B &b, const char *what, const char *file, int line)
 
 // The name is a sentence: what the code does.
 #define TEST_NAME_(line) Test_##line
-#define TEST_AT_(name, line)                                                   \
-  static void TEST_NAME_(line)();                                              \
-  static const check::Registered Registered_##line(name, &TEST_NAME_(line));   \
+#define TEST_AT_(name, line)                                                 \
+  static void TEST_NAME_(line)();                                            \
+  static const check::Registered Registered_##line(name, &TEST_NAME_(line)); \
   static void TEST_NAME_(line)()
 #define TEST_LINE_(name, line) TEST_AT_(name, line)
 #define TEST(name) TEST_LINE_(name, __LINE__)

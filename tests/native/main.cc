@@ -27,7 +27,9 @@ bool Passes(const check::Test &test) {
     error = failure.what();
   }
   std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  std::printf("%s (%.2f s)\n", error.empty() ? "ok" : ("FAILED\n  " + error).c_str(), took.count());
+  std::printf("%s (%.2f s)\n",
+              error.empty() ? "ok" : ("FAILED\n  " + error).c_str(),
+              took.count());
   return error.empty();
 }
 

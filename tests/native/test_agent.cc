@@ -58,7 +58,8 @@ TEST("agent: large calls and many at once") {
   Responder responder(server.get());
   CallTicket large = client->StartCall(server->address(), Bytes(5 << 20, 'x'));
   std::vector<CallTicket> calls;
-  for (int i = 0; i < 1000; ++i) calls.push_back(client->StartCall(server->address(), {}));
+  for (int i = 0; i < 1000; ++i)
+    calls.push_back(client->StartCall(server->address(), {}));
   CHECK(Outcome(large.call.get()).ok());
   CHECK_EQ(large.call->TakeReply().size(), (5u << 20) + 1);
   for (auto &call : calls) CHECK(Outcome(call.call.get()).ok());
@@ -79,7 +80,7 @@ TEST("agent: a free releases the region there, after the pulls under way") {
   auto consumer = MakeAgent();
   Memory memory(1000);
   for (uint8_t i = 0; i < 100; ++i) producer->Register(KeyOf(i), memory.Whole(), i);
-  for (uint8_t i = 0; i < 100; ++i) consumer->Free(producer->address(), KeyOf(i));
+  for (uint8_t i = 0; i < 100; ++i) consumer->Notify(producer->address(), Notice::kFree, KeyOf(i));
   size_t released = 0;
   CHECK(Await([&] {
     for (Event &event : producer->NextEvents(0.1)) released += event.tokens.size();
@@ -88,14 +89,14 @@ TEST("agent: a free releases the region there, after the pulls under way") {
   PullTicket late = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
   CHECK(Outcome(late.pull.get()).code == Code::kNotFound);
   producer->Register(KeyOf(1), memory.Whole(), 7);
-  producer->Free(producer->address(), KeyOf(1));
+  producer->Notify(producer->address(), Notice::kFree, KeyOf(1));
   CHECK(AwaitEvent(producer.get(), Event::Kind::kReleased));
 }
 
 TEST("agent: a free for a peer that is gone is dropped") {
   auto consumer = MakeAgent();
   Bytes gone = MakeAgent()->address();
-  consumer->Free(gone, KeyOf(1));
+  consumer->Notify(gone, Notice::kFree, KeyOf(1));
   Memory memory(8);
   PullTicket ticket = consumer->StartPull(gone, KeyOf(1), memory.Whole());
   CHECK(Outcome(ticket.pull.get()).code == Code::kUnreachable);
@@ -144,13 +145,15 @@ TEST("agent: garbage on its sockets is dropped and everyone else served") {
     CHECK(static_cast<bool>(fd));
     Bytes garbage(random() % 2000 + 1);
     for (uint8_t &byte : garbage) byte = static_cast<uint8_t>(random() >> 8);
-    if (i % 3 == 0) garbage = EncodeFrame(FrameType::kPull, 1, PullRequest{.key = KeyOf(1)});
+    if (i % 3 == 0)
+      garbage = EncodeFrame(FrameType::kPull, 1, PullRequest{.key = KeyOf(1)});
     if (i % 5 == 0) garbage = EncodeFrame(FrameType::kHello, 1, ByteView(Bytes(600)));
     CHECK(Await([&] { return SocketError(fd.get()) == 0; }));
     send(fd.get(), garbage.data(), garbage.size(), MSG_NOSIGNAL);
     if (i % 50 != 0) continue;
     Memory destination(source.size());
-    PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
+    PullTicket ticket =
+        consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
     CHECK_EQ(Outcome(ticket.pull.get()).text, "");
     CHECK(source == destination);
   }
@@ -266,7 +269,9 @@ TEST("agent: a peer that stops answering is lost after the peer timeout") {
   Agent consumer("secret", settings);
   Producer producer(1 << 20, kAllLanes);
   Memory memory(1 << 20);
-  CHECK(Outcome(consumer.StartPull(producer.address(), KeyOf(1), memory.Whole()).pull.get()).ok());
+  CHECK(
+      Outcome(consumer.StartPull(producer.address(), KeyOf(1), memory.Whole()).pull.get())
+          .ok());
   producer.Stop();
   PullTicket ticket = consumer.StartPull(producer.address(), KeyOf(1), memory.Whole());
   Status status = Outcome(ticket.pull.get(), 20);

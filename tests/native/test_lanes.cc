@@ -19,13 +19,14 @@ constexpr LaneCase kRemoteLanes[] = {{"cma", 0b1111, LaneKind::kCma},
                                      {"tcp", 0b1000, LaneKind::kTcp}};
 
 // Pulls `source` of `producer` into memory that is cut up in another way.
-void RoundTrip(Agent *producer, Agent *consumer, size_t nbytes, size_t cuts, LaneKind lane) {
+void RoundTrip(
+    Agent *producer, Agent *consumer, size_t nbytes, size_t cuts, LaneKind lane) {
   Memory source(nbytes);
   Memory destination(nbytes);
   source.FillRandom(3);
   CHECK(producer->Register(KeyOf(9), source.Cut(cuts, 1), 1));
-  PullTicket ticket =
-      consumer->StartPull(producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2));
+  PullTicket ticket = consumer->StartPull(
+      producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2));
   Status status = Outcome(ticket.pull.get());
   CHECK_EQ(status.text, "");
   CHECK(source == destination);
@@ -35,9 +36,14 @@ void RoundTrip(Agent *producer, Agent *consumer, size_t nbytes, size_t cuts, Lan
 }
 
 void EverySize(Agent *producer, Agent *consumer, LaneKind lane) {
-  for (size_t nbytes : {size_t{0}, size_t{1}, size_t{64} << 10, (size_t{64} << 10) + 1,
-                        3 * kMiB + 17, 20 * kMiB + 1}) {
-    for (size_t cuts : {1, 2, 13, 3000}) RoundTrip(producer, consumer, nbytes, cuts, lane);
+  for (size_t nbytes : {size_t{0},
+                        size_t{1},
+                        size_t{64} << 10,
+                        (size_t{64} << 10) + 1,
+                        3 * kMiB + 17,
+                        20 * kMiB + 1}) {
+    for (size_t cuts : {1, 2, 13, 3000})
+      RoundTrip(producer, consumer, nbytes, cuts, lane);
   }
 }
 
@@ -63,7 +69,8 @@ TEST("lanes: the lengths must agree") {
     Memory source(100000);
     Memory destination(100001);
     producer->Register(KeyOf(1), source.Whole(), 1);
-    PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
+    PullTicket ticket =
+        consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
     CHECK(Outcome(ticket.pull.get()).code == Code::kSizeMismatch);
     CHECK(Await([&] { return producer->Stats().at("pinned") == 0; }));
   }
@@ -76,7 +83,8 @@ TEST("lanes: between processes, each lane") {
     Memory expected(9 * kMiB);
     Memory destination(9 * kMiB);
     expected.FillRandom(1);
-    PullTicket ticket = consumer->StartPull(producer.address(), KeyOf(1), destination.Cut(5, 5));
+    PullTicket ticket =
+        consumer->StartPull(producer.address(), KeyOf(1), destination.Cut(5, 5));
     CHECK_EQ(Outcome(ticket.pull.get()).text, "");
     CHECK(expected == destination);
     CHECK_EQ(ticket.pull->lane(), static_cast<int>(one.lane));
@@ -113,7 +121,8 @@ TEST("lanes: cancel stops all writing at once") {
     producer->Register(KeyOf(1), source.Cut(100, 1), 1);
     for (int i = 0; i < 20; ++i) {
       Memory destination(source.size());
-      PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
+      PullTicket ticket =
+          consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
       std::this_thread::sleep_for(std::chrono::microseconds(i * 100));
       consumer->Cancel(ticket);
       CHECK(ticket.pull->is_settled());
@@ -131,7 +140,8 @@ TEST("lanes: a producer killed in a pull fails it at once") {
     Producer producer(32 * kMiB, kAllLanes);
     auto consumer = MakeAgent(one.lanes);
     Memory destination(32 * kMiB);
-    PullTicket first = consumer->StartPull(producer.address(), KeyOf(1), destination.Whole());
+    PullTicket first =
+        consumer->StartPull(producer.address(), KeyOf(1), destination.Whole());
     CHECK(Outcome(first.pull.get()).ok());
     std::vector<std::unique_ptr<Memory>> memories;
     std::vector<PullTicket> tickets;
@@ -193,11 +203,13 @@ TEST("lanes: thousands of pulls at once") {
     std::vector<PullTicket> tickets;
     for (size_t i = 0; i < kPulls; ++i) {
       auto at = reinterpret_cast<uint64_t>(destination.data() + i * kBytes);
-      tickets.push_back(consumer->StartPull(producer->address(), KeyOf(1), {{at, kBytes}}));
+      tickets.push_back(
+          consumer->StartPull(producer->address(), KeyOf(1), {{at, kBytes}}));
     }
     for (size_t i = 0; i < kPulls; ++i) {
       CHECK_EQ(Outcome(tickets[i].pull.get()).text, "");
-      CHECK(std::equal(source.data(), source.data() + kBytes, destination.data() + i * kBytes));
+      CHECK(std::equal(
+          source.data(), source.data() + kBytes, destination.data() + i * kBytes));
     }
     CHECK_EQ(consumer->Stats().at("connections"), 1);
   }

@@ -11,7 +11,8 @@ constexpr size_t kMiB = 1 << 20;
 
 TEST("pool: memory is aligned, for huge pages where it is large") {
   Pool pool(0);
-  for (size_t nbytes : {size_t{0}, size_t{1}, size_t{65}, size_t{5000}, kMiB, 3 * kMiB + 1}) {
+  for (size_t nbytes :
+       {size_t{0}, size_t{1}, size_t{65}, size_t{5000}, kMiB, 3 * kMiB + 1}) {
     void *memory = pool.Allocate(nbytes);
     std::memset(memory, 1, nbytes);
     size_t alignment = nbytes >= kMiB ? Pool::kHugePage : 64;

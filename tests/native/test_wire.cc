@@ -7,7 +7,9 @@
 namespace ray::rdt {
 namespace {
 
-Grant SomeGrant() { return {.total = 30, .spans = {{4096, 10}, {8192, 20}}, .attached = {1, 2}}; }
+Grant SomeGrant() {
+  return {.total = 30, .spans = {{4096, 10}, {8192, 20}}, .attached = {1, 2}};
+}
 
 TEST("wire: a message comes back as it was") {
   auto grant = Unpack<Grant>(Pack(SomeGrant()));
@@ -18,7 +20,8 @@ TEST("wire: a message comes back as it was") {
 }
 
 TEST("wire: the frozen layout of header and ERROR") {
-  Bytes frame = EncodeFrame(FrameType::kError, 7, Error{.version = 2, .code = 4, .text = "x"});
+  Bytes frame =
+      EncodeFrame(FrameType::kError, 7, Error{.version = 2, .code = 4, .text = "x"});
   Bytes expected = {'R', 'R', 'D', 'T', 1, 0, 1, 0, 8, 0, 0, 0, 0, 0, 0, 0,
                     7,   0,   0,   0,   0, 0, 0, 0, 2, 0, 4, 1, 0, 0, 0, 'x'};
   CHECK(frame == expected);
@@ -26,7 +29,8 @@ TEST("wire: the frozen layout of header and ERROR") {
 
 TEST("wire: no truncated or extended message is accepted") {
   Bytes whole = Pack(SomeGrant());
-  for (size_t n = 0; n < whole.size(); ++n) CHECK(!Unpack<Grant>(ByteView(whole).first(n)));
+  for (size_t n = 0; n < whole.size(); ++n)
+    CHECK(!Unpack<Grant>(ByteView(whole).first(n)));
   whole.push_back(0);
   CHECK(!Unpack<Grant>(whole));
 }
@@ -43,7 +47,7 @@ TEST("wire: random bytes never do harm") {
     Bytes bytes(random() % 64);
     for (uint8_t &byte : bytes) byte = static_cast<uint8_t>(random() >> 8);
     Unpack<Grant>(bytes);
-    Unpack<Free>(bytes);
+    Unpack<KeyList>(bytes);
     Unpack<Hello>(bytes);
     Unpack<Refuse>(bytes);
     ParseAddress(bytes);

@@ -9,7 +9,7 @@ namespace ray::rdt {
 namespace {
 
 uint64_t InodeOf(const char *path) {
-  struct stat status {};
+  struct stat status{};
   return stat(path, &status) == 0 ? status.st_ino : 0;
 }
 

@@ -27,7 +27,8 @@ Identity MakeIdentity(std::string secret, LaneSet lanes, Probe *probe) {
 
 SpanList CheckedSpans(const std::vector<Span> &spans) {
   uint64_t total = 0;
-  if (!TotalOf(spans, &total)) throw std::invalid_argument("spans overflow the address space");
+  if (!TotalOf(spans, &total))
+    throw std::invalid_argument("spans overflow the address space");
   return SpanList(spans);
 }
 
@@ -59,9 +60,11 @@ Agent::Agent(std::string secret, const Settings &settings)
       service_(&loop_, &copies_, &regions_, &events_, &log_, &counters_) {
   Open();
   address_bytes_ = Pack(self_);
-  auto self = std::make_shared<SelfPeer>(Workplace{&loop_, &copies_, &events_, &log_, &counters_,
-                                                   &settings_, &identity_, &self_},
-                                         &regions_, &service_);
+  auto self = std::make_shared<SelfPeer>(
+      Workplace{
+          &loop_, &copies_, &events_, &log_, &counters_, &settings_, &identity_, &self_},
+      &regions_,
+      &service_);
   peers_[identity_.agent] = std::move(self);
   loop_.After(kTickS, [this] { TickAll(); });
   copies_.Start();
@@ -73,14 +76,17 @@ Agent::~Agent() { Stop(); }
 // Clear-text TCP that may not be used is not listened on either.
 void Agent::Open() {
   door_ = std::make_unique<Door>(
-      &loop_, identity_, &log_,
+      &loop_,
+      identity_,
+      &log_,
       [this](std::shared_ptr<Channel> channel, const PeerFacts &peer) {
         service_.Enter(std::move(channel), peer);
       });
   door_->ListenOn(ListenUnix(identity_.agent), true, settings_.peer_timeout_s);
   self_.ip = settings_.bind_ip;
   if (settings_.clear_tcp) {
-    door_->ListenOn(ListenTcp(settings_.bind_ip, &self_.port), false, settings_.peer_timeout_s);
+    door_->ListenOn(
+        ListenTcp(settings_.bind_ip, &self_.port), false, settings_.peer_timeout_s);
   }
 }
 
@@ -91,13 +97,15 @@ bool Agent::Register(const Key &key, const std::vector<Span> &spans, int64_t tok
 
 bool Agent::Release(const Key &key) { return regions_.Release(key); }
 
-void Agent::Free(ByteView address, const Key &key) {
+void Agent::Notify(ByteView address, Notice notice, const Key &key) {
   WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-    if (peer->QueueFree(key)) loop_.Post([peer] { peer->SendFrees(); });
+    if (peer->Queue(notice, key)) loop_.Post([peer] { peer->SendNotices(); });
   });
 }
 
-PullTicket Agent::StartPull(ByteView address, const Key &key, const std::vector<Span> &destination) {
+PullTicket Agent::StartPull(ByteView address,
+                            const Key &key,
+                            const std::vector<Span> &destination) {
   PullTicket ticket;
   SpanList spans = CheckedSpans(destination);
   Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
@@ -119,12 +127,16 @@ void Agent::Cancel(const PullTicket &ticket) {
 CallTicket Agent::StartCall(ByteView address, Bytes payload) {
   CallTicket ticket;
   bool is_too_long = payload.size() > kMaxPayload;
-  Status status = is_too_long ? Status{Code::kRefused, kTooLong} : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-    ticket = {std::make_shared<Call>(next_id_++), peer};
-    loop_.Post([peer, call = ticket.call, payload = std::move(payload)]() mutable {
-      peer->Submit(call, std::move(payload));
-    });
-  });
+  Status status =
+      is_too_long
+          ? Status{Code::kRefused, kTooLong}
+          : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
+              ticket = {std::make_shared<Call>(next_id_++), peer};
+              loop_.Post(
+                  [peer, call = ticket.call, payload = std::move(payload)]() mutable {
+                    peer->Submit(call, std::move(payload));
+                  });
+            });
   if (status.ok()) return ticket;
   ticket.call = std::make_shared<Call>(0);
   ticket.call->Fail(status);
@@ -149,7 +161,8 @@ void Agent::Reply(uint64_t call, Bytes payload, bool is_error) {
 
 LaneReasons Agent::Explain(ByteView address) {
   LaneReasons reasons;
-  Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) { reasons = peer->Reasons(); });
+  Status status = WithPeer(
+      address, [&](const std::shared_ptr<Peer> &peer) { reasons = peer->Reasons(); });
   if (!status.ok()) reasons.fill(status.text);
   return reasons;
 }
@@ -164,7 +177,8 @@ std::map<std::string, int64_t> Agent::Stats() const {
       {"pool_free", pool_->free_bytes()},
   };
   for (size_t i = 0; i < kLaneCount; ++i) {
-    stats[std::string("pulls_") + kLaneNames[i]] = static_cast<int64_t>(counters_.lanes[i].pulls);
+    stats[std::string("pulls_") + kLaneNames[i]] =
+        static_cast<int64_t>(counters_.lanes[i].pulls);
     stats[std::string("bytes_in_") + kLaneNames[i]] =
         static_cast<int64_t>(counters_.lanes[i].bytes_in);
   }
@@ -212,8 +226,14 @@ void Agent::TickAll() {
 std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
   std::shared_ptr<Peer> &peer = peers_[address.agent];
   if (!peer) {
-    peer = std::make_shared<RemotePeer>(Workplace{&loop_, &copies_, &events_, &log_, &counters_,
-                                                  &settings_, &identity_, &self_},
+    peer = std::make_shared<RemotePeer>(Workplace{&loop_,
+                                                  &copies_,
+                                                  &events_,
+                                                  &log_,
+                                                  &counters_,
+                                                  &settings_,
+                                                  &identity_,
+                                                  &self_},
                                         address);
   }
   return peer;

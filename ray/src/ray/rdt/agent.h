@@ -41,9 +41,14 @@ class Agent {
   // token. False when the key is taken.
   bool Register(const Key &key, const std::vector<Span> &spans, int64_t token);
   bool Release(const Key &key);
-  void Free(ByteView address, const Key &key);
+  // Tells the agent at an address about an object there: only queued here.
+  void Notify(ByteView address, Notice notice, const Key &key);
+  size_t CountOwned(const AgentId &owner) const { return regions_.CountOwned(owner); }
+  size_t ReleaseOwned(const AgentId &owner) { return regions_.ReleaseOwned(owner); }
 
-  PullTicket StartPull(ByteView address, const Key &key, const std::vector<Span> &destination);
+  PullTicket StartPull(ByteView address,
+                       const Key &key,
+                       const std::vector<Span> &destination);
   // When it returns, nobody writes to the destination.
   void Cancel(const PullTicket &ticket);
 
@@ -83,8 +88,8 @@ class Agent {
   Service service_;
   std::unique_ptr<Door> door_;
   mutable std::mutex mutex_;
-  bool is_stopped_ = false;                        // guarded by mutex_
-  uint64_t next_id_ = 1;                           // guarded by mutex_
+  bool is_stopped_ = false;                         // guarded by mutex_
+  uint64_t next_id_ = 1;                            // guarded by mutex_
   std::map<AgentId, std::shared_ptr<Peer>> peers_;  // guarded by mutex_
   std::mutex stop_mutex_;  // held through Stop, so that a second caller waits
 };

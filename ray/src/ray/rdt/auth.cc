@@ -65,7 +65,9 @@ bool EqualConstantTime(const Mac &a, const Mac &b) {
   return sodium_memcmp(a.data(), b.data(), a.size()) == 0;
 }
 
-Handshake Handshake::Client(const Identity &self, Purpose purpose, const AgentId &expected) {
+Handshake Handshake::Client(const Identity &self,
+                            Purpose purpose,
+                            const AgentId &expected) {
   Handshake client(self, true);
   client.peer_.purpose = purpose;
   client.expected_ = expected;
@@ -100,7 +102,8 @@ Bytes Handshake::OnFrame(const FrameHeader &header, ByteView payload) {
 
 Bytes Handshake::OnHello(ByteView payload) {
   auto hello = Unpack<Hello>(payload);
-  bool is_valid = hello && (hello->purpose == Purpose::kControl || hello->purpose == Purpose::kData);
+  bool is_valid =
+      hello && (hello->purpose == Purpose::kControl || hello->purpose == Purpose::kData);
   if (!is_valid) return Fail(Code::kAuth, "a malformed HELLO");
   peer_.agent = hello->agent;
   peer_.purpose = hello->purpose;
@@ -180,7 +183,8 @@ Bytes Handshake::OnError(ByteView payload) {
 
 Mac Handshake::Prove(const char *role, const Bytes &extra) const {
   const auto *name = reinterpret_cast<const uint8_t *>(role);
-  return HmacSha256(self_.secret, {ByteView(name, sizeof(kClientRole)), transcript_, extra});
+  return HmacSha256(self_.secret,
+                    {ByteView(name, sizeof(kClientRole)), transcript_, extra});
 }
 
 }  // namespace ray::rdt

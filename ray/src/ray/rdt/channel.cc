@@ -78,7 +78,8 @@ bool Channel::ReceiveOnce() {
   }
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
   Fail(Code::kPeerLost,
-       got == 0 ? "the peer closed the connection" : WithErrno("the connection broke", errno));
+       got == 0 ? "the peer closed the connection"
+                : WithErrno("the connection broke", errno));
   return false;
 }
 
@@ -96,7 +97,7 @@ void Channel::MakeRoom(size_t nbytes) {
     if (in_.size() > kKeptBytes) Bytes().swap(in_);
   }
   if (in_.size() - end_ >= nbytes) return;
-  std::memmove(in_.data(), in_.data() + begin_, end_ - begin_);
+  if (begin_ > 0) std::memmove(in_.data(), in_.data() + begin_, end_ - begin_);
   end_ -= begin_;
   begin_ = 0;
   if (in_.size() - end_ < nbytes) in_.resize(end_ + nbytes);
@@ -106,7 +107,8 @@ void Channel::Dispatch() {
   while (fd_ && end_ - begin_ >= kHeaderBytes) {
     FrameHeader header = DecodeHeader(in_.data() + begin_);
     if (header.magic != kMagic) return Fail(Code::kRefused, "bytes that are no frame");
-    if (header.length > max_frame_) return Fail(Code::kRefused, "a frame over the size limit");
+    if (header.length > max_frame_)
+      return Fail(Code::kRefused, "a frame over the size limit");
     if (end_ - begin_ < kHeaderBytes + header.length) return;
     ByteView payload(in_.data() + begin_ + kHeaderBytes, header.length);
     begin_ += kHeaderBytes + header.length;

@@ -10,8 +10,8 @@
 namespace ray::rdt {
 
 struct LaneCounters {
-  std::atomic<uint64_t> pulls{0};      // completed, as consumer
-  std::atomic<uint64_t> bytes_in{0};   // of those
+  std::atomic<uint64_t> pulls{0};     // completed, as consumer
+  std::atomic<uint64_t> bytes_in{0};  // of those
 };
 
 struct Counters {

@@ -38,8 +38,8 @@ Dial::~Dial() {
 }
 
 void Dial::Connect() {
-  connecting_ = options_.over_unix ? DialUnix(address_.agent)
-                                   : DialTcp(address_.ip, address_.port);
+  connecting_ =
+      options_.over_unix ? DialUnix(address_.agent) : DialTcp(address_.ip, address_.port);
   if (!connecting_ && errno == EAGAIN) {
     retry_ = loop_->After(kRetryS, [this] { Connect(); });
     return;

@@ -11,7 +11,9 @@ namespace ray::rdt {
 class Door::Knock : public Channel::Handler {
  public:
   Knock(Door *door, std::shared_ptr<Channel> channel)
-      : door_(door), channel_(std::move(channel)), handshake_(Handshake::Server(door->self_)) {
+      : door_(door),
+        channel_(std::move(channel)),
+        handshake_(Handshake::Server(door->self_)) {
     deadline_ = door_->loop_->After(kProofDeadlineS, [this] {
       door_->Drop(this, {Code::kAuth, "no proof came in time"});
     });
@@ -25,7 +27,8 @@ class Door::Knock : public Channel::Handler {
     Bytes answer = handshake_.OnFrame(header, payload);
     if (!answer.empty()) channel_->Send(std::move(answer));
     if (handshake_.state() == Handshake::State::kDone) return door_->Enter(this);
-    if (handshake_.state() == Handshake::State::kFailed) door_->Drop(this, handshake_.status());
+    if (handshake_.state() == Handshake::State::kFailed)
+      door_->Drop(this, handshake_.status());
   }
 
   void OnClosed(const Status &why) override { door_->Drop(this, why); }
@@ -50,9 +53,10 @@ Door::~Door() {
 void Door::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
   int fd = listener.get();
   listeners_.push_back(std::move(listener));
-  watches_.push_back(loop_->Watch(fd, EPOLLIN, [this, fd, is_unix, peer_timeout_s](uint32_t) {
-    Accept(fd, is_unix, peer_timeout_s);
-  }));
+  watches_.push_back(
+      loop_->Watch(fd, EPOLLIN, [this, fd, is_unix, peer_timeout_s](uint32_t) {
+        Accept(fd, is_unix, peer_timeout_s);
+      }));
 }
 
 void Door::Accept(int listener, bool is_unix, double peer_timeout_s) {

@@ -21,7 +21,8 @@ std::vector<Event> EventQueue::Next(double timeout_s) {
   });
   std::vector<Event> taken;
   if (!released_.empty()) {
-    taken.push_back({.kind = Event::Kind::kReleased, .tokens = std::exchange(released_, {})});
+    taken.push_back(
+        {.kind = Event::Kind::kReleased, .tokens = std::exchange(released_, {})});
   }
   for (Event &event : events_) taken.push_back(std::move(event));
   events_.clear();

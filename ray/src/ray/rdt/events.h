@@ -36,7 +36,7 @@ class EventQueue {
  private:
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<Event> events_;     // guarded by mutex_
+  std::vector<Event> events_;      // guarded by mutex_
   std::vector<int64_t> released_;  // guarded by mutex_
 };
 
@@ -45,7 +45,9 @@ class EventQueue {
 class Log {
  public:
   explicit Log(EventQueue *events) : events_(events) {}
-  void Info(const std::string &kind, const std::string &text) { Write("info", kind, text); }
+  void Info(const std::string &kind, const std::string &text) {
+    Write("info", kind, text);
+  }
   void Warning(const std::string &kind, const std::string &text) {
     Write("warning", kind, text);
   }

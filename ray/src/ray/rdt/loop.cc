@@ -89,8 +89,8 @@ void Loop::Unwatch(Id watch) {
 }
 
 Loop::Id Loop::After(double seconds, Task task) {
-  auto delay = std::chrono::duration_cast<Clock::duration>(
-      std::chrono::duration<double>(seconds));
+  auto delay =
+      std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   Id id = next_id_++;
   Clock::time_point due = Clock::now() + delay;
   timers_[{due, id}] = std::move(task);

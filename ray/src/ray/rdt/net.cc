@@ -44,7 +44,8 @@ bool TcpName(const std::string &ip, uint16_t port, SocketAddress *name) {
   hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
   hints.ai_socktype = SOCK_STREAM;
   addrinfo *found = nullptr;
-  if (getaddrinfo(ip.c_str(), std::to_string(port).c_str(), &hints, &found) != 0) return false;
+  if (getaddrinfo(ip.c_str(), std::to_string(port).c_str(), &hints, &found) != 0)
+    return false;
   std::memcpy(&name->storage, found->ai_addr, found->ai_addrlen);
   name->length = found->ai_addrlen;
   freeaddrinfo(found);
@@ -85,12 +86,15 @@ short PollNow(int fd, short events) {
 
 }  // namespace
 
-Fd ListenUnix(const AgentId &agent) { return Listen(UnixName(agent), "listen on a Unix socket"); }
+Fd ListenUnix(const AgentId &agent) {
+  return Listen(UnixName(agent), "listen on a Unix socket");
+}
 
 Fd ListenTcp(const std::string &ip, uint16_t *port) {
   SocketAddress name;
   if (!TcpName(ip, 0, &name)) {
-    throw std::system_error(EINVAL, std::generic_category(), "not a numeric address: " + ip);
+    throw std::system_error(
+        EINVAL, std::generic_category(), "not a numeric address: " + ip);
   }
   Fd fd = Listen(name, "listen on " + ip);
   *port = BoundPort(fd.get());
@@ -135,9 +139,7 @@ Credentials PeerCredentials(int unix_fd) {
   return {credentials.pid, credentials.uid};
 }
 
-Fd OpenPidFd(pid_t pid) {
-  return Fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
-}
+Fd OpenPidFd(pid_t pid) { return Fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))); }
 
 bool IsReadable(int fd) { return (PollNow(fd, POLLIN) & POLLIN) != 0; }
 

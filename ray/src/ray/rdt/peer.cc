@@ -2,10 +2,11 @@
 
 namespace ray::rdt {
 
-bool Peer::QueueFree(const Key &key) {
+bool Peer::Queue(Notice notice, const Key &key) {
   std::lock_guard<std::mutex> lock(mutex_);
-  frees_.push_back(key);
-  return frees_.size() == 1;
+  bool is_first = notices_.empty();
+  (notice == Notice::kOwn ? notices_.owned : notices_.freed).push_back(key);
+  return is_first;
 }
 
 LaneReasons Peer::Reasons() const {
@@ -13,9 +14,9 @@ LaneReasons Peer::Reasons() const {
   return reasons_;
 }
 
-std::vector<Key> Peer::TakeFrees() {
+Notices Peer::TakeNotices() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return std::exchange(frees_, {});
+  return std::exchange(notices_, {});
 }
 
 void Peer::SetReasons(const LaneReasons &reasons) {

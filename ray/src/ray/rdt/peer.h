@@ -38,7 +38,17 @@ struct Workplace {
   const Address *self;
 };
 
-// Runs on: the agent's loop, but for QueueFree and Reasons (any thread).
+// What an owner tells a producer about objects.
+enum class Notice { kOwn, kFree };
+
+struct Notices {
+  std::vector<Key> owned;
+  std::vector<Key> freed;
+
+  bool empty() const { return owned.empty() && freed.empty(); }
+};
+
+// Runs on: the agent's loop, but for Queue and Reasons (any thread).
 class Peer {
  public:
   virtual ~Peer() = default;
@@ -48,7 +58,7 @@ class Peer {
   // The caller of the pull or call has given up on it.
   virtual void ForgetPull(uint64_t id) = 0;
   virtual void ForgetCall(uint64_t id) = 0;
-  virtual void SendFrees() = 0;
+  virtual void SendNotices() = 0;
   // Once in a while: looks for a peer that no longer answers.
   virtual void Tick() = 0;
   // True when the peer holds no connection and no work.
@@ -56,18 +66,19 @@ class Peer {
   // Fails all that is under way and closes. Nothing is submitted afterwards.
   virtual void Shutdown(const Status &why) = 0;
 
-  // True if SendFrees must be posted: the first free since the last one.
-  bool QueueFree(const Key &key);
+  // True if SendNotices must be posted: the first notice since the last one.
+  bool Queue(Notice notice, const Key &key);
   LaneReasons Reasons() const;
 
  protected:
-  std::vector<Key> TakeFrees();
+  Notices TakeNotices();
   void SetReasons(const LaneReasons &reasons);
 
  private:
   mutable std::mutex mutex_;
-  std::vector<Key> frees_;  // guarded by mutex_
-  LaneReasons reasons_{"not settled yet", "not settled yet", "not settled yet", "not settled yet"};
+  Notices notices_;  // guarded by mutex_
+  LaneReasons reasons_{
+      "not settled yet", "not settled yet", "not settled yet", "not settled yet"};
 };
 
 }  // namespace ray::rdt

@@ -20,7 +20,8 @@ size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 // A mapping at a huge-page boundary: maps more and cuts off both ends.
 void *MapBlock(size_t nbytes) {
   size_t whole = nbytes + Pool::kHugePage;
-  void *raw = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void *raw =
+      mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   uintptr_t begin = reinterpret_cast<uintptr_t>(raw);
   uintptr_t block = RoundUp(begin, Pool::kHugePage);
@@ -100,7 +101,8 @@ void Pool::Trim(double idle_s) {
   FreeList dropped;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    while (!free_.empty() && free_.front().since <= limit) DropLocked(free_.begin(), &dropped);
+    while (!free_.empty() && free_.front().since <= limit)
+      DropLocked(free_.begin(), &dropped);
   }
   for (FreeBlock &block : dropped) DeleteBlock(block.memory, block.nbytes);
 }

@@ -50,8 +50,8 @@ void Pull::Restart() {
 Status Pull::CheckTotal(uint64_t producer_total) const {
   if (producer_total == destination.total()) return {};
   return {Code::kSizeMismatch,
-          "the object has " + std::to_string(producer_total) + " bytes, the destination " +
-              std::to_string(destination.total())};
+          "the object has " + std::to_string(producer_total) +
+              " bytes, the destination " + std::to_string(destination.total())};
 }
 
 uint64_t Pull::ChunkFor(int workers) const {
@@ -72,7 +72,8 @@ void Pull::End(const Status &status) {
 }
 
 void Call::Answer(bool is_error, Bytes payload) {
-  if (is_error) return Fail({Code::kRefused, std::string(payload.begin(), payload.end())});
+  if (is_error)
+    return Fail({Code::kRefused, std::string(payload.begin(), payload.end())});
   std::lock_guard<std::mutex> lock(mutex_);
   if (settled_) return;
   reply_ = std::move(payload);

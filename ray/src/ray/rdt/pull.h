@@ -63,7 +63,7 @@ class Pull : public Completion {
 
   std::optional<Status> ending_;  // guarded by mutex_, as is all below
   int writers_ = 0;
-  uint64_t next_ = 0;             // nothing from here on was ever taken
+  uint64_t next_ = 0;  // nothing from here on was ever taken
   std::deque<Range> returned_;
   uint64_t landed_ = 0;
   std::atomic<int> lane_{-1};

@@ -1,13 +1,16 @@
 #include "ray/rdt/region.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace ray::rdt {
 
-bool RegionTable::Register(const Key &key, const std::vector<Span> &spans, int64_t token) {
+bool RegionTable::Register(const Key &key,
+                           const std::vector<Span> &spans,
+                           int64_t token) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto [at, is_new] = regions_.try_emplace(key);
-  if (is_new) at->second = std::make_shared<const Region>(spans, token, events_);
+  if (is_new) at->second.pin = std::make_shared<const Region>(spans, token, events_);
   return is_new;
 }
 
@@ -15,20 +18,46 @@ bool RegionTable::Release(const Key &key) {
   Pin last;  // dropped after the lock: ~Region takes the event queue's
   std::lock_guard<std::mutex> lock(mutex_);
   auto node = regions_.extract(key);
-  if (node) last = std::move(node.mapped());
+  if (node) last = std::move(node.mapped().pin);
   return last != nullptr;
 }
 
 void RegionTable::ReleaseAll() {
-  std::map<Key, Pin> all;  // dropped after the lock
+  std::map<Key, Entry> all;  // dropped after the lock
   std::lock_guard<std::mutex> lock(mutex_);
   all.swap(regions_);
+}
+
+void RegionTable::SetOwner(const std::vector<Key> &keys, const AgentId &owner) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Key &key : keys) {
+    if (auto found = regions_.find(key); found != regions_.end()) {
+      found->second.owner = owner;
+    }
+  }
+}
+
+size_t RegionTable::CountOwned(const AgentId &owner) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return std::ranges::count_if(
+      regions_, [&](const auto &region) { return region.second.owner == owner; });
+}
+
+size_t RegionTable::ReleaseOwned(const AgentId &owner) {
+  std::vector<Pin> last;  // dropped after the lock
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::erase_if(regions_, [&](auto &region) {
+    if (region.second.owner != owner) return false;
+    last.push_back(std::move(region.second.pin));
+    return true;
+  });
+  return last.size();
 }
 
 Pin RegionTable::Find(const Key &key) const {
   std::lock_guard<std::mutex> lock(mutex_);
   auto found = regions_.find(key);
-  return found == regions_.end() ? nullptr : found->second;
+  return found == regions_.end() ? nullptr : found->second.pin;
 }
 
 size_t RegionTable::size() const {

@@ -42,13 +42,23 @@ class RegionTable {
   // False when there is no such region. Running pulls keep what they pinned.
   bool Release(const Key &key);
   void ReleaseAll();
+  // Unknown keys have been released already.
+  void SetOwner(const std::vector<Key> &keys, const AgentId &owner);
+  size_t CountOwned(const AgentId &owner) const;
+  // Returns how many there were.
+  size_t ReleaseOwned(const AgentId &owner);
   Pin Find(const Key &key) const;
   size_t size() const;
 
  private:
   EventQueue *const events_;
   mutable std::mutex mutex_;
-  std::map<Key, Pin> regions_;  // guarded by mutex_
+  struct Entry {
+    Pin pin;
+    AgentId owner{};  // all zero: this process, or not told yet
+  };
+
+  std::map<Key, Entry> regions_;  // guarded by mutex_
 };
 
 // Pins of the pulls that are under way, found by who pulls and its pull id.

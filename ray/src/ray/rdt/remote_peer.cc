@@ -46,10 +46,17 @@ void RemotePeer::ForgetPull(uint64_t id) {
 
 void RemotePeer::ForgetCall(uint64_t id) { calls_.erase(id); }
 
-void RemotePeer::SendFrees() {
+void RemotePeer::SendNotices() {
   if (!channel_) return Connect();
-  Free free{.keys = TakeFrees()};
-  if (!free.keys.empty()) channel_->Send(EncodeFrame(FrameType::kFree, 0, free));
+  Notices notices = TakeNotices();
+  // Owned first: what is freed at once must not stay owned.
+  SendKeys(FrameType::kOwn, std::move(notices.owned));
+  SendKeys(FrameType::kFree, std::move(notices.freed));
+}
+
+void RemotePeer::SendKeys(FrameType type, std::vector<Key> keys) {
+  if (keys.empty()) return;
+  channel_->Send(EncodeFrame(type, 0, KeyList{.keys = std::move(keys)}));
 }
 
 void RemotePeer::Tick() {
@@ -60,8 +67,8 @@ void RemotePeer::Tick() {
     // No second try: what is silent would be silent again.
     for (auto &[id, asked] : pulls_) asked.is_second_try = true;
     return Lose({Code::kPeerLost,
-                 "the peer has not answered for " + std::to_string(static_cast<int>(silent_s)) +
-                     " s"});
+                 "the peer has not answered for " +
+                     std::to_string(static_cast<int>(silent_s)) + " s"});
   }
   if (silent_s > work_.settings->peer_timeout_s / 3) {
     channel_->Send(EncodeFrame(FrameType::kPing, 0));
@@ -82,16 +89,20 @@ void RemotePeer::Shutdown(const Status &why) {
 
 void RemotePeer::Connect() {
   if (dial_) return;
-  if (!OverUnix() && !NoTcpReason().empty()) return FailAll({Code::kRefused, NoTcpReason()});
+  if (!OverUnix() && !NoTcpReason().empty())
+    return FailAll({Code::kRefused, NoTcpReason()});
   DialOptions options{.purpose = Purpose::kControl,
                       .over_unix = OverUnix(),
                       .connect_timeout_s = work_.settings->connect_timeout_s,
                       .peer_timeout_s = work_.settings->peer_timeout_s};
   dial_ = std::make_unique<Dial>(
-      work_.loop, *work_.identity, address_, options,
-      [this](const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &facts) {
-        OnDialed(status, std::move(channel), facts);
-      });
+      work_.loop,
+      *work_.identity,
+      address_,
+      options,
+      [this](const Status &status,
+             std::shared_ptr<Channel> channel,
+             const PeerFacts &facts) { OnDialed(status, std::move(channel), facts); });
 }
 
 void RemotePeer::OnDialed(const Status &status,
@@ -99,7 +110,7 @@ void RemotePeer::OnDialed(const Status &status,
                           const PeerFacts &facts) {
   dial_.reset();
   if (!status.ok()) {
-    TakeFrees();  // whoever is gone holds nothing to free
+    TakeNotices();  // whoever is gone holds nothing to own or free
     return FailAll(Named(status));
   }
   channel_ = std::move(channel);
@@ -124,12 +135,13 @@ void RemotePeer::IdentifyProcess() {
 }
 
 void RemotePeer::SettleLanes(const PeerFacts &facts) {
-  LaneReasons reasons = JudgeLanes({.mine = work_.settings->lanes,
-                                    .theirs = facts.lanes,
-                                    .is_unix = OverUnix(),
-                                    .cma_probe_error = OverUnix() ? ProbeCma(pid_, facts) : "",
-                                    .has_tcp = NoTcpReason().empty(),
-                                    .no_tcp_reason = NoTcpReason()});
+  LaneReasons reasons =
+      JudgeLanes({.mine = work_.settings->lanes,
+                  .theirs = facts.lanes,
+                  .is_unix = OverUnix(),
+                  .cma_probe_error = OverUnix() ? ProbeCma(pid_, facts) : "",
+                  .has_tcp = NoTcpReason().empty(),
+                  .no_tcp_reason = NoTcpReason()});
   for (LaneKind kind : UsableLanes(reasons)) {
     lanes_[static_cast<size_t>(kind)] = MakeLane(kind);
   }
@@ -156,7 +168,10 @@ std::unique_ptr<Lane> RemotePeer::MakeLane(LaneKind kind) {
     return std::make_unique<ShmLane>(work_.loop, work_.copies, channel_);
   case LaneKind::kTcp:
     return std::make_unique<TcpLane>(
-        work_.loop, work_.copies, *work_.identity, address_,
+        work_.loop,
+        work_.copies,
+        *work_.identity,
+        address_,
         TcpOptions{.max_streams = work_.settings->tcp_streams,
                    .connect_timeout_s = work_.settings->connect_timeout_s,
                    .peer_timeout_s = work_.settings->peer_timeout_s});
@@ -211,7 +226,8 @@ bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_);
 
 std::string RemotePeer::NoTcpReason() const {
   if (!work_.settings->clear_tcp) {
-    return "TLS is required (Ray was told to use it), and RDT's tcp connections are clear text; "
+    return "TLS is required (Ray was told to use it), and RDT's tcp connections are "
+           "clear text; "
            "allow them explicitly to use them";
   }
   return address_.port == 0 ? "the peer does not listen on TCP" : "";
@@ -231,7 +247,7 @@ void RemotePeer::SendAll() {
   for (uint64_t id : ids) {
     if (auto found = pulls_.find(id); found != pulls_.end()) SendPull(id, &found->second);
   }
-  SendFrees();
+  SendNotices();
 }
 
 void RemotePeer::SendPull(uint64_t id, Asked *asked) {
@@ -267,8 +283,9 @@ void RemotePeer::BarLane(LaneKind lane, const std::string &why) {
   reasons[static_cast<size_t>(lane)] = why;
   SetReasons(reasons);
   lanes_[static_cast<size_t>(lane)].reset();
-  work_.log->Warning("lanes", std::string("RDT gives up lane ") + LaneName(lane) + " with " +
-                                  address_.Describe() + ": " + why);
+  work_.log->Warning("lanes",
+                     std::string("RDT gives up lane ") + LaneName(lane) + " with " +
+                         address_.Describe() + ": " + why);
 }
 
 void RemotePeer::OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) {
@@ -288,7 +305,8 @@ bool RemotePeer::Handle(const FrameHeader &header, ByteView payload) {
   case FrameType::kReply:
     return OnReply(header.request, payload);
   case FrameType::kFilled:
-    if (Lane *shm = lanes_[static_cast<size_t>(LaneKind::kShm)].get()) shm->OnFrame(header, payload);
+    if (Lane *shm = lanes_[static_cast<size_t>(LaneKind::kShm)].get())
+      shm->OnFrame(header, payload);
     return true;
   case FrameType::kPong:
     return true;
@@ -315,11 +333,14 @@ bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
     return true;
   }
   if (lane->reads_memory() && span_bytes != grant->total) return false;
-  lane->Start(asked.pull, *grant, [loop = work_.loop, weak = std::weak_ptr(alive_), id](const Status &status) {
-    loop->Post([weak, id, status] {
-      if (auto peer = weak.lock()) (*peer)->OnMoved(id, status);
-    });
-  });
+  lane->Start(
+      asked.pull,
+      *grant,
+      [loop = work_.loop, weak = std::weak_ptr(alive_), id](const Status &status) {
+        loop->Post([weak, id, status] {
+          if (auto peer = weak.lock()) (*peer)->OnMoved(id, status);
+        });
+      });
   return true;
 }
 

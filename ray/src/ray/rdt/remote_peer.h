@@ -23,7 +23,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   void Submit(std::shared_ptr<Call> call, Bytes payload) override;
   void ForgetPull(uint64_t id) override;
   void ForgetCall(uint64_t id) override;
-  void SendFrees() override;
+  void SendNotices() override;
   void Tick() override;
   bool is_idle() const override;
   void Shutdown(const Status &why) override;
@@ -44,7 +44,9 @@ class RemotePeer : public Peer, private Channel::Handler {
 
   // Connection.
   void Connect();
-  void OnDialed(const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &facts);
+  void OnDialed(const Status &status,
+                std::shared_ptr<Channel> channel,
+                const PeerFacts &facts);
   void IdentifyProcess();
   void SettleLanes(const PeerFacts &facts);
   void LogLanes(const LaneReasons &reasons);
@@ -60,6 +62,7 @@ class RemotePeer : public Peer, private Channel::Handler {
 
   // Requests.
   void SendAll();
+  void SendKeys(FrameType type, std::vector<Key> keys);
   void SendPull(uint64_t id, Asked *asked);
   void SendCall(uint64_t id, Called *called);
   Lane *BestLane(LaneKind *kind);

@@ -15,14 +15,17 @@ SelfPeer::SelfPeer(const Workplace &workplace, RegionTable *regions, Service *se
 
 void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
   Pin source = regions_->Find(pull->key);
-  if (!source) return pull->Fail({Code::kNotFound, "this process holds no such object (it was freed)"});
-  if (Status fit = pull->CheckTotal(source->memory.total()); !fit.ok()) return pull->Fail(fit);
+  if (!source)
+    return pull->Fail(
+        {Code::kNotFound, "this process holds no such object (it was freed)"});
+  if (Status fit = pull->CheckTotal(source->memory.total()); !fit.ok())
+    return pull->Fail(fit);
   pull->set_lane(LaneKind::kInproc);
   pulls_[pull->id] = pull;
-  StartInprocCopy(work_.copies, pull, std::move(source),
-                  [this, id = pull->id](const Status &status) {
-                    work_.loop->Post([this, id, status] { OnCopied(id, status); });
-                  });
+  StartInprocCopy(
+      work_.copies, pull, std::move(source), [this, id = pull->id](const Status &status) {
+        work_.loop->Post([this, id, status] { OnCopied(id, status); });
+      });
 }
 
 void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
@@ -33,8 +36,9 @@ void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
   });
 }
 
-void SelfPeer::SendFrees() {
-  for (const Key &key : TakeFrees()) regions_->Release(key);
+void SelfPeer::SendNotices() {
+  // What is this process's own ends with it.
+  for (const Key &key : TakeNotices().freed) regions_->Release(key);
 }
 
 void SelfPeer::Shutdown(const Status &why) {

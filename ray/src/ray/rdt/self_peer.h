@@ -18,7 +18,7 @@ class SelfPeer : public Peer {
   void Submit(std::shared_ptr<Call> call, Bytes payload) override;
   void ForgetPull(uint64_t id) override { pulls_.erase(id); }
   void ForgetCall(uint64_t id) override { calls_.erase(id); }
-  void SendFrees() override;
+  void SendNotices() override;
   void Tick() override {}
   bool is_idle() const override { return false; }  // kept as long as the agent
   void Shutdown(const Status &why) override;

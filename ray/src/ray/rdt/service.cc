@@ -37,8 +37,9 @@ class Service::Guest : public Channel::Handler {
 
   void OnClosed(const Status &why) override {
     if (why.code != Code::kPeerLost) {
-      service_->log_->Warning("guest", "RDT dropped the connection of agent " +
-                                           Hex(ByteView(agent_).first(4)) + ": " + why.text);
+      service_->log_->Warning("guest",
+                              "RDT dropped the connection of agent " +
+                                  Hex(ByteView(agent_).first(4)) + ": " + why.text);
     }
     service_->Leave(this);
   }
@@ -54,7 +55,9 @@ class Service::Guest : public Channel::Handler {
       Unpin(header.request);
       return true;
     case FrameType::kFree:
-      return OnFree(Unpack<Free>(payload));
+      return OnFree(Unpack<KeyList>(payload));
+    case FrameType::kOwn:
+      return OnOwn(Unpack<KeyList>(payload));
     case FrameType::kCall:
       OnCall(header.request, payload);
       return true;
@@ -101,7 +104,8 @@ class Service::Guest : public Channel::Handler {
 
   bool OnFill(uint64_t id, const std::optional<Fill> &fill) {
     auto found = pulls_.find(id);
-    return fill && shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second);
+    return fill &&
+           shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second);
   }
 
   void RefusePull(uint64_t id, Code code, const std::string &text) {
@@ -113,7 +117,13 @@ class Service::Guest : public Channel::Handler {
     if (pulls_.erase(id) > 0) service_->pins_->Remove(agent_, id, this);
   }
 
-  bool OnFree(const std::optional<Free> &free) {
+  bool OnOwn(const std::optional<KeyList> &own) {
+    if (!own) return false;
+    service_->regions_->SetOwner(own->keys, agent_);
+    return true;
+  }
+
+  bool OnFree(const std::optional<KeyList> &free) {
     if (!free) return false;
     for (const Key &key : free->keys) service_->regions_->Release(key);
     return true;
@@ -138,7 +148,7 @@ class Service::Guest : public Channel::Handler {
   const AgentId agent_;
   ShmSource shm_;
   std::map<uint64_t, Pin> pulls_;
-  std::set<uint64_t> calls_;      // keys of answers_ that are ours
+  std::set<uint64_t> calls_;  // keys of answers_ that are ours
 };
 
 Service::Service(Loop *loop,

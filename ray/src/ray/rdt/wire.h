@@ -9,7 +9,7 @@
 //                                    <-   CHALLENGE {agent, nonce}
 //   PROOF {lanes, mac}               ->
 //                                    <-   WELCOME {lanes, probe, mac}
-//   then any of PULL DONE ABORT FREE CALL RING FILL PING   (control)
+//   then any of PULL DONE ABORT OWN FREE CALL RING FILL PING   (control)
 //   or READ                                                (data)
 //
 // Frozen for all versions, so that two versions can tell each other apart: the
@@ -69,6 +69,7 @@ enum class FrameType : uint16_t {
   kFilled = 26,
   kPing = 27,
   kPong = 28,
+  kOwn = 29,
   kRead = 32,
   kData = 33,
 };
@@ -137,8 +138,8 @@ struct Welcome {
 
 struct PullRequest {
   Key key{};
-  uint8_t with_spans = 0;      // the client reads the memory itself
-  uint64_t max_attached = 0;   // an object up to this size comes with the grant
+  uint8_t with_spans = 0;     // the client reads the memory itself
+  uint64_t max_attached = 0;  // an object up to this size comes with the grant
   template <class A>
   void Fields(A &a) {
     a(key), a(with_spans), a(max_attached);
@@ -164,7 +165,8 @@ struct Refuse {
   }
 };
 
-struct Free {
+// Of FREE: the owner needs these no more. Of OWN: they are the sender's.
+struct KeyList {
   std::vector<Key> keys;
   template <class A>
   void Fields(A &a) {

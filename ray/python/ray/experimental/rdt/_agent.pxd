@@ -88,13 +88,19 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         Key agent
         Bytes payload
 
+    cdef enum class Notice "ray::rdt::Notice":
+        kOwn "ray::rdt::Notice::kOwn"
+        kFree "ray::rdt::Notice::kFree"
+
     cdef cppclass NativeAgent "ray::rdt::Agent":
         NativeAgent(string secret, const Settings &settings) except +
         const Bytes &address()
         const Key &id()
         bool Register(const Key &key, const vector[Span] &spans, int64_t token) except +
         bool Release(const Key &key)
-        void Free(ByteView address, const Key &key) except +
+        void Notify(ByteView address, Notice notice, const Key &key) except +
+        size_t CountOwned(const Key &owner)
+        size_t ReleaseOwned(const Key &owner)
         PullTicket StartPull(ByteView address, const Key &key, const vector[Span] &to) except +
         void Cancel(const PullTicket &ticket)
         CallTicket StartCall(ByteView address, Bytes payload) except +

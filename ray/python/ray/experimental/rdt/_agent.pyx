@@ -329,7 +329,25 @@ cdef class Agent:
         Only queued here; never raises for a peer that is gone.
         """
         _check_process(self._pid)
-        self._native.Free(_view(address), _key(key))
+        self._native.Notify(_view(address), Notice.kFree, _key(key))
+
+    def own(self, address, bytes key):
+        """Tells the agent at `address` that this process owns `key`.
+
+        Only queued here; never raises for a peer that is gone.
+        """
+        _check_process(self._pid)
+        self._native.Notify(_view(address), Notice.kOwn, _key(key))
+
+    def owned(self, bytes agent_id):
+        """How many keys of this agent the agent of another process owns."""
+        _check_process(self._pid)
+        return self._native.CountOwned(_key(agent_id))
+
+    def release_owned(self, bytes agent_id):
+        """Releases all keys that another agent owns. Returns how many."""
+        _check_process(self._pid)
+        return self._native.ReleaseOwned(_key(agent_id))
 
     def pull(self, address, bytes key, addrs, lens):
         """Starts to fetch `key` from the agent at `address`.

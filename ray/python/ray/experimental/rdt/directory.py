@@ -11,10 +11,10 @@ submitted           none                        row SUBMITTED
 passed_to           CREATED                     Hint; once WarnShared if the producer has it too
 passed_to           SUBMITTED                   the same; the Hint follows when it is created
 submitted           CREATED (early reply)       row gets the call's producer
-created             none, a submit in flight    row CREATED: the reply was faster than the call
+created             none, a submit in flight    row CREATED, Own: the reply was faster than the call
 created             none, no submit in flight   freed before it was created: Free
-created             SUBMITTED                   row CREATED, Hint for each that waits for it
-created             CREATED (a retry)           Free of the old copy, row CREATED with the new
+created             SUBMITTED                   row CREATED, Own, Hint for each that waits for it
+created             CREATED (a retry)           Free of the old copy, Own of the new
 out_of_scope        SUBMITTED                   row gone (a later created frees)
 out_of_scope        CREATED                     row gone, Free
 out_of_scope        none                        nothing: the object had no tensors
@@ -58,6 +58,13 @@ class Free:
 
 
 @dataclass(frozen=True)
+class Own:
+    """Instruction: tell the producer's agent that this process owns the object."""
+
+    location: Location
+
+
+@dataclass(frozen=True)
 class Hint:
     """Instruction: tell an actor's agent that its next task will ask for this object."""
 
@@ -72,7 +79,7 @@ class WarnShared:
     object_id: str
 
 
-Instruction = Free | Hint | WarnShared
+Instruction = Free | Own | Hint | WarnShared
 
 
 class State(enum.Enum):
@@ -153,8 +160,10 @@ class Directory:
         old, row.location, row.state = row.location, location, State.CREATED
         if old == location:
             return []
-        waiting = row.destinations if location is not None else ()
-        return [*_free(old), *(_hint(row, destination) for destination in waiting)]
+        if location is None:
+            return _free(old)
+        hints = (_hint(row, destination) for destination in row.destinations)
+        return [*_free(old), Own(location), *hints]
 
     def out_of_scope(self, object_id: str) -> list[Free]:
         self._early.discard(object_id)

@@ -26,7 +26,7 @@ _SECRET_KEY = b"secret"
 #: Of RDT's entries in Ray's GCS key-value store.
 KV_NAMESPACE = b"ray_rdt"
 _CALL_THREADS = 8
-_TICK_S = 10.0
+_TICK_S = 2.0
 
 Handler = Callable[[bytes, dict[str, Any]], dict[str, Any]]
 
@@ -137,7 +137,7 @@ class Session:
         self._on_peer_lost.append(callback)
 
     def on_tick(self, callback: Callable[[], None]) -> None:
-        """Calls back at least every ten seconds, for what grows old (reaper thread)."""
+        """Calls back at least every two seconds, for what grows old (reaper thread)."""
         self._on_tick.append(callback)
 
     def on_close(self, callback: Callable[[], None]) -> None:

@@ -24,7 +24,8 @@ Status ReadMemory(pid_t pid, const SpanList &from, const SpanList &to, Range ran
   while (range.nbytes > 0) {
     to.Slice(range, &local);
     from.Slice(range, &remote);
-    ssize_t got = process_vm_readv(pid, local.data(), local.size(), remote.data(), remote.size(), 0);
+    ssize_t got = process_vm_readv(
+        pid, local.data(), local.size(), remote.data(), remote.size(), 0);
     if (got <= 0) return FailedRead(pid, got == 0 ? EFAULT : errno);
     range.offset += static_cast<uint64_t>(got);
     range.nbytes -= static_cast<uint64_t>(got);
@@ -41,7 +42,9 @@ std::string ProbeCma(pid_t pid, const PeerFacts &peer) {
   SpanList from({{peer.probe_address, found.size()}});
   Status status = ReadMemory(pid, from, to, {0, found.size()});
   if (!status.ok()) return status.text;
-  return found == peer.probe ? "" : "pid " + std::to_string(pid) + " is not the peer's process";
+  return found == peer.probe
+             ? ""
+             : "pid " + std::to_string(pid) + " is not the peer's process";
 }
 
 void CmaLane::Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) {

@@ -10,7 +10,11 @@ namespace {
 // end, so that nobody copies any more when another lane starts over.
 class CopyJob {
  public:
-  CopyJob(std::shared_ptr<Pull> pull, CopyRange copy, Report report, int steps, uint64_t chunk)
+  CopyJob(std::shared_ptr<Pull> pull,
+          CopyRange copy,
+          Report report,
+          int steps,
+          uint64_t chunk)
       : pull_(std::move(pull)),
         copy_(std::move(copy)),
         report_(std::move(report)),
@@ -58,7 +62,10 @@ class CopyJob {
 
 }  // namespace
 
-void StartCopyJob(CopyPool *copies, std::shared_ptr<Pull> pull, CopyRange copy, Report report) {
+void StartCopyJob(CopyPool *copies,
+                  std::shared_ptr<Pull> pull,
+                  CopyRange copy,
+                  Report report) {
   uint64_t total = pull->destination.total();
   if (total == 0) return report({});
   bool is_small = total <= kCopyAtOnce;

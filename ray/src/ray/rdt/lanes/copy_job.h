@@ -18,6 +18,9 @@ using CopyRange = std::function<Status(Range range)>;
 inline constexpr uint64_t kCopyAtOnce = 64 << 10;
 
 // Starts copying all of `pull`; see Report. Runs on: any thread.
-void StartCopyJob(CopyPool *copies, std::shared_ptr<Pull> pull, CopyRange copy, Report report);
+void StartCopyJob(CopyPool *copies,
+                  std::shared_ptr<Pull> pull,
+                  CopyRange copy,
+                  Report report);
 
 }  // namespace ray::rdt

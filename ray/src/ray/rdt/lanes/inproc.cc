@@ -17,7 +17,10 @@ Status CopyPlain(const SpanList &from, const SpanList &to, Range range) {
 
 }  // namespace
 
-void StartInprocCopy(CopyPool *copies, std::shared_ptr<Pull> pull, Pin source, Report report) {
+void StartInprocCopy(CopyPool *copies,
+                     std::shared_ptr<Pull> pull,
+                     Pin source,
+                     Report report) {
   const SpanList *to = &pull->destination;
   CopyRange copy = [source = std::move(source), to](Range range) {
     return CopyPlain(source->memory, *to, range);

@@ -7,6 +7,9 @@
 namespace ray::rdt {
 
 // Runs on: any thread. Holds the pin until the report.
-void StartInprocCopy(CopyPool *copies, std::shared_ptr<Pull> pull, Pin source, Report report);
+void StartInprocCopy(CopyPool *copies,
+                     std::shared_ptr<Pull> pull,
+                     Pin source,
+                     Report report);
 
 }  // namespace ray::rdt

@@ -19,7 +19,9 @@ using LaneSet = uint32_t;
 
 constexpr LaneSet LaneBit(LaneKind lane) { return 1u << static_cast<unsigned>(lane); }
 constexpr bool HasLane(LaneSet set, LaneKind lane) { return (set & LaneBit(lane)) != 0; }
-inline const char *LaneName(LaneKind lane) { return kLaneNames[static_cast<size_t>(lane)]; }
+inline const char *LaneName(LaneKind lane) {
+  return kLaneNames[static_cast<size_t>(lane)];
+}
 
 // What both sides know about each other once a connection is up.
 struct LaneFacts {

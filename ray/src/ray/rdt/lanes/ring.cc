@@ -10,7 +10,7 @@ namespace {
 constexpr int kFixedSize = F_SEAL_SHRINK | F_SEAL_GROW;
 
 bool IsFixedSize(int fd, uint64_t nbytes) {
-  struct stat status {};
+  struct stat status{};
   int seals = fcntl(fd, F_GET_SEALS);
   return seals >= 0 && (seals & kFixedSize) == kFixedSize && fstat(fd, &status) == 0 &&
          static_cast<uint64_t>(status.st_size) == nbytes;

@@ -19,7 +19,8 @@ void RunCopy(CopyPool *copies, uint64_t nbytes, std::function<void()> work) {
 }
 
 Bytes FilledFrame(uint64_t pull, uint64_t position, bool is_ok) {
-  return EncodeFrame(FrameType::kFilled, pull, Filled{.position = position, .is_ok = is_ok});
+  return EncodeFrame(
+      FrameType::kFilled, pull, Filled{.position = position, .is_ok = is_ok});
 }
 
 }  // namespace
@@ -81,17 +82,18 @@ void ShmLane::OnFrame(const FrameHeader &header, ByteView payload) {
 void ShmLane::CopySlot(size_t index) {
   std::shared_ptr<Pull> pull = slots_[index].job->pull;
   Range range = slots_[index].range;
-  auto work = [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, pull, range, index] {
-    bool is_whole = false;
-    if (pull->BeginWrite()) {
-      pull->destination.CopyIn(range, ring->at(index * kSlotBytes));
-      pull->EndWrite();
-      is_whole = pull->Landed(range.nbytes);
-    }
-    loop->Post([weak, index, is_whole] {
-      if (auto lane = weak.lock()) (*lane)->OnSlotCopied(index, is_whole);
-    });
-  };
+  auto work =
+      [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, pull, range, index] {
+        bool is_whole = false;
+        if (pull->BeginWrite()) {
+          pull->destination.CopyIn(range, ring->at(index * kSlotBytes));
+          pull->EndWrite();
+          is_whole = pull->Landed(range.nbytes);
+        }
+        loop->Post([weak, index, is_whole] {
+          if (auto lane = weak.lock()) (*lane)->OnSlotCopied(index, is_whole);
+        });
+      };
   RunCopy(copies_, range.nbytes, std::move(work));
 }
 
@@ -124,10 +126,13 @@ bool ShmSource::OnFill(uint64_t pull, const Fill &fill, Pin pin) {
   }
   uint64_t total = pin->memory.total();
   if (fill.nbytes > total || fill.offset > total - fill.nbytes) return false;
-  auto work = [loop = loop_, channel = channel_, ring = ring_, pull, fill, pin = std::move(pin)] {
-    pin->memory.CopyOut({fill.offset, fill.nbytes}, ring->at(fill.position));
-    loop->Post([channel, pull, fill] { channel->Send(FilledFrame(pull, fill.position, true)); });
-  };
+  auto work =
+      [loop = loop_, channel = channel_, ring = ring_, pull, fill, pin = std::move(pin)] {
+        pin->memory.CopyOut({fill.offset, fill.nbytes}, ring->at(fill.position));
+        loop->Post([channel, pull, fill] {
+          channel->Send(FilledFrame(pull, fill.position, true));
+        });
+      };
   RunCopy(copies_, fill.nbytes, std::move(work));
   return true;
 }

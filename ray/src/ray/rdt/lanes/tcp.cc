@@ -39,13 +39,18 @@ void TcpLane::Open() {
                       .connect_timeout_s = options_.connect_timeout_s,
                       .peer_timeout_s = options_.peer_timeout_s};
   dials_[id] = std::make_unique<Dial>(
-      loop_, self_, peer_, options,
-      [this, id](const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &) {
-        OnOpened(id, status, std::move(channel));
-      });
+      loop_,
+      self_,
+      peer_,
+      options,
+      [this, id](const Status &status,
+                 std::shared_ptr<Channel> channel,
+                 const PeerFacts &) { OnOpened(id, status, std::move(channel)); });
 }
 
-void TcpLane::OnOpened(uint64_t id, const Status &status, std::shared_ptr<Channel> channel) {
+void TcpLane::OnOpened(uint64_t id,
+                       const Status &status,
+                       std::shared_ptr<Channel> channel) {
   dials_.erase(id);
   if (!status.ok()) {
     // Other streams, if there are any, do the work.
@@ -67,7 +72,8 @@ void TcpLane::OnBroken(uint64_t id) {
   streams_.erase(id);
   if (queue_->is_empty()) return;  // it was idle; the next pull opens another
   if (++breaks_ > kMaxBreaks) {
-    if (streams_.empty() && dials_.empty()) FailWaiting({Code::kPeerLost, "the data connections keep breaking"});
+    if (streams_.empty() && dials_.empty())
+      FailWaiting({Code::kPeerLost, "the data connections keep breaking"});
     return;
   }
   Open();

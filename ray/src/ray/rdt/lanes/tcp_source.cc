@@ -40,7 +40,8 @@ bool TcpSource::Receive() {
   in_.insert(in_.end(), buffer.begin(), buffer.begin() + got);
   size_t at = 0;
   for (; in_.size() - at >= kReadFrame; at += kReadFrame) {
-    ByteView payload(in_.data() + at + sizeof(FrameHeader), kReadFrame - sizeof(FrameHeader));
+    ByteView payload(in_.data() + at + sizeof(FrameHeader),
+                     kReadFrame - sizeof(FrameHeader));
     if (!OnRead(DecodeHeader(in_.data() + at), payload)) return false;
   }
   in_.erase(in_.begin(), in_.begin() + static_cast<ptrdiff_t>(at));
@@ -75,7 +76,8 @@ bool TcpSource::Send() {
     uint64_t left = static_cast<uint64_t>(sent);
     budget -= std::min(budget, left);
     size_t of_header = std::min<uint64_t>(left, first.header.size());
-    first.header.erase(first.header.begin(), first.header.begin() + static_cast<ptrdiff_t>(of_header));
+    first.header.erase(first.header.begin(),
+                       first.header.begin() + static_cast<ptrdiff_t>(of_header));
     left -= of_header;
     first.rest = {first.rest.offset + left, first.rest.nbytes - left};
     if (first.header.empty() && first.rest.nbytes == 0) answers_.pop_front();

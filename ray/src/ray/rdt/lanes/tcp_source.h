@@ -16,7 +16,10 @@ namespace ray::rdt {
 // loop, and so ends with the connection or with the loop.
 class TcpSource : public std::enable_shared_from_this<TcpSource> {
  public:
-  TcpSource(Loop *loop, Fd fd, const AgentId &consumer, std::shared_ptr<const PinTable> pins);
+  TcpSource(Loop *loop,
+            Fd fd,
+            const AgentId &consumer,
+            std::shared_ptr<const PinTable> pins);
 
   void Start();
 

@@ -50,8 +50,14 @@ std::deque<std::shared_ptr<TcpJob>> TcpQueue::TakeAll() {
   return std::exchange(jobs_, {});
 }
 
-TcpStream::TcpStream(Loop *loop, Fd fd, std::shared_ptr<TcpQueue> queue, OnBroken on_broken)
-    : loop_(loop), fd_(std::move(fd)), queue_(std::move(queue)), on_broken_(std::move(on_broken)) {}
+TcpStream::TcpStream(Loop *loop,
+                     Fd fd,
+                     std::shared_ptr<TcpQueue> queue,
+                     OnBroken on_broken)
+    : loop_(loop),
+      fd_(std::move(fd)),
+      queue_(std::move(queue)),
+      on_broken_(std::move(on_broken)) {}
 
 void TcpStream::Start() {
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [self = shared_from_this()](uint32_t events) {

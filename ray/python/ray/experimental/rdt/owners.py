@@ -1,0 +1,77 @@
+"""Frees what an owner leaves behind when its process dies.
+
+Owners tell each producer's agent which objects they own (``Agent.own``). When the connection of an
+owner breaks, its objects stay until Ray's GCS says that its worker is dead: a process that is only cut
+off keeps what is its own. Runs on: producer, the ``rdt-call`` and reaper threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from ray.experimental import internal_kv
+from ray.experimental.rdt.session import KV_NAMESPACE, Session
+
+logger = logging.getLogger("ray.rdt")
+
+
+def publish_worker(session: Session, worker_id: bytes) -> None:
+    """Lets producers find out which worker an agent belongs to."""
+    key = _worker_key(session.agent.agent_id)
+    internal_kv._internal_kv_put(key, worker_id, overwrite=True, namespace=KV_NAMESPACE)
+
+
+class OwnerWatch:
+    """Watches the owners of this process's objects.
+
+    Args:
+        session: Tells of lost connections.
+    """
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._lock = threading.Lock()
+        self._lost: set[bytes] = set()
+        session.on_peer_lost(self._on_peer_lost)
+        session.on_tick(self._on_tick)
+
+    def _on_peer_lost(self, agent_id: bytes) -> None:
+        if self._session.agent.owned(agent_id):
+            with self._lock:
+                self._lost.add(agent_id)
+            self._session.run_in_background(self._check, agent_id)
+
+    def _on_tick(self) -> None:
+        for agent_id in list(self._lost):
+            self._session.run_in_background(self._check, agent_id)
+
+    def _check(self, agent_id: bytes) -> None:
+        """Runs on: an rdt-call thread."""
+        if self._session.agent.owned(agent_id) and is_worker_alive(agent_id):
+            return
+        with self._lock:
+            if agent_id not in self._lost:
+                return
+            self._lost.discard(agent_id)
+        count = self._session.agent.release_owned(agent_id)
+        if count:
+            logger.info("RDT freed %d objects of agent %s: its worker died", count, agent_id.hex()[:8])
+
+
+def is_worker_alive(agent_id: bytes) -> bool:
+    """Whether Ray's GCS counts the worker of an agent as alive. Blocks for an answer of the GCS."""
+    from ray._private import state
+    from ray._raylet import WorkerID
+    from ray.core.generated import gcs_pb2
+
+    worker_id = internal_kv._internal_kv_get(_worker_key(agent_id), namespace=KV_NAMESPACE)
+    if worker_id is None:
+        return False
+    accessor = state.state._connect_and_get_accessor()
+    info = accessor.get_worker_info(WorkerID(worker_id))
+    return info is not None and bool(gcs_pb2.WorkerTableData.FromString(info).is_alive)
+
+
+def _worker_key(agent_id: bytes) -> bytes:
+    return b"worker:" + agent_id.hex().encode()
