@@ -7,7 +7,6 @@ since that is how an actor is reached and known to be able; the rest goes betwee
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from base64 import b64decode
@@ -26,37 +25,6 @@ if TYPE_CHECKING:
     from ray.experimental.collective.communicator import CommunicatorHandle
 
 BACKENDS = {"gloo": "gloo", "torch_gloo": "gloo", "nccl": "nccl"}
-
-
-class _Made:
-    """The groups that this process has made, by id. Their handles keep the actors alive."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._handles: dict[str, CommunicatorHandle] = {}
-
-    def add(self, group_id: str, handle: CommunicatorHandle) -> None:
-        with self._lock:
-            self._handles[group_id] = handle
-
-    def get(self, group_id: str) -> CommunicatorHandle | None:
-        with self._lock:
-            return self._handles.get(group_id)
-
-    def discard(self, group_id: str) -> None:
-        with self._lock:
-            self._handles.pop(group_id, None)
-
-    def names(self) -> list[str]:
-        with self._lock:
-            return [handle.name for handle in self._handles.values()]
-
-    def clear(self) -> None:
-        with self._lock:
-            self._handles.clear()
-
-
-_made = _Made()
 
 
 def create(
@@ -99,7 +67,7 @@ def create(
         record.id, record.name, backend, record.actor_ids, record.handles, tuple(members)
     )
     handle = CommunicatorHandle(list(actors), record.name, backend)
-    _made.add(record.id, handle)
+    _begin_session().keep(record.id, handle)
     records.publish(ready)
     return handle
 
@@ -113,8 +81,9 @@ def find(
     """
     given = {actor._ray_actor_id.hex(): actor for actor in actors or ()}
     wanted = None if backend is None else normalized(backend)
+    own = service.peek()
     return [
-        _made.get(record.id) or _handle(record, given)
+        (own.kept(record.id) if own is not None else None) or _handle(record, given)
         for record in records.ready()
         if given.keys() <= set(record.actor_ids) and wanted in (None, record.backend)
     ]
@@ -134,17 +103,18 @@ def destroy(name: str) -> None:
             f"No group with name {name} found. It may have been destroyed already, or belong to "
             "another Ray namespace."
         )
-    _made.discard(record.id)
-    reason = f"collective group {name!r} was destroyed"
-    _begin_session().dissolve(record.id, record.members, reason)
+    own = _begin_session()
+    own.let_go(record.id)
+    own.dissolve(record.id, record.members, f"collective group {name!r} was destroyed")
 
 
 def destroy_all() -> None:
     """Ends all groups that this process has made. Those that others have ended are no error."""
-    for name in _made.names():
-        if records.read(name) is not None:
-            destroy(name)
-    _made.clear()
+    own = service.peek()
+    mine = set(own.kept_ids()) if own is not None else set()
+    for record in list(records.ready()):
+        if record.id in mine:
+            destroy(record.name)
 
 
 def normalized(backend: str) -> str:
@@ -271,7 +241,9 @@ def _introduce_here(backend: str) -> dict[str, str]:
 
 def _begin_session() -> service.GroupService:
     ray._private.worker.global_worker.rdt_manager._links()  # attaches the service
-    return service.current()
+    begun = service.peek()
+    assert begun is not None
+    return begun
 
 
 def _handle(record: Record, given: dict[str, ActorHandle]) -> CommunicatorHandle:

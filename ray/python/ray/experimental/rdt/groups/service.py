@@ -30,6 +30,8 @@ from ray.experimental.rdt.groups.membership import Group, Member, Membership
 from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, serve_links
 
 if TYPE_CHECKING:
+    from ray.experimental.collective.communicator import CommunicatorHandle
+
     from ray.experimental.rdt.session import Session
 
 logger = logging.getLogger("ray.rdt")
@@ -107,6 +109,7 @@ class GroupService:
         self._groups = groups if groups is not None else membership.membership()
         self._lock = threading.Lock()
         self._forming: dict[str, _Forming] = {}
+        self._handles: dict[str, CommunicatorHandle] = {}
         self._handlers = {
             "rdt.group.join": self._on_join,
             "rdt.group.connect": self._on_connect,
@@ -228,6 +231,26 @@ class GroupService:
                 if member.agent_id == peer_id:
                     forming.report(rank, "its process is gone")
 
+    def keep(self, group_id: str, handle: CommunicatorHandle) -> None:
+        """Keeps the handle to a group that this process has made, and so its actors alive."""
+        with self._lock:
+            self._handles[group_id] = handle
+
+    def kept(self, group_id: str) -> CommunicatorHandle | None:
+        """The handle to a group, if this process has made it."""
+        with self._lock:
+            return self._handles.get(group_id)
+
+    def let_go(self, group_id: str) -> None:
+        """Ends what ``keep`` began."""
+        with self._lock:
+            self._handles.pop(group_id, None)
+
+    def kept_ids(self) -> list[str]:
+        """The groups that this process has made and not let go."""
+        with self._lock:
+            return list(self._handles)
+
     # Member. All run on rdt-call threads.
 
     def _on_join(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
@@ -286,9 +309,14 @@ def attach(session: Session, transport: Callable[[str], ProcessGroupTransport]) 
     global _service
     serve_links(session, transport)
     _service = GroupService(session, transport)
+    session.on_close(_detach)
 
 
-def current() -> GroupService:
-    """The service of this process's session. The session must have begun."""
-    assert _service is not None, "no session has begun"
+def _detach() -> None:
+    global _service
+    _service = None
+
+
+def peek() -> GroupService | None:
+    """The service of this process's session, None if none has begun."""
     return _service

@@ -18,7 +18,6 @@ import threading
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,6 @@ _CLOSE_GRACE_S = 0.2
 _MAX_LINKS = 4  # per peer, where a link carries one transfer at a time
 _MAX_DIALS = 16  # links under construction at once
 _SLICE_S = 0.2
-_TOLD_KEPT = 1024
 
 
 @dataclass
@@ -100,8 +98,6 @@ class ProcessGroupTransport:
         self._lines: dict[tuple[str, bytes], _Lines] = {}
         self._links: dict[str, Link] = {}
         self._meetings: dict[str, _Meeting] = {}
-        # A request that nobody holds is cancelled; the oldest of so many have been answered.
-        self._told: deque[Callable[[float], dict[str, Any]]] = deque(maxlen=_TOLD_KEPT)
         self._is_closed = False
         self._dialing = threading.Semaphore(_MAX_DIALS)
         session.on_peer_lost(self._on_peer_lost)
@@ -357,8 +353,8 @@ class ProcessGroupTransport:
         body |= {"transport": self.capabilities.name, "link": link_id}
         for peer in peers:
             try:
-                self._told.append(self._session.start_call(peer.address, op, body))
-            except Exception:  # the peer is gone, or the session is ending: nobody is left to tell
+                self._session.tell(peer.address, op, body)
+            except Exception:  # the session is ending: nobody is left to tell
                 logger.debug("RDT could not send %s", op, exc_info=True)
 
     def _find(self, route: Route) -> Link:
