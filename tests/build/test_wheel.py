@@ -13,6 +13,9 @@ import pytest
 from ci.build import base, wheel
 from ci.build.steps import ROOT, BuildError, need_disk
 
+# Each may have to wait for a build, and a build for a busy machine.
+pytestmark = pytest.mark.timeout(600)
+
 # Run on their own, away from the checkout: what a user sees right after `pip install`.
 AFTER_INSTALL = """
 import importlib.metadata
@@ -103,7 +106,6 @@ def test_record_is_true(built: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_auditwheel_agrees_with_the_tag(built: Path) -> None:
     tools = ROOT / "build" / f"tools-{base.python_tag()}" / "bin" / "python"
     shown = subprocess.run(
@@ -113,7 +115,6 @@ def test_auditwheel_agrees_with_the_tag(built: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_it_installs_and_imports_on_its_own(built: Path, tmp_path: Path) -> None:
     """An empty venv outside the checkout, with nothing but the wheel and what it asks for."""
     folder = tmp_path / "empty"
