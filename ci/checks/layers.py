@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
         "directory",
         "fetch",
         "hints",
+        "holder",
         "landing",
         "lanes",
         "links",

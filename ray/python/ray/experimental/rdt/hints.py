@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,9 @@ MIN_HINTED_BYTES = 1 << 20
 
 #: An unknown actor's address is asked for again after this.
 _ASK_AGAIN_S = 1.0
+
+#: How many objects that were asked for are remembered, so that a late hint pulls none of them again.
+_REMEMBERED_KEYS = 4096
 
 
 class HintSender:
@@ -88,6 +92,7 @@ class HintedPulls:
         self._session = session
         self._lock = threading.Lock()
         self._pulls: dict[bytes, _Hinted] = {}
+        self._asked: OrderedDict[bytes, None] = OrderedDict()
         session.serve("rdt.hint", self._on_hint)
         session.on_close(self.clear)
 
@@ -97,8 +102,14 @@ class HintedPulls:
         return sum(hinted.nbytes for hinted in list(self._pulls.values()))
 
     def take(self, key: bytes) -> AgentPull | None:
-        """The pull of an object that was hinted, which the caller finishes. Runs on: any thread."""
+        """The pull of an object that was hinted, which the caller finishes. Runs on: any thread.
+
+        A hint that comes later is too late, and is passed over.
+        """
         with self._lock:
+            self._asked[key] = None
+            if len(self._asked) > _REMEMBERED_KEYS:
+                self._asked.popitem(last=False)
             hinted = self._pulls.pop(key, None)
         return hinted.pull if hinted is not None else None
 
@@ -125,7 +136,7 @@ class HintedPulls:
         nbytes = sum(regions)
         with self._lock:
             is_room = self.nbytes + nbytes <= settings().hint_bytes
-            if key not in self._pulls and is_room:
+            if key not in self._pulls and key not in self._asked and is_room:
                 landing = allocate(self._session, regions)
                 pull = AgentPull(self._session, address, key, landing)
                 until = time.monotonic() + settings().fetch_timeout_s

@@ -24,6 +24,7 @@ from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, L
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
+from ray.experimental.rdt.holder import ArgumentHolder
 from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.owners import OwnerWatch, publish_worker
 from ray.experimental.rdt.serve import Server
@@ -62,6 +63,7 @@ class RDTManager:
         self.rdt_store = StoreByObjectId(self)
         self._directory = Directory()
         self._directory_lock = threading.Lock()
+        self._holder = ArgumentHolder()
         self._fetcher = Fetcher(self.store, self._links)
         self._targets = Targets()
         self._links_lock = threading.Lock()
@@ -210,6 +212,21 @@ class RDTManager:
                     todo = self._directory.passed_to(argument.hex(), actor._actor_id.binary())
                 self._carry_out(todo)
 
+    def hold_arguments(self, args: Iterable[Any], returned: Any) -> None:
+        """Keeps a normal task's RDT arguments alive until the task has ended; see ``holder``.
+
+        Runs on: whoever submits the task.
+        """
+        import ray
+
+        held = [
+            argument
+            for argument in args
+            if isinstance(argument, ray.ObjectRef) and argument.tensor_transport() is not None
+        ]
+        if held:
+            self._holder.hold(held, returned)
+
     def set_tensor_transport_metadata_and_trigger_queued_operations(
         self, object_id: str, location: Location | None
     ) -> None:
@@ -354,6 +371,7 @@ class RDTManager:
 
     def shutdown(self) -> None:
         """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""
+        self._holder.clear()
         with self._directory_lock:
             frees = self._directory.close()
         if session.peek() is not None:

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.session import CallError, Session
@@ -47,7 +47,7 @@ class Server:
         self._store = store
         self._transports = transports
         self._lock = threading.Lock()
-        self._exposed: dict[tuple[bytes, str], dict[str, Any]] = {}
+        self._exposed: dict[tuple[bytes, str], Future[dict[str, Any]]] = {}
         self._readers: Counter[tuple[bytes, bytes]] = Counter()
         self._senders = ThreadPoolExecutor(_SEND_THREADS, thread_name_prefix="rdt-send")
         session.serve("rdt.send", self._on_send)
@@ -65,7 +65,9 @@ class Server:
             transport = self._transports.get(name)
             assert transport.capabilities.two_sided is False
             one_sided: OneSided = transport  # type: ignore[assignment]
-            one_sided.withdraw(exposed)
+            # Nobody is exposing it any more: that would have borrowed it.
+            if exposed.exception() is None:
+                one_sided.withdraw(exposed.result())
 
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
@@ -99,16 +101,27 @@ class Server:
         transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         stored = self._borrow(body)
         try:
-            with self._lock:
-                known = self._exposed.get((stored.key, body["transport"]))
-                if known is None:
-                    known = transport.expose(flat_buffers(stored))
-                    self._exposed[stored.key, body["transport"]] = known
-                self._readers[peer_id, stored.key] += 1
+            exposed = self._expose_once(transport, stored, body["transport"])
         except BaseException:
             self._give_back(stored.key)
             raise
-        return known
+        with self._lock:
+            self._readers[peer_id, stored.key] += 1
+        return exposed
+
+    def _expose_once(self, transport: OneSided, stored: StoredObject, name: str) -> dict[str, Any]:
+        """Exposes an object at its first reader's request; others wait for that. May block."""
+        mine: Future[dict[str, Any]] = Future()
+        with self._lock:
+            known = self._exposed.setdefault((stored.key, name), mine)
+        if known is mine:
+            try:
+                mine.set_result(transport.expose(flat_buffers(stored)))
+            except BaseException as error:
+                with self._lock:
+                    del self._exposed[stored.key, name]
+                mine.set_exception(error)
+        return known.result()
 
     def _on_done(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         key = bytes.fromhex(body["key"])
