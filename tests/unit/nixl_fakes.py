@@ -44,6 +44,7 @@ class FakeEngine:
 
     def __init__(self, fabric: Fabric, name: str):
         self.name = name
+        self.reach = "host"
         self.registered: dict[int, tuple[str, Any]] = {}
         self.known: dict[str, list[tuple[str, Any]]] = {}
         self.log: list[tuple[str, Any]] = []

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -15,7 +16,13 @@ from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports import nixl_consumer, nixl_engine, nixl_producer
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import NixlTransport
-from ray.experimental.rdt.transports.nixl_engine import NixlError, NixlMissing, choose_backend
+from ray.experimental.rdt.transports.nixl_engine import (
+    NixlError,
+    NixlMissing,
+    choose_backend,
+    find_reach,
+    is_direct,
+)
 from ray.experimental.rdt.transports.nixl_registration import LARGE_NBYTES
 from tests.unit.nixl_fakes import Fabric
 
@@ -99,39 +106,65 @@ def test_a_consumer_registers_its_memory_while_it_lives(fabric, producer, consum
     assert not fabric.engines["engine-1"].registered
 
 
-def test_a_read_that_hangs_has_its_agent_closed(fabric, producer, consumer, monkeypatch):
+def test_a_read_that_hangs_keeps_its_memory_until_it_ends(fabric, producer, consumer, monkeypatch):
     monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.05)
     fabric.looks = None
     sent = pattern(100)
-    received = blanks(sent)
     exposed = expose(producer, sent)
+    received = blanks(sent)
+    storage = weakref.ref(received[0].untyped_storage())
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         read(consumer, exposed, received, 0.05)
     assert time.monotonic() - began < 5
-    assert fabric.engines["engine-1"].is_closed
     assert not any(received[0])
+    del received
+    gc.collect()
+    assert storage() is not None
+    assert len(fabric.engines["engine-1"].registered) == 1
     fabric.looks = 0
+    received = blanks(sent)
+    read(consumer, exposed, received)
+    gc.collect()
+    assert same(sent, received)
+    assert storage() is None
+    assert not fabric.engines["engine-1"].registered
+
+
+def test_hosts_without_rdma_take_another_lane(fabric, producer, consumer, monkeypatch):
+    sent = pattern(100)
+    received = blanks(sent)
+    exposed = {**expose(producer, sent), "reach": "other host"}
+    with pytest.raises(TransportUnavailable, match="RDMA"):
+        read(consumer, exposed, received)
+
+    class Strict:
+        strict_transport = True
+
+    monkeypatch.setattr(nixl_consumer, "settings", lambda: Strict)
     read(consumer, exposed, received)
     assert same(sent, received)
-    assert not fabric.engines["engine-2"].is_closed
 
 
-def test_other_reads_begin_anew_when_one_hangs(fabric, producer, consumer, monkeypatch):
-    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.05)
-    fabric.looks = None
-    sent = pattern(100, 200)
-    exposed = expose(producer, sent)
-    received = blanks(sent)
-    other = threading.Thread(target=read, args=(consumer, exposed, received))
-    other.start()
-    with pytest.raises(TimeoutError):
-        read(consumer, exposed, blanks(sent), 0.05)
-    assert fabric.engines["engine-1"].is_closed
-    fabric.looks = 0
-    other.join(10)
-    assert not other.is_alive()
-    assert same(sent, received)
+@pytest.mark.parametrize(
+    ("reach", "other", "expected"),
+    [
+        ("a", "a", True),
+        ("a", "b", False),
+        ("a rdma", "b rdma", True),
+        ("a rdma", "b", False),
+        ("a rdma", "a", True),
+    ],
+)
+def test_reach(reach, other, expected):
+    assert is_direct(reach, other) is expected
+
+
+def test_reach_names_the_host_and_its_rdma_devices(tmp_path):
+    own = find_reach(tmp_path)
+    assert own == find_reach(tmp_path)
+    (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)
+    assert find_reach(tmp_path) == own + " rdma"
 
 
 def test_a_read_that_ends_just_after_its_deadline_leaves_nothing(fabric, producer, consumer):
@@ -140,7 +173,6 @@ def test_a_read_that_ends_just_after_its_deadline_leaves_nothing(fabric, produce
     with pytest.raises(TimeoutError):
         read(consumer, expose(producer, sent), blanks(sent), 0.0005)
     assert not fabric.engines["engine-1"].registered
-    assert not fabric.engines["engine-1"].is_closed
 
 
 def test_a_deadline_that_has_passed_posts_nothing(fabric, producer, consumer):
@@ -258,10 +290,11 @@ def test_memory_that_nixl_refuses_is_unavailable(fabric, producer, consumer):
         read(consumer, exposed, blanks(pattern(5)))
 
 
-def test_a_closed_transport_stays_closed(producer):
+def test_a_closed_transport_stays_closed(fabric, producer):
     producer.expose(pattern(5))
     producer.close()
     producer.close()
+    assert fabric.engines["engine-0"].is_closed
     with pytest.raises(TransportUnavailable, match="closed"):
         producer.expose(pattern(5))
 

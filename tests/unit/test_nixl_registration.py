@@ -149,13 +149,11 @@ def test_the_registered_rows_of_a_lease_cover_it(engine, registrations):
     assert len(lease.registered(KINDS.index("VRAM"))) == 0
 
 
-def test_a_refused_registration_leaves_nothing_behind(engine, registrations):
+def test_a_refused_registration_leaves_no_lease_behind(engine, registrations):
     tensor = blank(LARGE_NBYTES)
-    lease = acquire(registrations, tensor)
-    registrations.release(lease)
+    registrations.pin(tensor)
     engine.refusal = NixlError("no")
     with pytest.raises(NixlError):
         acquire(registrations, tensor, blank(10))
-    del tensor
-    gc.collect()
+    registrations.unpin(tensor)
     assert not engine.registered

@@ -70,6 +70,10 @@ class Engine(Protocol):
     def name(self) -> str:
         """The agent's name, unique in the world."""
 
+    @property
+    def reach(self) -> str:
+        """Compared with a peer's by ``is_direct``."""
+
     def register(self, kind: str, rows: Rows) -> Any:
         """Registers memory; returns what ``deregister`` takes. Raises NixlError."""
 
@@ -136,6 +140,21 @@ def choose_backend(plugins: Sequence[str], sysfs: Path = Path("/sys/class")) -> 
     return "LIBFABRIC" if has_efa and "LIBFABRIC" in plugins else "UCX"
 
 
+def find_reach(sysfs: Path = Path("/sys/class"), proc: Path = Path("/proc")) -> str:
+    """The host (more exactly: where processes can read each other), and RDMA if it has a device."""
+    boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
+    processes = (proc / "self/ns/pid").stat().st_ino
+    has_rdma = any(sysfs.glob("infiniband/*"))
+    return f"{boot_id}/{processes}" + (" rdma" if has_rdma else "")
+
+
+def is_direct(reach: str, other: str) -> bool:
+    """Whether two agents can read each other's memory without help of the other process."""
+    host, _, network = reach.partition(" ")
+    other_host, _, other_network = other.partition(" ")
+    return host == other_host or network == other_network == "rdma"
+
+
 class NixlEngine:
     """The process's nixl agent. See ``Engine``.
 
@@ -147,10 +166,12 @@ class NixlEngine:
     Attributes:
         name: The same.
         backend: The nixl backend that it moves bytes with.
+        reach: See ``Engine``.
     """
 
     def __init__(self, api: Any, name: str, options: Mapping[str, str]):
         self.name = name
+        self.reach = find_reach()
         self._pid = os.getpid()
         with _quiet():
             self._agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))

@@ -117,9 +117,9 @@ class Batch:
 def plan(local: Spans, remote: Spans, batch_nbytes: int, batch_rows: int) -> Iterator[Batch]:
     """Cuts a read into requests.
 
-    Neighbours on both sides become one span, large spans are cut. A request that the backend carries
-    out at once, as UCX does within a host, thus holds nixl's lock for a moment only, and a read can
-    be given up between two requests.
+    Neighbours on both sides become one span, large spans are cut. A request that the backend
+    carries out at once, as UCX does within a host, thus holds nixl's lock for a moment only, and a
+    read can be given up between two requests.
 
     Args:
         local: Where the bytes go.

@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.transports.nixl_plan import Spans, spans_of
+
 if TYPE_CHECKING:
     import torch
 
 _ALIGNMENT = 64
+
+
+#: The offsets of an object's buffers in the pool, and what it takes up: offset and bytes.
+_Place = tuple[list[int], list[tuple[int, int]]]
 
 
 class FreeList:
@@ -60,11 +66,11 @@ class Copies:
     """Copies of buffers in the pool.
 
     Attributes:
-        offsets: Where each begins.
-        parts: What they take up: offset and bytes.
+        spans: Their memory.
+        parts: What they take up of the pool: offset and bytes.
     """
 
-    offsets: list[int]
+    spans: Spans
     parts: list[tuple[int, int]]
 
 
@@ -100,10 +106,10 @@ class MemoryPool:
         Raises:
             TimeoutError: it was full until the deadline.
         """
-        sizes = [_size(buffer) for buffer in buffers]
-        copies = self._wait_for(sizes, deadline)
+        offsets, parts = self._wait_for([_size(buffer) for buffer in buffers], deadline)
+        copies = Copies(self._spans(offsets, buffers), parts)
         try:
-            for buffer, offset in zip(buffers, copies.offsets):
+            for buffer, offset in zip(buffers, offsets, strict=True):
                 self.memory[offset : offset + buffer.numel()].copy_(buffer)
             self._settle()
         except BaseException:
@@ -124,25 +130,32 @@ class MemoryPool:
             self._is_closed = True
             self._freed.notify_all()
 
-    def _wait_for(self, sizes: Sequence[int], deadline: float) -> Copies:
+    def _spans(self, offsets: list[int], buffers: Sequence[torch.Tensor]) -> Spans:
+        whole = spans_of([self.memory])
+        rows = whole.rows.repeat(len(offsets), axis=0)
+        rows[:, 0] = [self.memory.data_ptr() + offset for offset in offsets]
+        rows[:, 1] = [buffer.numel() for buffer in buffers]
+        return Spans(whole.kinds.repeat(len(offsets)), rows)
+
+    def _wait_for(self, sizes: Sequence[int], deadline: float) -> _Place:
         with self._freed:
-            while (copies := self._place(sizes)) is None:
+            while (place := self._place(sizes)) is None:
                 left = deadline - time.monotonic()
                 if self._is_closed or not self._freed.wait(max(0.0, left)):
                     raise TimeoutError(
                         f"the nixl memory pool had no room for {sum(sizes)} bytes in time "
                         f"({self._free.nbytes} of {self.memory.numel()} are free)"
                     )
-            return copies
+            return place
 
-    def _place(self, sizes: Sequence[int]) -> Copies | None:
+    def _place(self, sizes: Sequence[int]) -> _Place | None:
         """Room for all buffers: in one part where there is one, else each in its own."""
         whole = self._free.take(sum(sizes))
         if whole is not None:
             offsets = [whole]
             for size in sizes[:-1]:
                 offsets.append(offsets[-1] + size)
-            return Copies(offsets, [(whole, sum(sizes))])
+            return offsets, [(whole, sum(sizes))]
         parts: list[tuple[int, int]] = []
         for size in sizes:
             offset = self._free.take(size)
@@ -151,7 +164,7 @@ class MemoryPool:
                     self._free.give_back(*part)
                 return None
             parts.append((offset, size))
-        return Copies([offset for offset, _ in parts], parts)
+        return [offset for offset, _ in parts], parts
 
     def _settle(self) -> None:
         """Waits until a device has carried out the copies: nixl does not see its streams."""

@@ -48,6 +48,7 @@ class Registration:
         storage: The storage, weakly.
         pins: How often a user has registered it.
         leases: How many leases use it.
+        is_kept: Whether it outlives its leases and pins, to be found again.
     """
 
     row: tuple[int, int, int]
@@ -56,6 +57,7 @@ class Registration:
     storage: weakref.ref[torch.UntypedStorage] = field(compare=False)
     pins: int = field(default=0, compare=False)
     leases: int = field(default=0, compare=False)
+    is_kept: bool = field(default=True, compare=False)
 
     @property
     def is_valid(self) -> bool:
@@ -111,7 +113,10 @@ class Registrations:
             NixlError: nixl cannot register it.
         """
         with self._lock:
-            self._find_or_register(tensor).pins += 1
+            self._sweep()
+            known = self._find(tensor) or self._register(tensor)
+            known.pins += 1
+            known.is_kept = True
 
     def unpin(self, tensor: torch.Tensor) -> None:
         """Undoes one ``pin``.
@@ -125,7 +130,8 @@ class Registrations:
             if known is None or not known.pins:
                 raise ValueError("this tensor's memory is not registered with nixl")
             known.pins -= 1
-            self._drop_unused([known])
+            known.is_kept = known.pins > 0
+            self._sweep()
 
     def has_pinned(self, spans: Spans) -> bool:
         """Whether a user has registered any of this memory."""
@@ -163,17 +169,10 @@ class Registrations:
             lease.version = self._version if spans.has_device_memory else 0
             return lease
 
-    def release(self, lease: Lease, *, keep: bool) -> None:
-        """Ends a lease.
-
-        Args:
-            lease: The lease.
-            keep: Whether its storages stay registered, to be found again.
-        """
+    def release(self, lease: Lease) -> None:
+        """Ends a lease. Its storages stay registered while they live, to be found again."""
         with self._lock:
             self._end(lease)
-            if not keep:
-                self._drop_unused(lease.registrations)
             self._sweep()
 
     def _match(self, spans: Spans) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -192,10 +191,6 @@ class Registrations:
     def _find(self, tensor: torch.Tensor) -> Registration | None:
         hit = self._match(spans_of([_whole(tensor)]))[0]
         return self._found[hit] if hit >= 0 else None
-
-    def _find_or_register(self, tensor: torch.Tensor) -> Registration:
-        self._sweep()
-        return self._find(tensor) or self._register(tensor)
 
     def _register(self, tensor: torch.Tensor) -> Registration:
         import numpy as np
@@ -236,20 +231,15 @@ class Registrations:
         for registration in lease.registrations:
             registration.leases -= 1
 
-    def _drop_unused(self, registrations: Sequence[Registration]) -> None:
-        for registration in registrations:
-            if not registration.leases and not registration.pins and registration in self._found:
-                self._found.remove(registration)
-                self._deregister(registration.kind, registration.handle)
-
     def _sweep(self) -> None:
-        """Ends registrations whose storage is gone."""
-        gone = [registration for registration in self._found if not registration.is_valid]
-        for registration in gone:
-            self._found.remove(registration)
-        ended, self._ended = [*self._ended, *gone], []
-        for registration in ended:
-            if registration.leases:
+        """Ends registrations whose storage is gone and those that nobody wants any more."""
+        found, ended = self._found, self._ended
+        self._found, self._ended = [], []
+        for registration in (*found, *ended):
+            is_used = bool(registration.leases or registration.pins)
+            if registration.is_valid and (registration.is_kept or is_used):
+                self._found.append(registration)
+            elif registration.leases:
                 self._ended.append(registration)
             else:
                 self._deregister(registration.kind, registration.handle)

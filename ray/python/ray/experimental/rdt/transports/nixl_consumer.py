@@ -1,0 +1,165 @@
+"""The consumer's side of the nixl transport: reading other processes' memory."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.transports.base import Route, TransportUnavailable
+from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
+from ray.experimental.rdt.transports.nixl_engine import Engine, NixlError, Read, is_direct
+from ray.experimental.rdt.transports.nixl_plan import Batch, Spans, plan, spans_of
+from ray.experimental.rdt.transports.nixl_registration import Lease
+from ray.experimental.rdt.transports.nixl_remotes import Exposure
+
+if TYPE_CHECKING:
+    import torch
+
+_BATCH_NBYTES = 16 << 20
+_BATCH_ROWS = 4096
+_WINDOW = 4  # requests under way at once in one read
+
+#: How long a failed read waits for its requests that are still under way.
+_GRACE_S = 1.0
+
+
+@dataclass(frozen=True)
+class _Hung:
+    """Requests that have outlived their read, and the memory that they may still write."""
+
+    under_way: deque[Read]
+    lease: Lease
+    buffers: Sequence[torch.Tensor]
+
+
+class Consumer:
+    """All that one process reads. Thread-safe.
+
+    nixl cannot end a request: bytes of one that was given up are still written when they come. (To
+    close the agent would end it, but then UCX may abort the producer's process.) So a request that
+    outlives its read keeps its memory, and is looked after by later reads.
+
+    Args:
+        endpoint: This process's agent.
+    """
+
+    def __init__(self, endpoint: LazyEndpoint):
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._hung: list[_Hung] = []
+
+    def read(self, exposed: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
+        """See ``NixlTransport``. Runs on: consumer, the fetching thread."""
+        local, remote = spans_of(buffers), Spans.decode(exposed["spans"])
+        if not local.nbytes and not remote.nbytes:
+            return
+        endpoint = self._endpoint.get()
+        _check_way(endpoint.engine, exposed["reach"])
+        self._look_after_hung(endpoint)
+        _await_owners(buffers, local)
+        try:
+            lease = endpoint.registrations.acquire(local, buffers)
+        except NixlError as error:
+            raise TransportUnavailable(f"nixl cannot fill this memory: {error}") from error
+        under_way: deque[Read] = deque()
+        try:
+            batches = plan(lease.spans, remote, _BATCH_NBYTES, _BATCH_ROWS)
+            names = ("agent", "number", "version", "metadata")
+            exposure = Exposure(*(exposed[name] for name in names))
+            with endpoint.remotes.reading(exposure, deadline):
+                _run(endpoint.engine, batches, exposure.agent, under_way, deadline)
+        finally:
+            _settle(under_way, time.monotonic() + _GRACE_S)
+            self._end(endpoint, _Hung(under_way, lease, tuple(buffers)))
+
+    def _look_after_hung(self, endpoint: Endpoint) -> None:
+        """Ends what has come to an end since."""
+        if self._hung:
+            with self._lock:
+                hung, self._hung = self._hung, []
+            for entry in hung:
+                _settle(entry.under_way, 0)
+                self._end(endpoint, entry)
+
+    def _end(self, endpoint: Endpoint, entry: _Hung) -> None:
+        if entry.under_way:
+            with self._lock:
+                self._hung.append(entry)
+        else:
+            endpoint.registrations.release(entry.lease)
+
+
+def _check_way(engine: Engine, reach: str) -> None:
+    if not is_direct(engine.reach, reach) and not settings().strict_transport:
+        raise TransportUnavailable(
+            "this host and the producer's do not both have RDMA devices, and over TCP nixl is "
+            "slower than other lanes and not safe"
+        )
+
+
+def _await_owners(buffers: Sequence[torch.Tensor], spans: Spans) -> None:
+    """Waits until what a GPU still does with memory that torch has handed out again is done."""
+    if not spans.has_device_memory:
+        return
+    import torch
+
+    for device in {buffer.device for buffer in buffers if buffer.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _run(
+    engine: Engine, batches: Iterable[Batch], name: str, under_way: deque[Read], deadline: float
+) -> None:
+    """Reads all batches, a few at once; after an error some may be left in ``under_way``."""
+    for batch in batches:
+        if time.monotonic() >= deadline:
+            raise TimeoutError("the deadline passed while nixl was reading")
+        under_way.append(engine.post(batch, name))
+        while len(under_way) >= _WINDOW or (under_way and under_way[0].is_done()):
+            _finish_first(under_way, deadline)
+    while under_way:
+        _finish_first(under_way, deadline)
+
+
+def _finish_first(under_way: deque[Read], deadline: float) -> None:
+    for pause in _pauses():
+        if under_way[0].is_done():
+            break
+        if time.monotonic() >= deadline:
+            raise TimeoutError("the deadline passed while nixl was reading")
+        time.sleep(pause)
+    under_way.popleft().release()
+
+
+def _settle(under_way: deque[Read], deadline: float) -> None:
+    """Ends what failed or comes to its end by the deadline; leaves the rest."""
+    still: list[Read] = []
+    while under_way:
+        try:
+            _finish_first(under_way, deadline)
+        except NixlError:
+            under_way.popleft().release()
+        except TimeoutError:
+            still.append(under_way.popleft())
+    under_way.extend(still)
+
+
+def _pauses() -> Iterator[float]:
+    """How long to sleep between looks at a request.
+
+    nixl has no call that waits (its notifications go to the other side), and a look also makes UCX
+    advance. Most requests end at once or within some tens of microseconds, so the first looks
+    follow each other and only let other threads have the GIL; then the pauses grow, up to half a
+    millisecond, which is little beside what takes that long.
+    """
+    yield from itertools.repeat(0.0, 40)
+    pause = 20e-6
+    while True:
+        yield pause
+        pause = min(2 * pause, 500e-6)

@@ -1,0 +1,152 @@
+"""The producer's side of the nixl transport: memory that other processes may read."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.transports.base import Route, TransportUnavailable
+from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
+from ray.experimental.rdt.transports.nixl_engine import Engine, NixlError
+from ray.experimental.rdt.transports.nixl_plan import KINDS, Spans, spans_of
+from ray.experimental.rdt.transports.nixl_pool import Copies, MemoryPool
+from ray.experimental.rdt.transports.nixl_registration import Lease
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class _Exposed:
+    """What is kept of one exposure: its memory, and its copies if it is in the pool."""
+
+    lease: Lease
+    copies: Copies | None
+
+
+class Producer:
+    """All that one process exposes. Thread-safe.
+
+    Args:
+        endpoint: This process's agent.
+
+    Attributes:
+        stream: The CUDA stream that writes what is exposed; None for all of the devices'.
+    """
+
+    def __init__(self, endpoint: LazyEndpoint):
+        self.stream: torch.cuda.Stream | None = None
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._exposed: dict[int, _Exposed] = {}
+        self._numbers = itertools.count(1)
+        self._pool: MemoryPool | None = None
+
+    def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
+        """See ``NixlTransport``. Runs on: producer, an rdt-call thread."""
+        spans = spans_of(buffers)
+        if not spans.nbytes:
+            return {"spans": spans.encode()}
+        endpoint = self._endpoint.get()
+        self._await_writers(buffers, spans)
+        copies = self._copy_into_pool(endpoint, buffers, spans)
+        if copies is not None:
+            spans = copies.spans
+        try:
+            lease = endpoint.registrations.acquire(spans, buffers)
+            number = next(self._numbers)
+            self._exposed[number] = _Exposed(lease, copies)
+            return _describe(endpoint.engine, number, lease)
+        except NixlError as error:
+            raise TransportUnavailable(f"nixl cannot expose this memory: {error}") from error
+
+    def withdraw(self, exposed: Route) -> None:
+        """See ``NixlTransport``. Runs on: producer, the reaper thread."""
+        ended = self._exposed.pop(exposed.get("number", 0), None)
+        endpoint = self._endpoint.peek()
+        if ended is None or endpoint is None:
+            return
+        endpoint.registrations.release(ended.lease)
+        if ended.copies is not None and self._pool is not None:
+            self._pool.free(ended.copies)
+
+    def register_memory(self, tensor: torch.Tensor) -> None:
+        """See ``NixlTransport``. Runs on: any thread of the user's."""
+        self._endpoint.get().registrations.pin(tensor)
+
+    def deregister_memory(self, tensor: torch.Tensor) -> None:
+        """See ``NixlTransport``. Runs on: any thread of the user's."""
+        self._endpoint.get().registrations.unpin(tensor)
+
+    def register_pool(self, nbytes: int, device: torch.device | str) -> None:
+        """See ``NixlTransport``. Runs on: any thread of the user's."""
+        if nbytes <= 0:
+            raise ValueError(f"a nixl memory pool needs a size above 0, not {nbytes}")
+        registrations = self._endpoint.get().registrations
+        with self._lock:
+            if self._pool is not None:
+                raise ValueError("this process has a nixl memory pool already; it can have one")
+            pool = MemoryPool(nbytes, device)
+            registrations.pin(pool.memory)
+            self._pool = pool
+
+    def close(self) -> None:
+        """See ``NixlTransport``. The endpoint is closed apart."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        self._exposed.clear()
+        if pool is not None:
+            pool.close()
+
+    def _copy_into_pool(
+        self, endpoint: Endpoint, buffers: Sequence[torch.Tensor], spans: Spans
+    ) -> Copies | None:
+        """Copies an object into the memory pool, if there is one and it is meant for the object."""
+        pool = self._pool
+        if pool is None or not pool.can_hold(buffers) or endpoint.registrations.has_pinned(spans):
+            return None
+        try:
+            return pool.copy(buffers, time.monotonic() + settings().fetch_timeout_s / 2)
+        except TimeoutError as error:
+            raise TransportUnavailable(
+                f"{error}; drop ObjectRefs earlier or register a larger pool"
+            ) from error
+
+    def _await_writers(self, buffers: Sequence[torch.Tensor], spans: Spans) -> None:
+        """Waits until GPUs have written what is to be read: nixl does not see their streams."""
+        if not spans.has_device_memory:
+            return
+        import torch
+
+        devices = {buffer.device for buffer in buffers if buffer.is_cuda}
+        if self.stream is None:
+            for device in devices:
+                torch.cuda.synchronize(device)
+            return
+        others = sorted(str(device) for device in devices - {self.stream.device})
+        if others:
+            raise ValueError(
+                f"set_nixl_cuda_stream was given a stream on {self.stream.device}, but the object "
+                f"has tensors on {others}"
+            )
+        self.stream.synchronize()
+
+
+def _describe(engine: Engine, number: int, lease: Lease) -> Route:
+    """What a consumer needs to read a lease's memory."""
+    registered = ((name, lease.registered(kind)) for kind, name in enumerate(KINDS))
+    blobs = [engine.describe(name, rows) for name, rows in registered if len(rows)]
+    return {
+        "agent": engine.name,
+        "number": number,
+        "version": lease.version,
+        "reach": engine.reach,
+        "metadata": [base64.b64encode(blob).decode() for blob in blobs],
+        "spans": lease.spans.encode(),
+    }
