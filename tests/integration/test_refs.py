@@ -131,6 +131,22 @@ def test_get_of_a_mixed_list_keeps_its_order(producer: Any, consumer: Any, trans
     assert torch.equal(got[5], torch.ones(LARGE + 1))
 
 
+def test_large_batches_of_two_producers_in_opposite_orders(
+    producer: Any, consumer: Any, spawn: Any, transport: str
+) -> None:
+    """Each consumer waits first for the producer that serves the other one first."""
+    mine, others = (
+        [peer.make.options(tensor_transport=transport).remote(ones) for _ in range(20)]
+        for peer in (producer, consumer)
+    )
+    takers = [spawn(), spawn()]
+    results = [
+        takers[0].run.remote(total_of_refs, mine + others),
+        takers[1].run.remote(total_of_refs, others + mine),
+    ]
+    assert ray.get(results, timeout=50) == [40 * LARGE] * 2
+
+
 def test_wait_tells_when_the_object_exists(spawn: Any) -> None:
     maker = spawn(max_concurrency=2)
     ref = maker.make.remote(when_open)

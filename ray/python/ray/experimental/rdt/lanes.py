@@ -124,10 +124,11 @@ class FromAgent:
 
 
 class TransportPull:
-    """A named transport moves the bytes. Its link to the peer is settled when this is made.
+    """A named transport moves the bytes; if it cannot, the agent does.
 
-    Raises:
-        TransportUnavailable: by the constructor; nothing has been asked of the producer.
+    One-sided: the producer is asked at once to expose them. Two-sided: nothing is asked before
+    ``finish``. A sender and a link are busy until their consumer receives, and a process has few of
+    both: consumers of large batches that wait for each other's producers would stop for good.
     """
 
     def __init__(
@@ -146,19 +147,14 @@ class TransportPull:
         self._targets = targets
         address = envelope.head.address
         self._peer = Peer(address, agent_id_of(address))
-        self._route: Route = {}
-        if transport.capabilities.two_sided:
-            two_sided = cast(TwoSided, transport)
-            self._route = two_sided.route(self._peer, deadline)
-        self._asked = self._ask(deadline)
         self._is_reading = not transport.capabilities.two_sided
+        self._exposed = self._ask("rdt.expose", {}, deadline) if self._is_reading else None
 
-    def _ask(self, deadline: float) -> Callable[[float], dict[str, Any]]:
-        op = "rdt.send" if self._transport.capabilities.two_sided else "rdt.expose"
+    def _ask(self, op: str, route: Route, deadline: float) -> Callable[[float], dict[str, Any]]:
         body = {
             "key": self._envelope.head.key.hex(),
             "transport": self.lane,
-            "route": self._route,
+            "route": route,
             "timeout_s": max(0.0, deadline - time.monotonic()),
         }
         return self._session.start_call(self._peer.address, op, body)
@@ -178,21 +174,19 @@ class TransportPull:
     def _move(self, deadline: float) -> Targets:
         table = self._envelope.table
         landing = allocate(self._session, table.regions, direct_targets(table, self._targets))
-        answer = self._wait_for_answer(deadline)
-        if self._transport.capabilities.two_sided:
-            cast(TwoSided, self._transport).receive(self._route, landing.flat(), deadline)
+        if self._exposed is None:
+            self._receive(landing, deadline)
         else:
-            cast(OneSided, self._transport).read(self._peer, answer, landing.flat(), deadline)
+            exposed = _answer_of(self._exposed, deadline)
+            cast(OneSided, self._transport).read(self._peer, exposed, landing.flat(), deadline)
             self.abandon()
         return landing.deliver(table, self._targets)
 
-    def _wait_for_answer(self, deadline: float) -> Route:
-        try:
-            return self._asked(max(0.0, deadline - time.monotonic()))
-        except CallError as error:
-            if error.code == TransportUnavailable.code:
-                raise TransportUnavailable(str(error)) from error
-            raise
+    def _receive(self, landing: Landing, deadline: float) -> None:
+        transport = cast(TwoSided, self._transport)
+        route = transport.route(self._peer, deadline)
+        _answer_of(self._ask("rdt.send", route, deadline), deadline)
+        transport.receive(route, landing.flat(), deadline)
 
     def abandon(self) -> None:
         """Tells the producer that nobody reads any more. ``receive`` and ``read`` end by themselves."""
@@ -200,6 +194,15 @@ class TransportPull:
             self._is_reading = False
             body = {"key": self._envelope.head.key.hex()}
             self._session.tell(self._peer.address, "rdt.done", body)
+
+
+def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
+    try:
+        return asked(max(0.0, deadline - time.monotonic()))
+    except CallError as error:
+        if error.code == TransportUnavailable.code:
+            raise TransportUnavailable(str(error)) from error
+        raise
 
 
 def choose(
