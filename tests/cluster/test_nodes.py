@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,7 +126,9 @@ def test_removed_node_loses_its_objects_and_no_others(cluster: Cluster, spawn_on
     stays, taker = spawn_on("one"), spawn_on("two")
     lost, kept = doomed.make.remote(ones), stays.make.remote(ones)
     assert ray.get(taker.run.remote(total_of_refs, [lost, kept])) == 2 * LARGE
+    pid = ray.get(doomed.pid.remote())
     cluster.remove_node(node, allow_graceful=False)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the node's worker has ended")
     began = time.monotonic()
     with pytest.raises(ObjectLostError):
         ray.get(lost, timeout=60)
