@@ -1,0 +1,134 @@
+"""The nixl transport between real actors and the driver."""
+
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+import ray
+from ray.experimental import register_nixl_memory, register_nixl_memory_pool
+from ray.experimental.rdt.nixl_api import deregister_nixl_memory
+from tests.integration.peers import LARGE, count_up, ones, total
+
+pytest.importorskip("nixl", reason="the package nixl is not installed")
+
+
+def make(actor, action, *args):
+    """An RDT object over nixl, made by an actor."""
+    return actor.make.options(tensor_transport="nixl").remote(action, *args)
+
+
+def odd_tensors(peer):
+    grid = torch.arange(LARGE, dtype=torch.float32).view(512, -1)
+    return [grid.t(), grid[::2, ::3], torch.empty(0, 3), grid[3:4, 5:6].expand(4, 4)]
+
+
+def many(peer, count, value):
+    return [torch.full((64,), value + i, dtype=torch.int64) for i in range(count)]
+
+
+def filled(peer, value):
+    return torch.full((LARGE,), float(value))
+
+
+def reads(peer):
+    """How many exposures of other processes this one has read over nixl."""
+    transport = ray._private.worker.global_worker.rdt_manager._links().transports.get("nixl")
+    endpoint = transport._endpoint.peek()
+    return sum(len(remote.exposures) for remote in endpoint.remotes._known.values())
+
+
+def test_an_object_goes_from_actor_to_actor_over_nixl(producer, consumer):
+    ref = make(producer, count_up)
+    assert ray.get(consumer.run.remote(total, ref)) == LARGE * (LARGE - 1) / 2
+    assert ray.get(consumer.run.remote(reads)) >= 1
+
+
+def test_the_driver_gets_and_puts(producer):
+    assert torch.equal(ray.get(make(producer, count_up)), count_up(None))
+    mine = count_up(None)
+    ref = ray.put(mine, _tensor_transport="nixl")
+    assert ray.get(producer.run.remote(total, ref)) == total(None, mine)
+
+
+def test_tensors_of_all_layouts(producer):
+    for got, expected in zip(ray.get(make(producer, odd_tensors)), odd_tensors(None), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_ten_thousand_tensors(producer):
+    got = ray.get(make(producer, many, 10_000, 7))
+    assert torch.equal(torch.stack(got), torch.stack(many(None, 10_000, 7)))
+
+
+def test_many_pulls_at_once(producer, consumer):
+    refs = [make(producer, filled, value) for value in range(12)]
+    sums = [consumer.run.remote(total, ref) for ref in refs]
+    assert [tensor[0].item() for tensor in ray.get(refs)] == list(range(12))
+    assert ray.get(sums) == [float(value * LARGE) for value in range(12)]
+
+
+def test_memory_that_is_freed_and_taken_again_is_never_stale(producer, consumer):
+    for value in range(10):
+        ref = make(producer, filled, value)
+        assert ray.get(consumer.run.remote(total, ref)) == value * LARGE
+        del ref
+
+
+def register_and_forget(peer):
+    tensor = torch.ones(LARGE)
+    register_nixl_memory(tensor)
+    register_nixl_memory(tensor[5:])
+    deregister_nixl_memory(tensor)
+    peer.kept["weights"] = tensor
+
+
+def kept(peer):
+    return peer.kept["weights"]
+
+
+def deregister(peer):
+    deregister_nixl_memory(peer.kept["weights"])
+    with pytest.raises(ValueError, match="not registered"):
+        deregister_nixl_memory(torch.ones(3))
+
+
+def test_memory_that_a_user_registers_is_sent(producer):
+    ray.get(producer.run.remote(register_and_forget))
+    assert torch.equal(ray.get(make(producer, kept)), torch.ones(LARGE))
+    ray.get(producer.run.remote(deregister))
+
+
+def make_pool(peer):
+    register_nixl_memory_pool(5 * LARGE, torch.device("cpu"))
+    with pytest.raises(ValueError, match="already"):
+        register_nixl_memory_pool(1, torch.device("cpu"))
+
+
+def test_a_full_pool_makes_the_next_pull_wait(spawn):
+    owner = spawn()
+    ray.get(owner.run.remote(make_pool))
+    first, second = make(owner, filled, 1), make(owner, filled, 2)
+    assert ray.get(first)[0] == 1
+    held = [first]
+    del first
+    threading.Timer(1.0, held.clear).start()
+    began = time.monotonic()
+    assert ray.get(second)[0] == 2
+    assert time.monotonic() - began > 0.5
+
+
+def block_library(peer):
+    sys.modules["nixl"] = None
+    with pytest.raises(ImportError, match="pip install nixl"):
+        register_nixl_memory(torch.ones(3))
+
+
+def test_a_missing_library_is_named(producer, spawn):
+    ref, without = make(producer, ones), spawn()
+    ray.get(without.run.remote(block_library))
+    with pytest.raises(Exception, match="pip install nixl"):
+        ray.get(without.run.remote(total, ref))
+    assert torch.equal(ray.get(ref), torch.ones(LARGE))
