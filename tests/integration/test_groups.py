@@ -39,7 +39,7 @@ def send(producer: Any, consumer: Any) -> None:
 
 def link_scopes(peer: Any) -> list[str]:
     """Runs on: an actor. The names of the groups that its gloo links belong to."""
-    transport = ray._private.worker.global_worker.rdt_manager._links().transports.get("gloo")
+    transport = ray._private.worker.global_worker.rdt_manager.transport("gloo")
     names = {group.id: group.name for group in membership().all()}
     return sorted(names[link.scope] for link in transport._links.values() if link.scope)
 

@@ -35,7 +35,7 @@ def filled(peer, value):
 
 def reads(peer):
     """How many exposures of other processes this one has read over nixl."""
-    transport = ray._private.worker.global_worker.rdt_manager._links().transports.get("nixl")
+    transport = ray._private.worker.global_worker.rdt_manager.transport("nixl")
     endpoint = transport._endpoint.peek()
     return sum(len(remote.exposures) for remote in endpoint.remotes._known.values())
 

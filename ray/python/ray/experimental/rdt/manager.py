@@ -30,6 +30,7 @@ from ray.experimental.rdt.owners import OwnerWatch, publish_worker
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.targets import Targets
+from ray.experimental.rdt.transports.base import Transport
 from ray.experimental.rdt.transports.registry import Transports
 
 if TYPE_CHECKING:
@@ -295,7 +296,7 @@ class RDTManager:
         results: dict[int, Arrival | RayError] = {}
         for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
             if descriptor.is_rdt(metadata):
-                object_id = ref.hex() if ref is not None else ""
+                object_id = "" if ref is None or ref.is_nil() else ref.hex()
                 try:
                     request = self._request(object_id, metadata, data)
                 except ImportError as error:  # torch is not here
@@ -334,6 +335,10 @@ class RDTManager:
     def begin(self) -> None:
         """Begins this process's session if it has none. Runs on: any thread but the core's io thread."""
         self._links()
+
+    def transport(self, name: str) -> Transport:
+        """A transport of this process by its lower-case name. Raises TransportUnavailable."""
+        return self._links().transports.get(name)
 
     def _session(self) -> session.Session:
         return self._links().session

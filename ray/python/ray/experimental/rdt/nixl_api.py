@@ -17,7 +17,7 @@ def _transport() -> NixlTransport:
     import ray
 
     manager = ray._private.worker.global_worker.rdt_manager
-    return cast("NixlTransport", manager._links().transports.get("nixl"))
+    return cast("NixlTransport", manager.transport("nixl"))
 
 
 @PublicAPI(stability="alpha")

@@ -13,7 +13,6 @@ Requests (JSON, through the session):
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
@@ -155,15 +154,22 @@ class Server:
 
 
 def flat_buffers(stored: StoredObject) -> list["torch.Tensor"]:
-    """An object's regions as flat uint8 tensors over the same memory, valid while it is stored."""
-    return [_flat(address, nbytes) for address, nbytes in stored.captured.regions]
+    """An object's regions as flat uint8 tensors that share the storages of the user's tensors."""
+    captured = stored.captured
+    holders: dict[int, torch.Tensor] = {}
+    for tensor, row in zip(captured.tensors, captured.table.rows):
+        holders.setdefault(row[0], tensor)
+    return [
+        _flat(holders[region], address, nbytes)
+        for region, (address, nbytes) in enumerate(captured.regions)
+    ]
 
 
-def _flat(address: int, nbytes: int) -> "torch.Tensor":
+def _flat(tensor: "torch.Tensor", address: int, nbytes: int) -> "torch.Tensor":
     import torch
 
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = (ctypes.c_uint8 * nbytes).from_address(address)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
+        return empty
+    storage = tensor.untyped_storage()
+    return empty.set_(storage, address - storage.data_ptr(), (nbytes,))
