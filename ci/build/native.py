@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,7 +107,7 @@ def compile_agent(out_dir: Path, sanitize: str | None = None) -> Path:
     extension = _Unit(generated, f"-I{include}", warnings=())
     objects = _compile(style, [*_core_units(), extension])
     out_dir.mkdir(parents=True, exist_ok=True)
-    target = out_dir / ("_agent" + sysconfig.get_config_var("EXT_SUFFIX"))
+    target = out_dir / f"_agent{sysconfig.get_config_var('EXT_SUFFIX')}"
     _link(style, objects, target, "-shared")
     _check_no_undefined_sodium(target)
     return target
@@ -170,12 +171,10 @@ def _compile_one(style: Flavour, unit: _Unit) -> Path:
         "-MMD",
         "-MF",
         f"{target}.d",
-        "-o",
-        str(target),
     ]
     if not _is_fresh(target, command):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run(command)
+        _run_for(target, command)
         _remember_inputs(target, command)
     return target
 
@@ -185,7 +184,7 @@ def _is_fresh(target: Path, command: list[str]) -> bool:
     if not target.exists() or not record.exists():
         return False
     known = json.loads(record.read_text())
-    return known["command"] == command and known["inputs"] == _hashes(known["inputs"])
+    return bool(known == {"command": command, "inputs": _hashes(known["inputs"])})
 
 
 def _remember_inputs(target: Path, command: list[str]) -> None:
@@ -195,7 +194,7 @@ def _remember_inputs(target: Path, command: list[str]) -> None:
     Path(f"{target}.json").write_text(json.dumps(record))
 
 
-def _hashes(paths) -> dict[str, str]:
+def _hashes(paths: Iterable[str]) -> dict[str, str]:
     return {
         path: hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else ""
         for path in paths
@@ -203,8 +202,7 @@ def _hashes(paths) -> dict[str, str]:
 
 
 def _cythonize(style: Flavour) -> Path:
-    """Translates _agent.pyx. Run from the package root, so that the C++ names
-    its source by a relative path."""
+    """Translates _agent.pyx, from the package root: the C++ names its source by a relative path."""
     package = ROOT / "ray" / "python"
     target = style.folder / f"_agent-{sysconfig.get_config_var('SOABI')}.cpp"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +225,7 @@ def _link(style: Flavour, objects: list[Path], target: Path, *options: str) -> N
     # theirs reaches the output.
     names = sorted(os.path.relpath(path, style.folder) for path in objects)
     command = ["g++", *options, *style.link, "-pthread", "-Wl,--gc-sections", "-Wl,--build-id=none"]
-    _run([*command, "-o", str(target), *names], cwd=style.folder)
+    _run_for(target, [*command, *names], cwd=style.folder)
 
 
 def _check_no_undefined_sodium(target: Path) -> None:
@@ -241,8 +239,15 @@ def _check_no_undefined_sodium(target: Path) -> None:
         raise SystemExit(f"{target.name} needs symbols that nobody has: {', '.join(missing)}")
 
 
+def _run_for(target: Path, command: list[str], cwd: Path | None = None) -> None:
+    """Runs what writes `target`, which appears whole or not at all: two builds may run at once."""
+    written = target.with_name(f"{target.name}.{os.getpid()}")
+    _run([*command, "-o", str(written)], cwd=cwd)
+    written.replace(target)
+
+
 def _run(command: list[str], cwd: Path | None = None) -> None:
-    result = subprocess.run(command, cwd=cwd)
+    result = subprocess.run(command, cwd=cwd, check=False)
     if result.returncode != 0:
         raise SystemExit(f"failed: {shlex.join(command)}")
 

@@ -80,7 +80,8 @@ TEST("agent: a free releases the region there, after the pulls under way") {
   auto consumer = MakeAgent();
   Memory memory(1000);
   for (uint8_t i = 0; i < 100; ++i) producer->Register(KeyOf(i), memory.Whole(), i);
-  for (uint8_t i = 0; i < 100; ++i) consumer->Notify(producer->address(), Notice::kFree, KeyOf(i));
+  for (uint8_t i = 0; i < 100; ++i)
+    consumer->Notify(producer->address(), Notice::kFree, KeyOf(i));
   size_t released = 0;
   CHECK(Await([&] {
     for (Event &event : producer->NextEvents(0.1)) released += event.tokens.size();

@@ -157,9 +157,20 @@ TEST("lanes: a producer killed in a pull fails it at once") {
       bool is_expected = status.ok() || status.code == Code::kPeerLost;
       CHECK_EQ(is_expected ? "" : status.text, "");
     }
-    CHECK(Outcome(tickets.back().pull.get()).code == Code::kPeerLost);
     CHECK(AwaitEvent(consumer.get(), Event::Kind::kLost));
   }
+}
+
+TEST("lanes: a producer killed before it answers fails the pull at once") {
+  Producer producer(1000, kAllLanes);
+  auto consumer = MakeAgent();
+  Memory memory(1000);
+  Outcome(consumer->StartPull(producer.address(), KeyOf(1), memory.Whole()).pull.get());
+  producer.Stop();
+  PullTicket ticket = consumer->StartPull(producer.address(), KeyOf(1), memory.Whole());
+  CHECK(!ticket.pull->Wait(0.05));
+  producer.Kill();
+  CHECK(Outcome(ticket.pull.get(), 5).code == Code::kPeerLost);
 }
 
 TEST("lanes: a stopped producer delays nobody else") {

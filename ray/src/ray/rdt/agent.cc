@@ -109,11 +109,13 @@ PullTicket Agent::StartPull(ByteView address,
   PullTicket ticket;
   SpanList spans = CheckedSpans(destination);
   Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-    ticket = {std::make_shared<Pull>(next_id_++, key, std::move(spans)), peer};
+    ticket = {
+        std::make_shared<Pull>(next_id_++, key, std::move(spans), &counters_.pulls_live),
+        peer};
     loop_.Post([peer, pull = ticket.pull] { peer->Submit(pull); });
   });
   if (status.ok()) return ticket;
-  ticket.pull = std::make_shared<Pull>(0, key, SpanList());
+  ticket.pull = std::make_shared<Pull>(0, key, SpanList(), &counters_.pulls_live);
   ticket.pull->Fail(status);
   return ticket;
 }
@@ -131,14 +133,14 @@ CallTicket Agent::StartCall(ByteView address, Bytes payload) {
       is_too_long
           ? Status{Code::kRefused, kTooLong}
           : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-              ticket = {std::make_shared<Call>(next_id_++), peer};
+              ticket = {std::make_shared<Call>(next_id_++, &counters_.calls_live), peer};
               loop_.Post(
                   [peer, call = ticket.call, payload = std::move(payload)]() mutable {
                     peer->Submit(call, std::move(payload));
                   });
             });
   if (status.ok()) return ticket;
-  ticket.call = std::make_shared<Call>(0);
+  ticket.call = std::make_shared<Call>(0, &counters_.calls_live);
   ticket.call->Fail(status);
   return ticket;
 }
@@ -171,6 +173,8 @@ std::map<std::string, int64_t> Agent::Stats() const {
   std::map<std::string, int64_t> stats = {
       {"regions", regions_.size()},
       {"pinned", service_.pinned()},
+      {"pulls_live", counters_.pulls_live},
+      {"calls_live", counters_.calls_live},
       {"connections", counters_.connections},
       {"bytes_granted", counters_.bytes_granted},
       {"pool_used", pool_->used_bytes()},

@@ -41,6 +41,7 @@ bool Completion::Wait(double timeout_s) {
 void Completion::SettleLocked(const Status &status) {
   if (settled_) return;
   settled_ = status;
+  --*live_;
   changed_.notify_all();
   if (event_) eventfd_write(event_.get(), 1);
 }

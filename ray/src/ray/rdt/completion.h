@@ -1,7 +1,9 @@
 // Something that a caller waits for.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <optional>
 
@@ -10,9 +12,10 @@
 
 namespace ray::rdt {
 
-// Runs on: any thread. Settles exactly once.
+// Runs on: any thread. Settles exactly once; `live` counts those that have not.
 class Completion {
  public:
+  explicit Completion(std::atomic<int64_t> *live) : live_(live) { ++*live_; }
   virtual ~Completion() = default;
 
   bool is_settled() const;
@@ -33,6 +36,7 @@ class Completion {
   std::optional<Status> settled_;    // guarded by mutex_
 
  private:
+  std::atomic<int64_t> *const live_;
   Fd event_;  // guarded by mutex_
 };
 

@@ -17,6 +17,8 @@ struct LaneCounters {
 struct Counters {
   std::atomic<uint64_t> bytes_granted{0};  // as producer, on whatever lane
   std::array<LaneCounters, kLaneCount> lanes;
+  std::atomic<int64_t> pulls_live{0};  // started here and not ended
+  std::atomic<int64_t> calls_live{0};
   std::atomic<int64_t> connections{0};  // proved control connections, both ways
 
   void CountPull(LaneKind lane, uint64_t nbytes) {

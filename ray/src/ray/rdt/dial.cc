@@ -73,8 +73,8 @@ void Dial::OnClosed(const Status &why) {
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});
 }
 
-// The callback may drop this object, so nothing of it is used after the call.
-void Dial::Finish(const Status &status) {
+// The callback may drop this object, so nothing of it is used from the call on.
+void Dial::Finish(Status status) {
   std::shared_ptr<Channel> channel = std::move(channel_);
   OnResult on_result = std::move(on_result_);
   loop_->CancelTimer(deadline_);

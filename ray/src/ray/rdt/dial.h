@@ -40,7 +40,7 @@ class Dial : private Channel::Handler {
   void Greet();
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   void OnClosed(const Status &why) override;
-  void Finish(const Status &status);
+  void Finish(Status status);
 
   Loop *const loop_;
   const Address address_;

@@ -3,6 +3,8 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include <cerrno>
+
 #include "ray/rdt/net.h"
 
 namespace ray::rdt {
@@ -47,30 +49,44 @@ Door::Door(Loop *loop, const Identity &self, Log *log, OnEntered on_entered)
     : loop_(loop), self_(self), log_(log), on_entered_(std::move(on_entered)) {}
 
 Door::~Door() {
-  for (Loop::Id watch : watches_) loop_->Unwatch(watch);
+  for (Listener &listener : listeners_) loop_->Unwatch(listener.watch);
+  for (Loop::Id pause : pauses_) loop_->CancelTimer(pause);
 }
 
 void Door::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
-  int fd = listener.get();
-  listeners_.push_back(std::move(listener));
-  watches_.push_back(
-      loop_->Watch(fd, EPOLLIN, [this, fd, is_unix, peer_timeout_s](uint32_t) {
-        Accept(fd, is_unix, peer_timeout_s);
-      }));
+  listeners_.push_back({std::move(listener), is_unix, peer_timeout_s, 0});
+  Open(&listeners_.back());
 }
 
-void Door::Accept(int listener, bool is_unix, double peer_timeout_s) {
-  Fd fd = AcceptOne(listener);
-  if (!fd) return;
-  if (is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
+void Door::Open(Listener *listener) {
+  listener->watch = loop_->Watch(
+      listener->fd.get(), EPOLLIN, [this, listener](uint32_t) { Accept(listener); });
+}
+
+void Door::Accept(Listener *listener) {
+  Fd fd = AcceptOne(listener->fd.get());
+  if (!fd) return Pause(listener);
+  if (listener->is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
     return log_->Warning("door", "RDT refused a connection from another user");
   }
-  if (!is_unix) TuneTcp(fd.get(), peer_timeout_s);
+  if (!listener->is_unix) TuneTcp(fd.get(), listener->peer_timeout_s);
   if (knocks_.size() == kMaxUnproved) {
     Drop(knocks_.front().get(), {Code::kRefused, "too many connections without proof"});
   }
   auto channel = std::make_shared<Channel>(loop_, std::move(fd));
   knocks_.push_back(std::make_unique<Knock>(this, std::move(channel)));
+}
+
+void Door::Pause(Listener *listener) {
+  bool is_out_of =
+      errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
+  if (!is_out_of) return;  // the other side went away again
+  log_->Warning("door", WithErrno("RDT cannot take connections for now", errno));
+  loop_->Unwatch(listener->watch);
+  pauses_.push_back(loop_->After(kPauseS, [this, listener] {
+    pauses_.pop_front();
+    Open(listener);
+  }));
 }
 
 void Door::Enter(Knock *knock) {

@@ -31,7 +31,20 @@ class Door {
  private:
   class Knock;
 
-  void Accept(int listener, bool is_unix, double peer_timeout_s);
+  struct Listener {
+    Fd fd;
+    bool is_unix;
+    double peer_timeout_s;
+    Loop::Id watch;
+  };
+
+  // After a failure for want of descriptors or memory: the waiting connection
+  // keeps the listener ready, so trying again at once would take all the CPU.
+  static constexpr double kPauseS = 0.1;
+
+  void Open(Listener *listener);
+  void Accept(Listener *listener);
+  void Pause(Listener *listener);
   void Enter(Knock *knock);
   void Drop(Knock *knock, const Status &why);
   void Remove(Knock *knock);
@@ -40,8 +53,8 @@ class Door {
   const Identity self_;
   Log *const log_;
   const OnEntered on_entered_;
-  std::list<Fd> listeners_;
-  std::list<Loop::Id> watches_;
+  std::list<Listener> listeners_;
+  std::list<Loop::Id> pauses_;
   std::list<std::unique_ptr<Knock>> knocks_;  // oldest first
 };
 

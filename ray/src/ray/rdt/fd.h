@@ -1,8 +1,6 @@
 // A file descriptor with one owner.
 #pragma once
 
-#include <unistd.h>
-
 #include <utility>
 
 namespace ray::rdt {
@@ -20,11 +18,13 @@ class Fd {
   Fd &operator=(const Fd &) = delete;
   ~Fd() { Reset(); }
 
+  // A forked child closes it. Without that, a connection would stay up as long
+  // as any child of a process that is gone.
+  void CloseInChildren();
+
   int get() const { return fd_; }
   explicit operator bool() const { return fd_ >= 0; }
-  void Reset() {
-    if (fd_ >= 0) close(std::exchange(fd_, -1));
-  }
+  void Reset();
 
  private:
   int fd_ = -1;

@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -54,6 +55,7 @@ bool TcpName(const std::string &ip, uint16_t port, SocketAddress *name) {
 
 Fd Listen(SocketAddress name, const std::string &what) {
   Fd fd(socket(name.storage.ss_family, kStreamFlags, 0));
+  fd.CloseInChildren();
   bool is_up = fd && bind(fd.get(), name.get(), name.length) == 0 &&
                listen(fd.get(), kBacklog) == 0;
   if (!is_up) throw std::system_error(errno, std::generic_category(), what);
@@ -63,6 +65,7 @@ Fd Listen(SocketAddress name, const std::string &what) {
 Fd DialName(SocketAddress name) {
   Fd fd(socket(name.storage.ss_family, kStreamFlags, 0));
   if (!fd) return fd;
+  fd.CloseInChildren();
   int result = connect(fd.get(), name.get(), name.length);
   return result == 0 || errno == EINPROGRESS ? std::move(fd) : Fd();
 }
@@ -102,7 +105,9 @@ Fd ListenTcp(const std::string &ip, uint16_t *port) {
 }
 
 Fd AcceptOne(int listener) {
-  return Fd(accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  Fd fd(accept4(listener, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+  fd.CloseInChildren();
+  return fd;
 }
 
 Fd DialUnix(const AgentId &agent) { return DialName(UnixName(agent)); }

@@ -25,8 +25,8 @@ class Pull : public Completion {
   static constexpr uint64_t kMaxChunk = 4 << 20;
   static constexpr uint64_t kMinChunk = 256 << 10;
 
-  Pull(uint64_t id, const Key &key, SpanList destination)
-      : id(id), key(key), destination(std::move(destination)) {}
+  Pull(uint64_t id, const Key &key, SpanList destination, std::atomic<int64_t> *live)
+      : Completion(live), id(id), key(key), destination(std::move(destination)) {}
 
   const uint64_t id;
   const Key key;
@@ -72,7 +72,7 @@ class Pull : public Completion {
 // A request to the Python side of another agent.
 class Call : public Completion {
  public:
-  explicit Call(uint64_t id) : id(id) {}
+  Call(uint64_t id, std::atomic<int64_t> *live) : Completion(live), id(id) {}
   const uint64_t id;
 
   // An error reply settles as kRefused with the payload as text.

@@ -89,8 +89,9 @@ void RemotePeer::Shutdown(const Status &why) {
 
 void RemotePeer::Connect() {
   if (dial_) return;
-  if (!OverUnix() && !NoTcpReason().empty())
-    return FailAll({Code::kRefused, NoTcpReason()});
+  if (!OverUnix() && !NoTcpReason().empty()) {
+    return GiveUp(Named({Code::kRefused, NoTcpReason()}));
+  }
   DialOptions options{.purpose = Purpose::kControl,
                       .over_unix = OverUnix(),
                       .connect_timeout_s = work_.settings->connect_timeout_s,
@@ -109,16 +110,14 @@ void RemotePeer::OnDialed(const Status &status,
                           std::shared_ptr<Channel> channel,
                           const PeerFacts &facts) {
   dial_.reset();
-  if (!status.ok()) {
-    TakeNotices();  // whoever is gone holds nothing to own or free
-    return FailAll(Named(status));
-  }
+  if (!status.ok()) return GiveUp(Named(status));
   channel_ = std::move(channel);
   channel_->set_handler(this);
+  facts_ = facts;
   ++work_.counters->connections;
   last_heard_ = Clock::now();
   if (OverUnix()) IdentifyProcess();
-  SettleLanes(facts);
+  SettleLanes();
   SendAll();
 }
 
@@ -134,12 +133,12 @@ void RemotePeer::IdentifyProcess() {
   });
 }
 
-void RemotePeer::SettleLanes(const PeerFacts &facts) {
+void RemotePeer::SettleLanes() {
   LaneReasons reasons =
       JudgeLanes({.mine = work_.settings->lanes,
-                  .theirs = facts.lanes,
+                  .theirs = facts_.lanes,
                   .is_unix = OverUnix(),
-                  .cma_probe_error = OverUnix() ? ProbeCma(pid_, facts) : "",
+                  .cma_probe_error = OverUnix() ? ProbeCma(pid_, facts_) : "",
                   .has_tcp = NoTcpReason().empty(),
                   .no_tcp_reason = NoTcpReason()});
   for (LaneKind kind : UsableLanes(reasons)) {
@@ -181,10 +180,12 @@ std::unique_ptr<Lane> RemotePeer::MakeLane(LaneKind kind) {
   return nullptr;  // no other process is in this one
 }
 
-// After a cma read: both the connection and the process that it was made with
-// are still there, so the bytes came from the pinned region and nowhere else.
-bool RemotePeer::IsAlive() const {
-  return channel_ && !IsHungUp(channel_->fd()) && !(pidfd_ && IsReadable(pidfd_.get()));
+// After a cma read: the connection and the process that it was made with are
+// still there, and so is the probe (the process did not exec in between). So the
+// bytes came from the pinned region and nowhere else.
+bool RemotePeer::IsMemoryValid() const {
+  bool has_ended = pidfd_ && IsReadable(pidfd_.get());
+  return !has_ended && ProbeCma(pid_, facts_).empty() && !IsHungUp(channel_->fd());
 }
 
 void RemotePeer::OnClosed(const Status &why) { Lose(why); }
@@ -214,6 +215,12 @@ void RemotePeer::Disconnect() {
   --work_.counters->connections;
 }
 
+// No connection: whoever cannot be reached holds nothing to own or free.
+void RemotePeer::GiveUp(const Status &why) {
+  TakeNotices();
+  FailAll(why);
+}
+
 void RemotePeer::FailAll(const Status &why) {
   for (auto &[id, asked] : std::exchange(pulls_, {})) {
     bool is_loss = asked.is_second_try && why.code == Code::kUnreachable;
@@ -226,9 +233,8 @@ bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_);
 
 std::string RemotePeer::NoTcpReason() const {
   if (!work_.settings->clear_tcp) {
-    return "TLS is required (Ray was told to use it), and RDT's tcp connections are "
-           "clear text; "
-           "allow them explicitly to use them";
+    return "TLS is required (Ray was told to use it), and RDT's connections over TCP "
+           "are clear text; allow them explicitly to use them";
   }
   return address_.port == 0 ? "the peer does not listen on TCP" : "";
 }
@@ -305,8 +311,9 @@ bool RemotePeer::Handle(const FrameHeader &header, ByteView payload) {
   case FrameType::kReply:
     return OnReply(header.request, payload);
   case FrameType::kFilled:
-    if (Lane *shm = lanes_[static_cast<size_t>(LaneKind::kShm)].get())
+    if (Lane *shm = lanes_[static_cast<size_t>(LaneKind::kShm)].get()) {
       shm->OnFrame(header, payload);
+    }
     return true;
   case FrameType::kPong:
     return true;
@@ -376,7 +383,7 @@ void RemotePeer::OnMoved(uint64_t id, const Status &status) {
   auto found = pulls_.find(id);
   if (found == pulls_.end() || !channel_) return;
   bool read_memory = found->second.lane == LaneKind::kCma;
-  if (read_memory && !IsAlive()) {
+  if (read_memory && status.ok() && !IsMemoryValid()) {
     return Lose({Code::kPeerLost, "the peer ended during the pull"});
   }
   if (status.code == Code::kRefused) return TryNextLane(id, status.text);

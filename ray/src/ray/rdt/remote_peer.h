@@ -48,13 +48,14 @@ class RemotePeer : public Peer, private Channel::Handler {
                 std::shared_ptr<Channel> channel,
                 const PeerFacts &facts);
   void IdentifyProcess();
-  void SettleLanes(const PeerFacts &facts);
+  void SettleLanes();
   void LogLanes(const LaneReasons &reasons);
   std::unique_ptr<Lane> MakeLane(LaneKind kind);
-  bool IsAlive() const;
+  bool IsMemoryValid() const;
   void OnClosed(const Status &why) override;
   void Lose(const Status &why);
   void Disconnect();
+  void GiveUp(const Status &why);
   void FailAll(const Status &why);
   bool OverUnix() const;
   std::string NoTcpReason() const;
@@ -82,6 +83,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   const Address address_;
   std::unique_ptr<Dial> dial_;
   std::shared_ptr<Channel> channel_;  // when connected
+  PeerFacts facts_;                   // of that connection
   pid_t pid_ = 0;                     // in our pid namespace; over Unix only
   Fd pidfd_;
   Loop::Id pidfd_watch_ = 0;

@@ -2,7 +2,7 @@
 // process_vm_readv(2), in one copy and without the producer's help.
 //
 // That the pid still means the producer when the last byte was read is for the
-// caller to check (RemotePeer::IsAlive), after the report.
+// caller to check (RemotePeer::IsMemoryValid), after the report.
 #pragma once
 
 #include <sys/types.h>

@@ -1,0 +1,179 @@
+"""What the agent alone does, lane by lane, between two processes; no Ray is started.
+
+`python -m bench.native_lanes [LANE ...]` prints, for each lane, the rate of large
+pulls into recycled memory, of one object in many pieces, the time of small
+pulls, and the memory that producer and consumer add. Rates are also given as a
+share of what one thread's memcpy of warm memory did right before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.experimental.rdt import _agent
+
+LANES = ("inproc", "cma", "shm", "tcp")
+LARGE = 256 << 20
+PIECE, PIECES = 20_000, 10_000
+SMALL = (4 << 10, 64 << 10)
+KEYS = {"large": b"L" * 16, "pieces": b"P" * 16, "one": b"O" * 16}
+TIMEOUT_S = 60
+
+
+def make_agent(lanes: frozenset[str]) -> _agent.Agent:
+    """An agent with the defaults of a session, but for the lanes."""
+    return _agent.Agent(secret=b"bench", bind_ip="127.0.0.1", lanes=lanes, pool_bytes=1 << 30)
+
+
+def small_key(nbytes: int) -> bytes:
+    """The key of the small object of that size."""
+    return nbytes.to_bytes(16, "little")
+
+
+def serve(agent: _agent.Agent) -> list[_agent.Block]:
+    """Registers all objects; the blocks keep their memory."""
+    large = agent.allocate(LARGE)
+    ctypes.memset(large.address, 1, LARGE)
+    base = large.address
+    register(agent, KEYS["large"], [base], [LARGE])
+    register(agent, KEYS["one"], [base], [PIECE * PIECES])
+    starts = [base + i * PIECE for i in range(PIECES)]
+    register(agent, KEYS["pieces"], starts, [PIECE] * PIECES)
+    for nbytes in SMALL:
+        register(agent, small_key(nbytes), [base], [nbytes])
+    return [large]
+
+
+def register(agent: _agent.Agent, key: bytes, addrs: list[int], lens: list[int]) -> None:
+    """Registers spans given as plain lists."""
+    agent.register(key, array("Q", addrs), array("Q", lens), 0)
+
+
+@contextmanager
+def producer(lane: str) -> Iterator[subprocess.Popen[str]]:
+    """A second process that serves, until the block ends."""
+    command = [sys.executable, "-m", "bench.native_lanes", "--serve", lane]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.communicate("\n")
+
+
+def serve_until_told(lane: str) -> None:
+    """The second process: prints its address, then what it weighs now and then."""
+    agent = make_agent(frozenset({lane}))
+    blocks = serve(agent)
+    print(agent.address.hex(), flush=True)
+    before = resident_bytes()
+    sys.stdin.readline()
+    print(resident_bytes() - before, flush=True)
+    sys.stdin.readline()
+    agent.stop()
+    del blocks
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def pull_times(
+    agent: _agent.Agent, address: bytes, key: bytes, nbytes: int, count: int
+) -> list[float]:
+    """Seconds of each pull into a block from the pool."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        block = agent.allocate(nbytes)
+        pull = agent.pull(address, key, array("Q", [block.address]), array("Q", [nbytes]))
+        pull.wait(TIMEOUT_S)
+        times.append(time.perf_counter() - start)
+        del block
+    return times
+
+
+def memcpy_rate(agent: _agent.Agent) -> float:
+    """Bytes a second of one thread, warm to warm; the best of some."""
+    source, target = agent.allocate(LARGE), agent.allocate(LARGE)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        ctypes.memmove(target.address, source.address, LARGE)
+        times.append(time.perf_counter() - start)
+    return LARGE / min(times)
+
+
+def report(lane: str, agent: _agent.Agent, address: bytes) -> None:
+    """Measures and prints one lane."""
+    yardstick = memcpy_rate(agent)
+    print(f"{lane}: one thread's memcpy {yardstick / 1e9:.1f} GB/s")
+    for name, nbytes in (("large", LARGE), ("one", PIECE * PIECES), ("pieces", PIECE * PIECES)):
+        times = pull_times(agent, address, KEYS[name], nbytes, 12)[2:]
+        best, middle = nbytes / min(times), nbytes / statistics.median(times)
+        print(
+            f"  {name:6} {nbytes / 1e6:5.0f} MB  median {middle / 1e9:5.2f} GB/s, best"
+            f" {best / 1e9:5.2f} GB/s = {best / yardstick:.2f} of memcpy"
+        )
+    for nbytes in SMALL:
+        times = pull_times(agent, address, small_key(nbytes), nbytes, 2000)
+        middle, best = statistics.median(times) * 1e6, min(times) * 1e6
+        print(f"  small  {nbytes / 1024:5.0f} KiB median {middle:5.0f} us, best {best:5.0f} us")
+
+
+def consumer_growth(agent: _agent.Agent, address: bytes) -> float:
+    """Memory that one large pull into fresh memory adds, as a multiple of its bytes."""
+    agent.trim()
+    before = resident_bytes()
+    block = agent.allocate(LARGE)
+    pull = agent.pull(address, KEYS["large"], array("Q", [block.address]), array("Q", [LARGE]))
+    pull.wait(TIMEOUT_S)
+    return (resident_bytes() - before) / LARGE
+
+
+def measure(lane: str) -> None:
+    """One lane between two processes; inproc within this one."""
+    agent = make_agent(frozenset({lane}))
+    if lane == "inproc":
+        blocks = serve(agent)
+        report(lane, agent, agent.address)
+        del blocks
+    else:
+        with producer(lane) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            address = bytes.fromhex(process.stdout.readline())
+            growth = consumer_growth(agent, address)
+            report(lane, agent, address)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            added = int(process.stdout.readline())
+            print(f"  memory: producer +{added / 1e6:.1f} MB, consumer {growth:.3f}x the bytes")
+    agent.stop()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lanes", nargs="*", metavar="LANE")
+    parser.add_argument("--serve", choices=LANES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve_until_told(args.serve)
+        return
+    for lane in args.lanes or LANES:
+        measure(lane)
+
+
+if __name__ == "__main__":
+    main()

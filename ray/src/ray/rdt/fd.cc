@@ -1,0 +1,43 @@
+#include "ray/rdt/fd.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+
+namespace ray::rdt {
+namespace {
+
+// Higher descriptors stay open in children; no program has so many of ours.
+constexpr int kMarks = 1 << 16;
+
+// A plain array of flags, because a forked child may take no lock and own no
+// memory but what is there already.
+std::array<std::atomic<bool>, kMarks> g_close_in_children{};
+
+void CloseMarked() {
+  for (int fd = 0; fd < kMarks; ++fd) {
+    if (g_close_in_children[fd].exchange(false, std::memory_order_relaxed)) close(fd);
+  }
+}
+
+void Mark(int fd, bool is_marked) {
+  if (fd < kMarks) g_close_in_children[fd].store(is_marked, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+void Fd::CloseInChildren() {
+  static const int registered = pthread_atfork(nullptr, nullptr, CloseMarked);
+  static_cast<void>(registered);
+  if (fd_ >= 0) Mark(fd_, true);
+}
+
+void Fd::Reset() {
+  if (fd_ < 0) return;
+  Mark(fd_, false);
+  close(std::exchange(fd_, -1));
+}
+
+}  // namespace ray::rdt
