@@ -127,7 +127,7 @@ class Node:
         deadline = time.monotonic() + timeout_s
         route = self.transport.route(peer, deadline)
         body = {"name": name, "route": route, "timeout_s": timeout_s}
-        self.session.call(peer.address, "send", body, 30)
+        self.session.call(peer.address, "send", body, timeout_s)
         self.transport.receive(route, buffers, deadline)
 
     def close(self) -> None:
@@ -149,7 +149,6 @@ class Node:
             self.transport.send(body["route"], self.objects[body["name"]], deadline)
         except Exception as error:
             self.send_errors.append(error)
-            self.transport.reset(peer_id)
 
 
 def pattern(sizes, seed: int) -> list[torch.Tensor]:

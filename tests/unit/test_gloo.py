@@ -13,6 +13,7 @@ from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.link import (
     LinkClosed,
+    PeerLost,
     TransferError,
     TransferRefused,
     TransferTimeout,
@@ -151,9 +152,10 @@ def test_loss_of_the_peer_fails_its_waiters_at_once(nodes):
     lose = threading.Timer(0.3, consumer.session.lose, (producer.peer.agent_id,))
     lose.start()
     started = time.monotonic()
-    with pytest.raises(LinkClosed, match="gone"):
+    with pytest.raises(PeerLost, match="gone") as failure:
         consumer.fetch(producer.peer, "x", blanks([MB]))
     assert time.monotonic() - started < 1.5
+    assert failure.value.code == "peer_lost"
     round_trip(consumer, other, [KB])
 
 

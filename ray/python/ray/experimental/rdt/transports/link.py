@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports import packing
-from ray.experimental.rdt.transports.base import Capabilities, Peer
+from ray.experimental.rdt.transports.base import Capabilities, Peer, TransportUnavailable
 from ray.experimental.rdt.transports.packing import Direct, Header, Message, Packed
 
 if TYPE_CHECKING:
@@ -42,18 +42,24 @@ Buffers = Sequence["torch.Tensor"]
 
 
 class TransferError(Exception):
-    """The transfer failed; other lanes may still work."""
+    """The transfer failed; no byte is written any more."""
 
 
 class TransferTimeout(TransferError, TimeoutError):
     """The deadline passed before all bytes were there."""
 
 
-class LinkClosed(TransferError):
-    """The link was closed, by either side, before the transfer ended."""
+class LinkClosed(TransferError, TransportUnavailable):
+    """The link broke or was closed before the transfer ended; another lane may begin anew."""
 
 
-class TransferRefused(TransferError):
+class PeerLost(TransferError):
+    """The process at the other end is gone; no other lane reaches it."""
+
+    code = "peer_lost"
+
+
+class TransferRefused(TransferError, TransportUnavailable):
     """The producer said that it will not send, and why. The link stays good."""
 
 
@@ -98,17 +104,17 @@ class _Job:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.error: BaseException | None = None
-        self._stopping = ""
+        self._stopping: TransferError | None = None
         self._lock = threading.Lock()
 
-    def stop(self, reason: str) -> None:
+    def stop(self, error: TransferError) -> None:
         """Asks the transfer's thread to end after the messages that are under way."""
-        self._stopping = reason
+        self._stopping = error
 
     def check(self) -> None:
         """Raises if it has to end."""
-        if self._stopping:
-            raise LinkClosed(self._stopping)
+        if self._stopping is not None:
+            raise self._stopping
 
     def step(self, write: Callable[[], None]) -> None:
         """Writes into the caller's memory, unless the end has been reported to the caller."""
@@ -160,6 +166,7 @@ class Link:
         self._on_close = on_close
         self._lock = threading.Lock()
         self._closed = ""
+        self._is_peer_lost = False
         self._ended = threading.Event()
         self._jobs: set[_Job] = set()
         self._tag = _PROOF_TAG
@@ -178,9 +185,17 @@ class Link:
     # Transfers.
 
     def prove(self, timeout_s: float) -> None:
-        """Moves one byte, to know that both ends are connected. Runs on: both, any thread."""
-        byte = self._backend.empty(1)
-        self._backend.wait(self._post(byte, _PROOF_TAG), timeout_s)
+        """Moves one byte, to know that both ends are connected. Runs on: both, any thread.
+
+        Raises:
+            TransferError: it did not come; the link is closed.
+        """
+
+        def move(job: _Job) -> None:
+            byte = self._backend.empty(1)
+            self._backend.wait(self._post(byte, _PROOF_TAG), timeout_s + _HEADER_SLACK_S)
+
+        self._run(move, time.monotonic() + timeout_s)
 
     def send(self, tag: int, buffers: Buffers, deadline: float) -> None:
         """Sends one transfer. Runs on: producer; blocks until the buffers may change again.
@@ -276,7 +291,7 @@ class Link:
     def _post(self, tensor: torch.Tensor, tag: int) -> Any:
         group = self._group
         if group is None:
-            raise LinkClosed(self._closed)
+            raise self._closed_error()
         if self._other == CONSUMER:
             return group.send([tensor], self._other, tag)
         return group.recv([tensor], self._other, tag)
@@ -288,7 +303,7 @@ class Link:
         job = _Job()
         with self._lock:
             if self._closed:
-                raise LinkClosed(self._closed)
+                raise self._closed_error()
             self._jobs.add(job)
         turn = self._backend.turn()
         name = f"rdt-{self._backend.capabilities.name}"
@@ -315,10 +330,13 @@ class Link:
         if job.error is not None:
             # A broken connection is often the end of a link whose reason is still on its way.
             if self._ended.wait(_REASON_S):
-                raise LinkClosed(self._closed) from job.error
-            raise TransferError(_in_short(job.error)) from job.error
+                raise self._closed_error() from job.error
+            raise LinkClosed(_in_short(job.error)) from job.error
 
-    def close(self, reason: str, grace_s: float = 0.0) -> None:
+    def _closed_error(self) -> TransferError:
+        return PeerLost(self._closed) if self._is_peer_lost else LinkClosed(self._closed)
+
+    def close(self, reason: str, grace_s: float = 0.0, is_peer_lost: bool = False) -> None:
         """Ends the link; transfers in progress fail with the reason. Idempotent.
 
         Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little.
@@ -326,16 +344,17 @@ class Link:
         Args:
             reason: For people.
             grace_s: How long messages that are half through may take to end.
+            is_peer_lost: Whether the other end's process is known to be gone.
         """
         with self._lock:
             if self._closed:
                 return
-            self._closed = reason
+            self._closed, self._is_peer_lost = reason, is_peer_lost
             self._ended.set()
             jobs = list(self._jobs)
-        error = LinkClosed(reason)
+        error = self._closed_error()
         for job in jobs:
-            job.stop(reason)
+            job.stop(error)
         _await_all(jobs, grace_s)
         group, self._group = self._group, None
         self._backend.kill(group)

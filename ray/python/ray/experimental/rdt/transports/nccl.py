@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
 from ray.experimental.rdt.transports.link import Buffers
@@ -44,6 +45,11 @@ class NcclBackend:
 
     def unavailable(self) -> str:
         """See ``Backend``."""
+        if not settings().clear_tcp:
+            return (
+                "Ray is told to use TLS and nccl sends in the clear between nodes; "
+                "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
+            )
         try:
             import torch.distributed
         except ImportError as error:

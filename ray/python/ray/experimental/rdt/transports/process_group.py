@@ -208,7 +208,6 @@ class ProcessGroupTransport:
             is_wanted = self._lines.get((scope, peer.agent_id)) is lines
             if link is not None and is_wanted:
                 lines.links.append(link)
-                self._links[link.id] = link
             elif failure:
                 lines.failure, lines.failed_until = failure, time.monotonic() + _FAILURE_KEPT_S
             self._changed.notify_all()
@@ -294,10 +293,10 @@ class ProcessGroupTransport:
         timeout_s = 2 * settings().connect_timeout_s
         group, store = self.make_group(link_id, rank, 2, timeout_s)
         link = Link(link_id, peer, scope, rank, self._backend, group, store, self._on_link_closed)
-        if rank == PRODUCER:
-            # Known before the consumer can use it, which it does once the proof has come.
-            with self._changed:
-                self._links[link_id] = link
+        # Known before it is proven: either end may close it meanwhile, and the consumer uses it at
+        # once when the proof has come.
+        with self._changed:
+            self._links[link_id] = link
         try:
             link.prove(timeout_s)
             self._check_open(scope)  # its group may have been destroyed meanwhile
@@ -402,7 +401,7 @@ class ProcessGroupTransport:
         self._forget(peer_id)
         links = self._with_peer(peer_id)
         if links:
-            self._close_soon(links, "the peer's process is gone")
+            self._close_soon(links, "the peer's process is gone", is_peer_lost=True)
 
     def _forget(self, peer_id: bytes) -> None:
         """Gives up links under construction; the next transfer tries anew."""
@@ -422,13 +421,14 @@ class ProcessGroupTransport:
     def _with_peer(self, peer_id: bytes) -> list[Link]:
         return [link for link in self._known() if link.peer.agent_id == peer_id]
 
-    def _close_soon(self, links: list[Link], reason: str) -> None:
+    def _close_soon(self, links: list[Link], reason: str, is_peer_lost: bool = False) -> None:
         name = f"rdt-{self.capabilities.name}-close"
-        threading.Thread(target=self._close, args=(links, reason), name=name, daemon=True).start()
+        arguments = (links, reason, is_peer_lost)
+        threading.Thread(target=self._close, args=arguments, name=name, daemon=True).start()
 
-    def _close(self, links: list[Link], reason: str) -> None:
+    def _close(self, links: list[Link], reason: str, is_peer_lost: bool = False) -> None:
         for link in links:
-            link.close(reason, _CLOSE_GRACE_S)
+            link.close(reason, 0.0 if is_peer_lost else _CLOSE_GRACE_S, is_peer_lost)
 
     def _on_link_closed(self, link: Link, reason: str) -> None:
         """Forgets a link and tells the other end, whose transfers would wait for long otherwise."""
