@@ -1,4 +1,4 @@
-"""DESIGN's oracle, without processes: what is captured and restored equals what plain pickling gives."""
+"""Without processes: what is captured and restored equals what plain pickling gives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from ray import cloudpickle
 from ray.experimental.rdt import capture
-
 from tests.unit import values
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
 from ray.experimental.rdt.directory import Directory, Free, Hint, Location, Own, State, WarnShared
 
 HERE = Location(b"agent", b"k" * 16, 8)

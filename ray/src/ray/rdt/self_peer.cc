@@ -38,7 +38,8 @@ void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
 
 void SelfPeer::SendNotices() {
   // What is this process's own ends with it.
-  for (const Key &key : TakeNotices().freed) regions_->Release(key);
+  Notices notices = TakeNotices();
+  for (const Key &key : notices.freed) regions_->Release(key);
 }
 
 void SelfPeer::Shutdown(const Status &why) {

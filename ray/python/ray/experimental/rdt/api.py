@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ray.experimental.rdt.manager import RDTManager
 
 
-def _manager() -> "RDTManager":
+def _manager() -> RDTManager:
     import ray
 
     manager: RDTManager = ray._private.worker.global_worker.rdt_manager
@@ -21,12 +21,12 @@ def _manager() -> "RDTManager":
 
 
 @PublicAPI(stability="alpha")
-def wait_tensor_freed(tensor: "torch.Tensor", timeout: float | None = None) -> None:
+def wait_tensor_freed(tensor: torch.Tensor, timeout: float | None = None) -> None:
     """Blocks until no RDT object uses the memory of a tensor any more.
 
     RDT keeps a reference to what a task returned, no copy. A task that wants to change such a
-    tensor in place calls this first; then every ObjectRef to it is gone and nobody reads it. Another
-    tensor over the same storage, a view for instance, counts as the same.
+    tensor in place calls this first; then every ObjectRef to it is gone and nobody reads it.
+    Another tensor over the same storage, a view for instance, counts as the same.
 
     Runs on: producer, any thread but an event loop's.
 
@@ -41,11 +41,11 @@ def wait_tensor_freed(tensor: "torch.Tensor", timeout: float | None = None) -> N
 
 
 @PublicAPI(stability="alpha")
-def set_target_for_ref(ref: "ray.ObjectRef", target: list[Any]) -> None:
+def set_target_for_ref(ref: ray.ObjectRef, target: list[Any]) -> None:
     """Lets ``ray.get`` of an RDT object in this process receive into given tensors.
 
-    They replace the tensors in the value, in the order in which these were pickled; a list of tensors
-    keeps its order. They need not be contiguous. A later call replaces an earlier one.
+    They replace the tensors in the value, in the order in which these were pickled; a list of
+    tensors keeps its order. They need not be contiguous. A later call replaces an earlier one.
     They serve every ``ray.get`` while they live; RDT keeps them alive until the first.
 
     Args:
@@ -59,7 +59,7 @@ def set_target_for_ref(ref: "ray.ObjectRef", target: list[Any]) -> None:
 
 
 @PublicAPI(stability="alpha")
-def set_target_device_for_ref(ref: "ray.ObjectRef", target_device: str) -> None:
+def set_target_device_for_ref(ref: ray.ObjectRef, target_device: str) -> None:
     """Lets ``ray.get`` of an RDT object in this process put its tensors on another device.
 
     A later call, or one of ``set_target_for_ref``, replaces an earlier one.
@@ -76,6 +76,6 @@ def stats() -> dict[str, int]:
     """Counters of this process's part in RDT.
 
     Returns:
-        ``stored_objects``, ``directory_rows`` and the agent's own: regions, connections, pool, pulls.
+        ``stored_objects``, ``directory_rows`` and the agent's own: regions, connections, pool.
     """
     return _manager().stats()

@@ -21,11 +21,12 @@ import math
 import pickle
 import sys
 import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Mapping, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ray import cloudpickle
 from ray._private import ray_constants
 from ray._raylet import (
     MessagePackSerializedObject,
@@ -35,13 +36,15 @@ from ray._raylet import (
     split_buffer,
     unpack_pickle5_buffers,
 )
+
+from ray import cloudpickle
 from ray.experimental.rdt import descriptor as descriptor_module
 from ray.experimental.rdt.descriptor import Descriptor
 
 if TYPE_CHECKING:
     import torch
 
-#: Regions start at a multiple of this from their storage's start, so that every dtype stays aligned.
+#: Regions start at a multiple of this from their storage's start: every dtype stays aligned.
 _REGION_ALIGNMENT = 16
 
 _REQUIRES_GRAD = 1
@@ -80,7 +83,7 @@ class Captured:
         table: Their layout.
     """
 
-    tensors: list["torch.Tensor"] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     table: Table = field(default_factory=lambda: Table([], []))
 
@@ -160,14 +163,15 @@ class Envelope:
     eager: Any | None
     buffers: Sequence[Any]
 
-    def restore(self, tensors: Sequence["torch.Tensor"]) -> list[Any]:
+    def restore(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """The value, as the list of Python objects that Ray's deserializer expects.
 
         Runs on: consumer, the thread that deserializes.
         """
         _restoring.push(tensors)
         try:
-            return pickle.loads(self.inband, buffers=self.buffers)
+            value: list[Any] = pickle.loads(self.inband, buffers=self.buffers)
+            return value
         finally:
             _restoring.pop()
 
@@ -189,8 +193,8 @@ def open_envelope(metadata: bytes, data: Any) -> Envelope:
 def build_tensors(
     table: Table,
     memory: Sequence[tuple[Any, int]],
-    ready: Mapping[int, "torch.Tensor"] = MappingProxyType({}),
-) -> list["torch.Tensor"]:
+    ready: Mapping[int, torch.Tensor] = MappingProxyType({}),
+) -> list[torch.Tensor]:
     """Makes the tensors of ``table`` over memory that holds their bytes.
 
     Args:
@@ -228,11 +232,11 @@ def build_tensors(
 
 def _shared_regions(table: Table) -> set[int]:
     """Regions that more than one tensor lies in."""
-    seen: set[int] = set()
-    return {row[0] for row in table.rows if row[0] in seen or seen.add(row[0])}
+    users = Counter(row[0] for row in table.rows)
+    return {region for region, count in users.items() if count > 1}
 
 
-def _storage_over(memory: tuple[Any, int], nbytes: int) -> "torch.UntypedStorage":
+def _storage_over(memory: tuple[Any, int], nbytes: int) -> torch.UntypedStorage:
     import torch
 
     buffer, offset = memory
@@ -240,7 +244,7 @@ def _storage_over(memory: tuple[Any, int], nbytes: int) -> "torch.UntypedStorage
     return flat.untyped_storage()
 
 
-def _finish(tensor: "torch.Tensor", flags: int) -> "torch.Tensor":
+def _finish(tensor: torch.Tensor, flags: int) -> torch.Tensor:
     if not flags:
         return tensor
     import torch
@@ -255,10 +259,10 @@ def _finish(tensor: "torch.Tensor", flags: int) -> "torch.Tensor":
     return tensor.requires_grad_(requires_grad)
 
 
-class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.CloudPickler):
     """Ray's pickler, with placeholders for the tensors that RDT carries."""
 
-    def __init__(self, stream: "_Stream", buffers: list[Any]):
+    def __init__(self, stream: _Stream, buffers: list[Any]):
         super().__init__(stream, protocol=5, buffer_callback=buffers.append)
         self.tensors: list[torch.Tensor] = []
         self.is_parameter: list[bool] = []
@@ -269,15 +273,13 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is self._tensor_type:
-            if is_carried(obj):
-                return self._take(obj, False)
-        elif kind is self._parameter_type:
-            if is_carried(obj) and not obj.__dict__:
-                return self._take(obj, True)
+        if kind is self._tensor_type and is_carried(obj):
+            return self._take(obj, False)
+        if kind is self._parameter_type and is_carried(obj) and not obj.__dict__:
+            return self._take(obj, True)
         return super().reducer_override(obj)
 
-    def _take(self, tensor: "torch.Tensor", is_parameter: bool) -> tuple[Any, ...]:
+    def _take(self, tensor: torch.Tensor, is_parameter: bool) -> tuple[Any, ...]:
         self.tensors.append(tensor)
         self.is_parameter.append(is_parameter)
         call = (_placeholder, (len(self.tensors) - 1,))
@@ -286,7 +288,7 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
         return *call, dict(tensor.__dict__), None, None, _set_attributes
 
 
-def is_carried(tensor: "torch.Tensor") -> bool:
+def is_carried(tensor: torch.Tensor) -> bool:
     """Whether RDT moves this tensor's bytes itself: plain, strided, on a device that it knows."""
     import torch
 
@@ -299,7 +301,7 @@ def is_carried(tensor: "torch.Tensor") -> bool:
     )
 
 
-def lay_out(tensors: list["torch.Tensor"], is_parameter: list[bool] | None = None) -> Captured:
+def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None) -> Captured:
     """Finds the regions of tensors and how each lies in its region."""
     spans = [_span(tensor) for tensor in tensors]
     regions, owner = _merge(spans)
@@ -315,7 +317,7 @@ def lay_out(tensors: list["torch.Tensor"], is_parameter: list[bool] | None = Non
 _Span = tuple[int, int, int]
 
 
-def _span(tensor: "torch.Tensor") -> _Span:
+def _span(tensor: torch.Tensor) -> _Span:
     start = tensor.data_ptr()
     if tensor.is_contiguous():
         extent = tensor.nbytes
@@ -325,7 +327,7 @@ def _span(tensor: "torch.Tensor") -> _Span:
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
         extent = (last + 1) * tensor.element_size()
     # The storage's address; cheaper than to ask the storage, which Python would make an object for.
-    storage = start - tensor.storage_offset() * tensor.element_size()
+    storage = start - int(tensor.storage_offset()) * tensor.element_size()
     return storage, start, start + extent
 
 
@@ -349,7 +351,7 @@ def _merge(spans: list[_Span]) -> tuple[list[Region], list[int]]:
 
 
 def _row(
-    tensor: "torch.Tensor", start: int, end: int, region: int, base: int, is_parameter: bool
+    tensor: torch.Tensor, start: int, end: int, region: int, base: int, is_parameter: bool
 ) -> Row:
     shape, stride = tuple(tensor.shape), tensor.stride()
     is_dense = start < end and stride == contiguous_stride(shape)
@@ -375,12 +377,12 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def _placeholder(index: int) -> "torch.Tensor":
+def _placeholder(index: int) -> torch.Tensor:
     """Stands in the pickled skeleton for the tensor of this index."""
     return _restoring.tensors()[index]
 
 
-def _set_attributes(tensor: "torch.Tensor", attributes: dict[str, Any]) -> None:
+def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
     tensor.__dict__.update(attributes)
 
 
@@ -390,13 +392,13 @@ class _Restoring(threading.local):
     def __init__(self) -> None:
         self._stack: list[Sequence[torch.Tensor]] = []
 
-    def push(self, tensors: Sequence["torch.Tensor"]) -> None:
+    def push(self, tensors: Sequence[torch.Tensor]) -> None:
         self._stack.append(tensors)
 
     def pop(self) -> None:
         self._stack.pop()
 
-    def tensors(self) -> Sequence["torch.Tensor"]:
+    def tensors(self) -> Sequence[torch.Tensor]:
         if not self._stack:
             raise pickle.UnpicklingError(
                 "this is the skeleton of an RDT value; only Ray can restore its tensors"

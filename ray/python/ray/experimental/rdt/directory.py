@@ -1,6 +1,6 @@
 """What an owner knows of its RDT objects. A pure state machine: event in, instructions out.
 
-No Ray, torch, thread or clock inside. The caller serializes access and carries the instructions out.
+No Ray, torch, thread or clock inside. The caller serializes access and carries out what it gets.
 
 Rows by object id (hex). Events come in any order that the core allows:
 
@@ -21,16 +21,17 @@ out_of_scope        none                        nothing: the object had no tenso
 close               any                         all rows gone, Free of each created one
 ==================  ==========================  ========================================
 
-"A submit in flight": the core may hand over the reply to a task before ``.remote()`` has returned the
-reference that names it. So a caller brackets each submit with ``begin_submit`` and ``end_submit``; an
-early row whose submits in flight have all ended without naming it was freed before, and is freed.
+"A submit in flight": the core may hand over the reply to a task before ``.remote()`` has returned
+the reference that names it. So a caller brackets each submit with ``begin_submit`` and
+``end_submit``; an early row whose submits in flight have all ended without naming it was freed
+before, and is freed.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Sequence
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ the user's own tensors.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import GetTimeoutError, RayError
+
 from ray.experimental.rdt import lanes
 from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.config import settings
@@ -51,7 +53,7 @@ class Arrival:
     """A value whose tensors are here. Ray's deserializer calls ``unpickle``."""
 
     envelope: Envelope
-    tensors: Sequence["torch.Tensor"]
+    tensors: Sequence[torch.Tensor]
 
     def unpickle(self) -> list[Any]:
         return self.envelope.restore(self.tensors)
@@ -65,7 +67,7 @@ class Fetcher:
         links: Gives the process's session and its parts; called only if bytes have to move.
     """
 
-    def __init__(self, store: "Store", links: Callable[[], "Links"]):
+    def __init__(self, store: Store, links: Callable[[], Links]):
         self._store = store
         self._links = links
 
@@ -96,7 +98,7 @@ class Fetcher:
                 if not isinstance(transfer, RayError):
                     transfer.abandon()
 
-    def _begin(self, request: Request, patience: "_Patience") -> lanes.Transfer | RayError:
+    def _begin(self, request: Request, patience: _Patience) -> lanes.Transfer | RayError:
         return _attempt(request, lambda: self._start(request, patience.deadline), patience)
 
     def _start(self, request: Request, deadline: float) -> lanes.Transfer:
@@ -106,12 +108,10 @@ class Fetcher:
             return lanes.Here(stored.captured.tensors, request.target.tensors)
         if request.envelope.eager is not None:
             return lanes.Eager(request.envelope, request.target.tensors)
-        return lanes.choose(
-            self._links(), request.envelope, request.target.tensors, deadline
-        )
+        return lanes.choose(self._links(), request.envelope, request.target.tensors, deadline)
 
     def _finish(
-        self, request: Request, transfer: lanes.Transfer | RayError, patience: "_Patience"
+        self, request: Request, transfer: lanes.Transfer | RayError, patience: _Patience
     ) -> Arrival | RayError:
         if isinstance(transfer, RayError):
             return transfer
@@ -151,7 +151,7 @@ def _attempt(
     patience: _Patience,
     lane: Callable[[], str] = lambda: "",
 ) -> Any:
-    """Runs one step of a fetch; an error becomes the object's value, as Ray does for plain objects."""
+    """Runs one step of a fetch; an error becomes the object's value, as in plain Ray."""
     try:
         return action()
     except Exception as error:

@@ -1,16 +1,17 @@
 """RDT values that Ray's core does not flag: returns of normal tasks.
 
-The core calls RDT only for the returns of actor methods and for puts. For everything else the user's
-function is wrapped, so that what it returns or yields says by itself that it stays here. Such a value
-holds a *guard*: a small put of this process, flagged, nested in the value. Ray's own reference counter
-frees the guard when the value's last reference is gone, and the guard's end frees the tensors.
+The core calls RDT only for the returns of actor methods and for puts. A normal task's function is
+wrapped, so that what it returns says by itself that it stays here. Such a value holds a *guard*: a
+small put of this process, flagged, nested in the value. Ray's own reference counter frees the guard
+when the value's last reference is gone, and the guard's end frees the tensors.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ray.remote_function import RemoteFunction
@@ -19,7 +20,7 @@ Function = Callable[..., Any]
 
 
 class GuardedValue:
-    """A value on its way out of a task. Ray's serialization context recognizes the method's name."""
+    """A value on its way out of a task. Ray's serialization context knows the method's name."""
 
     def __init__(self, value: Any, transport: str):
         self._value = value
@@ -59,8 +60,8 @@ def _guard_result(result: Any, transport: str, num_returns: Any) -> Any:
 
 
 def with_transport(
-    remote_function: "RemoteFunction", transport: str, num_returns: Any
-) -> "RemoteFunction":
+    remote_function: RemoteFunction, transport: str, num_returns: Any
+) -> RemoteFunction:
     """The remote function whose returns are RDT objects; made once for each transport.
 
     Runs on: whoever submits the task.
@@ -78,8 +79,8 @@ def with_transport(
 
 
 def _make_variant(
-    remote_function: "RemoteFunction", transport: str, num_returns: Any
-) -> "RemoteFunction":
+    remote_function: RemoteFunction, transport: str, num_returns: Any
+) -> RemoteFunction:
     from ray.remote_function import RemoteFunction
 
     options = dict(remote_function._default_options)

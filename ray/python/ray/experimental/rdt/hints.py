@@ -3,8 +3,8 @@
 A hinted object is pulled while the consumer is still busy with something else, inside a budget of
 memory. Only a hint: whatever is lost, late or refused here, the fetch pulls the object itself.
 
-An actor's process writes its agent's address to Ray's GCS under its actor id when its session begins;
-owners look it up once.
+An actor's process writes its agent's address to Ray's GCS under its actor id when its session
+begins; owners look it up once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIN_HINTED_BYTES = 1 << 20
 #: An unknown actor's address is asked for again after this.
 _ASK_AGAIN_S = 1.0
 
-#: How many objects that were asked for are remembered, so that a late hint pulls none of them again.
+#: So many objects that were asked for are remembered: a late hint pulls none of them again.
 _REMEMBERED_KEYS = 4096
 
 

@@ -1,8 +1,8 @@
 """Keeps the RDT arguments of normal tasks alive until the tasks have ended.
 
-Ray's core puts a small value into the task that it is an argument of and then drops its reference to
-the object. An RDT object's value is small, but the task still has to pull its tensors. (For actor
-tasks the core keeps the reference.)
+Ray's core puts a small value into the task that it is an argument of and then drops its reference
+to the object. An RDT object's value is small, but the task still has to pull its tensors. (For
+actor tasks the core keeps the reference.)
 
 Thread: ``rdt-holder``, which waits in Ray for the tasks' returns and sleeps while there are none.
 """
@@ -80,7 +80,8 @@ class ArgumentHolder:
         try:
             ended, _ = ray.wait(tasks, num_returns=len(tasks), timeout=_WAIT_S, fetch_local=False)
         except Exception:  # Ray is shutting down: nothing is left to hold
-            return self.clear()
+            self.clear()
+            return
         with self._changed:
             for task in ended:
                 self._held.pop(task, None)

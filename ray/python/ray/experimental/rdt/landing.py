@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.capture import Table, build_tensors
 
@@ -35,11 +36,11 @@ class Landing:
     """
 
     places: list[tuple[Any, int]]
-    addresses: "array[int]"
-    lengths: "array[int]"
-    direct: Mapping[int, "torch.Tensor"]
+    addresses: array[int]
+    lengths: array[int]
+    direct: Mapping[int, torch.Tensor]
 
-    def flat(self) -> list["torch.Tensor"]:
+    def flat(self) -> list[torch.Tensor]:
         """The regions as flat uint8 tensors, for a transport to fill."""
         import torch
 
@@ -63,9 +64,9 @@ class Landing:
 
 
 def allocate(
-    session: "Session",
+    session: Session,
     regions: Sequence[int],
-    direct: Mapping[int, "torch.Tensor"] = MappingProxyType({}),
+    direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> Landing:
     """Memory for all regions of an object.
 
@@ -97,7 +98,7 @@ def allocate(
     return Landing(places, addresses, array("Q", regions), direct)
 
 
-def direct_targets(table: Table, targets: Targets | None) -> dict[int, "torch.Tensor"]:
+def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Tensor]:
     """Regions that are exactly one contiguous target's bytes, and that target."""
     if targets is None:
         return {}

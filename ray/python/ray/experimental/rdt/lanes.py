@@ -7,7 +7,8 @@ thread that deserializes.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, Callable, Protocol, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ray.experimental.rdt.capture import Envelope, Table, build_tensors
 from ray.experimental.rdt.config import settings
@@ -23,14 +24,10 @@ from ray.experimental.rdt.transports.base import (
     TransportUnavailable,
     TwoSided,
 )
-from ray.experimental.rdt.transports.registry import Transports
 
 if TYPE_CHECKING:
-    import torch
-
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
-
 
 
 class Transfer(Protocol):
@@ -88,7 +85,7 @@ class Eager:
 class AgentPull:
     """The agent moves the bytes of one object into its landing place, from this moment on."""
 
-    def __init__(self, session: "Session", address: bytes, key: bytes, landing: Landing):
+    def __init__(self, session: Session, address: bytes, key: bytes, landing: Landing):
         self.landing = landing
         self._pull = session.agent.pull(address, key, landing.addresses, landing.lengths)
         self._pull.keep = landing
@@ -133,7 +130,7 @@ class TransportPull:
 
     def __init__(
         self,
-        links: "Links",
+        links: Links,
         transport: Transport,
         envelope: Envelope,
         targets: Targets | None,
@@ -189,7 +186,7 @@ class TransportPull:
         transport.receive(route, landing.flat(), deadline)
 
     def abandon(self) -> None:
-        """Tells the producer that nobody reads any more. ``receive`` and ``read`` end by themselves."""
+        """Tells the producer that nobody reads any more; the transfer itself ends by itself."""
         if self._is_reading:
             self._is_reading = False
             body = {"key": self._envelope.head.key.hex()}
@@ -206,7 +203,7 @@ def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: float) -> Rou
 
 
 def choose(
-    links: "Links",
+    links: Links,
     envelope: Envelope,
     targets: Targets | None,
     deadline: float,
@@ -226,7 +223,7 @@ def choose(
     return FromAgent(_agent_pull(links, envelope, targets), envelope.table, targets)
 
 
-def _agent_pull(links: "Links", envelope: Envelope, targets: Targets | None) -> AgentPull:
+def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> AgentPull:
     head, table = envelope.head, envelope.table
     hinted = links.hinted.take(head.key)
     if hinted is not None:
@@ -235,7 +232,7 @@ def _agent_pull(links: "Links", envelope: Envelope, targets: Targets | None) -> 
     return AgentPull(links.session, head.address, head.key, landing)
 
 
-def _fall_back(session: "Session", head: Descriptor, error: TransportUnavailable) -> None:
+def _fall_back(session: Session, head: Descriptor, error: TransportUnavailable) -> None:
     if settings().strict_transport:
         raise RDTError(
             f"transport {head.transport!r} cannot serve this object ({error}), and "

@@ -12,15 +12,26 @@ import sys
 import threading
 import warnings
 from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RayTaskError
+
 from ray.experimental.rdt import capture, descriptor, session
 from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
-from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Own, Row, WarnShared
+from ray.experimental.rdt.directory import (
+    Directory,
+    Free,
+    Hint,
+    Instruction,
+    Location,
+    Own,
+    Row,
+    WarnShared,
+)
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
@@ -105,7 +116,7 @@ class RDTManager:
         return pickle.dumps(_location(outgoing.head, outgoing.captured))
 
     def put_object(self, ref: Any, outgoing: Outgoing) -> None:
-        """Stores and records what ``ray.put`` made. Runs on: producer and owner, the user's thread."""
+        """Stores and records what ``ray.put`` made. Runs on: producer, the user's thread."""
         if outgoing.head is None:
             return
         self._store(ref.hex(), outgoing.captured, outgoing.head)
@@ -316,7 +327,7 @@ class RDTManager:
         envelope = capture.open_envelope(metadata, data)
         return Request(object_id, envelope, self._targets.of(object_id, envelope.table))
 
-    def set_targets(self, object_id: str, tensors: Sequence["torch.Tensor"]) -> None:
+    def set_targets(self, object_id: str, tensors: Sequence[torch.Tensor]) -> None:
         """The tensors that ``ray.get`` of this object receives into, in this process."""
         self._targets.set_tensors(object_id, tensors)
 
@@ -333,7 +344,7 @@ class RDTManager:
         return counters | (current.agent.stats() if current is not None else {})
 
     def begin(self) -> None:
-        """Begins this process's session if it has none. Runs on: any thread but the core's io thread."""
+        """Begins this process's session if it has none. Takes a while: not for the io thread."""
         self._links()
 
     def transport(self, name: str) -> Transport:
@@ -400,18 +411,18 @@ class StoreByObjectId:
 
     def wait_and_get_object(
         self, object_id: str, timeout: float | None = None
-    ) -> list["torch.Tensor"]:
+    ) -> list[torch.Tensor]:
         return self._manager.store.wait_object(object_id, timeout).captured.tensors
 
     def add_object_primary(
-        self, object_id: str, tensors: list["torch.Tensor"], transport: str
+        self, object_id: str, tensors: list[torch.Tensor], transport: str
     ) -> Location:
         captured = capture.lay_out(tensors)
         head = self._manager._describe(captured, transport)
         self._manager._store(object_id, captured, head)
         return _location(head, captured)
 
-    def pop_object(self, object_id: str) -> list["torch.Tensor"]:
+    def pop_object(self, object_id: str) -> list[torch.Tensor]:
         stored = self._manager.store.by_id(object_id)
         if stored is None:
             raise KeyError(f"RDT object {object_id} is not stored here")
@@ -433,7 +444,11 @@ def _location(head: Descriptor, captured: Captured) -> Location:
 def _refs_in(refs: Any) -> list[Any]:
     import ray
 
-    return [ref for ref in (refs if isinstance(refs, list) else [refs]) if isinstance(ref, ray.ObjectRef)]
+    return [
+        ref
+        for ref in (refs if isinstance(refs, list) else [refs])
+        if isinstance(ref, ray.ObjectRef)
+    ]
 
 
 def _own_actor_id() -> bytes | None:

@@ -1,8 +1,8 @@
 """Frees what an owner leaves behind when its process dies.
 
 Owners tell each producer's agent which objects they own (``Agent.own``). When the connection of an
-owner breaks, its objects stay until Ray's GCS says that its worker is dead: a process that is only cut
-off keeps what is its own. Runs on: producer, the ``rdt-call`` and reaper threads.
+owner breaks, its objects stay until Ray's GCS says that its worker is dead: a process that is only
+cut off keeps what is its own. Runs on: producer, the ``rdt-call`` and reaper threads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class OwnerWatch:
             self._lost.discard(agent_id)
         count = self._session.agent.release_owned(agent_id)
         if count:
-            logger.info("RDT freed %d objects of agent %s: its worker died", count, agent_id.hex()[:8])
+            logger.info(
+                "RDT freed %d objects of agent %s: its worker died", count, agent_id.hex()[:8]
+            )
 
 
 def is_worker_alive(agent_id: bytes) -> bool:

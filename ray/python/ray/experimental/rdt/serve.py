@@ -153,7 +153,7 @@ class Server:
             self.withdraw(stored)
 
 
-def flat_buffers(stored: StoredObject) -> list["torch.Tensor"]:
+def flat_buffers(stored: StoredObject) -> list[torch.Tensor]:
     """An object's regions as flat uint8 tensors that share the storages of the user's tensors."""
     captured = stored.captured
     holders: dict[int, torch.Tensor] = {}
@@ -165,11 +165,12 @@ def flat_buffers(stored: StoredObject) -> list["torch.Tensor"]:
     ]
 
 
-def _flat(tensor: "torch.Tensor", address: int, nbytes: int) -> "torch.Tensor":
+def _flat(tensor: torch.Tensor, address: int, nbytes: int) -> torch.Tensor:
     import torch
 
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     if not nbytes:
         return empty
-    storage = tensor.untyped_storage()
-    return empty.set_(storage, address - storage.data_ptr(), (nbytes,))
+    storage: Any = tensor.untyped_storage()
+    flat: torch.Tensor = empty.set_(storage, address - storage.data_ptr(), (nbytes,), (1,))
+    return flat

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class StoredObject:
 
     key: bytes
     object_id: str
-    captured: "Captured"
+    captured: Captured
     transport: str
     token: int
     storages: frozenset[int]
@@ -55,9 +56,7 @@ class Store:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def add(
-        self, key: bytes, object_id: str, captured: "Captured", transport: str
-    ) -> StoredObject:
+    def add(self, key: bytes, object_id: str, captured: Captured, transport: str) -> StoredObject:
         """Keeps the tensors of an object.
 
         Runs on: producer, the thread that ran the task. The caller registers the regions with the
@@ -66,9 +65,7 @@ class Store:
         storages = frozenset(storage_identity(tensor) for tensor in captured.tensors)
         with self._changed:
             self._last_token += 1
-            stored = StoredObject(
-                key, object_id, captured, transport, self._last_token, storages
-            )
+            stored = StoredObject(key, object_id, captured, transport, self._last_token, storages)
             self._by_key[key] = self._by_token[stored.token] = self._by_id[object_id] = stored
             for storage in storages:
                 self._storage_users[storage] = self._storage_users.get(storage, 0) + 1
@@ -138,7 +135,7 @@ class Store:
             self._released.clear()
         return self.drop(list(self._by_token))
 
-    def wait_freed(self, tensor: "torch.Tensor", timeout_s: float | None) -> None:
+    def wait_freed(self, tensor: torch.Tensor, timeout_s: float | None) -> None:
         """Blocks until no stored object uses the tensor's storage.
 
         Raises:

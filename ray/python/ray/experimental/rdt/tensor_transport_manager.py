@@ -69,7 +69,7 @@ class TensorTransportManager(ABC):
         """Whether ``abort_transport`` ends a transfer that does not come to its end."""
         return False
 
-    def actor_has_tensor_transport(self, actor: "ray.actor.ActorHandle") -> bool:
+    def actor_has_tensor_transport(self, actor: ray.actor.ActorHandle) -> bool:
         """Whether an actor can use this transport."""
         return True
 
@@ -88,8 +88,8 @@ class TensorTransportManager(ABC):
 
     def get_communicator_metadata(
         self,
-        src_actor: "ray.actor.ActorHandle",
-        dst_actor: "ray.actor.ActorHandle",
+        src_actor: ray.actor.ActorHandle,
+        dst_actor: ray.actor.ActorHandle,
         backend: str | None = None,
     ) -> CommunicatorMetadata:
         """What both sides need for one transfer, ranks in a group for instance."""
@@ -143,7 +143,7 @@ class TensorTransportManager(ABC):
         tensor_transport_metadata: TensorTransportMetadata,
         communicator_metadata: CommunicatorMetadata,
     ) -> None:
-        """Sends an object's tensors to one consumer. Two-sided transports only. Runs on: producer."""
+        """Sends an object's tensors to one consumer. Two-sided only. Runs on: producer."""
         raise NotImplementedError(f"{type(self).__name__} is two-sided but does not send")
 
     def garbage_collect(

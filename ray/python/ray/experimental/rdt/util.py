@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 from ray.util.annotations import PublicAPI
+
+from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 
 #: What a user can name without registering anything.
 BUILT_IN_TRANSPORTS = ("AUTO", "GLOO", "NCCL", "NIXL", "CUDA_IPC")

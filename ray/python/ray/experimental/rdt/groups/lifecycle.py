@@ -215,10 +215,12 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> 
 def _answer_of(actor: ActorHandle, ref: Any) -> dict[str, str]:
     try:
         return dict(ray.get(ref))
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.ActorDiedError as error:
         raise RuntimeError(f"{actor} is dead and cannot join a collective group") from error
-    except ray.exceptions.RayTaskError as error:
-        raise RuntimeError(f"{actor} cannot join a collective group: {error.cause}") from error
+    except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            error = error.cause or error
+        raise RuntimeError(f"{actor} cannot join a collective group: {error}") from error
 
 
 def _silent(actors: list[ActorHandle]) -> RuntimeError:

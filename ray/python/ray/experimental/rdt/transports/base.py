@@ -2,19 +2,20 @@
 
 A transport moves the bytes of one RDT object from the producer's tensors into memory that the
 consumer has prepared. It sees flat byte buffers only: what the tensors look like, where they are
-kept and when they are freed is decided elsewhere. There are two kinds, and a transport is one of them:
+kept and when they are freed is decided elsewhere. There are two kinds; a transport is one of them:
 
 * one-sided: the producer describes its memory once (``expose``), consumers read it (``read``);
 * two-sided: both act. The consumer agrees on a route, asks the producer's process to ``send``
   along it, and calls ``receive`` itself.
 
-The agent's own lanes (in-process, cma, shm, tcp) are no transports: they serve whatever these cannot.
+The agent's own lanes (in-process, cma, shm, tcp) are no transports: they serve what these cannot.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +75,10 @@ class OneSided(Protocol):
 
     capabilities: Capabilities
 
-    def expose(self, buffers: Sequence["torch.Tensor"]) -> Route:
+    def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
         """Describes flat uint8 ``buffers`` so that ``read`` in another process can reach them.
 
-        Runs on: producer, an ``rdt-call`` thread, at the first pull of an object over this transport.
+        Runs on: producer, an ``rdt-call`` thread, at an object's first pull over this transport.
         The buffers stay the object's; they live until ``withdraw`` has returned.
 
         Raises:
@@ -85,7 +86,7 @@ class OneSided(Protocol):
         """
 
     def read(
-        self, peer: Peer, exposed: Route, buffers: Sequence["torch.Tensor"], deadline: float
+        self, peer: Peer, exposed: Route, buffers: Sequence[torch.Tensor], deadline: float
     ) -> None:
         """Fills flat uint8 ``buffers``, which match the exposed ones one to one.
 
@@ -119,13 +120,13 @@ class TwoSided(Protocol):
             TransportUnavailable: no route to this peer.
         """
 
-    def send(self, route: Route, buffers: Sequence["torch.Tensor"], deadline: float) -> None:
+    def send(self, route: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
         """Sends flat uint8 ``buffers`` along ``route``.
 
         Runs on: producer, an ``rdt-call`` thread; returns when the buffers may change again.
         """
 
-    def receive(self, route: Route, buffers: Sequence["torch.Tensor"], deadline: float) -> None:
+    def receive(self, route: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
         """Fills flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
 
         Runs on: consumer, the fetching thread. After an error none is written any more.
