@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import ROOT, wait_until
+
+#: A silent peer is given up after this.
+PEER_TIMEOUT_S = 3
+
+#: Of every process of the cluster, which has a token of its own.
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_RDT_PEER_TIMEOUT_S": str(PEER_TIMEOUT_S),
+}
 
 _PORT = 6391
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -93,8 +106,7 @@ def pids_in(host: Host) -> list[int]:
 
 
 def _remove(host: Host) -> None:
-    for pid in pids_in(host):
-        os.kill(pid, signal.SIGKILL)
+    _signal_all(host, signal.SIGKILL)
     wait_until(lambda: not pids_in(host), f"{host.name} is empty")
     subprocess.run(["ip", "netns", "delete", host.name], check=True)
 
@@ -119,20 +131,14 @@ def ray_on(hosts: tuple[Host, Host]) -> Iterator[str]:
         yield address
     finally:
         for host in hosts:
-            for pid in pids_in(host):
-                os.kill(pid, signal.SIGTERM)
-        wait_until(
-            lambda: not any(pids_in(host) for host in hosts) or kill_rest(hosts), "Ray ended"
-        )
+            _signal_all(host, signal.SIGTERM)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_rest(hosts: tuple[Host, Host]) -> bool:
-    """What does not end by itself."""
-    for host in hosts:
-        for pid in pids_in(host):
-            os.kill(pid, signal.SIGKILL)
-    return False
+def _signal_all(host: Host, number: int) -> None:
+    for pid in pids_in(host):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _start(host: Host, folder: Path, resource: str, *arguments: str) -> None:
@@ -144,7 +150,11 @@ def _start(host: Host, folder: Path, resource: str, *arguments: str) -> None:
             host.command(*_RAY, "start", *_OPTIONS, *resources, *arguments),
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_RDT_PEER_TIMEOUT_S": "3"},
+            env=ENVIRONMENT,
             start_new_session=True,
         )
-    wait_until(lambda: "Ray runtime started" in log.read_text(), f"{log.read_text()}", limit_s=90)
+
+    def assert_started() -> None:
+        assert "Ray runtime started" in log.read_text(), log.read_text()
+
+    wait_until(assert_started, f"node {resource} does not run:", limit_s=90)

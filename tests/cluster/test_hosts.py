@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.hosts import HostsUnavailable, ray_on, two_hosts
+from tests.cluster.hosts import (
+    ENVIRONMENT,
+    PEER_TIMEOUT_S,
+    HostsUnavailable,
+    ray_on,
+    two_hosts,
+)
 from tests.integration.test_errors import BUSY_S, KNOWN_WITHIN_S
 from tests.support import ROOT
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
-
-#: RAY_RDT_PEER_TIMEOUT_S of both hosts.
-PEER_TIMEOUT_S = 3
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def run_driver_on(host: Any, address: str) -> dict[str, Any]:
     driver = ROOT / "tests" / "cluster" / "driver_on_hosts.py"
     done = subprocess.run(
         host.command(sys.executable, driver, address, host.device),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_RDT_PEER_TIMEOUT_S": str(PEER_TIMEOUT_S)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=110,

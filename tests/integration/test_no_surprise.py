@@ -78,22 +78,6 @@ def test_user_code_stays_on_the_main_thread_and_handles_signals(
     assert ray.get(watched.report.remote()) == {"threads": [True] * 3, "changed": {}}
 
 
-def test_actor_with_transports_has_no_concurrency_groups(spawn: Any) -> None:
-    def thread_names(_: Peer) -> list[str]:
-        return [thread.name for thread in threading.enumerate()]
-
-    peer = spawn()
-    ray.get(peer.make.remote(ones))
-    names = ray.get(peer.run.remote(thread_names))
-    assert not [name for name in names if "_ray_system" in name]
-    method = peer.run.options(concurrency_group="_ray_system").remote(thread_names)
-    try:
-        ray.get(method, timeout=30)
-    except (ray.exceptions.RayError, ValueError):
-        return
-    raise AssertionError("the concurrency group _ray_system exists")
-
-
 def reducers_of_tensor(_: Any) -> dict[str, Any]:
     import copyreg
 
@@ -234,14 +218,14 @@ class Plain:
     def loaded(self):
         from ray._private.worker import global_worker
         modules = ("torch", "ray.experimental.rdt.session")
-        return *(name in sys.modules for name in modules), global_worker._rdt_manager
+        return *(name in sys.modules for name in modules), global_worker._rdt_manager is None
 
 plain = Plain.remote()
 print(ray.get(plain.loaded.remote()), ray.get(plain.number.remote()))
 print("torch", ray.get(plain.loaded.remote())[0])
 """
     )
-    assert run_driver(source, tmp_path).splitlines() == ["(False, False, None) 5", "torch False"]
+    assert run_driver(source, tmp_path).splitlines() == ["(False, False, True) 5", "torch False"]
 
 
 def test_ray_can_be_shut_down_and_started_again(tmp_path: Path) -> None:
@@ -262,7 +246,10 @@ for turn in range(3):
         assert ray.get(maker.total.remote(own)) == turn * 100_000
         assert ray.experimental.rdt.stats()["stored_objects"] == 1
     ray.shutdown()
-    assert [t.name for t in threading.enumerate() if t.name.startswith("rdt")] == []
+    left = [thread for thread in threading.enumerate() if thread.name.startswith("rdt")]
+    for thread in left:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in left), left
 assert [float(t.sum()) for t in kept] == [100_000, 100_000]
 start()
 assert ray.experimental.rdt.stats()["stored_objects"] == 0
@@ -315,7 +302,7 @@ for _ in range(3):
 pid = os.fork()
 if not pid:
     del tensor, ref
-    sys.exit(0)
+    os._exit(0)  # Plain Ray's own exit handlers hang in a forked child.
 assert os.waitpid(pid, 0)[1] == 0
 assert float(ray.get(ref).sum()) == 100_000
 assert float(ray.get(maker.make.remote(200_000)).sum()) == 200_000

@@ -58,6 +58,7 @@ class _Lines:
     dials: int = 0
     failed_until: float = 0.0
     failure: str = ""
+    cause: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class ProcessGroupTransport:
                 if link is not None:
                     return link
                 if lines.failed_until > time.monotonic():
-                    raise TransportUnavailable(lines.failure)
+                    raise TransportUnavailable(lines.failure) from lines.cause
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TransportUnavailable("the connection was not made in time")
@@ -196,12 +197,12 @@ class ProcessGroupTransport:
 
     def _dial(self, peer: Peer, scope: str, lines: _Lines) -> None:
         """Runs on: consumer, a thread of its own."""
-        link, failure = None, ""
+        link, failure, cause = None, "", None
         try:
             with self._dialing:
                 link = self._open(peer, scope)
         except Exception as error:  # stored for those who wait for the link
-            failure = f"no {self.capabilities.name} connection: {error}"
+            failure, cause = f"no {self.capabilities.name} connection: {error}", error
             logger.debug("RDT could not connect", exc_info=True)
         with self._changed:
             lines.dials -= 1
@@ -209,7 +210,8 @@ class ProcessGroupTransport:
             if link is not None and is_wanted:
                 lines.links.append(link)
             elif failure:
-                lines.failure, lines.failed_until = failure, time.monotonic() + _FAILURE_KEPT_S
+                lines.failure, lines.cause = failure, cause
+                lines.failed_until = time.monotonic() + _FAILURE_KEPT_S
             self._changed.notify_all()
         if link is not None and not is_wanted:
             link.close("it was given up while it was being made")
