@@ -191,17 +191,15 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> 
             answers[rank] = _introduce_here(backend)
         else:
             pending[actor.__ray_call__.remote(_answer_introduction, backend)] = rank
-    try:
-        while pending:
-            left = max(0.0, deadline - time.monotonic())
-            done, _ = ray.wait(list(pending), timeout=left)
-            if not done:
-                raise _silent([actors[rank] for rank in pending.values()])
-            rank = pending.pop(done[0])
-            answers[rank] = _answer_of(actors[rank], done[0])
-    finally:
-        for ref in pending:
-            ray.cancel(ref)
+    # What is not answered is not cancelled: a cancelled task can leave a hole in the order of an
+    # actor's tasks, for which Ray then waits for 30 s. An introduction that comes late does nothing.
+    while pending:
+        left = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(pending), timeout=left)
+        if not done:
+            raise _silent([actors[rank] for rank in pending.values()])
+        rank = pending.pop(done[0])
+        answers[rank] = _answer_of(actors[rank], done[0])
     return [
         Member(
             bytes.fromhex(answers[rank]["agent"]),
