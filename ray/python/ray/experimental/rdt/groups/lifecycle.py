@@ -192,7 +192,7 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> 
         else:
             pending[actor.__ray_call__.remote(_answer_introduction, backend)] = rank
     # What is not answered is not cancelled: a cancelled task can leave a hole in the order of an
-    # actor's tasks, for which Ray then waits for 30 s. An introduction that comes late does nothing.
+    # actor's tasks, for which Ray then waits for 30 s. A late introduction does nothing.
     while pending:
         left = max(0.0, deadline - time.monotonic())
         done, _ = ray.wait(list(pending), timeout=left)
