@@ -42,7 +42,7 @@ def make_venv(folder: Path, requirements: list[str], *, nbytes: int) -> Path:
     if not python.exists():
         run([sys.executable, "-m", "venv", folder], advice="install Python's venv package")
     for file in files:
-        alone = ["--no-deps"] if file.name == "nixl.txt" else []
+        alone = ["--no-deps"] if file.name == "alone.txt" else []
         run(
             [python, "-m", "pip", "install", "-qq", *alone, "--requirement", file],
             advice=PIP_FAILED,
@@ -53,7 +53,7 @@ def make_venv(folder: Path, requirements: list[str], *, nbytes: int) -> Path:
 
 def test_venv(wheel: Path) -> Path:
     """.venv: what tests and examples need, and our wheel; returns its python."""
-    python = make_venv(VENV, ["test.txt", "nixl.txt"], nbytes=TORCH_BYTES)
+    python = make_venv(VENV, ["test.txt", "alone.txt"], nbytes=TORCH_BYTES)
     site = next((VENV / "lib").glob("python3*/site-packages"))
     if not lay_wheel(wheel, site):
         run(
@@ -106,7 +106,7 @@ def _is_outdated(name: str, record: str) -> bool:
 def stock_venv() -> Path:
     """A venv with stock Ray in place of our wheel; returns its python."""
     folder = BUILD / f"stock-venv-{python_tag()}"
-    python = make_venv(folder, ["test.txt", "nixl.txt"], nbytes=TORCH_BYTES)
+    python = make_venv(folder, ["test.txt", "alone.txt"], nbytes=TORCH_BYTES)
     release = f"ray=={read_base().version}"
     stamp = folder / "ray.txt"
     if not is_done(stamp, release):

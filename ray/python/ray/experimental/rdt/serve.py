@@ -4,8 +4,8 @@ The agent's own lanes need none of this; they read registered regions without Py
 
 Requests (JSON, through the session):
 
-* ``rdt.send`` {key, transport, route, timeout_s}: checks, answers, then sends in the background; a
-  send that fails resets the transport's link to the consumer, which fails its receive.
+* ``rdt.send`` {key, transport, route, timeout_s}: checks, answers, then sends in the background. A
+  send that fails tells the consumer by its own link, which ends the receive; others are left alone.
 * ``rdt.expose`` {key, transport}: answers with what ``OneSided.expose`` gave; the object stays
   borrowed until ``rdt.done`` or the consumer's loss.
 * ``rdt.done`` {key}: the consumer has read.
@@ -70,8 +70,8 @@ class Server:
 
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
-        stored = self._borrow(body)
         deadline = time.monotonic() + float(body["timeout_s"])
+        stored = self._borrow(body)
         self._senders.submit(self._send, transport, peer_id, stored, body["route"], deadline)
         return {}
 
@@ -92,7 +92,6 @@ class Server:
                 "RDT object %s could not be sent over %s to agent %s: %s",
                 *(stored.object_id, name, peer_id.hex()[:8], error),
             )
-            transport.reset(peer_id)
         finally:
             self._give_back(stored.key)
 

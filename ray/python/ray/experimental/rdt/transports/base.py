@@ -123,7 +123,8 @@ class TwoSided(Protocol):
     def send(self, route: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
         """Sends flat uint8 ``buffers`` along ``route``.
 
-        Runs on: producer, an ``rdt-call`` thread; returns when the buffers may change again.
+        Runs on: producer, an ``rdt-send`` thread; returns when the buffers may change again. A send
+        that fails also ends the consumer's ``receive`` on this route.
         """
 
     def receive(self, route: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
