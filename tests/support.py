@@ -16,6 +16,32 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: How soon a dead producer must be known, and what a busy machine may add to it.
+KNOWN_WITHIN_S, BUSY_S = 2, 8
+
+#: What drivers of their own begin with.
+START = """
+import os, sys, time
+import ray
+
+def start():
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+             object_store_memory=100 << 20)
+"""
+
+#: What some of them need as well.
+MAKER = """
+@ray.remote(num_cpus=0)
+class Maker:
+    @ray.method(tensor_transport="auto")
+    def make(self, count):
+        import torch
+        return torch.ones(count)
+
+    def total(self, tensor):
+        return float(tensor.sum())
+"""
+
 
 def wait_until(is_reached: Callable[[], Any], what: str = "", limit_s: float = 30) -> None:
     """Returns once ``is_reached()`` is true; fails with ``what`` if that takes too long.

@@ -15,8 +15,7 @@ import torch
 from ray.exceptions import ActorDiedError, ObjectLostError
 
 import ray
-from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
-from tests.integration.test_lanes import pulls
+from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, pulls, total, total_of_refs
 from tests.support import wait_until
 
 MANY = 16 << 20  # floats: 64 MiB

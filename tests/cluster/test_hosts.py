@@ -17,8 +17,7 @@ from tests.cluster.hosts import (
     ray_on,
     two_hosts,
 )
-from tests.integration.test_errors import BUSY_S, KNOWN_WITHIN_S
-from tests.support import ROOT
+from tests.support import BUSY_S, KNOWN_WITHIN_S, ROOT
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 

@@ -16,8 +16,7 @@ from ray.exceptions import ObjectLostError
 import ray
 from ray.experimental.rdt import config
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
-from tests.integration.test_errors import BUSY_S, KNOWN_WITHIN_S
-from tests.support import ROOT, wait_until
+from tests.support import BUSY_S, KNOWN_WITHIN_S, ROOT, wait_until
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 

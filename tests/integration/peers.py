@@ -14,6 +14,9 @@ import ray
 #: Small enough to ride along in the value, and too large for that (1 MiB).
 SMALL, LARGE = 16, 1 << 18
 
+#: The lanes between two processes.
+LANES = ("cma", "shm", "tcp")
+
 
 @ray.remote(num_cpus=0)
 class Peer:
@@ -62,3 +65,9 @@ def total(peer: Peer, *tensors: torch.Tensor) -> float:
 def total_of_refs(peer: Peer, refs: Any) -> float:
     """``refs`` in a list, so that the peer gets the references and not their values."""
     return total(peer, *ray.get(refs))
+
+
+def pulls(actor: Any) -> dict[str, int]:
+    """What the actor has pulled, by lane."""
+    counters = ray.get(actor.stats.remote())
+    return {lane: counters.get(f"pulls_{lane}", 0) for lane in LANES}

@@ -23,11 +23,7 @@ from ray.exceptions import (
 
 import ray
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
-from tests.integration.test_no_surprise import MAKER, START
-from tests.support import run_driver, wait_until
-
-#: How soon a dead producer must be known, and what a busy machine may add to it.
-KNOWN_WITHIN_S, BUSY_S = 2, 8
+from tests.support import BUSY_S, KNOWN_WITHIN_S, MAKER, START, run_driver, wait_until
 
 
 def kill_process(actor: Any) -> int:

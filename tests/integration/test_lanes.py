@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import ray
-from tests.integration.peers import LARGE, Peer, count_up, ones, total
+from tests.integration.peers import LANES, LARGE, Peer, count_up, ones, pulls, total
 from tests.support import wait_until
-
-LANES = ("cma", "shm", "tcp")
 
 
 @pytest.fixture(params=LANES)
@@ -33,12 +31,6 @@ def limited(local_ray: None) -> Any:
     yield get
     for actor in made.values():
         ray.kill(actor)
-
-
-def pulls(actor: Any) -> dict[str, int]:
-    """What the actor has pulled, by lane."""
-    counters = ray.get(actor.stats.remote())
-    return {lane: counters.get(f"pulls_{lane}", 0) for lane in LANES}
 
 
 def pulled_since(actor: Any, before: dict[str, int]) -> dict[str, int]:

@@ -12,30 +12,7 @@ import torch
 
 import ray
 from tests.integration.peers import LARGE, Peer, ones, total
-from tests.support import run_driver
-
-#: What drivers of their own begin with.
-START = """
-import os, sys, time
-import ray
-
-def start():
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
-             object_store_memory=100 << 20)
-"""
-
-#: What some of them need as well.
-MAKER = """
-@ray.remote(num_cpus=0)
-class Maker:
-    @ray.method(tensor_transport="auto")
-    def make(self, count):
-        import torch
-        return torch.ones(count)
-
-    def total(self, tensor):
-        return float(tensor.sum())
-"""
+from tests.support import MAKER, START, run_driver
 
 
 @ray.remote(num_cpus=0)

@@ -255,7 +255,7 @@ def test_what_is_no_device_is_refused_at_once(producer: Any) -> None:
 def test_a_device_that_is_not_there_is_the_objects_error(producer: Any) -> None:
     ref = producer.make.remote(two_tensors, LARGE)
     set_target_device_for_ref(ref, "cuda:0")
-    with pytest.raises(ray.exceptions.RayError, match="(?i)cuda"):
+    with pytest.raises(ray.exceptions.RayError, match=r"(?i)cuda"):
         ray.get(ref)
     set_target_device_for_ref(ref, "cpu")
     assert_filled(ray.get(ref), LARGE)
