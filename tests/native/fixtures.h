@@ -23,6 +23,7 @@ std::unique_ptr<Agent> MakeAgent(LaneSet lanes = kAllLanes);
 Key KeyOf(uint8_t number);
 
 // Memory with known contents, cut into pieces of any length, empty ones too.
+// Declared before the agent that serves it, so that it outlives that.
 class Memory {
  public:
   explicit Memory(size_t nbytes) : bytes_(nbytes) {}

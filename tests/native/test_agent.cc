@@ -134,9 +134,9 @@ TEST("agent: malformed arguments are refused at the door") {
 }
 
 TEST("agent: garbage on its sockets is dropped and everyone else served") {
+  Memory source(3 << 20);
   auto producer = MakeAgent();
   auto consumer = MakeAgent(0b1000);
-  Memory source(3 << 20);
   source.FillRandom(1);
   producer->Register(KeyOf(1), source.Whole(), 1);
   Address address = Parse(*producer);
@@ -189,9 +189,9 @@ TEST("agent: TLS being required rules out clear-text connections") {
 }
 
 TEST("agent: a peer on another network namespace is reached over TCP") {
+  Memory source(2 << 20);
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
-  Memory source(2 << 20);
   Memory destination(2 << 20);
   source.FillRandom(1);
   producer->Register(KeyOf(1), source.Whole(), 1);
@@ -247,9 +247,9 @@ TEST("agent: the producer's stop is seen by those who pull") {
 }
 
 TEST("agent: two agents pull from each other at the same time") {
+  Memory source(1 << 20);
   auto a = MakeAgent();
   auto b = MakeAgent();
-  Memory source(1 << 20);
   source.FillRandom(1);
   a->Register(KeyOf(1), source.Whole(), 1);
   b->Register(KeyOf(1), source.Whole(), 1);

@@ -64,9 +64,9 @@ TEST("lanes: cma, shm and tcp carry every size and segmentation") {
 
 TEST("lanes: the lengths must agree") {
   for (const LaneCase &one : kRemoteLanes) {
+    Memory source(100000);
     auto producer = MakeAgent();
     auto consumer = MakeAgent(one.lanes);
-    Memory source(100000);
     Memory destination(100001);
     producer->Register(KeyOf(1), source.Whole(), 1);
     PullTicket ticket =
@@ -114,9 +114,9 @@ TEST("lanes: no lane in common is a refusal, not a hang") {
 
 TEST("lanes: cancel stops all writing at once") {
   for (const LaneCase &one : kRemoteLanes) {
+    Memory source(16 * kMiB);
     auto producer = MakeAgent();
     auto consumer = MakeAgent(one.lanes);
-    Memory source(16 * kMiB);
     source.FillRandom(1);
     producer->Register(KeyOf(1), source.Cut(100, 1), 1);
     for (int i = 0; i < 20; ++i) {
@@ -202,12 +202,12 @@ TEST("lanes: the shm ring refuses what is no ring") {
 }
 
 TEST("lanes: thousands of pulls at once") {
+  constexpr size_t kPulls = 2000;
+  constexpr size_t kBytes = 100000;
   for (const LaneCase &one : kRemoteLanes) {
+    Memory source(kBytes);
     auto producer = MakeAgent();
     auto consumer = MakeAgent(one.lanes);
-    constexpr size_t kPulls = 2000;
-    constexpr size_t kBytes = 100000;
-    Memory source(kBytes);
     source.FillRandom(1);
     producer->Register(KeyOf(1), source.Cut(3, 1), 1);
     Memory destination(kPulls * kBytes);
