@@ -106,6 +106,7 @@ def pull_times(
 def memcpy_rate(agent: _agent.Agent) -> float:
     """Bytes a second of one thread, warm to warm; the best of some."""
     source, target = agent.allocate(LARGE), agent.allocate(LARGE)
+    ctypes.memset(source.address, 1, LARGE)
     times = []
     for _ in range(4):
         start = time.perf_counter()

@@ -229,6 +229,24 @@ def test_a_forked_child_cannot_use_the_agent(agent, producer):
     assert bytes(block) == bytes(contents()[:SIZE])
 
 
+def sockets():
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return sum(os.path.islink(link) and "socket:" in os.readlink(link) for link in links)
+
+
+def test_a_forked_child_holds_none_of_its_connections(producer):
+    before = sockets()
+    agent = make_agent(lanes=frozenset({"tcp"}))
+    pull_block(agent, producer.address)[1].wait(LONG_S)
+    assert sockets() > before + 2
+    pid = os.fork()
+    if pid == 0:
+        os._exit(sockets() - before)
+    assert os.waitpid(pid, 0)[1] == 0
+    pull_block(agent, producer.address)[1].wait(LONG_S)
+    agent.stop()
+
+
 def test_stop_fails_waiters_and_ends_events(producer):
     agent = make_agent()
     agent.register(KEY, array("Q"), array("Q"), 9)

@@ -10,8 +10,8 @@
 namespace ray::rdt {
 namespace {
 
-// An object up to this size is sent along with the grant where the lane would
-// need another round trip for it.
+// An object up to this size is sent along with the grant: on every lane that is
+// faster than to start it.
 constexpr uint64_t kMaxAttached = 64 << 10;
 
 }  // namespace
@@ -152,7 +152,8 @@ void RemotePeer::LogLanes(const LaneReasons &reasons) {
   if (std::exchange(were_lanes_logged_, true)) return;
   LaneKind best = LaneKind::kTcp;
   std::string text = "RDT with " + address_.Describe() + ": ";
-  text += BestLane(&best) != nullptr ? std::string("lane ") + LaneName(best) : "no lane";
+  text +=
+      BestLane(0, &best) != nullptr ? std::string("lane ") + LaneName(best) : "no lane";
   for (size_t i = 0; i < kLaneCount && reasons[i] != "ok"; ++i) {
     text += std::string(i == 0 ? " (" : "; ") + kLaneNames[i] + ": " + reasons[i];
   }
@@ -257,16 +258,15 @@ void RemotePeer::SendAll() {
 }
 
 void RemotePeer::SendPull(uint64_t id, Asked *asked) {
-  Lane *lane = BestLane(&asked->lane);
+  Lane *lane = BestLane(asked->tried, &asked->lane);
   if (lane == nullptr) {
     return FinishPull(id, Named({Code::kRefused, "no lane is left to the peer"}));
   }
   asked->is_sent = true;
   asked->pull->set_lane(asked->lane);
-  bool reads_memory = lane->reads_memory();
   PullRequest request{.key = asked->pull->key,
-                      .with_spans = reads_memory,
-                      .max_attached = reads_memory ? 0 : kMaxAttached};
+                      .with_spans = lane->reads_memory(),
+                      .max_attached = kMaxAttached};
   channel_->Send(EncodeFrame(FrameType::kPull, id, request));
 }
 
@@ -276,10 +276,10 @@ void RemotePeer::SendCall(uint64_t id, Called *called) {
   called->payload = {};
 }
 
-Lane *RemotePeer::BestLane(LaneKind *kind) {
+Lane *RemotePeer::BestLane(LaneSet but_not, LaneKind *kind) {
   for (size_t i = 0; i < kLaneCount; ++i) {
     *kind = static_cast<LaneKind>(i);
-    if (lanes_[i]) return lanes_[i].get();
+    if (lanes_[i] && !HasLane(but_not, *kind)) return lanes_[i].get();
   }
   return nullptr;
 }
@@ -335,8 +335,8 @@ bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
   }
   if (grant->total == 0 || !grant->attached.empty()) return TakeAttached(id, *grant);
   Lane *lane = lanes_[static_cast<size_t>(asked.lane)].get();
-  if (lane == nullptr) {
-    TryNextLane(id, "the lane was given up");
+  if (lane == nullptr) {  // given up since the pull was sent
+    TryNextLane(id);
     return true;
   }
   if (lane->reads_memory() && span_bytes != grant->total) return false;
@@ -366,8 +366,12 @@ bool RemotePeer::OnRefuse(uint64_t id, const std::optional<Refuse> &refuse) {
   if (!refuse) return false;
   auto found = pulls_.find(id);
   if (found == pulls_.end()) return true;
-  found->second.is_sent = false;  // nothing is pinned for it
-  FinishPull(id, Named({CodeFromWire(refuse->code), refuse->text}));
+  Code code = CodeFromWire(refuse->code);
+  if (code == Code::kRefused) {  // this lane cannot carry it
+    TryNextLane(id);
+  } else {
+    FinishPull(id, Named({code, refuse->text}));
+  }
   return true;
 }
 
@@ -386,15 +390,17 @@ void RemotePeer::OnMoved(uint64_t id, const Status &status) {
   if (read_memory && status.ok() && !IsMemoryValid()) {
     return Lose({Code::kPeerLost, "the peer ended during the pull"});
   }
-  if (status.code == Code::kRefused) return TryNextLane(id, status.text);
-  FinishPull(id, status);
+  if (status.code != Code::kRefused) return FinishPull(id, status);
+  LaneKind lane = found->second.lane;
+  if (lanes_[static_cast<size_t>(lane)]) BarLane(lane, status.text);
+  TryNextLane(id);
 }
 
-void RemotePeer::TryNextLane(uint64_t id, const std::string &why) {
+void RemotePeer::TryNextLane(uint64_t id) {
   Asked &asked = pulls_.at(id);
-  if (lanes_[static_cast<size_t>(asked.lane)]) BarLane(asked.lane, why);
   channel_->Send(EncodeFrame(FrameType::kAbort, id));
   asked.pull->Restart();
+  asked.tried |= LaneBit(asked.lane);
   asked.is_granted = false;
   SendPull(id, &asked);
 }

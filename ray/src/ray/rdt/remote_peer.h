@@ -32,6 +32,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   struct Asked {
     std::shared_ptr<Pull> pull;
     LaneKind lane = LaneKind::kTcp;
+    LaneSet tried = 0;  // lanes that could not carry it
     bool is_sent = false;
     bool is_granted = false;
     bool is_second_try = false;
@@ -66,7 +67,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   void SendKeys(FrameType type, std::vector<Key> keys);
   void SendPull(uint64_t id, Asked *asked);
   void SendCall(uint64_t id, Called *called);
-  Lane *BestLane(LaneKind *kind);
+  Lane *BestLane(LaneSet but_not, LaneKind *kind);
   void BarLane(LaneKind lane, const std::string &why);
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   bool Handle(const FrameHeader &header, ByteView payload);
@@ -75,7 +76,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   bool OnRefuse(uint64_t id, const std::optional<Refuse> &refuse);
   bool OnReply(uint64_t id, ByteView payload);
   void OnMoved(uint64_t id, const Status &status);
-  void TryNextLane(uint64_t id, const std::string &why);
+  void TryNextLane(uint64_t id);
   void FinishPull(uint64_t id, const Status &status);
   void NoteWork();
 

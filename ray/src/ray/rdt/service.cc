@@ -81,15 +81,14 @@ class Service::Guest : public Channel::Handler {
       return true;
     }
     Grant grant{.total = pin->memory.total()};
-    if (request->with_spans) grant.spans = pin->memory.spans();
-    if (grant.spans.size() > kMaxSpans) {
-      RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
-      return true;
-    }
     if (grant.total > 0 && grant.total <= std::min(request->max_attached, kMaxAttached)) {
       grant.attached.resize(grant.total);
       pin->memory.CopyOut({0, grant.total}, grant.attached.data());
+    } else if (request->with_spans && pin->memory.spans().size() > kMaxSpans) {
+      RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
+      return true;
     } else {
+      if (request->with_spans) grant.spans = pin->memory.spans();
       service_->pins_->Add(agent_, id, this, pin);
       pulls_[id] = std::move(pin);
     }
