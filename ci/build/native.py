@@ -107,8 +107,10 @@ def compile_agent(out_dir: Path, sanitize: str | None = None) -> Path:
     style = flavour(sanitize)
     generated = _cythonize(style)
     include = sysconfig.get_paths()["include"]
-    # What Cython writes is not held to our warnings.
-    extension = _Unit(generated, f"-I{include}", warnings=())
+    # What Cython writes is not held to our warnings; Python's headers have assertions
+    # that would name the place where they lie.
+    quiet = (f"-I{include}", f"-ffile-prefix-map={include}=python", "-DNDEBUG")
+    extension = _Unit(generated, *quiet, warnings=())
     objects = _compile(style, [*_core_units(), extension])
     out_dir.mkdir(parents=True, exist_ok=True)
     target = out_dir / f"_agent{sysconfig.get_config_var('EXT_SUFFIX')}"
