@@ -397,6 +397,16 @@ class RDTManager:
         self._targets.clear()
 
 
+_making = threading.Lock()
+
+
+def make_manager(worker: Any) -> None:
+    """Makes the manager of Ray's worker, once, whichever threads ask. Runs on: any thread."""
+    with _making:
+        if worker._rdt_manager is None:
+            worker._rdt_manager = RDTManager()
+
+
 class StoreByObjectId:
     """The store by object id (hex), under the names that Ray's own tests use."""
 
