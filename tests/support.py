@@ -8,7 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,24 @@ def wait_until(is_reached: Callable[[], Any], what: str = "", limit_s: float = 3
         if time.monotonic() > deadline:
             pytest.fail(f"after {limit_s:g} s: {reason}")
         time.sleep(0.02)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Keeps a process stopped, all its threads, as a machine that hangs would."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: _states(pid) == {"T"}, f"{pid} has stopped")
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def _states(pid: int) -> set[str]:
+    """Of its threads, as proc(5) writes them."""
+    files = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {file.read_text().rpartition(")")[2].split()[0] for file in files}
 
 
 def run_program(

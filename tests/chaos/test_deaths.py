@@ -105,7 +105,8 @@ def test_consumer_that_ends_while_it_pulls(spawn: Any, number: int) -> None:
     waiting = doomed.run.remote(are_full_of, refs, [3] * 8)
     os.kill(pid, number)
     assert ray.get(other.run.remote(are_full_of, refs, [3] * 8), timeout=LIMIT_S)
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
     with pytest.raises(RayError):
         ray.get(waiting, timeout=LIMIT_S)
     del refs

@@ -23,7 +23,7 @@ from ray.exceptions import (
 
 import ray
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
-from tests.support import BUSY_S, KNOWN_WITHIN_S, MAKER, START, run_driver, wait_until
+from tests.support import BUSY_S, KNOWN_WITHIN_S, MAKER, START, run_driver, stopped, wait_until
 
 
 def kill_process(actor: Any) -> int:
@@ -191,12 +191,8 @@ def test_silent_producer_is_given_up_in_time(spawn: Any, monkeypatch: pytest.Mon
     ray.wait([ref])
     ray.get(taker.pid.remote())
     pid = ray.get(maker.pid.remote())
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(ObjectFetchTimedOutError, match=r"1\.5 s"):
-            ray.get(taker.run.remote(total_of_refs, [ref]), timeout=30)
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    with stopped(pid), pytest.raises(ObjectFetchTimedOutError, match=r"1\.5 s"):
+        ray.get(taker.run.remote(total_of_refs, [ref]), timeout=30)
     assert ray.get(taker.run.remote(total_of_refs, [ref])) == LARGE
 
 
@@ -213,16 +209,13 @@ def test_cancelled_get_stops_and_the_object_stays(spawn: Any, tmp_path: Path) ->
     ref = maker.make.remote(ones)
     ray.wait([ref])
     pid = ray.get(maker.pid.remote())
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid):
         waiting = get.remote([ref], begun)
         wait_until(begun.exists, "the task waits")
         assert not ray.wait([waiting], timeout=0.5)[0]
         ray.cancel(waiting)
         with pytest.raises((ray.exceptions.TaskCancelledError, RayTaskError)):
             ray.get(waiting, timeout=30)
-    finally:
-        os.kill(pid, signal.SIGCONT)
     assert ray.get(get.remote([ref], begun)) == LARGE
 
 

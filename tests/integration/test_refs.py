@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from ray.exceptions import GetTimeoutError
 
 import ray
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
-from tests.support import wait_until
+from tests.support import stopped, wait_until
 
 SIZES = pytest.mark.parametrize("count", [SMALL, LARGE], ids=["small", "large"])
 
@@ -171,12 +169,8 @@ def test_get_times_out_on_the_way_and_can_be_repeated(spawn: Any, transport: str
     ref = maker.make.options(tensor_transport=transport).remote(ones)
     ray.wait([ref])
     pid = ray.get(maker.pid.remote())
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(GetTimeoutError):
-            ray.get(ref, timeout=0.3)
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    with stopped(pid), pytest.raises(GetTimeoutError):
+        ray.get(ref, timeout=0.3)
     assert torch.equal(ray.get(ref, timeout=60), torch.ones(LARGE))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from tensordict import TensorDict
 
 import ray
 from tests.integration.peers import LARGE, Peer, count_up
+from tests.support import stopped
 from tests.unit import values
 
 #: Each example sends a batch, and the fixtures that it shares with the others hold no state.
@@ -224,10 +223,7 @@ def test_a_stopped_producer_does_not_block_other_gets(spawn: Any) -> None:
     ref = maker.make.remote(lambda _: torch.ones(LARGE))
     ray.wait([ref])
     pid = ray.get(maker.pid.remote())
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid):
         ray.get(taker.run.remote(start_get, [ref]))
         assert ray.get(taker.run.remote(plain_get, ray.put(torch.ones(3))), timeout=20)
-    finally:
-        os.kill(pid, signal.SIGCONT)
     assert ray.get(taker.run.remote(join)) == LARGE
