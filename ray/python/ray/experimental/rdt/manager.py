@@ -369,7 +369,8 @@ class RDTManager:
         transports = Transports(current)
         server = Server(current, self.store, transports)
         links = Links(current, transports, server, HintSender(current), HintedPulls(current))
-        current.on_released(self._on_released)
+        # Bound to this session's server: a release may come while the session ends.
+        current.on_released(lambda tokens: self._on_released(server, tokens))
         current.on_tick(links.hinted.drop_stale)
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
@@ -380,10 +381,10 @@ class RDTManager:
             current.run_in_background(publish, current, actor_id)
         return links
 
-    def _on_released(self, tokens: list[int]) -> None:
+    def _on_released(self, server: Server, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""
         for stored in self.store.drop(tokens):
-            self._links().server.withdraw(stored)
+            server.withdraw(stored)
 
     def shutdown(self) -> None:
         """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""
