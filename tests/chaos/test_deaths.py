@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -87,6 +88,7 @@ def test_producers_and_consumers_die_under_load(spawn: Any, transport: str) -> N
     del refs, again
 
     def assert_idle() -> None:
+        gc.collect()  # Errors and the frames that they name hold references in cycles.
         for actor in (*makers, *takers):
             counters = ray.get(actor.stats.remote())
             in_use = ("stored_objects", "directory_rows", "regions", "pinned", "pool_used")
