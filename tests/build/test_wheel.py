@@ -89,7 +89,7 @@ def test_names_and_tags(built: Path) -> None:
         assert f"Tag: {python}-{abi}-{platform}\n" in archive.read(f"{info}/WHEEL").decode()
         assert not [n for n in names if n.startswith("ray-") and not n.startswith(info)]
         ours = [n for n in names if n.startswith("ray/experimental/rdt/")]
-        assert {n.rpartition(".")[2] for n in ours} == {"py", "so"}
+        assert {n.rpartition(".")[2] for n in ours} == {"py", "pyi", "so"}
         assert {member.date_time for member in archive.infolist()} == {wheel.timestamp()}
 
 

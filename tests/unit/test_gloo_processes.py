@@ -157,6 +157,8 @@ def test_death_of_the_consumer_frees_the_producer(workers, node):
         time.sleep(0.01)
     assert node.send_errors
     assert time.monotonic() - started < 1.5
+    while node.transport._links and time.monotonic() - started < 10:
+        time.sleep(0.01)
     assert not node.transport._links
 
 
