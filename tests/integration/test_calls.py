@@ -63,9 +63,6 @@ class Several:
     def mixed(self) -> tuple[Any, ...]:
         return None, torch.ones(LARGE), "text"
 
-    def parts(self) -> Any:
-        yield torch.ones(LARGE)
-
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Stubborn:
@@ -284,12 +281,6 @@ def test_retry_of_an_exception(spawn: Any, consumer: Any, tmp_path: Any) -> None
     method = maker.make.options(max_task_retries=2, retry_exceptions=True)
     ref = method.remote(make, str(tmp_path / "failed"))
     assert ray.get(consumer.run.remote(total, ref)) == LARGE
-
-
-def test_generator_with_a_transport_is_refused_by_name(spawn: Any) -> None:
-    method = spawn(Several).parts.options(tensor_transport="auto")
-    with pytest.raises(ValueError, match=r"(?i)auto.*streaming"):
-        method.remote()
 
 
 def test_cancelled_call_leaves_nothing_behind(spawn: Any) -> None:

@@ -90,12 +90,3 @@ def test_tensors_of_a_tasks_returns_are_freed(local_ray: None) -> None:
 def test_unknown_transport_is_an_error_at_the_call(local_ray: None) -> None:
     with pytest.raises(ValueError, match="auto"):
         ones.options(tensor_transport="carrier_pigeon").remote(1)
-
-
-def test_generator_is_refused_at_the_call(local_ray: None) -> None:
-    @ray.remote(tensor_transport="auto")
-    def items() -> Any:
-        yield torch.ones(2)
-
-    with pytest.raises(ValueError, match="generator"):
-        items.remote()

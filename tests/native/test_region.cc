@@ -65,5 +65,19 @@ TEST("region: an old connection's end does not take a new one's pin") {
   CHECK(pins.Find(consumer, 1) == nullptr);
 }
 
+TEST("region: what nobody owns is released by its keys") {
+  constexpr Key kOther = {2};
+  constexpr Key kUnknown = {3};
+  constexpr AgentId kOwner = {9};
+  EventQueue events;
+  RegionTable table(&events);
+  table.Register(kKey, {}, 7);
+  table.Register(kOther, {}, 8);
+  table.SetOwner({kKey}, kOwner);
+  CHECK(table.ReleaseUnowned({kKey, kOther, kUnknown}) == 1);
+  CHECK(Released(&events) == std::vector<int64_t>{8});
+  CHECK(table.Find(kKey) != nullptr);
+}
+
 }  // namespace
 }  // namespace ray::rdt

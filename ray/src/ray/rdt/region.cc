@@ -54,6 +54,18 @@ size_t RegionTable::ReleaseOwned(const AgentId &owner) {
   return last.size();
 }
 
+size_t RegionTable::ReleaseUnowned(const std::vector<Key> &keys) {
+  std::vector<Pin> last;  // dropped after the lock
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Key &key : keys) {
+    auto found = regions_.find(key);
+    if (found == regions_.end() || found->second.owner != AgentId{}) continue;
+    last.push_back(std::move(found->second.pin));
+    regions_.erase(found);
+  }
+  return last.size();
+}
+
 Pin RegionTable::Find(const Key &key) const {
   std::lock_guard<std::mutex> lock(mutex_);
   auto found = regions_.find(key);

@@ -47,6 +47,8 @@ class RegionTable {
   size_t CountOwned(const AgentId &owner) const;
   // Returns how many there were.
   size_t ReleaseOwned(const AgentId &owner);
+  // Those of the keys that nobody has told to own.
+  size_t ReleaseUnowned(const std::vector<Key> &keys);
   Pin Find(const Key &key) const;
   size_t size() const;
 
@@ -55,7 +57,7 @@ class RegionTable {
   mutable std::mutex mutex_;
   struct Entry {
     Pin pin;
-    AgentId owner{};  // all zero: this process, or not told yet
+    AgentId owner{};  // all zero: nobody has told
   };
 
   std::map<Key, Entry> regions_;  // guarded by mutex_

@@ -247,6 +247,9 @@ Status RemotePeer::Named(const Status &why) const {
 // ---- requests ----
 
 void RemotePeer::SendAll() {
+  // Ownership before calls that speak of it, frees after the pulls that came first.
+  Notices notices = TakeNotices();
+  SendKeys(FrameType::kOwn, std::move(notices.owned));
   for (auto &[id, called] : calls_) SendCall(id, &called);
   // Sending may end a pull and so change the map.
   std::vector<uint64_t> ids;
@@ -254,7 +257,7 @@ void RemotePeer::SendAll() {
   for (uint64_t id : ids) {
     if (auto found = pulls_.find(id); found != pulls_.end()) SendPull(id, &found->second);
   }
-  SendNotices();
+  SendKeys(FrameType::kFree, std::move(notices.freed));
 }
 
 void RemotePeer::SendPull(uint64_t id, Asked *asked) {

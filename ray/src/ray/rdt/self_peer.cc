@@ -37,8 +37,8 @@ void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
 }
 
 void SelfPeer::SendNotices() {
-  // What is this process's own ends with it.
   Notices notices = TakeNotices();
+  regions_->SetOwner(notices.owned, work_.self->agent);
   for (const Key &key : notices.freed) regions_->Release(key);
 }
 

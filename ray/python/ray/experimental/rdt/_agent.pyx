@@ -349,6 +349,14 @@ cdef class Agent:
         _check_process(self._pid)
         return self._native.ReleaseOwned(_key(agent_id))
 
+    def release_unowned(self, keys):
+        """Releases those of the keys that nobody has told to own. Returns how many."""
+        cdef vector[Key] native_keys
+        _check_process(self._pid)
+        for key in keys:
+            native_keys.push_back(_key(key))
+        return self._native.ReleaseUnowned(native_keys)
+
     def pull(self, address, bytes key, addrs, lens):
         """Starts to fetch `key` from the agent at `address`.
 

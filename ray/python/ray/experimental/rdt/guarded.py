@@ -1,9 +1,10 @@
 """RDT values that Ray's core does not flag: returns of normal tasks.
 
-The core calls RDT only for the returns of actor methods and for puts. A normal task's function is
-wrapped, so that what it returns says by itself that it stays here. Such a value holds a *guard*: a
-small put of this process, flagged, nested in the value. Ray's own reference counter frees the guard
-when the value's last reference is gone, and the guard's end frees the tensors.
+The core calls RDT only for the returns of actor methods and for puts (for items of generators see
+``streams``). A normal task's function is wrapped, so that what it returns says by itself that it
+stays here. Such a value holds a *guard*: a small put of this process, flagged, nested in the value.
+Ray's own reference counter frees the guard when the value's last reference is gone, and the guard's
+end frees the tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt import streams
+from ray.experimental.rdt.method_calls import STREAM_KEYWORD
 
 if TYPE_CHECKING:
     from ray.remote_function import RemoteFunction
@@ -34,18 +38,89 @@ class GuardedValue:
         return manager.serialize_guarded(context, self._value, self._transport)
 
 
-def guard_returns(function: Function, transport: str, num_returns: Any) -> Function:
-    """Wraps a task's function so that each of its returns is an RDT object."""
-    if inspect.isgeneratorfunction(function) or num_returns in ("dynamic", "streaming"):
-        raise ValueError(
-            f"tensor_transport={transport!r} is for tasks that return their values; the items of a "
-            "generator go through Ray's object store"
-        )
+def submit(
+    remote_function: RemoteFunction,
+    transport: str,
+    args: Any,
+    kwargs: Any,
+    runtime_env_info: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Submits a normal task whose returns, or items, are RDT objects.
+
+    Runs on: caller, the thread that called ``.remote()``.
+
+    Args:
+        remote_function: The user's.
+        transport: The transport that the user named.
+        args: The task's arguments.
+        kwargs: The same by keyword.
+        runtime_env_info: As ``RemoteFunction._remote`` takes it.
+        options: The task's other options.
+
+    Raises:
+        ValueError: no such transport, or the task's returns cannot be RDT objects.
+    """
+    import ray
+    from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
+
+    name = normalize_and_validate_tensor_transport(transport)
+    num_returns = options.get("num_returns")
+    if num_returns is None and inspect.isgeneratorfunction(remote_function._function):
+        num_returns = "streaming"
+    if num_returns is None or isinstance(num_returns, int):
+        variant = _variant(remote_function, name, num_returns)
+        return variant._remote(args, kwargs, runtime_env_info, **options)
+    manager = ray._private.worker.global_worker.rdt_manager
+    stream = manager.open_stream(name, num_returns, options.get("_num_objects_per_yield"))
+    variant = _variant(remote_function, name, num_returns)
+    marked = {**(kwargs or {}), STREAM_KEYWORD: tuple(stream.spec)}
+    return stream.attach(variant._remote(args, marked, runtime_env_info, **options))
+
+
+def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:
+    """The remote function whose returns are RDT objects; made once for each transport."""
+    variants: dict[Any, RemoteFunction] = remote_function.__dict__.setdefault("_rdt_variants", {})
+    if (transport, num_returns) not in variants:
+        variants[transport, num_returns] = _make_variant(remote_function, transport, num_returns)
+    return variants[transport, num_returns]
+
+
+def _make_variant(
+    remote_function: RemoteFunction, transport: str, num_returns: Any
+) -> RemoteFunction:
+    from ray.remote_function import RemoteFunction
+
+    options = dict(remote_function._default_options)
+    options.pop("tensor_transport", None)
+    function = _guard(remote_function._function, transport, num_returns)
+    return RemoteFunction(remote_function._language, function, None, options)
+
+
+def _guard(function: Function, transport: str, num_returns: Any) -> Function:
+    """Wraps a task's function so that each of its returns, or items, is an RDT object."""
+    if num_returns == "streaming":
+        return _guard_items(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return _guard_result(function(*args, **kwargs), transport, num_returns)
 
+    return call
+
+
+def _guard_items(function: Function) -> Function:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        spec = streams.StreamSpec(*kwargs.pop(STREAM_KEYWORD))
+        yield from streams.items_of(function(*args, **kwargs), spec)
+
+    # Ray checks a call's arguments against the signature.
+    signature = inspect.signature(function)
+    mark = inspect.Parameter(STREAM_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD]
+    call.__signature__ = signature.replace(parameters=[*own, mark, *rest])  # type: ignore[attr-defined]
     return call
 
 
@@ -57,33 +132,3 @@ def _guard_result(result: Any, transport: str, num_returns: Any) -> Any:
     if isinstance(result, (list, tuple)):
         return [GuardedValue(item, transport) for item in result]
     return result  # Ray reports that the number of returns is wrong.
-
-
-def with_transport(
-    remote_function: RemoteFunction, transport: str, num_returns: Any
-) -> RemoteFunction:
-    """The remote function whose returns are RDT objects; made once for each transport.
-
-    Runs on: whoever submits the task.
-
-    Raises:
-        ValueError: no such transport, or the function is a generator.
-    """
-    from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
-
-    name = normalize_and_validate_tensor_transport(transport)
-    variants: dict[Any, RemoteFunction] = remote_function.__dict__.setdefault("_rdt_variants", {})
-    if (name, num_returns) not in variants:
-        variants[name, num_returns] = _make_variant(remote_function, name, num_returns)
-    return variants[name, num_returns]
-
-
-def _make_variant(
-    remote_function: RemoteFunction, transport: str, num_returns: Any
-) -> RemoteFunction:
-    from ray.remote_function import RemoteFunction
-
-    options = dict(remote_function._default_options)
-    options.pop("tensor_transport", None)
-    function = guard_returns(remote_function._function, transport, num_returns)
-    return RemoteFunction(remote_function._language, function, None, options)

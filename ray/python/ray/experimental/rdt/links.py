@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ray.experimental.rdt.hints import HintedPulls, HintSender
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.session import Session
+from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
 from ray.experimental.rdt.transports.registry import Transports
 
 
@@ -20,6 +21,8 @@ class Links:
         server: Sends and exposes this process's objects.
         hints: Hints objects to consumers.
         hinted: Objects that owners hinted to this process.
+        produced: The streams that this process makes items for.
+        taken: The streams that it takes items from.
     """
 
     session: Session
@@ -27,3 +30,5 @@ class Links:
     server: Server
     hints: HintSender
     hinted: HintedPulls
+    produced: ProducedStreams
+    taken: TakenStreams

@@ -6,6 +6,7 @@ consumer. Making it starts nothing; the session begins when something has to be 
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import sys
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RayTaskError
 
-from ray.experimental.rdt import capture, descriptor, session
+from ray.experimental.rdt import capture, descriptor, session, streams
 from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.directory import (
     Directory,
@@ -40,6 +42,7 @@ from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.owners import OwnerWatch, publish_worker
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
+from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
 from ray.experimental.rdt.targets import Targets
 from ray.experimental.rdt.transports.base import Transport
 from ray.experimental.rdt.transports.registry import Transports
@@ -78,6 +81,7 @@ class RDTManager:
         self._holder = ArgumentHolder()
         self._fetcher = Fetcher(self.store, self._links)
         self._targets = Targets()
+        self._puller = Puller()
         self._links_lock = threading.Lock()
         self._known_links: Links | None = None
 
@@ -139,6 +143,26 @@ class RDTManager:
         self.put_object(guard, outgoing)
         skeleton.contained_refs.add(guard)
         return capture.pack(skeleton, captured, outgoing.head)
+
+    def serialize_item(self, context: Any, value: Any, spec: StreamSpec) -> Any:
+        """Serializes an item of a generator; see ``streams``.
+
+        Runs on: producer, the thread that reports the item.
+        """
+        if isinstance(value, (bytes, RayTaskError)):
+            return context.serialize(value)
+        skeleton, captured = capture.take(context, value)
+        if not captured:
+            return capture.pack(skeleton, captured, None)
+        head = self._describe(captured, spec.transport)
+        if not head.is_eager:
+            self._store(f"an item of stream {spec.stream}", captured, head)
+            self._links().produced.add(spec.stream, head.key)
+        return capture.pack(skeleton, captured, head)
+
+    def produced_streams(self) -> ProducedStreams:
+        """The streams that this process makes items for."""
+        return self._links().produced
 
     def _put_guard(self, context: Any, transport: str) -> Any:
         import ray
@@ -208,6 +232,30 @@ class RDTManager:
             with self._directory_lock:
                 frees = self._directory.end_submit(submit)
             self._carry_out(frees)
+
+    def open_stream(
+        self, transport: str, num_returns: Any, objects_per_yield: int | None = None
+    ) -> Stream:
+        """A stream for a call of a generator.
+
+        Runs on: owner, the thread that called ``.remote()``.
+
+        Raises:
+            ValueError: the items of such a call cannot be RDT objects.
+        """
+        streams.check(transport, num_returns, objects_per_yield)
+        return self._links().taken.begin(transport)
+
+    def adopt(self, ref: Any, head: Descriptor) -> None:
+        """Records an item of a stream that this process has put again as its own object.
+
+        Runs on: owner, the thread that took the item.
+        """
+        location = Location(head.address, head.key, head.nbytes)
+        with self._directory_lock:
+            self._directory.submitted(ref.hex(), None, head.transport)
+            todo = self._directory.created(ref.hex(), location)
+        self._carry_out(todo)
 
     def note_arguments(self, actor: Any, args: Iterable[Any]) -> None:
         """Notes which RDT objects go to an actor.
@@ -323,6 +371,32 @@ class RDTManager:
         by_key = dict(zip(requests, arrivals))
         return results | {index: by_key[key] for index, key in keys.items()}
 
+    def fetch_or_defer(
+        self, serialized: Sequence[Any], refs: Sequence[Any]
+    ) -> dict[int, Arrival | RayError | Deferred]:
+        """As ``fetch``, for the core: on its io thread and on event loops nothing is waited for.
+
+        Runs on: consumer, the thread on which the core deserializes.
+
+        Returns:
+            As ``fetch``; ``Deferred`` in place of values that have to be pulled.
+        """
+        if not must_not_block():
+            return dict(self.fetch(serialized, refs))
+        at_once = list(serialized)
+        late: dict[int, Deferred] = {}
+        for index, (value, ref) in enumerate(zip(serialized, refs)):
+            if self._has_to_move(value[1]):
+                late[index] = self._puller.defer(functools.partial(_deserialize, value, ref))
+                at_once[index] = (None, b"", None)
+        return self.fetch(at_once, refs) | late
+
+    def _has_to_move(self, metadata: bytes) -> bool:
+        if not descriptor.is_rdt(metadata):
+            return False
+        head = descriptor.decode(metadata)
+        return not head.is_eager and self.store.by_key(head.key) is None
+
     def _request(self, object_id: str, metadata: bytes, data: Any) -> Request:
         envelope = capture.open_envelope(metadata, data)
         return Request(object_id, envelope, self._targets.of(object_id, envelope.table))
@@ -339,7 +413,12 @@ class RDTManager:
 
     def stats(self) -> dict[str, int]:
         """See ``ray.experimental.rdt.stats``."""
-        counters = {"stored_objects": len(self.store), "directory_rows": len(self._directory)}
+        links = self._known_links
+        counters = {
+            "stored_objects": len(self.store),
+            "directory_rows": len(self._directory),
+            "streams": len(links.produced) + len(links.taken) if links is not None else 0,
+        }
         current = session.peek()
         return counters | (current.agent.stats() if current is not None else {})
 
@@ -368,27 +447,32 @@ class RDTManager:
     def _join(self, current: session.Session) -> Links:
         transports = Transports(current)
         server = Server(current, self.store, transports)
-        links = Links(current, transports, server, HintSender(current), HintedPulls(current))
+        produced, taken = ProducedStreams(current), TakenStreams(current)
+        hints, hinted = HintSender(current), HintedPulls(current)
+        links = Links(current, transports, server, hints, hinted, produced, taken)
         # Bound to this session's server: a release may come while the session ends.
-        current.on_released(lambda tokens: self._on_released(server, tokens))
+        current.on_released(lambda tokens: self._on_released(links, tokens))
         current.on_tick(links.hinted.drop_stale)
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
-        OwnerWatch(current)
+        OwnerWatch(current, produced)
         publish_worker(current, _own_worker_id())
         actor_id = _own_actor_id()
         if actor_id is not None:
             current.run_in_background(publish, current, actor_id)
         return links
 
-    def _on_released(self, server: Server, tokens: list[int]) -> None:
+    def _on_released(self, links: Links, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""
         for stored in self.store.drop(tokens):
-            server.withdraw(stored)
+            links.server.withdraw(stored)
+            links.produced.dropped(stored.key)
 
     def shutdown(self) -> None:
         """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""
         self._holder.clear()
+        self._puller.close()
+        self._puller = Puller()
         with self._directory_lock:
             frees = self._directory.close()
         if session.peek() is not None:
@@ -460,6 +544,13 @@ def _refs_in(refs: Any) -> list[Any]:
         for ref in (refs if isinstance(refs, list) else [refs])
         if isinstance(ref, ray.ObjectRef)
     ]
+
+
+def _deserialize(value: Any, ref: Any) -> Any:
+    """Runs on: an rdt-pull thread."""
+    import ray
+
+    return ray._private.worker.global_worker.deserialize_objects([value], [ref])[0]
 
 
 def _own_actor_id() -> bytes | None:

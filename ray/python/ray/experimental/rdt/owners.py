@@ -12,6 +12,7 @@ import threading
 
 from ray.experimental import internal_kv
 from ray.experimental.rdt.session import KV_NAMESPACE, Session
+from ray.experimental.rdt.streams import ProducedStreams
 
 logger = logging.getLogger("ray.rdt")
 
@@ -27,17 +28,19 @@ class OwnerWatch:
 
     Args:
         session: Tells of lost connections.
+        streams: The streams whose callers are watched as well.
     """
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, streams: ProducedStreams):
         self._session = session
+        self._streams = streams
         self._lock = threading.Lock()
         self._lost: set[bytes] = set()
         session.on_peer_lost(self._on_peer_lost)
         session.on_tick(self._on_tick)
 
     def _on_peer_lost(self, agent_id: bytes) -> None:
-        if self._session.agent.owned(agent_id):
+        if self._has_something_of(agent_id):
             with self._lock:
                 self._lost.add(agent_id)
             self._session.run_in_background(self._check, agent_id)
@@ -48,17 +51,21 @@ class OwnerWatch:
 
     def _check(self, agent_id: bytes) -> None:
         """Runs on: an rdt-call thread."""
-        if self._session.agent.owned(agent_id) and is_worker_alive(agent_id):
+        if self._has_something_of(agent_id) and is_worker_alive(agent_id):
             return
         with self._lock:
             if agent_id not in self._lost:
                 return
             self._lost.discard(agent_id)
+        self._streams.close_of(agent_id)
         count = self._session.agent.release_owned(agent_id)
         if count:
             logger.info(
                 "RDT freed %d objects of agent %s: its worker died", count, agent_id.hex()[:8]
             )
+
+    def _has_something_of(self, agent_id: bytes) -> bool:
+        return bool(self._session.agent.owned(agent_id)) or self._streams.has_caller(agent_id)
 
 
 def is_worker_alive(agent_id: bytes) -> bool:

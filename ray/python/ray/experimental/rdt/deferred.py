@@ -1,0 +1,221 @@
+"""Values whose tensors are still to come, for threads that must not wait for them.
+
+Ray's core deserializes on two kinds of thread that have to go on at once: its io thread, for
+``await ref`` and ``ref.future()``, and an async actor's event loops, for the arguments of calls.
+There an object that has to be pulled becomes a ``Deferred``. An ``rdt-pull`` thread pulls and
+deserializes it, and ``when_here`` and ``call_when_here`` put the value in before any code of the
+user's sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import traceback
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError, RaySystemError, RayTaskError
+
+#: Pulls at the same time in one process. More of them wait for their turn.
+_PULL_THREADS = 32
+
+_IO_THREAD = "worker.io"
+
+
+class Deferred:
+    """A value whose pull begins when somebody first asks for it.
+
+    A ``RayError`` stands for itself, as in Ray's deserializer.
+
+    Args:
+        start: Lets a thread bring the value.
+    """
+
+    def __init__(self, start: Callable[[], Future[Any]]):
+        self._start = start
+        self._lock = threading.Lock()
+        self._future: Future[Any] | None = None
+
+    def start(self) -> Future[Any]:
+        """Begins the pull unless it has begun. Returns at once."""
+        with self._lock:
+            if self._future is None:
+                self._future = self._start()
+            return self._future
+
+    def result(self) -> Any:
+        """The value, or the error to give in its place. Blocks as long as a fetch may."""
+        return _outcome(self.start())
+
+    def then(self, callback: Callable[[Any], None]) -> None:
+        """Calls back with ``result()``, on the rdt-pull thread."""
+        # The future keeps the callback, so nothing that leads back to the future may be in it.
+        self.start().add_done_callback(lambda future: callback(_outcome(future)))
+
+    async def arrive(self) -> Any:
+        """As ``result``; suspends the caller's coroutine, whose cancellation leaves the pull."""
+        await asyncio.wait([asyncio.wrap_future(self.start())])
+        return self.result()
+
+
+class Puller:
+    """The rdt-pull threads of one process."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="rdt-pull")
+
+    def defer(self, deserialize: Callable[[], Any]) -> Deferred:
+        """A value that one of the threads will deserialize."""
+        return Deferred(lambda: self._threads.submit(_value_of, deserialize))
+
+    def close(self) -> None:
+        """Ends the threads once their pulls have ended. Runs on: whoever shuts Ray down."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except CancelledError:
+        return RaySystemError("Ray was shut down while an RDT object was on its way")
+
+
+def _value_of(deserialize: Callable[[], Any]) -> Any:
+    """Runs on: an rdt-pull thread. What it raises is the value, so that nobody waits for ever."""
+    try:
+        return deserialize()
+    except Exception as error:
+        return RayTaskError("ray.get", traceback.format_exc(), error)
+
+
+class _Thread(threading.local):
+    """What is known of the running thread."""
+
+    def __init__(self) -> None:
+        # A Python thread inherits the name of the thread that starts it.
+        is_of_core = isinstance(threading.current_thread(), threading._DummyThread)
+        name = Path("/proc/thread-self/comm").read_text().strip()
+        self.is_io = is_of_core and name == _IO_THREAD
+
+
+_thread = _Thread()
+
+
+def must_not_block() -> bool:
+    """Whether the running thread is Ray's io thread or has a running event loop."""
+    return _thread.is_io or asyncio._get_running_loop() is not None
+
+
+def when_here(callback: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A callback for values as the core gives them, which passes on the values themselves."""
+
+    def deliver(value: Any) -> None:
+        if isinstance(value, Deferred):
+            value.then(callback)
+        else:
+            callback(value)
+
+    return deliver
+
+
+def are_here(arguments: Iterable[Any]) -> bool:
+    """Whether none of them is still to come."""
+    return not any(type(argument) is Deferred for argument in arguments)
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LateCall:
+    """The call of a plain method whose arguments are still to come; await it for its result.
+
+    Ray's ``sync_to_async`` knows it by the attribute.
+    """
+
+    __ray_rdt_late_call__ = True
+
+    def __init__(self, call: Coroutine[Any, Any, Any]):
+        self._call = call
+
+    def __await__(self) -> Any:
+        return self._call.__await__()
+
+
+def call_when_here(
+    method: Callable[..., Any],
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a method of an async actor once its arguments are there.
+
+    Runs on: consumer, the event loop or (generators, Ray's own methods) the thread of the task.
+
+    Args:
+        method: What the user wrote: tells which kind of call it is.
+        call: What to call.
+        args: Positional arguments, ``Deferred`` ones among them.
+        kwargs: The same by keyword.
+
+    Returns:
+        What the core expects of such a method: a coroutine, an async generator, or for a plain
+        method a ``LateCall``, or its result where no event loop runs.
+    """
+    if inspect.isasyncgenfunction(method):
+        return _generate(call, args, kwargs)
+    if inspect.iscoroutinefunction(method):
+        return _await(call, args, kwargs)
+    if asyncio._get_running_loop() is not None:
+        return LateCall(_call(call, args, kwargs))
+    here = [_checked(_result(value)) for value in args]
+    return call(*here, **{name: _checked(_result(value)) for name, value in kwargs.items()})
+
+
+async def _generate(call: Callable[..., Any], args: Any, kwargs: Any) -> AsyncIterator[Any]:
+    args, kwargs = await _arrive(args, kwargs)
+    generator = call(*args, **kwargs)
+    try:
+        item = await generator.asend(None)
+        while True:
+            item = await generator.asend((yield item))
+    except StopAsyncIteration:
+        return
+    finally:
+        await generator.aclose()
+
+
+async def _await(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    args, kwargs = await _arrive(args, kwargs)
+    return await call(*args, **kwargs)
+
+
+async def _call(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    args, kwargs = await _arrive(args, kwargs)
+    return call(*args, **kwargs)
+
+
+async def _arrive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Deferred):
+            value.start()
+    here = [_checked(await _arrived(value)) for value in args]
+    return tuple(here), {name: _checked(await _arrived(value)) for name, value in kwargs.items()}
+
+
+async def _arrived(value: Any) -> Any:
+    return await value.arrive() if isinstance(value, Deferred) else value
+
+
+def _result(value: Any) -> Any:
+    return value.result() if isinstance(value, Deferred) else value
+
+
+def _checked(value: Any) -> Any:
+    """A failed argument fails the call, as in plain Ray."""
+    if isinstance(value, RayError):
+        raise value
+    return value

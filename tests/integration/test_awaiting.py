@@ -1,0 +1,169 @@
+"""Waiting for tensors blocks neither an event loop nor Ray's own threads."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import ray
+from tests.integration.peers import LARGE, Peer, ones, total
+from tests.support import stopped
+
+#: How long an event loop may stand still here; a pull that waits for a stopped producer takes
+#: until that goes on.
+STOPPED_S = 1.0
+
+
+@ray.remote(num_cpus=0)
+class Async:
+    """An async actor that notices when its event loop stands still."""
+
+    async def total(self, *tensors: torch.Tensor, **named: torch.Tensor) -> float:
+        return sum(float(tensor.sum()) for tensor in (*tensors, *named.values()))
+
+    def plain_total(self, tensor: torch.Tensor) -> float:
+        return float(tensor.sum())
+
+    def parts(self, tensor: torch.Tensor) -> Iterator[float]:
+        yield float(tensor.sum())
+        yield 1.0
+
+    async def await_all(self, refs: list[Any]) -> list[float]:
+        return [float(tensor.sum()) for tensor in await asyncio.gather(*refs)]
+
+    async def ping(self) -> float:
+        return time.monotonic()
+
+
+@pytest.fixture
+def slow(spawn: Any) -> Any:
+    """A producer to be stopped, with a process id."""
+    return spawn(Peer)
+
+
+def test_awaited_reference_leaves_the_event_loop_alone(slow: Any, consumer: Any) -> None:
+    ref = slow.make.remote(ones)
+    pid = ray.get(slow.pid.remote())
+    ray.wait([ref], fetch_local=False)
+
+    async def take() -> tuple[float, int]:
+        ticks = 0
+        waiting = asyncio.ensure_future(_value(ref))
+        with stopped(pid):
+            end = time.monotonic() + STOPPED_S
+            while time.monotonic() < end:
+                await asyncio.sleep(0.01)
+                ticks += 1
+            # Ray's io thread goes on as well: a plain call of another actor comes back.
+            await consumer.run.remote(lambda _: None)
+            assert not waiting.done()
+        return float((await waiting).sum()), ticks
+
+    value, ticks = asyncio.run(take())
+    assert value == LARGE
+    assert ticks > 10
+
+
+async def _value(ref: Any) -> torch.Tensor:
+    return await ref
+
+
+def test_future_leaves_the_io_thread_alone(slow: Any, consumer: Any) -> None:
+    ref = slow.make.remote(ones)
+    pid = ray.get(slow.pid.remote())
+    ray.wait([ref], fetch_local=False)
+    with stopped(pid):
+        future = ref.future()
+        assert ray.get(consumer.run.remote(lambda _: 7), timeout=20) == 7
+        assert not future.done()
+    assert float(future.result(timeout=30).sum()) == LARGE
+
+
+def test_late_argument_leaves_an_async_actor_free(slow: Any, spawn: Any) -> None:
+    actor = spawn(Async)
+    ref = slow.make.remote(ones)
+    pid = ray.get(slow.pid.remote())
+    ray.wait([ref], fetch_local=False)
+    ray.get(actor.ping.remote())
+    with stopped(pid):
+        calls = [
+            actor.total.remote(ref, again=ref),
+            actor.plain_total.remote(ref),
+            actor.await_all.remote([ref]),
+        ]
+        ray.get(actor.ping.remote(), timeout=20)
+        assert ray.wait(calls, timeout=0.2) == ([], calls)
+    assert ray.get(calls, timeout=30) == [2 * LARGE, LARGE, [LARGE]]
+
+
+def test_async_actor_takes_late_arguments_in_every_method(producer: Any, spawn: Any) -> None:
+    actor = spawn(Async)
+    ref = producer.make.remote(ones)
+    assert ray.get(actor.total.remote(ref, b=ref)) == 2 * LARGE
+    assert ray.get(actor.plain_total.remote(ref)) == LARGE
+    assert [ray.get(item) for item in actor.parts.remote(ref)] == [LARGE, 1.0]
+    assert ray.get(actor.__ray_call__.remote(lambda _, tensor: float(tensor.sum()), ref)) == LARGE
+
+
+def test_many_pulls_at_once_in_one_async_actor(producer: Any, spawn: Any) -> None:
+    actor = spawn(Async, max_concurrency=100)
+    refs = [producer.make.remote(lambda _, i: torch.full((LARGE,), float(i)), i) for i in range(50)]
+    expected = [float(i * LARGE) for i in range(50)]
+    assert ray.get([actor.total.remote(ref) for ref in refs]) == expected
+    assert ray.get(actor.await_all.remote(refs)) == expected
+
+
+def test_failed_late_argument_fails_the_call(spawn: Any) -> None:
+    actor, lost = spawn(Async), Peer.remote()
+    ref = lost.make.remote(ones)
+    ray.wait([ref], fetch_local=False)
+    ray.kill(lost)
+    for call in (actor.total, actor.plain_total):
+        with pytest.raises(ray.exceptions.RayError):
+            ray.get(call.remote(ref), timeout=30)
+
+    async def take() -> Any:
+        return await ref
+
+    with pytest.raises(ray.exceptions.RayError):
+        asyncio.run(take())
+    with pytest.raises(ray.exceptions.RayError):
+        ref.future().result(timeout=30)
+
+
+def test_cancelled_await_lets_go(slow: Any) -> None:
+    ref = slow.make.remote(ones)
+    pid = ray.get(slow.pid.remote())
+    ray.wait([ref], fetch_local=False)
+
+    async def give_up() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(_value(ref), 0.2)
+
+    with stopped(pid):
+        asyncio.run(give_up())
+    assert float(ray.get(ref, timeout=30).sum()) == LARGE
+
+
+def test_callbacks_come_on_no_thread_of_the_users(producer: Any) -> None:
+    ref, done, names = producer.make.remote(ones), threading.Event(), []
+
+    def callback(value: Any) -> None:
+        names.append((threading.current_thread().name, float(value.sum())))
+        done.set()
+
+    ref._on_completed(callback)
+    assert done.wait(30)
+    assert names[0][1] == LARGE
+    assert names[0][0] != threading.main_thread().name
+
+
+def test_call_of_a_sync_actor_is_as_before(consumer: Any, producer: Any) -> None:
+    ref = producer.make.remote(ones)
+    assert ray.get(consumer.run.remote(total, ref)) == LARGE
