@@ -25,6 +25,7 @@ from bench.rounds import Rounds
 SMALL = 4096
 LARGE = 256 << 20
 BUSY = 16 << 20
+AWAITED = 1 << 20
 STREAMS = 4
 MANY_IN_ONE = 10_000 * 20_000
 STATE_DICT = 90_852_864
@@ -360,4 +361,76 @@ def group(rounds: Rounds) -> list[Row]:
             SECONDS,
             found["stock gloo group"],
         )
+    ]
+
+
+@case
+def task_hop(rounds: Rounds) -> list[Row]:
+    """A 4 KB tensor from an actor to a normal task."""
+    sides: dict[str, tuple[str, str | None]] = {
+        "ours plain": (OURS, None),
+        "ours auto": (OURS, "auto"),
+    }
+    found = rounds.measure(_arms("task_hop", sides, nbytes=SMALL, count=25), rounds=8)
+    return [
+        Row(
+            "4 KB hop to a normal task, auto, against a plain object",
+            found["ours auto"],
+            found["ours plain"],
+            "ours, plain",
+            at_most(1.3),
+            MILLISECONDS,
+        )
+    ]
+
+
+@case
+def generator(rounds: Rounds) -> list[Row]:
+    """Items a second through a streaming generator."""
+    sides: dict[str, tuple[str, str | None]] = {"plain": (OURS, None), "auto": (OURS, "auto")}
+    arms = {}
+    for label, nbytes, count in (("4 KB", SMALL, 300), ("1 MiB", AWAITED, 100)):
+        named = {f"{name}, {label}": side for name, side in sides.items()}
+        arms |= _arms("items", named, nbytes=nbytes, count=count)
+    found = rounds.measure(arms, rounds=6)
+    return [
+        Row(
+            f"items of {label} through a generator, auto, against plain",
+            found[f"auto, {label}"],
+            found[f"plain, {label}"],
+            "ours, plain",
+            at_least(0.5),
+            PER_SECOND,
+        )
+        for label in ("4 KB", "1 MiB")
+    ]
+
+
+@case
+def awaited(rounds: Rounds) -> list[Row]:
+    """100 objects of 1 MiB awaited by one async actor, all at once and one after the other."""
+    options = {"transport": "auto", "nbytes": AWAITED, "count": 100}
+    arms = {
+        "at once": Arm(OURS, "awaited", {**options, "is_at_once": True, "what": "pulls"}),
+        "one by one": Arm(OURS, "awaited", {**options, "is_at_once": False, "what": "pulls"}),
+        "standstill": Arm(OURS, "awaited", {**options, "is_at_once": True, "what": "standstill"}),
+    }
+    found = rounds.measure(arms, rounds=6)
+    return [
+        Row(
+            "100 objects of 1 MiB awaited at once, against one after the other",
+            found["at once"],
+            found["one by one"],
+            "one by one",
+            at_most(1),
+            MILLISECONDS,
+        ),
+        Row(
+            "longest standstill of the event loop meanwhile",
+            found["standstill"],
+            Samples([0.020]),
+            "20 ms",
+            at_most(1, "<= 20 ms"),
+            MILLISECONDS,
+        ),
     ]

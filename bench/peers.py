@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import threading
+import time
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +97,11 @@ class Peer:
         """The prepared value itself."""
         return self._kept[kind, nbytes]
 
+    def stream(self, kind: str, nbytes: int, count: int) -> Iterator[Value]:
+        """The prepared value, so many times."""
+        for _ in range(count):
+            yield self._kept[kind, nbytes]
+
     def use(self, value: Value) -> float:
         """Touches one element and drops the rest."""
         return first_element(value)
@@ -131,6 +140,39 @@ class Peer:
         """Fetches a tensor into the registered one."""
         set_target_for_ref(refs[0], [self._target])
         return first_element(ray.get(refs[0]))
+
+
+class Waiter:
+    """An async actor that takes many tensors at once, and times how long its event loop stood."""
+
+    async def one_by_one(self, refs: list[ray.ObjectRef]) -> list[float]:
+        """Awaits one after the other; returns seconds and the loop's longest standstill."""
+        return await self._timed(self._await_each(refs))
+
+    async def all_at_once(self, refs: list[ray.ObjectRef]) -> list[float]:
+        """Awaits all together; returns the same."""
+        return await self._timed(asyncio.gather(*refs))
+
+    async def _await_each(self, refs: list[ray.ObjectRef]) -> None:
+        for ref in refs:
+            await ref
+
+    async def _timed(self, waiting: Awaitable[Any]) -> list[float]:
+        watch = asyncio.ensure_future(self._longest_standstill())
+        start = time.perf_counter()
+        await waiting
+        elapsed = time.perf_counter() - start
+        watch.cancel()
+        return [elapsed, await watch]
+
+    async def _longest_standstill(self) -> float:
+        longest, last = 0.0, time.perf_counter()
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                await asyncio.sleep(0.001)
+                now = time.perf_counter()
+                longest, last = max(longest, now - last), now
+        return longest
 
 
 def peer_class(transport: str | None, threads: int = 1) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from bench.peers import peer_class
+from bench.peers import Waiter, first_element, peer_class
 from bench.protocol import Scenario, Skip
 from ray.experimental.collective import create_collective_group, destroy_collective_group
 
@@ -272,6 +272,90 @@ class PlainHop(PairScenario):
         ray.get(self.pair.consumer.use.remote(ref))
 
 
+class TaskHop(PairScenario):
+    """Hands over an existing value to a normal task.
+
+    Args:
+        transport: The transport, or None for plain objects.
+        nbytes: Bytes of the tensor.
+        count: Hops in one sample.
+    """
+
+    def __init__(self, transport: str | None, nbytes: int, count: int) -> None:
+        super().__init__(transport)
+        self._value, self._count = ("tensor", nbytes), count
+        self.pair.prepare(*self._value)
+        self._task = ray.remote(num_cpus=1)(first_element)
+        self._hop()
+
+    def sample(self) -> list[float]:
+        """Seconds of each hop."""
+        return [_seconds_of(self._hop) for _ in range(self._count)]
+
+    def _hop(self) -> None:
+        ray.get(self._task.remote(self.pair.producer.make.remote(*self._value)))
+
+
+class Items(PairScenario):
+    """Takes items from a generator, each with a ``ray.get``.
+
+    Args:
+        transport: The transport of the items, or None for plain objects.
+        nbytes: Bytes of each item.
+        count: Items in one sample.
+    """
+
+    def __init__(self, transport: str | None, nbytes: int, count: int) -> None:
+        super().__init__(None)
+        self._options = {"num_returns": "streaming"}
+        if transport is not None:
+            self._options["tensor_transport"] = transport
+        self._value, self._count = ("tensor", nbytes), count
+        self.pair.prepare(*self._value)
+
+    def sample(self) -> list[float]:
+        """Seconds for one item, on average."""
+        stream = self.pair.producer.stream.options(**self._options)
+        start = time.perf_counter()
+        for ref in stream.remote(*self._value, self._count):
+            ray.get(ref)
+        return [(time.perf_counter() - start) / self._count]
+
+
+class Awaited(PairScenario):
+    """One async actor awaits many objects.
+
+    Args:
+        transport: The transport.
+        nbytes: Bytes of each object.
+        count: How many.
+        is_at_once: Whether all together, or one after the other.
+        what: "pulls" for the seconds of all, "standstill" for the event loop's longest.
+    """
+
+    def __init__(
+        self, transport: str, nbytes: int, count: int, is_at_once: bool, what: str
+    ) -> None:
+        super().__init__(transport)
+        self._value, self._count = ("tensor", nbytes), count
+        self.pair.prepare(*self._value)
+        self._waiter = ray.remote(num_cpus=0)(Waiter).remote()
+        self._wait = self._waiter.all_at_once if is_at_once else self._waiter.one_by_one
+        self._index = ["pulls", "standstill"].index(what)
+        self.sample()
+
+    def sample(self) -> list[float]:
+        """Seconds."""
+        refs = [self.pair.producer.make.remote(*self._value) for _ in range(self._count)]
+        ray.wait(refs, num_returns=len(refs), fetch_local=False)
+        return [ray.get(self._wait.remote(refs))[self._index]]
+
+    def close(self) -> None:
+        """Ends the actors."""
+        super().close()
+        ray.kill(self._waiter)
+
+
 class GroupOf:
     """Makes a collective group of actors that run already, and destroys it again.
 
@@ -325,4 +409,7 @@ SCENARIOS: dict[str, Callable[..., Scenario]] = {
     "extra_memory": ExtraMemory,
     "plain_hop": PlainHop,
     "group_of": GroupOf,
+    "task_hop": TaskHop,
+    "items": Items,
+    "awaited": Awaited,
 }

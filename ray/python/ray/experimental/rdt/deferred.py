@@ -13,8 +13,9 @@ import asyncio
 import inspect
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,38 @@ def _outcome(future: Future[Any]) -> Any:
 
 def _value_of(deserialize: Callable[[], Any]) -> Any:
     """Runs on: an rdt-pull thread. What it raises is the value, so that nobody waits for ever."""
+    with _turn:
+        _thread.has_turn = True
+        try:
+            return deserialize()
+        except Exception as error:
+            return RayTaskError("ray.get", traceback.format_exc(), error)
+        finally:
+            _thread.has_turn = False
+
+
+#: Held by the one rdt-pull thread that runs Python. Many that want the GIL at once would keep it
+#: from the event loop for long.
+_turn = threading.Lock()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Around a wait for tensors: lets another rdt-pull thread run meanwhile."""
+    if not _thread.has_turn:
+        yield
+        return
+    _turn.release()
     try:
-        return deserialize()
-    except Exception as error:
-        return RayTaskError("ray.get", traceback.format_exc(), error)
+        yield
+    finally:
+        _turn.acquire()
 
 
 class _Thread(threading.local):
     """What is known of the running thread."""
+
+    has_turn = False
 
     def __init__(self) -> None:
         # A Python thread inherits the name of the thread that starts it.

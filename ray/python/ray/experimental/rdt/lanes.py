@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ray.experimental.rdt.capture import Envelope, Table, build_tensors
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.deferred import waiting
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
@@ -95,7 +96,8 @@ class AgentPull:
         return self._pull.lane or ""
 
     def wait(self, deadline: float) -> None:
-        self._pull.wait(max(0.0, deadline - time.monotonic()))
+        with waiting():
+            self._pull.wait(max(0.0, deadline - time.monotonic()))
 
     def abandon(self) -> None:
         if not self._pull.done:
@@ -158,7 +160,8 @@ class TransportPull:
 
     def finish(self, deadline: float) -> Targets:
         try:
-            return self._move(deadline)
+            with waiting():
+                return self._move(deadline)
         except TransportUnavailable as error:
             _fall_back(self._session, self._envelope.head, error)
         self.abandon()
