@@ -8,8 +8,12 @@ Nothing is registered with any pickler of the process.
 Regions: tensors whose spans of one storage overlap or touch share a region, so ties and views
 survive and every byte is sent once. A view is its own span, not its whole storage.
 
+Objects of a transport that a user wrote have their own rules: what the transport's data type says
+is taken out, and what it gets to move are *carriers*, see ``carriers``.
+
 Layout of the value's out-of-band buffers: the pickled table, then the tensors' bytes where the
-object is eager, then the buffers of the rest of the value.
+object is eager or the shipment where its transport is a user's, then the buffers of the rest of
+the value.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from ray._raylet import (
 from ray import cloudpickle
 from ray.experimental.rdt import descriptor as descriptor_module
 from ray.experimental.rdt.descriptor import Descriptor
+from ray.experimental.rdt.transports.base import Parcel, Shipment
 
 if TYPE_CHECKING:
     import torch
@@ -79,13 +84,15 @@ class Captured:
 
     Attributes:
         tensors: As the user returned them, in the order of the placeholders.
-        regions: Their memory; the tensors keep it alive.
-        table: Their layout.
+        regions: Their memory; the tensors keep it alive. None where an agent cannot read it.
+        table: Their layout; no rows where they are no torch tensors.
+        parcel: What a transport of the user's moves, None for any other.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     table: Table = field(default_factory=lambda: Table([], []))
+    parcel: Parcel | None = None
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
@@ -103,7 +110,40 @@ class Skeleton(NamedTuple):
     contained_refs: Any
 
 
-def take(context: Any, value: Any) -> tuple[Skeleton, Captured]:
+@dataclass(frozen=True)
+class Wanted:
+    """What a transport of the user's takes out of values.
+
+    Attributes:
+        data_type: Of these, torch.Tensor for instance.
+        devices: torch device types, for torch tensors.
+    """
+
+    data_type: type
+    devices: frozenset[str]
+
+    @property
+    def is_torch(self) -> bool:
+        torch = sys.modules.get("torch")
+        return torch is not None and self.data_type is torch.Tensor
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value that is no torch tensor is taken out.
+
+        A subclass of a concrete type is not: a masked array would come back without its mask. A type
+        that only stands for others, jax.Array for instance, has no instances of its own.
+        """
+        kind = type(value)
+        if kind is self.data_type:
+            return True
+        return isinstance(value, self.data_type) and _is_stand_in(self.data_type)
+
+
+def _is_stand_in(data_type: type) -> bool:
+    return type(data_type).__instancecheck__ is not type.__instancecheck__
+
+
+def take(context: Any, value: Any, wanted: Wanted | None = None) -> tuple[Skeleton, Captured]:
     """Pickles ``value`` and takes its tensors out.
 
     Runs on: producer, the thread that runs the user's task. Holds the GIL; copies no tensor.
@@ -111,26 +151,55 @@ def take(context: Any, value: Any) -> tuple[Skeleton, Captured]:
     Args:
         context: The worker's ``SerializationContext``, which collects contained ObjectRefs.
         value: What the user returned or put.
+        wanted: What its transport takes out, None for what RDT's own take.
 
     Raises:
         TypeError: as plain Ray does for a value that cannot be pickled.
     """
     buffers: list[Any] = []
     stream = _Stream()
-    pickler = _Pickler(stream, buffers)
+    pickler = _Pickler(stream, buffers, wanted)
+    refs = _dump(context, pickler, [value])
+    skeleton = Skeleton(stream.join(), buffers, refs)
+    return skeleton, arrange(pickler.tensors, pickler.is_parameter, wanted)
+
+
+def arrange(
+    tensors: list[Any], is_parameter: list[bool] | None = None, wanted: Wanted | None = None
+) -> Captured:
+    """What is known of an object's tensors before it is stored."""
+    if wanted is not None and not wanted.is_torch:
+        return Captured(tensors)
+    captured = lay_out(tensors, is_parameter)
+    if not all(tensor.is_cpu for tensor in tensors):
+        captured.regions = []
+    return captured
+
+
+def pickle_shipment(context: Any, skeleton: Skeleton, shipment: Shipment) -> bytes:
+    """A shipment as it travels in the value; references in it become the value's."""
+    stream = _Stream()
+    refs = _dump(context, cloudpickle.CloudPickler(stream, protocol=5), shipment)
+    skeleton.contained_refs.update(refs)
+    return stream.join()
+
+
+def _dump(context: Any, pickler: Any, value: Any) -> Any:
+    """Pickles as a part of a Ray value; returns the ObjectRefs in it."""
     context.set_in_band_serialization()
     try:
-        pickler.dump([value])
+        pickler.dump(value)
     except Exception:
         context.get_and_clear_contained_object_refs()
         raise
     finally:
         context.set_out_of_band_serialization()
-    refs = context.get_and_clear_contained_object_refs()
-    return Skeleton(stream.join(), buffers, refs), lay_out(pickler.tensors, pickler.is_parameter)
+    return context.get_and_clear_contained_object_refs()
 
 
-def pack(skeleton: Skeleton, captured: Captured, head: Descriptor | None) -> Any:
+def pack(
+    skeleton: Skeleton, captured: Captured, head: Descriptor | None, shipment: bytes = b""
+) -> Any:
     """The serialized object that Ray stores: an RDT value, or a plain one if ``head`` is None."""
     writer = Pickle5Writer()
     metadata = ray_constants.OBJECT_METADATA_TYPE_PYTHON
@@ -139,6 +208,8 @@ def pack(skeleton: Skeleton, captured: Captured, head: Descriptor | None) -> Any
         writer.buffer_callback(pickle.PickleBuffer(pickle.dumps(captured.table, protocol=5)))
         if head.is_eager:
             writer.buffer_callback(pickle.PickleBuffer(captured.gather()))
+        if head.is_users:
+            writer.buffer_callback(pickle.PickleBuffer(shipment))
     for buffer in skeleton.buffers:
         writer.buffer_callback(buffer)
     body = Pickle5SerializedObject(metadata, skeleton.inband, writer, skeleton.contained_refs)
@@ -155,6 +226,7 @@ class Envelope:
         table: The tensors' layout.
         eager: The tensors' bytes if they rode along, else None.
         buffers: The out-of-band buffers of the rest of the value.
+        shipment: What a user's transport needs to receive them, pickled; else None.
     """
 
     head: Descriptor
@@ -162,6 +234,7 @@ class Envelope:
     table: Table
     eager: Any | None
     buffers: Sequence[Any]
+    shipment: Any | None = None
 
     def restore(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """The value, as the list of Python objects that Ray's deserializer expects.
@@ -186,8 +259,102 @@ def open_envelope(metadata: bytes, data: Any) -> Envelope:
     _, body = split_buffer(data)
     inband, buffers = unpack_pickle5_buffers(body)
     table = pickle.loads(buffers[0])
+    if head.is_users:
+        return Envelope(head, inband, table, None, buffers[2:], buffers[1])
     eager = buffers[1] if head.is_eager else None
     return Envelope(head, inband, table, eager, buffers[2 if head.is_eager else 1 :])
+
+
+def carriers(captured: Captured) -> list[Any]:
+    """What a transport of the user's moves instead of the tensors themselves.
+
+    For torch tensors one dense tensor for each region that has bytes: the user's own, without its
+    graph, where it is all that lies in the region, else the region's bytes. So each byte moves once,
+    and views and shared storage survive. Other data goes as it is.
+    """
+    table = captured.table
+    if not table.rows:
+        return captured.tensors
+    return [
+        captured.tensors[rows[0]].detach()
+        if is_alone(table, rows)
+        else region_bytes(captured, rows[0])
+        for region, rows in sorted(tenants(table).items())
+        if table.regions[region]
+    ]
+
+
+def tenants(table: Table) -> dict[int, list[int]]:
+    """For each region the tensors that lie in it."""
+    found: dict[int, list[int]] = {}
+    for index, row in enumerate(table.rows):
+        found.setdefault(row[0], []).append(index)
+    return found
+
+
+def is_alone(table: Table, rows: list[int]) -> bool:
+    """Whether the tensors of a region are a single one, dense and as its bytes say."""
+    _, _, _, _, stride, flags = table.rows[rows[0]]
+    return len(rows) == 1 and stride is None and not flags & (_CONJUGATED | _NEGATED)
+
+
+def region_bytes(captured: Captured, index: int) -> torch.Tensor:
+    """The region of a tensor as a flat uint8 tensor that shares the tensor's storage."""
+    import torch
+
+    tensor, row = captured.tensors[index], captured.table.rows[index]
+    nbytes = captured.table.regions[row[0]]
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    if not nbytes:
+        return flat
+    first = int(tensor.storage_offset()) * tensor.element_size() - row[1]
+    return flat.set_(tensor.untyped_storage(), first, (nbytes,), (1,))
+
+
+def unpack_carriers(table: Table, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors of ``table`` from what stands for its regions; see ``carriers``.
+
+    Raises:
+        ValueError: what was received does not fit.
+    """
+    import torch
+
+    filled = [region for region, nbytes in enumerate(table.regions) if nbytes]
+    if len(filled) != len(received):
+        raise ValueError(f"{len(received)} tensors were received, {len(filled)} were sent")
+    found, by_region = tenants(table), dict(zip(filled, received))
+    tensors: list[Any] = [None] * len(table.rows)
+    for region, rows in found.items():
+        for index in rows:
+            _, start, dtype, shape, stride, flags = table.rows[index]
+            step = contiguous_stride(shape) if stride is None else stride
+            if region not in by_region:
+                tensor = torch.empty_strided(shape, step, dtype=dtype)
+            elif is_alone(table, rows):
+                tensor = by_region[region]
+                _expect(tensor, dtype, shape)
+            else:
+                flat = by_region[region]
+                _expect(flat, torch.uint8, (table.regions[region],))
+                if not flat.is_contiguous() or flat.storage_offset() % dtype.itemsize:
+                    flat = by_region[region] = flat.clone()
+                first = (int(flat.storage_offset()) + start) // dtype.itemsize
+                empty = torch.empty(0, dtype=dtype, device=flat.device)
+                tensor = empty.set_(flat.untyped_storage(), first, shape, step)
+            tensors[index] = _finish(tensor, flags)
+    return tensors
+
+
+def _expect(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"a {type(tensor).__name__} was received, a torch.Tensor was sent")
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"a tensor of {tensor.dtype} and shape {tuple(tensor.shape)} was received, one of "
+            f"{dtype} and shape {tuple(shape)} was sent"
+        )
 
 
 def build_tensors(
@@ -262,21 +429,27 @@ def _finish(tensor: torch.Tensor, flags: int) -> torch.Tensor:
 class _Pickler(cloudpickle.CloudPickler):
     """Ray's pickler, with placeholders for the tensors that RDT carries."""
 
-    def __init__(self, stream: _Stream, buffers: list[Any]):
+    def __init__(self, stream: _Stream, buffers: list[Any], wanted: Wanted | None):
         super().__init__(stream, protocol=5, buffer_callback=buffers.append)
         self.tensors: list[torch.Tensor] = []
         self.is_parameter: list[bool] = []
+        is_torch = wanted is None or wanted.is_torch
+        self._devices = _HOST if wanted is None else wanted.devices
+        self._others = None if is_torch else wanted
         # Without torch in the process there is no tensor to look for.
-        torch = sys.modules.get("torch")
+        torch = sys.modules.get("torch") if is_torch else None
         self._tensor_type = getattr(torch, "Tensor", None)
         self._parameter_type = getattr(getattr(torch, "nn", None), "Parameter", None)
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is self._tensor_type and is_carried(obj):
+        if kind is self._tensor_type and is_carried(obj, self._devices):
             return self._take(obj, False)
-        if kind is self._parameter_type and is_carried(obj) and not obj.__dict__:
+        if kind is self._parameter_type and is_carried(obj, self._devices) and not obj.__dict__:
             return self._take(obj, True)
+        if self._others is not None and self._others.takes(obj):
+            self.tensors.append(obj)
+            return _placeholder, (len(self.tensors) - 1,)
         return super().reducer_override(obj)
 
     def _take(self, tensor: torch.Tensor, is_parameter: bool) -> tuple[Any, ...]:
@@ -288,12 +461,15 @@ class _Pickler(cloudpickle.CloudPickler):
         return *call, dict(tensor.__dict__), None, None, _set_attributes
 
 
-def is_carried(tensor: torch.Tensor) -> bool:
-    """Whether RDT moves this tensor's bytes itself: plain, strided, on a device that it knows."""
+_HOST = frozenset({"cpu"})
+
+
+def is_carried(tensor: torch.Tensor, devices: frozenset[str] = _HOST) -> bool:
+    """Whether RDT moves this tensor's bytes itself: plain, strided, on one of the devices."""
     import torch
 
     return (
-        tensor.is_cpu
+        (tensor.is_cpu if devices is _HOST else tensor.device.type in devices)
         and tensor.layout is torch.strided
         and not tensor.is_quantized
         and not tensor.is_nested

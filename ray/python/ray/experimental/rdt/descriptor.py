@@ -22,6 +22,7 @@ PRODUCER_BYTES = 16
 
 _HEAD = struct.Struct("<BB16sQ16s")
 _EAGER = 1
+_USERS = 2
 
 
 class DescriptorError(ValueError):
@@ -39,6 +40,7 @@ class Descriptor:
         transport: The transport that the user named, lower case.
         address: The producer's agent.
         is_eager: Whether the tensors' bytes also ride in the value itself.
+        is_users: Whether the transport is one that a user wrote; its shipment is in the value.
     """
 
     key: bytes
@@ -47,6 +49,7 @@ class Descriptor:
     transport: str
     address: bytes
     is_eager: bool
+    is_users: bool = False
 
 
 def encode(descriptor: Descriptor) -> bytes:
@@ -54,7 +57,7 @@ def encode(descriptor: Descriptor) -> bytes:
     name = descriptor.transport.encode()
     head = _HEAD.pack(
         VERSION,
-        _EAGER if descriptor.is_eager else 0,
+        _EAGER * descriptor.is_eager | _USERS * descriptor.is_users,
         descriptor.key,
         descriptor.nbytes,
         descriptor.producer,
@@ -103,4 +106,5 @@ def _unpack(raw: bytes) -> Descriptor:
     address = raw[name_end + 2 :]
     if len(address) != length or not transport:
         raise DescriptorError(f"address of {length} bytes announced, {len(address)} found")
-    return Descriptor(key, nbytes, producer, transport, address, bool(flags & _EAGER))
+    is_eager, is_users = bool(flags & _EAGER), bool(flags & _USERS)
+    return Descriptor(key, nbytes, producer, transport, address, is_eager, is_users)

@@ -207,8 +207,11 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
 
 def _codes(error: BaseException | None) -> set[str]:
     """What an error and its causes say to programs: a named transport wraps what the agent said."""
-    codes = set()
-    while error is not None:
-        codes.add(getattr(error, "code", ""))
+    codes: set[str] = set()
+    seen: set[int] = set()
+    # Users' code may raise an error that is its own cause.
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        codes.add(str(getattr(error, "code", "")))
         error = error.__cause__
     return codes

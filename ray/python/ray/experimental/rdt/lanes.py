@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from ray.experimental.rdt.capture import Envelope, Table, build_tensors
+from ray import cloudpickle
+from ray.experimental.rdt.capture import Envelope, Table, build_tensors, unpack_carriers
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import waiting
 from ray.experimental.rdt.descriptor import Descriptor
@@ -21,6 +22,7 @@ from ray.experimental.rdt.transports.base import (
     OneSided,
     Peer,
     Route,
+    Shipment,
     Transport,
     TransportUnavailable,
     TwoSided,
@@ -29,6 +31,7 @@ from ray.experimental.rdt.transports.base import (
 if TYPE_CHECKING:
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.transports.user import UserTransport
 
 
 class Transfer(Protocol):
@@ -150,13 +153,7 @@ class TransportPull:
         self._exposed = self._ask("rdt.expose", {}, deadline) if self._is_reading else None
 
     def _ask(self, op: str, route: Route, deadline: float) -> Callable[[float], dict[str, Any]]:
-        body = {
-            "key": self._envelope.head.key.hex(),
-            "transport": self.lane,
-            "route": route,
-            "timeout_s": max(0.0, deadline - time.monotonic()),
-        }
-        return self._session.start_call(self._peer.address, op, body)
+        return _start_asking(self._session, self._envelope.head, op, route, deadline)
 
     def finish(self, deadline: float) -> Targets:
         try:
@@ -165,11 +162,7 @@ class TransportPull:
         except TransportUnavailable as error:
             _fall_back(self._session, self._envelope.head, error)
         self.abandon()
-        pull = _agent_pull(self._links, self._envelope, self._targets)
-        try:
-            return FromAgent(pull, self._envelope.table, self._targets).finish(deadline)
-        finally:
-            pull.abandon()
+        return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
     def _move(self, deadline: float) -> Targets:
         table = self._envelope.table
@@ -196,6 +189,72 @@ class TransportPull:
             self._session.tell(self._peer.address, "rdt.done", body)
 
 
+class UserPull:
+    """The code of a user moves the object. Nothing is asked before ``finish``."""
+
+    def __init__(self, links: Links, envelope: Envelope, targets: Targets | None):
+        self.lane = envelope.head.transport
+        self._links = links
+        self._envelope = envelope
+        self._targets = targets
+        address = envelope.head.address
+        self._peer = Peer(address, agent_id_of(address))
+        self._is_reading = False
+
+    def finish(self, deadline: float) -> Targets:
+        shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
+        try:
+            return self._move(shipment, deadline)
+        except TransportUnavailable as error:
+            if not shipment.has_regions:
+                raise
+            _fall_back(self._links.session, self._envelope.head, error)
+        return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
+
+    def _move(self, shipment: Shipment, deadline: float) -> Targets:
+        table = self._envelope.table
+        transport = cast("UserTransport", self._links.transports.get(self.lane))
+        direct = direct_targets(table, self._targets)
+        filled = [region for region, nbytes in enumerate(table.regions) if nbytes]
+        is_direct = self._targets is not None and all(region in direct for region in filled)
+        targets = [direct[region] for region in filled] if is_direct else None
+        received = transport.pull(self._peer, shipment, targets, self._ask(deadline), deadline)
+        if not table.rows:
+            return received
+        if targets is not None:
+            fill(targets, received)
+        tensors = unpack_carriers(table, received)
+        return tensors if self._targets is None else fill(self._targets, tensors)
+
+    def _ask(self, deadline: float) -> Callable[[str, Route], Route]:
+        def ask(op: str, route: Route) -> Route:
+            head = self._envelope.head
+            asked = _start_asking(self._links.session, head, op, route, deadline)
+            self._is_reading = op == "rdt.expose"
+            return _answer_of(asked, deadline)
+
+        return ask
+
+    def abandon(self) -> None:
+        """Tells the producer that nobody reads any more."""
+        if self._is_reading:
+            self._is_reading = False
+            body = {"key": self._envelope.head.key.hex()}
+            self._links.session.tell(self._peer.address, "rdt.done", body)
+
+
+def _start_asking(
+    session: Session, head: Descriptor, op: str, route: Route, deadline: float
+) -> Callable[[float], dict[str, Any]]:
+    body = {
+        "key": head.key.hex(),
+        "transport": head.transport,
+        "route": route,
+        "timeout_s": max(0.0, deadline - time.monotonic()),
+    }
+    return session.start_call(head.address, op, body)
+
+
 def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
     try:
         return asked(max(0.0, deadline - time.monotonic()))
@@ -217,13 +276,25 @@ def choose(
         RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
     name = envelope.head.transport
-    if name != "auto" and envelope.head.nbytes:
+    if name != "auto" and (envelope.head.nbytes or not envelope.table.rows):
         try:
+            if envelope.head.is_users:
+                return UserPull(links, envelope, targets)
             transport = links.transports.get(name)
             return TransportPull(links, transport, envelope, targets, deadline)
         except TransportUnavailable as error:
             _fall_back(links.session, envelope.head, error)
     return FromAgent(_agent_pull(links, envelope, targets), envelope.table, targets)
+
+
+def _finish_on_agent(
+    links: Links, envelope: Envelope, targets: Targets | None, deadline: float
+) -> Targets:
+    pull = _agent_pull(links, envelope, targets)
+    try:
+        return FromAgent(pull, envelope.table, targets).finish(deadline)
+    finally:
+        pull.abandon()
 
 
 def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> AgentPull:

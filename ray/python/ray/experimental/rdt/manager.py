@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayError, RayTaskError
 
 from ray.experimental.rdt import capture, descriptor, session, streams
-from ray.experimental.rdt.capture import Captured
+from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block
 from ray.experimental.rdt.descriptor import Descriptor
@@ -34,6 +34,7 @@ from ray.experimental.rdt.directory import (
     Row,
     WarnShared,
 )
+from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
@@ -44,8 +45,10 @@ from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
 from ray.experimental.rdt.targets import Targets
-from ray.experimental.rdt.transports.base import Transport
+from ray.experimental.rdt.transports.base import Shipment, Transport, TransportUnavailable
+from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.transports.user import UserTransport, own_actor_handle
 
 if TYPE_CHECKING:
     import torch
@@ -102,9 +105,34 @@ class RDTManager:
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value), Outgoing(Captured(), None)
-        skeleton, captured = capture.take(context, value)
+        skeleton, captured, shipment = self._take(context, value, transport)
         head = self._describe(captured, transport) if captured else None
-        return capture.pack(skeleton, captured, head), Outgoing(captured, head)
+        return capture.pack(skeleton, captured, head, shipment), Outgoing(captured, head)
+
+    def _take(self, context: Any, value: Any, transport: str) -> tuple[Skeleton, Captured, bytes]:
+        """Takes the tensors out; the last is what a user's transport sends along, else b""."""
+        users = self._users(transport)
+        skeleton, captured = capture.take(context, value, _wanted(users))
+        if users is None or not captured:
+            return skeleton, captured, b""
+        captured.parcel = parcel = users.describe(capture.carriers(captured))
+        shipment = Shipment(
+            parcel.object_id,
+            parcel.metadata,
+            len(parcel.tensors),
+            own_actor_handle(),
+            bool(captured.regions),
+        )
+        return skeleton, captured, capture.pickle_shipment(context, skeleton, shipment)
+
+    def _users(self, transport: str) -> UserTransport | None:
+        """The transport of this name if a user wrote it. Raises RDTError if it cannot be had."""
+        if transport.upper() in BUILT_IN_TRANSPORTS:
+            return None
+        try:
+            return self._links().transports.users(transport.lower())
+        except TransportUnavailable as error:
+            raise RDTError(str(error)) from error
 
     def keep(self, object_id: str, outgoing: Outgoing) -> bytes:
         """Stores a value's tensors until the owner frees them.
@@ -135,14 +163,14 @@ class RDTManager:
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value)
-        skeleton, captured = capture.take(context, value)
+        skeleton, captured, shipment = self._take(context, value, transport)
         if not captured:
             return capture.pack(skeleton, captured, None)
         outgoing = Outgoing(captured, self._describe(captured, transport))
         guard = self._put_guard(context, transport)
         self.put_object(guard, outgoing)
         skeleton.contained_refs.add(guard)
-        return capture.pack(skeleton, captured, outgoing.head)
+        return capture.pack(skeleton, captured, outgoing.head, shipment)
 
     def serialize_item(self, context: Any, value: Any, spec: StreamSpec) -> Any:
         """Serializes an item of a generator; see ``streams``.
@@ -151,14 +179,14 @@ class RDTManager:
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value)
-        skeleton, captured = capture.take(context, value)
+        skeleton, captured, shipment = self._take(context, value, spec.transport)
         if not captured:
             return capture.pack(skeleton, captured, None)
         head = self._describe(captured, spec.transport)
         if not head.is_eager:
             self._store(f"an item of stream {spec.stream}", captured, head)
             self._links().produced.add(spec.stream, head.key)
-        return capture.pack(skeleton, captured, head)
+        return capture.pack(skeleton, captured, head, shipment)
 
     def produced_streams(self) -> ProducedStreams:
         """The streams that this process makes items for."""
@@ -187,7 +215,8 @@ class RDTManager:
             producer=_own_id(),
             transport=transport.lower(),
             address=self._session().address,
-            is_eager=nbytes <= settings().eager_bytes,
+            is_eager=captured.parcel is None and nbytes <= settings().eager_bytes,
+            is_users=captured.parcel is not None,
         )
 
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
@@ -512,7 +541,10 @@ class StoreByObjectId:
     def add_object_primary(
         self, object_id: str, tensors: list[torch.Tensor], transport: str
     ) -> Location:
-        captured = capture.lay_out(tensors)
+        users = self._manager._users(transport)
+        captured = capture.arrange(tensors, wanted=_wanted(users))
+        if users is not None:
+            captured.parcel = users.describe(capture.carriers(captured))
         head = self._manager._describe(captured, transport)
         self._manager._store(object_id, captured, head)
         return _location(head, captured)
@@ -534,6 +566,10 @@ def _location(head: Descriptor, captured: Captured) -> Location:
     )
     regions = tuple(captured.table.regions) if is_hinted else None
     return Location(head.address, head.key, head.nbytes, regions)
+
+
+def _wanted(users: UserTransport | None) -> Wanted | None:
+    return None if users is None else Wanted(users.data_type, users.capabilities.devices)
 
 
 def _refs_in(refs: Any) -> list[Any]:

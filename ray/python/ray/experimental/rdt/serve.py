@@ -18,12 +18,14 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ray.experimental.rdt.capture import region_bytes, tenants
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.transports.base import OneSided, TwoSided
 from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.transports.user import UserTransport
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,10 @@ class Server:
 
     def withdraw(self, stored: StoredObject) -> None:
         """Ends all exposures of an object. Runs on: producer, the reaper thread."""
+        if stored.captured.parcel is not None:
+            users = self._transports.users(stored.transport)
+            assert users is not None
+            users.withdraw(stored.captured.parcel)
         with self._lock:
             ended = [key for key in self._exposed if key[0] == stored.key]
             exposures = [(key[1], self._exposed.pop(key)) for key in ended]
@@ -85,7 +91,11 @@ class Server:
     ) -> None:
         """Runs on: an rdt-send thread."""
         try:
-            transport.send(route, flat_buffers(stored), deadline)
+            parcel = stored.captured.parcel
+            if parcel is not None and transport.capabilities.is_users:
+                cast(UserTransport, transport).send(route, parcel, deadline)
+            else:
+                transport.send(route, flat_buffers(stored), deadline)
         except Exception as error:
             name = transport.capabilities.name
             logger.warning(
@@ -99,7 +109,9 @@ class Server:
         transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         stored = self._borrow(body)
         try:
-            exposed = self._expose_once(transport, stored, body["transport"])
+            # A user's transport has described the object when it was made.
+            is_ready = transport.capabilities.is_users
+            exposed = {} if is_ready else self._expose_once(transport, stored, body["transport"])
         except BaseException:
             self._give_back(stored.key)
             raise
@@ -155,21 +167,4 @@ class Server:
 def flat_buffers(stored: StoredObject) -> list[torch.Tensor]:
     """An object's regions as flat uint8 tensors that share the storages of the user's tensors."""
     captured = stored.captured
-    holders: dict[int, torch.Tensor] = {}
-    for tensor, row in zip(captured.tensors, captured.table.rows):
-        holders.setdefault(row[0], tensor)
-    return [
-        _flat(holders[region], address, nbytes)
-        for region, (address, nbytes) in enumerate(captured.regions)
-    ]
-
-
-def _flat(tensor: torch.Tensor, address: int, nbytes: int) -> torch.Tensor:
-    import torch
-
-    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    if not nbytes:
-        return empty
-    storage: Any = tensor.untyped_storage()
-    flat: torch.Tensor = empty.set_(storage, address - storage.data_ptr(), (nbytes,), (1,))
-    return flat
+    return [region_bytes(captured, rows[0]) for _, rows in sorted(tenants(captured.table).items())]

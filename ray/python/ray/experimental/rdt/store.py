@@ -166,5 +166,7 @@ class Store:
 
 
 def storage_identity(tensor: Any) -> int:
-    """A number that tensors share exactly while they share a storage."""
-    return int(tensor.untyped_storage()._cdata)
+    """A number that tensors share exactly while they share a storage; other data only itself."""
+    if hasattr(tensor, "untyped_storage"):
+        return int(tensor.untyped_storage()._cdata)
+    return id(tensor)

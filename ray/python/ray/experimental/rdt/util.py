@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from typing import NamedTuple
-
 from ray.util.annotations import PublicAPI
 
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
-
-#: What a user can name without registering anything.
-BUILT_IN_TRANSPORTS = ("AUTO", "GLOO", "NCCL", "NIXL", "CUDA_IPC")
+from ray.experimental.rdt.transports import registered
+from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS, RegisteredTransport
 
 #: Spellings that mean another name.
 _ALIASES = {"TORCH_GLOO": "GLOO"}
-
-
-class UserTransport(NamedTuple):
-    """A transport that a user registered."""
-
-    manager_class: type[TensorTransportManager]
-    devices: tuple[str, ...]
-    data_type: type
-
-
-_user_transports: dict[str, UserTransport] = {}
-_lock = threading.Lock()
 
 
 @PublicAPI(stability="alpha")
@@ -35,7 +19,10 @@ def register_tensor_transport(
     transport_manager_class: type[TensorTransportManager],
     data_type: type,
 ) -> None:
-    """Makes a transport of the user's usable by name.
+    """Makes a transport of the user's usable by name, in every process of the job.
+
+    Actors and tasks find it whether they began before or after. Without Ray, it is kept until
+    ``ray.init``.
 
     Args:
         transport_name: The name for ``tensor_transport``, in any case.
@@ -46,15 +33,14 @@ def register_tensor_transport(
     Raises:
         ValueError: the name is taken, or the class is no ``TensorTransportManager``.
     """
-    name = transport_name.upper()
     if not issubclass(transport_manager_class, TensorTransportManager):
         raise ValueError(
             f"{transport_manager_class.__name__} must be a subclass of TensorTransportManager"
         )
-    with _lock:
-        if name in _user_transports or name in BUILT_IN_TRANSPORTS:
-            raise ValueError(f"Transport {name} already registered.")
-        _user_transports[name] = UserTransport(transport_manager_class, tuple(devices), data_type)
+    name = transport_name.upper()
+    registered.register(
+        RegisteredTransport(name, tuple(devices), transport_manager_class, data_type)
+    )
 
 
 def normalize_and_validate_tensor_transport(tensor_transport: str) -> str:
@@ -67,8 +53,8 @@ def normalize_and_validate_tensor_transport(tensor_transport: str) -> str:
         raise ValueError(f"Invalid tensor transport: {tensor_transport!r} is not a string")
     name = tensor_transport.upper()
     name = _ALIASES.get(name, name)
-    if name not in BUILT_IN_TRANSPORTS and name not in _user_transports:
-        known = [known.lower() for known in (*BUILT_IN_TRANSPORTS, *sorted(_user_transports))]
+    if name not in BUILT_IN_TRANSPORTS and registered.find(name) is None:
+        known = [known.lower() for known in (*BUILT_IN_TRANSPORTS, *registered.known_names())]
         raise ValueError(
             f"Invalid tensor transport: {tensor_transport}. Known transports are {known}; "
             "your own becomes known by ray.experimental.register_tensor_transport."

@@ -8,6 +8,8 @@ kept and when they are freed is decided elsewhere. There are two kinds; a transp
 * two-sided: both act. The consumer agrees on a route, asks the producer's process to ``send``
   along it, and calls ``receive`` itself.
 
+A transport that a user wrote is neither: it moves whole objects; ``user.py`` adapts it.
+
 The agent's own lanes (in-process, cma, shm, tcp) are no transports: they serve what these cannot.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +45,7 @@ class Capabilities:
         needs_group: Whether the pair must share a process group (which it may make by itself).
         same_host: Whether it works only between processes of one host.
         abortable: Whether a transfer in progress can be given up without ending either process.
+        is_users: Whether a user wrote it: it moves whole objects.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Capabilities:
     needs_group: bool = False
     same_host: bool = False
     abortable: bool = True
+    is_users: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,39 @@ class Peer:
 
     address: bytes
     agent_id: bytes
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """An object at its producer, as a transport of the user's knows it.
+
+    Attributes:
+        object_id: Names it to the user's code: 56 hexadecimal digits, not Ray's own id.
+        metadata: What the user's code extracted.
+        tensors: What it moves.
+    """
+
+    object_id: str
+    metadata: Any
+    tensors: list[Any]
+
+
+class Shipment(NamedTuple):
+    """What a consumer needs to receive a parcel. Travels in the Ray value, pickled.
+
+    Attributes:
+        object_id: As in the parcel.
+        metadata: As in the parcel.
+        size: How many tensors the parcel has.
+        producer: The handle of the actor that made it as Ray serializes it, None for no actor.
+        has_regions: Whether the agent's lanes could move it as well.
+    """
+
+    object_id: str
+    metadata: Any
+    size: int
+    producer: bytes | None
+    has_regions: bool
 
 
 #: A description that both sides understand, carried between them as JSON.

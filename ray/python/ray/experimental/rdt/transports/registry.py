@@ -1,13 +1,19 @@
-"""Transports by name. One line each; a transport's libraries are imported only when it is made."""
+"""Transports by name. One line each; a transport's libraries are imported only when it is made.
+
+Those that users registered are no lines here: ``registered.py`` finds them.
+"""
 
 from __future__ import annotations
 
 import importlib
 import threading
+from concurrent.futures import Future
 from typing import cast
 
 from ray.experimental.rdt.session import Session
+from ray.experimental.rdt.transports import registered
 from ray.experimental.rdt.transports.base import Transport, TransportUnavailable
+from ray.experimental.rdt.transports.user import UserTransport
 
 #: Lower-case name -> module and class. ``auto`` is no transport: it means the agent's own lanes.
 _FACTORIES = {
@@ -27,20 +33,39 @@ class Transports:
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.Lock()
-        self._made: dict[str, Transport] = {}
+        self._made: dict[str, Future[Transport]] = {}
 
     def get(self, name: str) -> Transport:
-        """The transport of this name.
+        """The transport of this name; several that ask at once wait for the first.
 
         Raises:
             TransportUnavailable: it has no module here, or its library is missing.
         """
+        mine: Future[Transport] = Future()
         with self._lock:
-            if name not in self._made:
-                self._made[name] = self._make(name)
-            return self._made[name]
+            made = self._made.setdefault(name, mine)
+        if made is mine:
+            try:
+                mine.set_result(self._make(name))
+            except BaseException as error:
+                with self._lock:
+                    del self._made[name]
+                mine.set_exception(error)
+        return made.result()
+
+    def users(self, name: str) -> UserTransport | None:
+        """The transport of this name if a user wrote it.
+
+        Raises:
+            TransportUnavailable: nobody in this job has registered it.
+        """
+        if name.upper() in registered.BUILT_IN_TRANSPORTS:
+            return None
+        return cast(UserTransport, self.get(name))
 
     def _make(self, name: str) -> Transport:
+        if name.upper() not in registered.BUILT_IN_TRANSPORTS:
+            return cast(Transport, self._make_users(name))
         if name not in _FACTORIES:
             raise TransportUnavailable(f"transport {name!r} is not known in this process")
         module, factory = _FACTORIES[name]
@@ -50,10 +75,23 @@ class Transports:
             raise TransportUnavailable(f"transport {name!r} cannot be loaded: {error}") from error
         return cast(Transport, make(self._session))
 
+    def _make_users(self, name: str) -> UserTransport:
+        try:
+            entry = registered.find(name.upper())
+        except ImportError as error:
+            raise TransportUnavailable(f"transport {name!r} cannot be loaded: {error}") from error
+        if entry is None:
+            raise TransportUnavailable(
+                f"transport {name!r} is not known here; "
+                "ray.experimental.register_tensor_transport makes it known"
+            )
+        return UserTransport(self._session, entry)
+
     def made(self) -> list[Transport]:
         """Those in use so far."""
         with self._lock:
-            return list(self._made.values())
+            made = list(self._made.values())
+        return [each.result() for each in made if each.done()]
 
     def close(self) -> None:
         """Closes all. Runs on: whoever shuts Ray down."""
