@@ -249,7 +249,9 @@ def test_a_producer_that_dies_is_known_at_once(spawn: Any, consumer: Any, name: 
     if name == "pipe":
         ray.get(doomed.run.remote(script, send="die"))
     else:
+        pid = ray.get(doomed.pid.remote())
         ray.kill(doomed)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the producer is gone")
     with pytest.raises(RayTaskError) as raised:
         ray.get(consumer.run.remote(total, ref), timeout=20)
     assert isinstance(raised.value.cause, ActorDiedError), raised.value
@@ -334,3 +336,13 @@ for _ in range(2):
         "4.0 2",
         "collected 2",
     ], printed
+
+
+def test_items_of_a_generator(local_ray: None) -> None:
+    @ray.remote(num_cpus=0, tensor_transport="shm")
+    def count() -> Any:
+        yield from (torch.full((4,), float(number)) for number in range(3))
+
+    received = user_transports.CALLS["receive"]
+    assert [float(ray.get(item).sum()) for item in count.remote()] == [0, 4, 8]
+    assert user_transports.CALLS["receive"] == received + 3
