@@ -130,8 +130,8 @@ class Wanted:
     def takes(self, value: Any) -> bool:
         """Whether a value that is no torch tensor is taken out.
 
-        A subclass of a concrete type is not: a masked array would come back without its mask. A type
-        that only stands for others, jax.Array for instance, has no instances of its own.
+        A subclass of a concrete type is not: a masked array would come back without its mask. A
+        type that decides itself what its instances are, as jax.Array, means all of them.
         """
         kind = type(value)
         if kind is self.data_type:
@@ -269,8 +269,8 @@ def carriers(captured: Captured) -> list[Any]:
     """What a transport of the user's moves instead of the tensors themselves.
 
     For torch tensors one dense tensor for each region that has bytes: the user's own, without its
-    graph, where it is all that lies in the region, else the region's bytes. So each byte moves once,
-    and views and shared storage survive. Other data goes as it is.
+    graph, where it is all that lies in the region, else the region's bytes. So each byte moves
+    once, and views and shared storage survive. Other data goes as it is.
     """
     table = captured.table
     if not table.rows:
