@@ -41,10 +41,19 @@ class Async:
         return time.monotonic()
 
 
-@pytest.fixture
-def slow(spawn: Any) -> Any:
-    """A producer to be stopped, with a process id."""
-    return spawn(Peer)
+@pytest.fixture(scope="module")
+def slow(local_ray: None) -> Iterator[Any]:
+    """A producer to be stopped."""
+    actor = Peer.remote()
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture(scope="module")
+def actor(local_ray: None) -> Iterator[Any]:
+    actor = Async.options(max_concurrency=100).remote()
+    yield actor
+    ray.kill(actor)
 
 
 def test_awaited_reference_leaves_the_event_loop_alone(slow: Any, consumer: Any) -> None:
@@ -85,8 +94,7 @@ def test_future_leaves_the_io_thread_alone(slow: Any, consumer: Any) -> None:
     assert float(future.result(timeout=30).sum()) == LARGE
 
 
-def test_late_argument_leaves_an_async_actor_free(slow: Any, spawn: Any) -> None:
-    actor = spawn(Async)
+def test_late_argument_leaves_an_async_actor_free(slow: Any, actor: Any) -> None:
     ref = slow.make.remote(ones)
     pid = ray.get(slow.pid.remote())
     ray.wait([ref], fetch_local=False)
@@ -102,8 +110,7 @@ def test_late_argument_leaves_an_async_actor_free(slow: Any, spawn: Any) -> None
     assert ray.get(calls, timeout=30) == [2 * LARGE, LARGE, [LARGE]]
 
 
-def test_async_actor_takes_late_arguments_in_every_method(producer: Any, spawn: Any) -> None:
-    actor = spawn(Async)
+def test_async_actor_takes_late_arguments_in_every_method(producer: Any, actor: Any) -> None:
     ref = producer.make.remote(ones)
     assert ray.get(actor.total.remote(ref, b=ref)) == 2 * LARGE
     assert ray.get(actor.plain_total.remote(ref)) == LARGE
@@ -111,16 +118,15 @@ def test_async_actor_takes_late_arguments_in_every_method(producer: Any, spawn: 
     assert ray.get(actor.__ray_call__.remote(lambda _, tensor: float(tensor.sum()), ref)) == LARGE
 
 
-def test_many_pulls_at_once_in_one_async_actor(producer: Any, spawn: Any) -> None:
-    actor = spawn(Async, max_concurrency=100)
+def test_many_pulls_at_once_in_one_async_actor(producer: Any, actor: Any) -> None:
     refs = [producer.make.remote(lambda _, i: torch.full((LARGE,), float(i)), i) for i in range(50)]
     expected = [float(i * LARGE) for i in range(50)]
     assert ray.get([actor.total.remote(ref) for ref in refs]) == expected
     assert ray.get(actor.await_all.remote(refs)) == expected
 
 
-def test_failed_late_argument_fails_the_call(spawn: Any) -> None:
-    actor, lost = spawn(Async), Peer.remote()
+def test_failed_late_argument_fails_the_call(actor: Any) -> None:
+    lost = Peer.remote()
     ref = lost.make.remote(ones)
     ray.wait([ref], fetch_local=False)
     ray.kill(lost)

@@ -96,6 +96,14 @@ def tensors(count: int, offset: float = 0.0) -> Iterator[torch.Tensor]:
         yield torch.full((LARGE,), index + offset)
 
 
+@pytest.fixture(scope="module")
+def source(local_ray: None) -> Iterator[Any]:
+    """One for all tests; each leaves it empty."""
+    actor = Source.remote()
+    yield actor
+    ray.kill(actor)
+
+
 def expect_empty(actor: Any) -> None:
     def is_empty() -> None:
         stats = ray.get(actor.stats.remote())
@@ -104,8 +112,7 @@ def expect_empty(actor: Any) -> None:
     wait_until(is_empty)
 
 
-def test_items_arrive_in_order_and_are_freed(spawn: Any, transport: str) -> None:
-    source = spawn(Source)
+def test_items_arrive_in_order_and_are_freed(source: Any, transport: str) -> None:
     generator = source.items.options(tensor_transport=transport).remote(5)
     values = [ray.get(ref) for ref in generator]
     assert [float(value[0]) for value in values] == [0, 1, 2, 3, 4]
@@ -114,8 +121,7 @@ def test_items_arrive_in_order_and_are_freed(spawn: Any, transport: str) -> None
     expect_empty(source)
 
 
-def test_items_go_to_others_and_come_home(spawn: Any, consumer: Any, transport: str) -> None:
-    source = spawn(Source)
+def test_items_go_to_others_and_come_home(source: Any, consumer: Any, transport: str) -> None:
     refs = list(source.items.options(tensor_transport=transport).remote(3))
     sums = [consumer.run.remote(total, ref) for ref in refs]
     nested = consumer.run.remote(lambda _, held: total(None, ray.get(held[0])), [refs[2]])
@@ -125,8 +131,7 @@ def test_items_go_to_others_and_come_home(spawn: Any, consumer: Any, transport: 
     expect_empty(source)
 
 
-def test_items_are_whatever_plain_ray_gives(spawn: Any) -> None:
-    source = spawn(Source)
+def test_items_are_whatever_plain_ray_gives(source: Any) -> None:
     rdt = [ray.get(ref) for ref in source.mixed.options(tensor_transport="auto").remote()]
     plain = [ray.get(ref) for ref in source.mixed.remote()]
     assert torch.equal(rdt[0]["a"], plain[0]["a"])
@@ -136,8 +141,7 @@ def test_items_are_whatever_plain_ray_gives(spawn: Any) -> None:
     expect_empty(source)
 
 
-def test_error_comes_after_the_items(spawn: Any) -> None:
-    source = spawn(Source)
+def test_error_comes_after_the_items(source: Any) -> None:
     generator = source.failing.options(tensor_transport="auto").remote()
     assert float(ray.get(next(generator)).sum()) == LARGE
     with pytest.raises(RuntimeError, match="no more"):
@@ -148,8 +152,7 @@ def test_error_comes_after_the_items(spawn: Any) -> None:
     expect_empty(source)
 
 
-def test_items_that_nobody_takes_are_freed(spawn: Any) -> None:
-    source = spawn(Source)
+def test_items_that_nobody_takes_are_freed(source: Any) -> None:
     generator = source.items.remote(6)
     kept = next(generator)
     wait_until(lambda: ray.get(source.stats.remote())["stored_objects"] == 6)
@@ -171,8 +174,7 @@ def test_endless_generator_waits_for_its_caller(spawn: Any) -> None:
     assert ray.get(source.stats.remote())["stored_objects"] <= 4
 
 
-def test_retried_generator_leaves_nothing(spawn: Any, tmp_path: Any) -> None:
-    source = spawn(Source, max_task_retries=1)
+def test_retried_generator_leaves_nothing(source: Any, tmp_path: Any) -> None:
     generator = source.flaky.options(
         tensor_transport="auto", retry_exceptions=True, max_task_retries=1
     ).remote(str(tmp_path / "tried"))
@@ -203,16 +205,15 @@ def test_async_actor_yields(spawn: Any, producer: Any) -> None:
     expect_empty(source)
 
 
-def test_actor_takes_items_of_another(spawn: Any) -> None:
-    source, caller = spawn(Source), spawn(Caller)
+def test_actor_takes_items_of_another(source: Any, spawn: Any) -> None:
+    caller = spawn(Caller)
     sums = [float(index * LARGE) for index in range(4)]
     assert ray.get(caller.take.remote(source, 4)) == sums
     assert ray.get(caller.take_async.remote(source, 4)) == sums
     expect_empty(source)
 
 
-def test_async_iteration_by_the_driver(spawn: Any) -> None:
-    source = spawn(Source)
+def test_async_iteration_by_the_driver(source: Any) -> None:
 
     async def take() -> list[float]:
         return [float((await ref)[0]) async for ref in source.items.remote(3)]
@@ -221,15 +222,14 @@ def test_async_iteration_by_the_driver(spawn: Any) -> None:
     expect_empty(source)
 
 
-def test_items_of_a_caller_that_died_are_freed(spawn: Any) -> None:
-    source, caller = spawn(Source), spawn(Caller)
+def test_items_of_a_caller_that_died_are_freed(source: Any, spawn: Any) -> None:
+    caller = spawn(Caller)
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(caller.leave.remote(source))
     expect_empty(source)
 
 
-def test_what_cannot_be_a_stream_is_refused_at_the_call(spawn: Any) -> None:
-    source = spawn(Source)
+def test_what_cannot_be_a_stream_is_refused_at_the_call(source: Any) -> None:
     with pytest.raises(ValueError, match='num_returns="streaming"'):
         source.mixed.options(tensor_transport="auto", num_returns="dynamic").remote()
     with pytest.raises(ValueError, match="one object at a time"):

@@ -173,7 +173,7 @@ class Session:
         while True:
             events = self.agent.next_events(_TICK_S)
             for on_tick in self._on_tick:
-                on_tick()
+                _run_logged(on_tick)
             for event in events:
                 kind = event[0]
                 if kind == "stopped":

@@ -269,8 +269,11 @@ class TakenStreams:
         return {}
 
     def _close_gone(self) -> None:
-        while self._gone:
-            stream = self._gone.popleft()
+        while True:
+            try:
+                stream = self._gone.popleft()
+            except IndexError:  # none, or another thread has taken the last
+                return
             with self._lock:
                 producers = self._producers.pop(stream, set())
             for address in producers:
