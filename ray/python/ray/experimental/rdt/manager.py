@@ -475,8 +475,8 @@ class RDTManager:
 
     def _join(self, current: session.Session) -> Links:
         transports = Transports(current)
-        server = Server(current, self.store, transports)
         produced, taken = ProducedStreams(current), TakenStreams(current)
+        server = Server(current, self.store, transports, produced)
         hints, hinted = HintSender(current), HintedPulls(current)
         links = Links(current, transports, server, hints, hinted, produced, taken)
         # Bound to this session's server: a release may come while the session ends.
@@ -495,7 +495,6 @@ class RDTManager:
         """Runs on: producer, the reaper thread."""
         for stored in self.store.drop(tokens):
             links.server.withdraw(stored)
-            links.produced.dropped(stored.key)
 
     def shutdown(self) -> None:
         """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ray.experimental.rdt.capture import region_bytes, tenants
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.store import Store, StoredObject
+from ray.experimental.rdt.streams import ProducedStreams
 from ray.experimental.rdt.transports.base import OneSided, TwoSided
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.user import UserTransport
@@ -42,9 +43,13 @@ class Server:
         session: Brings the requests.
         store: What this process produced.
         transports: How to send it.
+        streams: Hears of items that are not stored any more.
     """
 
-    def __init__(self, session: Session, store: Store, transports: Transports):
+    def __init__(
+        self, session: Session, store: Store, transports: Transports, streams: ProducedStreams
+    ):
+        self._streams = streams
         self._store = store
         self._transports = transports
         self._lock = threading.Lock()
@@ -58,7 +63,11 @@ class Server:
         session.on_close(lambda: self._senders.shutdown(wait=False, cancel_futures=True))
 
     def withdraw(self, stored: StoredObject) -> None:
-        """Ends all exposures of an object. Runs on: producer, the reaper thread."""
+        """Ends all that was made for an object that is not stored any more.
+
+        Runs on: producer, the thread that dropped it.
+        """
+        self._streams.dropped(stored.key)
         if stored.captured.parcel is not None:
             users = self._transports.users(stored.transport)
             assert users is not None
