@@ -7,11 +7,15 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import ray
+from ray.experimental import register_tensor_transport
 from ray.experimental.rdt import config
 from tests.integration.peers import Peer
+from tests.integration.user_transports import FilesTransport, PipeTransport, ShmTransport
 from tests.support import ROOT
 
 #: Enough for every object of these tests that does not stay with its producer.
@@ -52,6 +56,16 @@ def third(local_ray: None) -> Any:
     return Peer.remote()
 
 
+@pytest.fixture(scope="package")
+def users_transports(producer: Any, consumer: Any) -> None:
+    """Registered after the actors, which find them all the same."""
+    ray.get([producer.pid.remote(), consumer.pid.remote()])
+    register_tensor_transport("shm", ["cpu"], ShmTransport, torch.Tensor)
+    register_tensor_transport("NumpyShm", ["cpu"], ShmTransport, np.ndarray)
+    register_tensor_transport("pipe", ["cpu"], PipeTransport, torch.Tensor)
+    register_tensor_transport("files", ["cpu"], FilesTransport, torch.Tensor)
+
+
 @pytest.fixture
 def spawn(local_ray: None) -> Iterator[Callable[..., Any]]:
     """Makes actors for one test: ``spawn(Peer)``, ``spawn(Peer, max_restarts=1)``."""
@@ -66,12 +80,12 @@ def spawn(local_ray: None) -> Iterator[Callable[..., Any]]:
         ray.kill(actor)
 
 
-def _needs_nixl() -> pytest.MarkDecorator:
+def needs_nixl() -> pytest.MarkDecorator:
     is_missing = importlib.util.find_spec("nixl") is None
     return pytest.mark.skipif(is_missing, reason="the package nixl is not installed")
 
 
-@pytest.fixture(params=["auto", "gloo", pytest.param("nixl", marks=_needs_nixl())])
+@pytest.fixture(params=["auto", "gloo", pytest.param("nixl", marks=needs_nixl())])
 def transport(request: pytest.FixtureRequest) -> str:
     """Every transport that runs without a GPU."""
     return str(request.param)

@@ -17,17 +17,10 @@ from ray.experimental.rdt.errors import RDTFetchError
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 from tests.integration import user_transports
 from tests.integration.peers import Peer, count_up, total
-from tests.integration.user_transports import OtherShmTransport, PipeTransport, ShmTransport
+from tests.integration.user_transports import OtherShmTransport, ShmTransport
 from tests.support import START, run_driver, wait_until
 
-
-@pytest.fixture(scope="module", autouse=True)
-def registered(producer: Any, consumer: Any) -> None:
-    """After the actors: they find them all the same."""
-    ray.get([producer.pid.remote(), consumer.pid.remote()])
-    register_tensor_transport("shm", ["cpu"], ShmTransport, torch.Tensor)
-    register_tensor_transport("NumpyShm", ["cpu"], ShmTransport, np.ndarray)
-    register_tensor_transport("pipe", ["cpu"], PipeTransport, torch.Tensor)
+pytestmark = pytest.mark.usefixtures("users_transports")
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +119,6 @@ def test_jax_arrays(producer: Any, consumer: Any) -> None:
     assert calls_of(producer, "extract") == extracted + 1
 
 
-def test_the_driver_puts_and_gets(consumer: Any, name: str) -> None:
-    ref = ray.put([torch.ones(100)], _tensor_transport=name)
-    assert ray.get(consumer.run.remote(lambda peer, value: float(value[0].sum()), ref)) == 100
-    assert ray.get(ref)[0].sum() == 100
-
-
 def test_nothing_to_move(producer: Any, name: str) -> None:
     assert ray.get(make(producer, name, lambda peer: "no tensor")) == "no tensor"
     received = user_transports.CALLS["receive"]
@@ -154,16 +141,6 @@ def test_both_sides_are_told_who_they_are(producer: Any, consumer: Any) -> None:
     assert calls_of(consumer, pair) >= 1
     ray.get(make(producer, "pipe", count_up, 4))
     assert user_transports.CALLS[f"from {producer._actor_id.hex()} to none"] >= 1
-
-
-def test_many_at_once_in_all_directions(
-    producer: Any, consumer: Any, third: Any, name: str
-) -> None:
-    actors = [producer, consumer, third]
-    refs = [(one, two, make(one, name, count_up, 100)) for one in actors for two in actors] * 3
-    totals = ray.get([two.run.remote(total, ref) for _, two, ref in refs], timeout=60)
-    assert totals == [4950] * 27
-    assert [float(each.sum()) for each in ray.get([ref for _, _, ref in refs])] == totals
 
 
 def test_an_object_is_collected_once(producer: Any, consumer: Any) -> None:

@@ -9,11 +9,14 @@ import os
 import pickle
 import tempfile
 import threading
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
+
+import torch
 
 from ray.experimental import (
     CommunicatorMetadata,
@@ -30,6 +33,8 @@ def play(step: str) -> None:
     CALLS[step] += 1
     if SCRIPT.get(step) == "raise":
         raise OSError(f"scripted to fail in {step}")
+    if SCRIPT.get(step) == "late":
+        time.sleep(0.02)
     if SCRIPT.get(step) == "hang":
         threading.Event().wait()
     if SCRIPT.get(step) == "die":
@@ -93,6 +98,38 @@ class ShmTransport(TensorTransportManager):
         segment.close()
         segment.unlink()
         CALLS["collect"] += 1
+
+
+class FilesTransport(TensorTransportManager):
+    """The one of doc/user_transports.md."""
+
+    def tensor_transport_backend(self) -> str:
+        return "files"
+
+    @staticmethod
+    def is_one_sided() -> bool:
+        return True
+
+    def extract_tensor_transport_metadata(
+        self, obj_id: str, rdt_object: list[Any]
+    ) -> TensorTransportMetadata:
+        torch.save(rdt_object, f"/dev/shm/{obj_id}")
+        return TensorTransportMetadata([(each.shape, each.dtype) for each in rdt_object], "cpu")
+
+    def recv_multiple_tensors(
+        self,
+        obj_id: str,
+        tensor_transport_metadata: TensorTransportMetadata,
+        communicator_metadata: CommunicatorMetadata,
+        target_buffers: list[Any] | None = None,
+    ) -> list[Any]:
+        received: list[Any] = torch.load(f"/dev/shm/{obj_id}")
+        return received
+
+    def garbage_collect(
+        self, obj_id: str, tensor_transport_meta: TensorTransportMetadata, tensors: list[Any]
+    ) -> None:
+        os.unlink(f"/dev/shm/{obj_id}")
 
 
 class OtherShmTransport(ShmTransport):
