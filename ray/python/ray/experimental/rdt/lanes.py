@@ -168,12 +168,21 @@ class TransportPull:
         table = self._envelope.table
         landing = allocate(self._session, table.regions, direct_targets(table, self._targets))
         if self._exposed is None:
-            self._receive(landing, deadline)
+            self._receive_anew(landing, deadline)
         else:
             exposed = _answer_of(self._exposed, deadline)
             cast(OneSided, self._transport).read(self._peer, exposed, landing.flat(), deadline)
             self.abandon()
         return landing.deliver(table, self._targets)
+
+    def _receive_anew(self, landing: Landing, deadline: float) -> None:
+        """Tries once more where all that failed was the way it took."""
+        try:
+            self._receive(landing, deadline)
+        except TransportUnavailable as error:
+            if not error.is_stale:
+                raise
+            self._receive(landing, deadline)
 
     def _receive(self, landing: Landing, deadline: float) -> None:
         transport = cast(TwoSided, self._transport)

@@ -29,9 +29,13 @@ class TransportUnavailable(Exception):
     The fetch then takes the best other lane and logs the reason once, or, with
     ``RAY_RDT_STRICT_TRANSPORT=1``, raises it to the user. Raised in the producer's process, it
     reaches the consumer by its ``code``.
+
+    Attributes:
+        is_stale: Only what was used of it has ended; another ``route`` may do.
     """
 
     code = "unavailable"
+    is_stale = False
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,12 @@ class TransferTimeout(TransferError, TimeoutError):
 
 
 class LinkClosed(TransferError, TransportUnavailable):
-    """The link broke or was closed before the transfer ended; another lane may begin anew."""
+    """The link broke or was closed before the transfer ended; another may begin anew.
+
+    A transfer that was given up closes its link, and the next one may have picked that just before.
+    """
+
+    is_stale = True
 
 
 class PeerLost(TransferError):
