@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import ray
 from tests.integration.peers import LARGE, Peer, ones, total
-from tests.support import stopped
+from tests.support import stopped, wait_until
 
 #: How long an event loop may stand still here; a pull that waits for a stopped producer takes
 #: until that goes on.
@@ -127,9 +128,10 @@ def test_many_pulls_at_once_in_one_async_actor(producer: Any, actor: Any) -> Non
 
 def test_failed_late_argument_fails_the_call(actor: Any) -> None:
     lost = Peer.remote()
-    ref = lost.make.remote(ones)
+    ref, pid = lost.make.remote(ones), ray.get(lost.pid.remote())
     ray.wait([ref], fetch_local=False)
     ray.kill(lost)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the producer has ended")
     for call in (actor.total, actor.plain_total):
         with pytest.raises(ray.exceptions.RayError):
             ray.get(call.remote(ref), timeout=30)
