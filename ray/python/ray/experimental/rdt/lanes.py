@@ -213,7 +213,8 @@ class UserPull:
     def finish(self, deadline: float) -> Targets:
         shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
         try:
-            return self._move(shipment, deadline)
+            with waiting():
+                return self._move(shipment, deadline)
         except TransportUnavailable as error:
             if not shipment.has_regions:
                 raise
