@@ -15,7 +15,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
-    {"config", "descriptor", "errors", "tensor_transport_manager"},
+    {"accelerators", "config", "descriptor", "errors", "tensor_transport_manager"},
     {"_agent"},
     {"session"},
     {"transports", "groups"},
@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
         "capture",
         "core_worker",
         "deferred",
+        "device_lanes",
         "directory",
         "fetch",
         "hints",

@@ -3,7 +3,8 @@
 The value is pickled with Ray's own pickler; each tensor that RDT carries becomes a call of
 ``_placeholder(index)`` in the stream, and a row in a table that says which bytes of which region
 it is. Everything else, tensors of other kinds included, is pickled as plain Ray pickles it.
-Nothing is registered with any pickler of the process.
+Tensors on a device that ``accelerators`` knows are carried as those on the CPU are; an event on the
+stream that made them tells when their bytes may be read. Nothing is registered with any pickler of the process.
 
 Regions: tensors whose spans of one storage overlap or touch share a region, so ties and views
 survive and every byte is sent once. A view is its own span, not its whole storage.
@@ -43,6 +44,8 @@ from ray._raylet import (
 
 from ray import cloudpickle
 from ray.experimental.rdt import descriptor as descriptor_module
+from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.transports.base import Parcel, Shipment
 
@@ -68,10 +71,18 @@ Row = tuple[int, int, "torch.dtype", tuple[int, ...], "tuple[int, ...] | None", 
 
 
 class Table(NamedTuple):
-    """The layout of an object's tensors, as it travels."""
+    """The layout of an object's tensors, as it travels.
+
+    Attributes:
+        regions: The bytes of each.
+        rows: One for each tensor.
+        devices: The torch device type of each region that is not in host memory. Which of its
+            devices it is matters to nobody else: a consumer receives on its own current one.
+    """
 
     regions: list[int]
     rows: list[Row]
+    devices: dict[int, str]
 
     @property
     def nbytes(self) -> int:
@@ -84,18 +95,27 @@ class Captured:
 
     Attributes:
         tensors: As the user returned them, in the order of the placeholders.
-        regions: Their memory; the tensors keep it alive. None where an agent cannot read it.
+        regions: Their memory; the tensors keep it alive.
         table: Their layout; no rows where they are no torch tensors.
+        events: For each device, the end of the work that makes the tensors on it.
         parcel: What a transport of the user's moves, None for any other.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
-    table: Table = field(default_factory=lambda: Table([], []))
+    table: Table = field(default_factory=lambda: Table([], [], {}))
+    events: Sequence[Event] = ()
     parcel: Parcel | None = None
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
+
+    @property
+    def host_regions(self) -> list[Region]:
+        """Those that the agent can serve."""
+        if not self.table.devices:
+            return self.regions
+        return [region for i, region in enumerate(self.regions) if i not in self.table.devices]
 
     def gather(self) -> bytes:
         """A copy of all regions, one after the other."""
@@ -366,9 +386,9 @@ def build_tensors(
 
     Args:
         table: The layout.
-        memory: For each region a writable buffer and the offset in it. Each region becomes a
-            storage of its own that keeps its buffer alive, so that a tensor kept alone does not
-            drag the others' bytes along when it is pickled.
+        memory: For each region a writable buffer and the offset in it, or a flat tensor on a
+            device and 0. Each region becomes a storage of its own that keeps its buffer alive, so
+            that a tensor kept alone does not drag the others' bytes along when it is pickled.
         ready: Regions whose only tensor exists already.
     """
     import torch
@@ -381,8 +401,9 @@ def build_tensors(
         if region in ready:
             tensor = ready[region]
         elif not count:
-            tensor = torch.empty_strided(shape, stride or (), dtype=dtype)
-        elif stride is None and region not in shared:
+            device = _device_of(memory[region]) if region in table.devices else None
+            tensor = torch.empty_strided(shape, stride or (), dtype=dtype, device=device)
+        elif stride is None and region not in shared and region not in table.devices:
             buffer, offset = memory[region]
             items = math.prod(shape)
             flat = torch.frombuffer(buffer, dtype=dtype, count=items, offset=offset + start)
@@ -391,7 +412,7 @@ def build_tensors(
             if region not in storages:
                 storages[region] = _storage_over(memory[region], count)
             step = contiguous_stride(shape) if stride is None else stride
-            empty = torch.empty(0, dtype=dtype)
+            empty = torch.empty(0, dtype=dtype, device=storages[region].device)
             tensor = empty.set_(storages[region], start // dtype.itemsize, shape, step)
         tensors.append(tensor if region in ready else _finish(tensor, flags))
     return tensors
@@ -407,8 +428,17 @@ def _storage_over(memory: tuple[Any, int], nbytes: int) -> torch.UntypedStorage:
     import torch
 
     buffer, offset = memory
+    if isinstance(buffer, torch.Tensor):
+        return buffer.untyped_storage()
     flat = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
     return flat.untyped_storage()
+
+
+def _device_of(memory: tuple[Any, int]) -> torch.device | None:
+    """Where memory is; None for host memory."""
+    import torch
+
+    return memory[0].device if isinstance(memory[0], torch.Tensor) else None
 
 
 def _finish(tensor: torch.Tensor, flags: int) -> torch.Tensor:
@@ -434,7 +464,7 @@ class _Pickler(cloudpickle.CloudPickler):
         self.tensors: list[torch.Tensor] = []
         self.is_parameter: list[bool] = []
         is_torch = wanted is None or wanted.is_torch
-        self._devices = _HOST if wanted is None else wanted.devices
+        self._devices = None if wanted is None else wanted.devices
         self._others = None if is_torch else wanted
         # Without torch in the process there is no tensor to look for.
         torch = sys.modules.get("torch") if is_torch else None
@@ -461,24 +491,36 @@ class _Pickler(cloudpickle.CloudPickler):
         return *call, dict(tensor.__dict__), None, None, _set_attributes
 
 
-_HOST = frozenset({"cpu"})
+def is_carried(tensor: torch.Tensor, devices: frozenset[str] | None = None) -> bool:
+    """Whether RDT moves this tensor's bytes itself: plain, strided, on one of the devices.
 
-
-def is_carried(tensor: torch.Tensor, devices: frozenset[str] = _HOST) -> bool:
-    """Whether RDT moves this tensor's bytes itself: plain, strided, on one of the devices."""
+    Args:
+        tensor: The tensor.
+        devices: Those of a user's transport; None for those that RDT's own know.
+    """
     import torch
 
     return (
-        (tensor.is_cpu if devices is _HOST else tensor.device.type in devices)
-        and tensor.layout is torch.strided
+        tensor.layout is torch.strided
+        and _is_within_reach(tensor, devices)
         and not tensor.is_quantized
         and not tensor.is_nested
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
+def _is_within_reach(tensor: torch.Tensor, devices: frozenset[str] | None) -> bool:
+    if devices is not None:
+        return tensor.device.type in devices
+    return tensor.is_cpu or accelerators.of(tensor.device.type) is not None
+
+
 def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None) -> Captured:
-    """Finds the regions of tensors and how each lies in its region."""
+    """Finds the regions of tensors and how each lies in its region.
+
+    Of tensors on devices it records the events; so it runs on the thread that made them. An
+    address means one thing in all of a process, on whichever device.
+    """
     spans = [_span(tensor) for tensor in tensors]
     regions, owner = _merge(spans)
     parameters = is_parameter or itertools.repeat(False)
@@ -486,7 +528,23 @@ def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None)
         _row(tensor, start, end, region, regions[region][0], parameter)
         for tensor, (_, start, end), region, parameter in zip(tensors, spans, owner, parameters)
     ]
-    return Captured(tensors, regions, Table([nbytes for _, nbytes in regions], rows))
+    devices = {
+        region: tensor.device.type
+        for tensor, region in zip(tensors, owner)
+        if not tensor.is_cpu
+    }
+    table = Table([nbytes for _, nbytes in regions], rows, devices)
+    return Captured(tensors, regions, table, _record(tensors) if devices else ())
+
+
+def _record(tensors: list[torch.Tensor]) -> list[Event]:
+    """An event for each device that some of the tensors are on."""
+    events = []
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
+        accelerator = accelerators.of(device.type)
+        if accelerator is not None:
+            events.append(accelerator.record(device))
+    return events
 
 
 #: The address of a tensor's storage, and where the tensor's bytes begin and end.

@@ -18,6 +18,7 @@ from ray.experimental.rdt import lanes
 from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
+from ray.experimental.rdt.device_lanes import PerDevice
 from ray.experimental.rdt.errors import (
     FetchContext,
     RDTFetchError,
@@ -105,9 +106,13 @@ class Fetcher:
         head = request.envelope.head
         stored = self._store.by_key(head.key)
         if stored is not None:
+            for event in stored.captured.events:
+                event.order()
             return lanes.Here(stored.captured.tensors, request.target.tensors)
         if request.envelope.eager is not None:
             return lanes.Eager(request.envelope, request.target.tensors)
+        if request.envelope.table.devices:
+            return PerDevice(self._links(), request.envelope, request.target, deadline)
         return lanes.choose(self._links(), request.envelope, request.target.tensors, deadline)
 
     def _finish(

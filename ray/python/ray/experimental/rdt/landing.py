@@ -1,4 +1,6 @@
-"""Memory that the bytes of an object land in: receive-pool blocks or the user's own tensors."""
+"""Memory that the bytes of an object land in: receive-pool blocks, memory of this process's device,
+or the user's own tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import Table, build_tensors
 
 if TYPE_CHECKING:
@@ -29,30 +32,45 @@ class Landing:
     """Where a pull's bytes land.
 
     Attributes:
-        places: For each region its buffer and the offset in it.
+        regions: The bytes of each region.
+        places: For each region its buffer and the offset in it; on a device a flat tensor and 0.
         addresses: For each region its address, as uint64.
         lengths: For each region its bytes, as uint64.
         direct: Regions that land in a tensor of the user's, and that tensor.
+        devices: The producer's device type of each region that is not in its host memory. The agent
+            does not fill these: ``addresses`` and ``lengths`` leave them out.
     """
 
+    regions: Sequence[int]
     places: list[tuple[Any, int]]
     addresses: array[int]
     lengths: array[int]
     direct: Mapping[int, torch.Tensor]
+    devices: Mapping[int, str]
 
-    def flat(self) -> list[torch.Tensor]:
-        """The regions as flat uint8 tensors, for a transport to fill."""
+    def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
+        """Regions as flat uint8 tensors, for a transport to fill.
+
+        Args:
+            device_type: Those that are on such a device at the producer, in their order.
+        """
+        return [
+            self._flat(region)
+            for region in range(len(self.regions))
+            if self.devices.get(region, "cpu") == device_type
+        ]
+
+    def _flat(self, region: int) -> torch.Tensor:
         import torch
 
-        empty = torch.empty(0, dtype=torch.uint8)
-        return [
-            self.direct[region].view(-1).view(torch.uint8)
-            if region in self.direct
-            else torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
-            if nbytes
-            else empty
-            for region, ((buffer, offset), nbytes) in enumerate(zip(self.places, self.lengths))
-        ]
+        (buffer, offset), nbytes = self.places[region], self.regions[region]
+        if region in self.direct:
+            return self.direct[region].detach().view(-1).view(torch.uint8)
+        if isinstance(buffer, torch.Tensor):
+            return buffer
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def deliver(self, table: Table, targets: Targets | None) -> Targets:
         """The object's tensors over the memory, now that the bytes are there."""
@@ -95,7 +113,48 @@ def allocate(
             places.append((shared, at))
             addresses.append(shared.address + at if shared is not None else 0)
             at += _round_up(nbytes)
-    return Landing(places, addresses, array("Q", regions), direct)
+    return Landing(regions, places, addresses, array("Q", regions), direct, {})
+
+
+def allocate_on_devices(
+    session: Session,
+    table: Table,
+    direct: Mapping[int, torch.Tensor],
+    wish: torch.device | None,
+) -> Landing:
+    """Memory for an object with tensors on devices.
+
+    A region lands on this thread's current device of the type that it has at the producer, or in
+    host memory where this process has no such device.
+
+    Args:
+        session: Its agent's receive pool gives the blocks of host memory.
+        table: The object's layout.
+        direct: Regions that go straight into a tensor of the user's.
+        wish: The device that the user wants all tensors on, if any.
+    """
+    types = set(table.devices.values()) if wish is None else {wish.type}
+    usable = {name: found for name in types if (found := accelerators.usable(name)) is not None}
+    on_device = {}
+    for region, device_type in table.devices.items():
+        if device_type in usable and region not in direct:
+            accelerator = usable[device_type]
+            is_named = wish is not None and wish.index is not None
+            device = wish if is_named else accelerator.current_device()
+            on_device[region] = accelerator.empty(table.regions[region], device)
+    host = allocate(session, table.regions, {**direct, **on_device})
+    agents = [region for region in range(len(table.regions)) if region not in table.devices]
+    return Landing(
+        table.regions,
+        [
+            (on_device[region], 0) if region in on_device else place
+            for region, place in enumerate(host.places)
+        ],
+        array("Q", [host.addresses[region] for region in agents]),
+        array("Q", [table.regions[region] for region in agents]),
+        direct,
+        table.devices,
+    )
 
 
 def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Tensor]:
@@ -109,8 +168,9 @@ def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Ten
     for region, (first, *others) in users.items():
         target, row = targets[first], table.rows[first]
         is_exact = row[4] is None and target.nbytes == table.regions[region]
-        is_plain = target.is_contiguous() and target.device.type == "cpu" and not row[5] & ~1
-        if not others and is_exact and is_plain:
+        is_plain = target.is_contiguous() and not row[5] & ~1
+        is_near = target.is_cpu or target.device.type == table.devices.get(region)
+        if not others and is_exact and is_plain and is_near:
             direct[region] = target
     return direct
 

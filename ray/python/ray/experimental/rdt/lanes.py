@@ -125,77 +125,111 @@ class FromAgent:
         return self._pull.landing.deliver(self._table, self._targets)
 
 
-class TransportPull:
-    """A named transport moves the bytes; if it cannot, the agent does.
+class Exchange:
+    """A transport moves those regions of one object that are on one type of device.
 
     One-sided: the producer is asked at once to expose them. Two-sided: nothing is asked before
-    ``finish``. A sender and a link are busy until their consumer receives, and a process has few of
+    ``move``. A sender and a link are busy until their consumer receives, and a process has few of
     both: consumers of large batches that wait for each other's producers would stop for good.
     """
 
     def __init__(
         self,
-        links: Links,
+        session: Session,
         transport: Transport,
-        envelope: Envelope,
-        targets: Targets | None,
+        head: Descriptor,
         deadline: float,
+        device_type: str = "cpu",
     ):
         self.lane = transport.capabilities.name
-        self._links = links
-        self._session = links.session
+        self._session = session
         self._transport = transport
-        self._envelope = envelope
-        self._targets = targets
-        address = envelope.head.address
-        self._peer = Peer(address, agent_id_of(address))
+        self._head = head
+        self._device_type = device_type
+        self._peer = Peer(head.address, agent_id_of(head.address))
         self._is_reading = not transport.capabilities.two_sided
         self._exposed = self._ask("rdt.expose", {}, deadline) if self._is_reading else None
 
     def _ask(self, op: str, route: Route, deadline: float) -> Callable[[float], dict[str, Any]]:
-        return _start_asking(self._session, self._envelope.head, op, route, deadline)
+        return _start_asking(
+            self._session, self._head, self.lane, self._device_type, op, route, deadline
+        )
+
+    def move(self, landing: Landing, deadline: float) -> None:
+        """Returns when the bytes are in place. Raises TransportUnavailable, or that it failed."""
+        buffers = landing.flat(self._device_type)
+        if self._exposed is None:
+            self._receive_anew(buffers, deadline)
+        else:
+            exposed = self._await_exposed(self._exposed, deadline)
+            cast(OneSided, self._transport).read(self._peer, exposed, buffers, deadline)
+            self.abandon()
+
+    def _receive_anew(self, buffers: list[torch.Tensor], deadline: float) -> None:
+        """Tries once more where all that failed was the way it took."""
+        try:
+            self._receive(buffers, deadline)
+        except TransportUnavailable as error:
+            if not error.is_stale:
+                raise
+            self._receive(buffers, deadline)
+
+    def _receive(self, buffers: list[torch.Tensor], deadline: float) -> None:
+        transport = cast(TwoSided, self._transport)
+        route = transport.route(self._peer, deadline)
+        _answer_of(self._ask("rdt.send", route, deadline), deadline)
+        transport.receive(route, buffers, deadline)
+
+    def _await_exposed(self, asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
+        try:
+            return _answer_of(asked, deadline)
+        except (CallError, TransportUnavailable):
+            self._is_reading = False  # nothing was exposed to us that could be done with
+            raise
+
+    def abandon(self) -> None:
+        """Tells the producer that nobody reads any more; the transfer itself ends by itself."""
+        if self._is_reading:
+            self._is_reading = False
+            body = {"key": self._head.key.hex()}
+            self._session.tell(self._peer.address, "rdt.done", body)
+
+
+class TransportPull:
+    """A named transport moves the bytes of an object in host memory; if it cannot, the agent does.
+
+    Args:
+        links: This process's parts.
+        exchange: With the named transport.
+        envelope: The object.
+        targets: The user's.
+    """
+
+    def __init__(
+        self, links: Links, exchange: Exchange, envelope: Envelope, targets: Targets | None
+    ):
+        self.lane = exchange.lane
+        self.abandon = exchange.abandon
+        self._links = links
+        self._exchange = exchange
+        self._envelope = envelope
+        self._targets = targets
 
     def finish(self, deadline: float) -> Targets:
         try:
             with waiting():
                 return self._move(deadline)
         except TransportUnavailable as error:
-            _fall_back(self._session, self._envelope.head, error)
+            fall_back(self._links.session, self._envelope.head, error)
         self.abandon()
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
     def _move(self, deadline: float) -> Targets:
         table = self._envelope.table
-        landing = allocate(self._session, table.regions, direct_targets(table, self._targets))
-        if self._exposed is None:
-            self._receive_anew(landing, deadline)
-        else:
-            exposed = _answer_of(self._exposed, deadline)
-            cast(OneSided, self._transport).read(self._peer, exposed, landing.flat(), deadline)
-            self.abandon()
+        direct = direct_targets(table, self._targets)
+        landing = allocate(self._links.session, table.regions, direct)
+        self._exchange.move(landing, deadline)
         return landing.deliver(table, self._targets)
-
-    def _receive_anew(self, landing: Landing, deadline: float) -> None:
-        """Tries once more where all that failed was the way it took."""
-        try:
-            self._receive(landing, deadline)
-        except TransportUnavailable as error:
-            if not error.is_stale:
-                raise
-            self._receive(landing, deadline)
-
-    def _receive(self, landing: Landing, deadline: float) -> None:
-        transport = cast(TwoSided, self._transport)
-        route = transport.route(self._peer, deadline)
-        _answer_of(self._ask("rdt.send", route, deadline), deadline)
-        transport.receive(route, landing.flat(), deadline)
-
-    def abandon(self) -> None:
-        """Tells the producer that nobody reads any more; the transfer itself ends by itself."""
-        if self._is_reading:
-            self._is_reading = False
-            body = {"key": self._envelope.head.key.hex()}
-            self._session.tell(self._peer.address, "rdt.done", body)
 
 
 class UserPull:
@@ -218,7 +252,7 @@ class UserPull:
         except TransportUnavailable as error:
             if not shipment.has_regions:
                 raise
-            _fall_back(self._links.session, self._envelope.head, error)
+            fall_back(self._links.session, self._envelope.head, error)
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
     def _move(self, shipment: Shipment, deadline: float) -> Targets:
@@ -239,7 +273,8 @@ class UserPull:
     def _ask(self, deadline: float) -> Callable[[str, Route], Route]:
         def ask(op: str, route: Route) -> Route:
             head = self._envelope.head
-            asked = _start_asking(self._links.session, head, op, route, deadline)
+            session = self._links.session
+            asked = _start_asking(session, head, self.lane, "cpu", op, route, deadline)
             self._is_reading = op == "rdt.expose"
             return _answer_of(asked, deadline)
 
@@ -254,11 +289,18 @@ class UserPull:
 
 
 def _start_asking(
-    session: Session, head: Descriptor, op: str, route: Route, deadline: float
+    session: Session,
+    head: Descriptor,
+    transport: str,
+    device_type: str,
+    op: str,
+    route: Route,
+    deadline: float,
 ) -> Callable[[float], dict[str, Any]]:
     body = {
         "key": head.key.hex(),
-        "transport": head.transport,
+        "transport": transport,
+        "device": device_type,
         "route": route,
         "timeout_s": max(0.0, deadline - time.monotonic()),
     }
@@ -280,7 +322,7 @@ def choose(
     targets: Targets | None,
     deadline: float,
 ) -> Transfer:
-    """Starts the transfer of an object that another process holds.
+    """Starts the transfer of an object in the host memory of another process.
 
     Raises:
         RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
@@ -291,9 +333,11 @@ def choose(
             if envelope.head.is_users:
                 return UserPull(links, envelope, targets)
             transport = links.transports.get(name)
-            return TransportPull(links, transport, envelope, targets, deadline)
+            check_carries(transport, "cpu")
+            exchange = Exchange(links.session, transport, envelope.head, deadline)
+            return TransportPull(links, exchange, envelope, targets)
         except TransportUnavailable as error:
-            _fall_back(links.session, envelope.head, error)
+            fall_back(links.session, envelope.head, error)
     return FromAgent(_agent_pull(links, envelope, targets), envelope.table, targets)
 
 
@@ -307,6 +351,13 @@ def _finish_on_agent(
         pull.abandon()
 
 
+def check_carries(transport: Transport, device_type: str) -> None:
+    """Raises TransportUnavailable unless it moves bytes from such devices."""
+    if device_type not in transport.capabilities.devices:
+        name = transport.capabilities.name
+        raise TransportUnavailable(f"{name} does not carry tensors on {device_type}")
+
+
 def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> AgentPull:
     head, table = envelope.head, envelope.table
     hinted = links.hinted.take(head.key)
@@ -316,7 +367,12 @@ def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> Ag
     return AgentPull(links.session, head.address, head.key, landing)
 
 
-def _fall_back(session: Session, head: Descriptor, error: TransportUnavailable) -> None:
+def fall_back(session: Session, head: Descriptor, error: TransportUnavailable) -> None:
+    """Says once why another lane than the named transport is used.
+
+    Raises:
+        RDTError: ``RAY_RDT_STRICT_TRANSPORT=1`` forbids that.
+    """
     if settings().strict_transport:
         raise RDTError(
             f"transport {head.transport!r} cannot serve this object ({error}), and "

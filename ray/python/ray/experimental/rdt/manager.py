@@ -215,17 +215,20 @@ class RDTManager:
             producer=_own_id(),
             transport=transport.lower(),
             address=self._session().address,
-            is_eager=captured.parcel is None and nbytes <= settings().eager_bytes,
+            is_eager=captured.parcel is None
+            and nbytes <= settings().eager_bytes
+            and not captured.table.devices,
             is_users=captured.parcel is not None,
         )
 
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
         links = self._links()
         stored = self.store.add(head.key, object_id, captured, head.transport)
+        regions = captured.host_regions
         links.session.agent.register(
             head.key,
-            array("Q", [address for address, _ in captured.regions]),
-            array("Q", [nbytes for _, nbytes in captured.regions]),
+            array("Q", [address for address, _ in regions]),
+            array("Q", [nbytes for _, nbytes in regions]),
             stored.token,
         )
         return stored
@@ -562,6 +565,7 @@ def _location(head: Descriptor, captured: Captured) -> Location:
         head.transport == "auto"
         and head.nbytes >= MIN_HINTED_BYTES
         and len(captured.regions) <= _MAX_HINTED_REGIONS
+        and not captured.table.devices
     )
     regions = tuple(captured.table.regions) if is_hinted else None
     return Location(head.address, head.key, head.nbytes, regions)

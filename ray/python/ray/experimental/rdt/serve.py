@@ -4,11 +4,14 @@ The agent's own lanes need none of this; they read registered regions without Py
 
 Requests (JSON, through the session):
 
-* ``rdt.send`` {key, transport, route, timeout_s}: checks, answers, then sends in the background. A
+* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends in the background. A
   send that fails tells the consumer by its own link, which ends the receive; others are left alone.
-* ``rdt.expose`` {key, transport}: answers with what ``OneSided.expose`` gave; the object stays
+* ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave; the object stays
   borrowed until ``rdt.done`` or the consumer's loss.
 * ``rdt.done`` {key}: the consumer has read.
+
+``device`` is a torch device type: the regions on such devices are meant. What makes them is waited
+for first, so that a transport sees finished memory.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Server:
         self._store = store
         self._transports = transports
         self._lock = threading.Lock()
-        self._exposed: dict[tuple[bytes, str], Future[dict[str, Any]]] = {}
+        self._exposed: dict[tuple[bytes, str, str], Future[dict[str, Any]]] = {}
         self._readers: Counter[tuple[bytes, bytes]] = Counter()
         self._senders = ThreadPoolExecutor(_SEND_THREADS, thread_name_prefix="rdt-send")
         session.serve("rdt.send", self._on_send)
@@ -87,7 +90,8 @@ class Server:
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = time.monotonic() + float(body["timeout_s"])
         stored = self._borrow(body)
-        self._senders.submit(self._send, transport, peer_id, stored, body["route"], deadline)
+        sending = (body["device"], body["route"], deadline)
+        self._senders.submit(self._send, transport, peer_id, stored, *sending)
         return {}
 
     def _send(
@@ -95,6 +99,7 @@ class Server:
         transport: TwoSided,
         peer_id: bytes,
         stored: StoredObject,
+        device_type: str,
         route: dict[str, Any],
         deadline: float,
     ) -> None:
@@ -104,7 +109,8 @@ class Server:
             if parcel is not None and transport.capabilities.is_users:
                 cast(UserTransport, transport).send(route, parcel, deadline)
             else:
-                transport.send(route, flat_buffers(stored), deadline)
+                await_writers(stored, device_type, deadline)
+                transport.send(route, flat_buffers(stored, device_type), deadline)
         except Exception as error:
             name = transport.capabilities.name
             logger.warning(
@@ -120,7 +126,7 @@ class Server:
         try:
             # A user's transport has described the object when it was made.
             is_ready = transport.capabilities.is_users
-            exposed = {} if is_ready else self._expose_once(transport, stored, body["transport"])
+            exposed = {} if is_ready else self._expose_once(transport, stored, body)
         except BaseException:
             self._give_back(stored.key)
             raise
@@ -128,17 +134,22 @@ class Server:
             self._readers[peer_id, stored.key] += 1
         return exposed
 
-    def _expose_once(self, transport: OneSided, stored: StoredObject, name: str) -> dict[str, Any]:
+    def _expose_once(
+        self, transport: OneSided, stored: StoredObject, body: dict[str, Any]
+    ) -> dict[str, Any]:
         """Exposes an object at its first reader's request; others wait for that. May block."""
+        device_type = body["device"]
         mine: Future[dict[str, Any]] = Future()
+        entry = (stored.key, body["transport"], device_type)
         with self._lock:
-            known = self._exposed.setdefault((stored.key, name), mine)
+            known = self._exposed.setdefault(entry, mine)
         if known is mine:
             try:
-                mine.set_result(transport.expose(flat_buffers(stored)))
+                await_writers(stored, device_type, time.monotonic() + float(body["timeout_s"]))
+                mine.set_result(transport.expose(flat_buffers(stored, device_type)))
             except BaseException as error:
                 with self._lock:
-                    del self._exposed[stored.key, name]
+                    del self._exposed[entry]
                 mine.set_exception(error)
         return known.result()
 
@@ -173,7 +184,22 @@ class Server:
             self.withdraw(stored)
 
 
-def flat_buffers(stored: StoredObject) -> list[torch.Tensor]:
-    """An object's regions as flat uint8 tensors that share the storages of the user's tensors."""
+def await_writers(stored: StoredObject, device_type: str, deadline: float) -> None:
+    """Waits until devices have finished what makes an object's tensors. Raises TimeoutError."""
+    if device_type != "cpu":
+        for event in stored.captured.events:
+            event.wait(max(0.0, deadline - time.monotonic()))
+
+
+def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.Tensor]:
+    """An object's regions on one type of device, as flat uint8 tensors.
+
+    They share the storages of the user's tensors.
+    """
     captured = stored.captured
-    return [region_bytes(captured, rows[0]) for _, rows in sorted(tenants(captured.table).items())]
+    table = captured.table
+    return [
+        region_bytes(captured, rows[0])
+        for region, rows in sorted(tenants(table).items())
+        if table.devices.get(region, "cpu") == device_type
+    ]

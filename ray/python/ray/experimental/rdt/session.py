@@ -152,11 +152,11 @@ class Session:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
         self._callers.submit(_run_logged, action, *args)
 
-    def say_once(self, message: str) -> None:
-        """Logs a warning unless this session has logged the same before."""
+    def say_once(self, message: str, level: int = logging.WARNING) -> None:
+        """Logs a message unless this session has logged the same before."""
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message)
+            logger.log(level, message)
 
     def close(self) -> None:
         """Stops the agent and its threads. Runs on: whoever shuts Ray down. Idempotent."""

@@ -1,7 +1,8 @@
 """nccl: CUDA tensors over torch's NCCL process groups.
 
-Not run on a GPU so far: what is shared with gloo is tested there, the calls to torch.cuda and NCCL
-are written from their documentation.
+Not run on a GPU so far: what is shared with gloo is tested there, what is here with another
+accelerator and gloo in NCCL's place. The calls to torch.cuda and NCCL are written from their
+documentation.
 
 An NCCL communicator runs its operations in one order, the same at both ends, so a link carries one
 transfer at a time; a pair makes a few links. A link belongs to the first GPU that each process
@@ -12,11 +13,12 @@ lane.
 from __future__ import annotations
 
 import contextlib
-import time
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
@@ -33,15 +35,22 @@ if TYPE_CHECKING:
 _NEVER = timedelta(days=365)
 
 _DEVICE = "cuda:0"
-_FIRST_POLL_S = 20e-6
-_LAST_POLL_S = 1e-3
 
 
 class NcclBackend:
-    """NCCL process groups on the first GPU that the process sees."""
+    """NCCL process groups on the first GPU that the process sees.
+
+    Args:
+        accelerator: What knows the GPU's streams and memory.
+        device: The GPU.
+    """
 
     capabilities = Capabilities("nccl", frozenset({"cuda"}), two_sided=True, needs_group=True)
     has_tags = False
+
+    def __init__(self, accelerator: Accelerator, device: torch.device):
+        self._accelerator = accelerator
+        self._device = device
 
     def unavailable(self) -> str:
         """See ``Backend``."""
@@ -76,37 +85,26 @@ class NcclBackend:
     def wait(self, work: Any, timeout_s: float) -> None:
         """See ``Backend``.
 
-        An event on the caller's stream tells the end: torch's own wait with a timeout would leave
-        the process to its watchdog.
+        An event on the caller's stream (see ``turn``) tells the end: torch's own wait with a
+        timeout would leave the process to its watchdog.
         """
-        import torch
-
         work.wait()  # the stream waits from here on, not this thread
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # on the current stream, see ``turn``
-        event.record()
-        deadline, pause = time.monotonic() + timeout_s, _FIRST_POLL_S
-        while not event.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"no NCCL message was completed within {timeout_s:g} s")
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_POLL_S)
+        self._accelerator.record(self._device).wait(timeout_s)
 
     def turn(self) -> AbstractContextManager[None]:
         """See ``Backend``. The transfer's thread works on the stream of its caller."""
         import torch
 
-        return _on_stream(torch.cuda.current_stream(_DEVICE))
+        return _on_stream(torch.cuda.current_stream(self._device))
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """See ``Backend``."""
-        import torch
-
-        return torch.empty(nbytes, dtype=torch.uint8, device=_DEVICE)
+        return self._accelerator.empty(nbytes, self._device)
 
     def reject(self, buffers: Buffers) -> str:
         """See ``Backend``."""
-        others = {str(b.device) for b in buffers} - {_DEVICE}
-        return f"nccl links are on {_DEVICE}, the tensors on {sorted(others)}" if others else ""
+        others = {str(b.device) for b in buffers} - {str(self._device)}
+        return f"nccl links are on {self._device}, the tensors on {sorted(others)}" if others else ""
 
     def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
         """See ``Backend``."""
@@ -115,11 +113,12 @@ class NcclBackend:
         torch.cat(list(buffers), out=slot)
 
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
-        """See ``Backend``."""
+        """See ``Backend``. Returns when the bytes are in place."""
         at = 0
         for buffer in buffers:
             buffer.copy_(slot[at : at + buffer.numel()])
             at += buffer.numel()
+        self._accelerator.record(self._device).wait(settings().peer_timeout_s)
 
 
 class NcclTransport(ProcessGroupTransport):
@@ -131,7 +130,10 @@ class NcclTransport(ProcessGroupTransport):
     """
 
     def __init__(self, session: Session, groups: Membership | None = None):
-        super().__init__(NcclBackend(), session, groups)
+        import torch
+
+        backend = NcclBackend(CudaAccelerator(), torch.device(_DEVICE))
+        super().__init__(backend, session, groups)
 
 
 @contextlib.contextmanager

@@ -15,11 +15,14 @@ from ray.experimental.rdt.transports import registered
 from ray.experimental.rdt.transports.base import Transport, TransportUnavailable
 from ray.experimental.rdt.transports.user import UserTransport
 
-#: Lower-case name -> module and class. ``auto`` is no transport: it means the agent's own lanes.
+#: Lower-case name -> module and class. ``auto`` is no transport: it means the best lane for each
+#: pair. ``staged`` is none that users name.
 _FACTORIES = {
+    "cuda_ipc": ("ray.experimental.rdt.transports.cuda_ipc", "CudaIpcTransport"),
     "gloo": ("ray.experimental.rdt.transports.gloo", "GlooTransport"),
     "nccl": ("ray.experimental.rdt.transports.nccl", "NcclTransport"),
     "nixl": ("ray.experimental.rdt.transports.nixl", "NixlTransport"),
+    "staged": ("ray.experimental.rdt.transports.staged", "StagedTransport"),
 }
 
 

@@ -1,0 +1,95 @@
+"""The seam between RDT and a kind of device.
+
+Device work is queued, and a queue (stream) runs on its own time. Whoever reads memory of a device
+waits for the event that was recorded when the tensor was handed to RDT, and never for the device as
+a whole. All methods may be called from any thread; those that block hold no GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+#: What another process needs to open shared memory of a device; carried as JSON.
+Handle = dict[str, Any]
+
+
+class Event(Protocol):
+    """A point in one stream's queue."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Blocks until the stream has come so far. Raises TimeoutError."""
+
+    def order(self) -> None:
+        """What this thread's current stream is given from now on runs after the event."""
+
+
+class Sharing(Protocol):
+    """How a kind of device shows its memory to other processes of the host."""
+
+    def identity(self, device: torch.device) -> str:
+        """Names a device the same way in every process that can see it."""
+
+    def find(self, identity: str) -> torch.device | None:
+        """The device of that name as this process sees it, None if it does not."""
+
+    def can_copy(self, target: torch.device, source: torch.device) -> bool:
+        """Whether one device can write what lies on the other without going through the host."""
+
+    def share(self, buffer: torch.Tensor) -> tuple[Handle, Any]:
+        """Lets one other process open a flat buffer, once.
+
+        Returns:
+            The handle, and what has to be kept until the other process has closed the memory.
+
+        Raises:
+            RuntimeError: this memory cannot be shared; says why.
+        """
+
+    def open(self, handle: Handle, device: torch.device) -> torch.Tensor:
+        """Another process's buffer; closed when the tensor dies. Raises RuntimeError."""
+
+    def revoke(self, handle: Handle) -> None:
+        """Undoes ``share`` for a process that died before it had opened the memory."""
+
+
+class Accelerator(Protocol):
+    """One kind of device.
+
+    Attributes:
+        device_type: As torch names it.
+        transports: Names of the transports that serve two processes which both have such devices,
+            best first. Where none does, the bytes go through host memory.
+        sharing: None where other processes cannot open its memory.
+    """
+
+    device_type: str
+    transports: Sequence[str]
+    sharing: Sharing | None
+
+    def unavailable(self) -> str:
+        """Why this process has no such device; "" if it has one."""
+
+    def current_device(self) -> torch.device:
+        """The device that this thread's work goes to, with its index."""
+
+    def record(self, device: torch.device) -> Event:
+        """An event at the end of what this thread's current stream on ``device`` has so far."""
+
+    def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Flat uint8 memory on a device, for use on this thread's current stream."""
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Flat uint8 host memory that devices copy from and to at full speed."""
+
+    def copy(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    ) -> Event:
+        """Begins to copy flat (target, source) pairs, of which one or both lie on ``device``.
+
+        The copies run on a side stream, after what this thread's current stream has so far. Both
+        sides of a pair have to stay until the returned event was waited for.
+        """

@@ -1,0 +1,127 @@
+"""NVIDIA GPUs, through torch.
+
+Not run on a GPU so far: written from the documentation of torch and CUDA.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
+
+if TYPE_CHECKING:
+    import torch
+
+_FIRST_LOOK_S = 20e-6
+_LAST_LOOK_S = 1e-3
+
+
+class CudaEvent:
+    """See ``Event``.
+
+    CUDA has no wait with a deadline, so the event is looked at, after growing pauses of at most a
+    millisecond; a wait of CUDA's own could also not be ended by Ctrl-C.
+
+    Args:
+        event: A recorded ``torch.cuda.Event``.
+        device: Where it was recorded.
+    """
+
+    def __init__(self, event: Any, device: torch.device):
+        self._event = event
+        self._device = device
+
+    def wait(self, timeout_s: float) -> None:
+        """See ``Event``."""
+        deadline, pause = time.monotonic() + timeout_s, _FIRST_LOOK_S
+        while not self._event.query():
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"{self._device} did not finish what it was given within {timeout_s:g} s"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, _LAST_LOOK_S)
+
+    def order(self) -> None:
+        """See ``Event``."""
+        import torch
+
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+
+class CudaAccelerator:
+    """See ``Accelerator``. Each device has one side stream, made at its first copy."""
+
+    device_type = "cuda"
+    transports = ("cuda_ipc",)
+
+    def __init__(self) -> None:
+        self.sharing = CudaSharing()
+        self._lock = threading.Lock()
+        self._side_streams: dict[int, torch.cuda.Stream] = {}
+
+    def unavailable(self) -> str:
+        """See ``Accelerator``."""
+        try:
+            import torch
+        except ImportError as error:
+            return f"this process cannot import torch: {error}"
+        return "" if torch.cuda.is_available() else "this process has no NVIDIA GPU"
+
+    def current_device(self) -> torch.device:
+        """See ``Accelerator``."""
+        import torch
+
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def record(self, device: torch.device) -> Event:
+        """See ``Accelerator``."""
+        import torch
+
+        return _recorded(torch.cuda.current_stream(device), device)
+
+    def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """See ``Accelerator``."""
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """See ``Accelerator``. torch keeps freed pinned memory for the next that asks."""
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(
+        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+    ) -> Event:
+        """See ``Accelerator``."""
+        import torch
+
+        side = self._side_stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+        return _recorded(side, device)
+
+    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
+        import torch
+
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with self._lock:
+            if index not in self._side_streams:
+                self._side_streams[index] = torch.cuda.Stream(index)
+            return self._side_streams[index]
+
+
+def _recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
+    import torch
+
+    event = torch.cuda.Event()
+    event.record(stream)
+    return CudaEvent(event, device)

@@ -1,0 +1,149 @@
+"""What nccl adds to gloo, with a fake device for the GPU and gloo in NCCL's place."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import pytest
+import torch
+
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.transports.gloo import GlooBackend
+from ray.experimental.rdt.transports.link import TransferRefused
+from ray.experimental.rdt.transports.nccl import NcclBackend
+from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
+from tests.fake_device import TYPE, Stream, accelerator, launch, on_host
+from tests.unit.gloo_peers import Node, pattern
+from tests.unit.test_gloo import run_all
+
+KB, MB = 1 << 10, 1 << 20
+DEVICE = torch.device(TYPE, 0)
+
+
+class Group:
+    """A gloo process group that takes device tensors, as NCCL does."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def send(self, tensors, rank, tag):
+        return Work(self.inner.send([on_host(t) for t in tensors], rank, 0))
+
+    def recv(self, tensors, rank, tag):
+        return Work(self.inner.recv([on_host(t) for t in tensors], rank, 0))
+
+
+class Work:
+    """The current stream waits for it, not the thread."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def wait(self):
+        accelerator.stream().give(self._wait)
+
+    def _wait(self):
+        with contextlib.suppress(RuntimeError):
+            self.inner.wait()
+
+
+class Backend(NcclBackend):
+    """NCCL's, but for the process group and torch.cuda."""
+
+    def __init__(self):
+        super().__init__(accelerator, DEVICE)
+        self.gloo = GlooBackend("127.0.0.1")
+
+    def unavailable(self):
+        return ""
+
+    def make(self, store, rank, size, timeout_s):
+        return Group(self.gloo.make(store, rank, size, timeout_s))
+
+    def kill(self, group):
+        self.gloo.kill(group.inner)
+
+    def turn(self):
+        return accelerator.on(Stream())
+
+
+@pytest.fixture
+def nodes():
+    made = [Node(lambda s, host, g: ProcessGroupTransport(Backend(), s, g)) for _ in range(2)]
+    yield made
+    for node in made:
+        node.close()
+
+
+def on_device(buffers):
+    return [buffer.to(DEVICE) for buffer in buffers]
+
+
+def round_trip(consumer, producer, sizes, name="x", seed=1):
+    producer.objects[name] = on_device(pattern(sizes, seed))
+    got = on_device([torch.zeros(n, dtype=torch.uint8) for n in sizes])
+    consumer.fetch(producer.peer, name, got)
+    for one, other in zip(got, pattern(sizes, seed), strict=True):
+        assert one.cpu().equal(other)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1], [0, 5, 0], [MB, 3, 300 * KB, 7, 0], [33 * MB], [20_000] * 300]
+)
+def test_device_buffers_arrive(nodes, sizes):
+    round_trip(*nodes, sizes)
+
+
+def test_a_link_carries_one_transfer_at_a_time(nodes):
+    run_all([lambda i=i: round_trip(*nodes, [KB, MB], f"o{i}", i) for i in range(6)])
+    links = list(nodes[0].transport._links.values())
+    assert 1 <= len(links) <= 4
+
+
+def test_both_directions_at_once(nodes):
+    a, b = nodes
+    there = [lambda i=i: round_trip(a, b, [i * KB + 1, MB], f"o{i}", i) for i in range(4)]
+    back = [lambda i=i: round_trip(b, a, [i * KB + 1, MB], f"o{i}", i) for i in range(4)]
+    run_all(there + back)
+
+
+@pytest.mark.parametrize("device", ["cpu", f"{TYPE}:1"])
+def test_memory_elsewhere_is_refused_and_the_consumer_told(nodes, device):
+    consumer, producer = nodes
+    producer.objects["x"] = [torch.zeros(4, dtype=torch.uint8, device=device)]
+    with pytest.raises(TransferRefused, match=rf"nccl links are on {DEVICE}.*{device}"):
+        consumer.fetch(producer.peer, "x", on_device([torch.zeros(4, dtype=torch.uint8)]))
+    round_trip(consumer, producer, [4])
+
+
+def test_wait_ends_with_the_stream_and_not_before():
+    backend, tensor = Backend(), torch.zeros(4, device=DEVICE)
+    gate = threading.Event()
+    with accelerator.on(Stream()):
+        launch(tensor, 3, gate)
+        with pytest.raises(TimeoutError):
+            backend.wait(Done(), 0.05)
+        gate.set()
+        backend.wait(Done(), 5)
+    assert tensor.tolist() == [3] * 4
+
+
+class Done:
+    def wait(self):
+        """At once."""
+
+
+def test_tls_without_permission_is_refused(monkeypatch):
+    settings.cache_clear()
+    monkeypatch.setenv("RAY_USE_TLS", "1")
+    try:
+        assert "TLS" in NcclBackend(accelerator, DEVICE).unavailable()
+    finally:
+        monkeypatch.undo()
+        settings.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so():
+    assert "NVIDIA GPU" in NcclBackend(accelerator, DEVICE).unavailable()

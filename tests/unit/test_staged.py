@@ -1,0 +1,143 @@
+"""Device memory through host memory, between two real agents of this process."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ray.experimental.rdt.session import CallError, Session
+from ray.experimental.rdt.transports import staged
+from ray.experimental.rdt.transports.base import Peer
+from ray.experimental.rdt.transports.staged import StagedTransport
+from tests.fake_device import TYPE, Event, accelerator, launch
+from tests.support import wait_until
+
+CHUNK = 1000
+
+
+class Side:
+    """One end."""
+
+    def __init__(self, secret: bytes) -> None:
+        self.session = Session(secret, "127.0.0.1")
+        self.transport = StagedTransport(self.session)
+        self.peer = Peer(self.session.address, self.session.agent.agent_id)
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Side, Side]]:
+    monkeypatch.setattr(staged, "CHUNK_NBYTES", CHUNK)
+    secret = os.urandom(32)
+    made = Side(secret), Side(secret)
+    yield made
+    for side in made:
+        side.transport.close()
+        side.session.close()
+
+
+def sources(*sizes: int) -> list[torch.Tensor]:
+    return [
+        (torch.arange(size) * 7 % (index + 200)).to(torch.uint8).to(f"{TYPE}:{index % 2}")
+        for index, size in enumerate(sizes)
+    ]
+
+
+def read(sides, exposed, targets, timeout_s=10.0):
+    producer, consumer = sides
+    consumer.transport.read(producer.peer, exposed, targets, time.monotonic() + timeout_s)
+
+
+def served(side: Side) -> int:
+    return side.session.agent.stats()["regions"]
+
+
+@pytest.mark.parametrize("device", ["cpu", f"{TYPE}:0", f"{TYPE}:1"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[1], [CHUNK], [CHUNK + 1], [0, 3, 0, 5 * CHUNK + 1, 10, 0], [30] * 200, [CHUNK, CHUNK]],
+    ids=str,
+)
+def test_bytes_arrive_and_no_chunk_stays(sides, sizes, device):
+    given = sources(*sizes)
+    exposed = sides[0].transport.expose(given)
+    got = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+    read(sides, exposed, got)
+    assert [g.tolist() for g in got] == [s.tolist() for s in given]
+    wait_until(lambda: not sides[0].transport._chunks and not served(sides[0]), "all freed")
+
+
+def test_host_memory_is_written_without_a_copy_between(sides):
+    exposed = sides[0].transport.expose(sources(10 * CHUNK))
+    copies = accelerator.copies
+    read(sides, exposed, [torch.zeros(10 * CHUNK, dtype=torch.uint8)])
+    assert accelerator.copies - copies == 10
+
+
+def test_few_chunks_are_asked_for_at_once(sides, monkeypatch):
+    producer, consumer = sides
+    exposed = producer.transport.expose(sources(30 * CHUNK))
+    asked, start_call = [], consumer.session.start_call
+
+    def watched(*args):
+        wait = start_call(*args)
+        asked.append(1)
+
+        def answered(timeout_s):
+            unanswered.append(sum(asked))
+            asked.pop()
+            return wait(timeout_s)
+
+        return answered
+
+    unanswered: list[int] = []
+    monkeypatch.setattr(consumer.session, "start_call", watched)
+    read(sides, exposed, [torch.zeros(30 * CHUNK, dtype=torch.uint8)])
+    assert len(unanswered) == 30
+    assert max(unanswered) == 3
+
+
+def test_failure_leaves_nothing_behind(sides):
+    exposed = sides[0].transport.expose(sources(5 * CHUNK))
+    target = torch.zeros(5 * CHUNK, dtype=torch.uint8)
+    sides[0].transport.withdraw(exposed)
+    with pytest.raises(CallError, match="not exposed here any more") as caught:
+        read(sides, exposed, [target])
+    assert caught.value.code == "not_found"
+    assert target.eq(0).all()
+
+
+def test_deadline_while_the_producers_device_is_busy(sides):
+    (source,) = given = sources(CHUNK)
+    exposed = sides[0].transport.expose(given)
+    gate = threading.Event()
+    launch(source, 3, gate)  # before it, the copy of a chunk cannot run
+    with pytest.raises((TimeoutError, CallError)):
+        before = Event(accelerator.stream())
+        accelerator._side.give(lambda: before.wait(60))
+        read(sides, exposed, [torch.zeros(CHUNK, dtype=torch.uint8)], timeout_s=0.3)
+    gate.set()
+    read(sides, exposed, [torch.zeros(CHUNK, dtype=torch.uint8)])
+
+
+def test_chunks_of_a_lost_reader_are_released(sides):
+    producer, consumer = sides
+    exposed = producer.transport.expose(sources(CHUNK))
+    body = {"exposure": exposed["exposure"], "start": 0, "stop": CHUNK, "timeout_s": 5}
+    consumer.session.call(producer.peer.address, "rdt.staged.chunk", body, 5)
+    assert served(producer) == 1
+    consumer.session.close()
+    wait_until(lambda: not producer.transport._chunks and not served(producer), "released")
+
+
+def test_withdraw_releases_what_nobody_took(sides):
+    producer, consumer = sides
+    exposed = producer.transport.expose(sources(CHUNK))
+    body = {"exposure": exposed["exposure"], "start": 0, "stop": CHUNK, "timeout_s": 5}
+    consumer.session.call(producer.peer.address, "rdt.staged.chunk", body, 5)
+    producer.transport.withdraw(exposed)
+    wait_until(lambda: not producer.transport._chunks and not served(producer), "released")
