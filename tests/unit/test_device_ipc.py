@@ -66,6 +66,16 @@ def test_each_reader_gets_handles_of_its_own(sides, sharing):
     assert (sharing.shared, sharing.live) == (3, 0)
 
 
+def test_memory_is_closed_before_the_producer_is_told(sides, sharing, monkeypatch):
+    live, tell = [], sides[1].session.tell
+    monkeypatch.setattr(
+        sides[1].session, "tell", lambda *args: (live.append(sharing.live), tell(*args))
+    )
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    read(sides, exposed, bytes_on(TYPE))
+    assert live == [0]
+
+
 def test_other_host(sides):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     with pytest.raises(TransportUnavailable, match="another host"):
@@ -75,7 +85,7 @@ def test_other_host(sides):
 def test_device_that_is_hidden(sides, sharing):
     exposed = sides[0].transport.expose([bytes_on(f"{TYPE}:1")])
     sharing.visible = {0}
-    with pytest.raises(TransportUnavailable, match="does not see.*fake-1.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(TransportUnavailable, match=r"does not see.*fake-1.*CUDA_VISIBLE_DEVICES"):
         read(sides, exposed, bytes_on(TYPE))
     assert sharing.shared == 0
 
@@ -83,7 +93,7 @@ def test_device_that_is_hidden(sides, sharing):
 def test_devices_that_do_not_reach_each_other(sides, sharing):
     exposed = sides[0].transport.expose([bytes_on(f"{TYPE}:1")])
     sharing.peers = False
-    with pytest.raises(TransportUnavailable, match=f"{TYPE}:0 cannot reach.*{TYPE}:1"):
+    with pytest.raises(TransportUnavailable, match=rf"{TYPE}:0 cannot reach.*{TYPE}:1"):
         read(sides, exposed, bytes_on(f"{TYPE}:0"))
     read(sides, exposed, bytes_on(f"{TYPE}:1"))
 
@@ -156,5 +166,5 @@ class Busy:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_ipc_without_a_gpu_says_so(sides):
-    with pytest.raises(TransportUnavailable, match="cuda_ipc cannot be used.*no NVIDIA GPU"):
+    with pytest.raises(TransportUnavailable, match=r"cuda_ipc cannot be used.*no NVIDIA GPU"):
         CudaIpcTransport(sides[0].session)  # type: ignore[arg-type]

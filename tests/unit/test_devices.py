@@ -107,7 +107,9 @@ def test_consumer_without_the_device_gets_host_tensors():
     assert got[0].tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize(("wish", "lands"), [("cpu", "cpu"), (f"{TYPE}:1", f"{TYPE}:1"), (TYPE, f"{TYPE}:0")])
+@pytest.mark.parametrize(
+    ("wish", "lands"), [("cpu", "cpu"), (f"{TYPE}:1", f"{TYPE}:1"), (TYPE, f"{TYPE}:0")]
+)
 def test_wished_device_is_landed_on(wish: str, lands: str):
     (got,) = deliver(lay_out([torch.ones(3, device=TYPE)]), wish=torch.device(wish))
     assert str(got.device) == lands

@@ -60,7 +60,7 @@ def served(side: Side) -> int:
 @pytest.mark.parametrize(
     "sizes",
     [[1], [CHUNK], [CHUNK + 1], [0, 3, 0, 5 * CHUNK + 1, 10, 0], [30] * 200, [CHUNK, CHUNK]],
-    ids=str,
+    ids=lambda sizes: f"{len(sizes)}x{max(sizes)}",
 )
 def test_bytes_arrive_and_no_chunk_stays(sides, sizes, device):
     given = sources(*sizes)
@@ -69,6 +69,28 @@ def test_bytes_arrive_and_no_chunk_stays(sides, sizes, device):
     read(sides, exposed, got)
     assert [g.tolist() for g in got] == [s.tolist() for s in given]
     wait_until(lambda: not sides[0].transport._chunks and not served(sides[0]), "all freed")
+
+
+def test_read_returns_when_the_device_has_the_bytes(sides, monkeypatch):
+    exposed = sides[0].transport.expose(sources(5 * CHUNK))
+    begun, ended, copy = [], [], accelerator.copy
+
+    class Watched:
+        def __init__(self, event):
+            self.event = event
+
+        def wait(self, timeout_s):
+            self.event.wait(timeout_s)
+            ended.append(self)
+
+    def watched(pairs, device):
+        begun.append(Watched(copy(pairs, device)))
+        return begun[-1]
+
+    monkeypatch.setattr(accelerator, "copy", watched)
+    read(sides, exposed, [torch.zeros(5 * CHUNK, dtype=torch.uint8, device=TYPE)])
+    assert len(begun) == 10
+    assert set(begun) == set(ended)
 
 
 def test_host_memory_is_written_without_a_copy_between(sides):
@@ -116,9 +138,9 @@ def test_deadline_while_the_producers_device_is_busy(sides):
     exposed = sides[0].transport.expose(given)
     gate = threading.Event()
     launch(source, 3, gate)  # before it, the copy of a chunk cannot run
+    before = Event(accelerator.stream())
+    accelerator._side.give(lambda: before.wait(60))
     with pytest.raises((TimeoutError, CallError)):
-        before = Event(accelerator.stream())
-        accelerator._side.give(lambda: before.wait(60))
         read(sides, exposed, [torch.zeros(CHUNK, dtype=torch.uint8)], timeout_s=0.3)
     gate.set()
     read(sides, exposed, [torch.zeros(CHUNK, dtype=torch.uint8)])

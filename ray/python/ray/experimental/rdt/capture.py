@@ -529,9 +529,7 @@ def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None)
         for tensor, (_, start, end), region, parameter in zip(tensors, spans, owner, parameters)
     ]
     devices = {
-        region: tensor.device.type
-        for tensor, region in zip(tensors, owner)
-        if not tensor.is_cpu
+        region: tensor.device.type for tensor, region in zip(tensors, owner) if not tensor.is_cpu
     }
     table = Table([nbytes for _, nbytes in regions], rows, devices)
     return Captured(tensors, regions, table, _record(tensors) if devices else ())

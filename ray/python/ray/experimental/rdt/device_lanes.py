@@ -57,7 +57,9 @@ class PerDevice:
         self._shares: list[_Share] = []
         # What has no bytes needs no way.
         types = {
-            table.devices.get(region, "cpu") for region, nbytes in enumerate(table.regions) if nbytes
+            table.devices.get(region, "cpu")
+            for region, nbytes in enumerate(table.regions)
+            if nbytes
         }
         try:
             for device_type in sorted(types):
@@ -111,7 +113,8 @@ class _Share:
         while isinstance(self._under_way, Exchange):
             try:
                 self._under_way.move(self._landing, deadline)
-                return self._say_way()
+                self._say_way()
+                return
             except TransportUnavailable as error:
                 self._under_way.abandon()
                 self._pass_over(self._under_way.lane, error)

@@ -139,8 +139,9 @@ def allocate_on_devices(
     for region, device_type in table.devices.items():
         if device_type in usable and region not in direct:
             accelerator = usable[device_type]
-            is_named = wish is not None and wish.index is not None
-            device = wish if is_named else accelerator.current_device()
+            device = accelerator.current_device()
+            if wish is not None and wish.index is not None:
+                device = wish
             on_device[region] = accelerator.empty(table.regions[region], device)
     host = allocate(session, table.regions, {**direct, **on_device})
     agents = [region for region in range(len(table.regions)) if region not in table.devices]

@@ -4,10 +4,11 @@ The agent's own lanes need none of this; they read registered regions without Py
 
 Requests (JSON, through the session):
 
-* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends in the background. A
-  send that fails tells the consumer by its own link, which ends the receive; others are left alone.
-* ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave; the object stays
-  borrowed until ``rdt.done`` or the consumer's loss.
+* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends in the
+  background. A send that fails tells the consumer by its own link, which ends the receive; others
+  are left alone.
+* ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
+  the object stays borrowed until ``rdt.done`` or the consumer's loss.
 * ``rdt.done`` {key}: the consumer has read.
 
 ``device`` is a torch device type: the regions on such devices are meant. What makes them is waited

@@ -57,18 +57,22 @@ class Sharing(Protocol):
 
 
 class Accelerator(Protocol):
-    """One kind of device.
+    """One kind of device."""
 
-    Attributes:
-        device_type: As torch names it.
-        transports: Names of the transports that serve two processes which both have such devices,
-            best first. Where none does, the bytes go through host memory.
-        sharing: None where other processes cannot open its memory.
-    """
+    @property
+    def device_type(self) -> str:
+        """As torch names it."""
 
-    device_type: str
-    transports: Sequence[str]
-    sharing: Sharing | None
+    @property
+    def transports(self) -> Sequence[str]:
+        """Names of the transports that serve two processes which both have such devices.
+
+        Best first. Where none serves, the bytes go through host memory.
+        """
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """None where other processes cannot open its memory."""
 
     def unavailable(self) -> str:
         """Why this process has no such device; "" if it has one."""

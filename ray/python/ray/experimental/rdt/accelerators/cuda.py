@@ -115,13 +115,15 @@ class CudaAccelerator:
         index = torch.cuda.current_device() if device.index is None else device.index
         with self._lock:
             if index not in self._side_streams:
-                self._side_streams[index] = torch.cuda.Stream(index)
+                make: Any = torch.cuda.Stream
+                self._side_streams[index] = make(index)
             return self._side_streams[index]
 
 
 def _recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
     import torch
 
-    event = torch.cuda.Event()
+    make: Any = torch.cuda.Event
+    event = make()
     event.record(stream)
     return CudaEvent(event, device)

@@ -56,11 +56,12 @@ class CudaSharing:
         import torch
         from torch.multiprocessing.reductions import reduce_tensor
 
+        reduce: Any = reduce_tensor
         alias = torch.as_tensor(_Unowned(buffer.data_ptr(), buffer.numel()), device=buffer.device)
         try:
             # torch records an event on the current stream, or waits for that stream alone.
             with torch.cuda.device(buffer.device):
-                _, fields = reduce_tensor(alias)
+                _, fields = reduce(alias)
         except RuntimeError as error:
             if _is_expandable(buffer):
                 raise RuntimeError(
@@ -79,10 +80,11 @@ class CudaSharing:
         import torch
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
+        rebuild: Any = rebuild_cuda_tensor
         raw = {name: base64.b64decode(handle[name]) for name in _BYTES}
         try:
             with torch.cuda.device(device):
-                tensor = rebuild_cuda_tensor(
+                tensor = rebuild(
                     torch.Tensor,
                     (handle["nbytes"],),
                     (1,),
@@ -134,10 +136,11 @@ def _is_expandable(buffer: torch.Tensor) -> bool:
     import torch
 
     address = buffer.data_ptr()
+    snapshot: Any = torch.cuda.memory_snapshot
     return any(
         segment.get("is_expandable", False)
         and segment["address"] <= address < segment["address"] + segment["total_size"]
-        for segment in torch.cuda.memory_snapshot()
+        for segment in snapshot()
     )
 
 

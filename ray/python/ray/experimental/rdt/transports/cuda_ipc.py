@@ -89,7 +89,9 @@ class DeviceIpcTransport:
         """See ``OneSided``. Nothing is shared before a consumer of this host asks."""
         (device_type,) = self.capabilities.devices
         if any(buffer.device.type != device_type for buffer in buffers):
-            raise TransportUnavailable(f"{self.capabilities.name} carries {device_type} memory only")
+            raise TransportUnavailable(
+                f"{self.capabilities.name} carries {device_type} memory only"
+            )
         identities = [self._sharing.identity(buffer.device) for buffer in buffers]
         with self._lock:
             number = next(self._numbers)
@@ -179,18 +181,21 @@ class DeviceIpcTransport:
         """The producer's devices as this process sees them. Raises TransportUnavailable."""
         if exposed["boot_id"] != self._boot_id:
             raise TransportUnavailable("the producer is on another host")
-        found = {name: self._sharing.find(name) for name in set(exposed["devices"])}
-        hidden = sorted(name for name, device in found.items() if device is None)
-        if hidden:
-            raise TransportUnavailable(
-                f"this process does not see the producer's device {hidden[0]}; give both the same "
-                "one, or let both see all (CUDA_VISIBLE_DEVICES)"
-            )
+        found = {name: self._find(name) for name in set(exposed["devices"])}
         sources = [found[name] for name in exposed["devices"]]
         for buffer, source in zip(buffers, sources):
             if not buffer.is_cpu and not self._sharing.can_copy(buffer.device, source):
                 raise TransportUnavailable(f"{buffer.device} cannot reach the memory of {source}")
         return sources
+
+    def _find(self, identity: str) -> torch.device:
+        device = self._sharing.find(identity)
+        if device is None:
+            raise TransportUnavailable(
+                f"this process does not see the producer's device {identity}; give both the same "
+                "one, or let both see all (CUDA_VISIBLE_DEVICES)"
+            )
+        return device
 
     def _open(
         self,

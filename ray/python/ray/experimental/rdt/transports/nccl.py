@@ -104,7 +104,9 @@ class NcclBackend:
     def reject(self, buffers: Buffers) -> str:
         """See ``Backend``."""
         others = {str(b.device) for b in buffers} - {str(self._device)}
-        return f"nccl links are on {self._device}, the tensors on {sorted(others)}" if others else ""
+        return (
+            f"nccl links are on {self._device}, the tensors on {sorted(others)}" if others else ""
+        )
 
     def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
         """See ``Backend``."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 
@@ -249,8 +249,13 @@ def _host_memory_for(pieces: Buffers) -> list[torch.Tensor]:
     if not away:
         return list(pieces)
     sizes = [piece.numel() for piece in away]
-    slots = iter(_accelerator(away[0].device).pinned(sum(sizes)).split(sizes))
+    slots = iter(_cut(_accelerator(away[0].device).pinned(sum(sizes)), sizes))
     return [piece if piece.is_cpu else next(slots) for piece in pieces]
+
+
+def _cut(memory: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    ends = list(itertools.accumulate(sizes))
+    return [memory[end - size : end] for size, end in zip(sizes, ends)]
 
 
 def _to_host(buffers: Buffers, start: int, stop: int, timeout_s: float) -> torch.Tensor:
@@ -258,7 +263,7 @@ def _to_host(buffers: Buffers, start: int, stop: int, timeout_s: float) -> torch
     pieces = list(_pieces(buffers, start, stop))
     devices = {piece.device for piece in pieces}
     memory = _accelerator(next(iter(devices))).pinned(stop - start)
-    parts = memory.split([piece.numel() for piece in pieces])
+    parts = _cut(memory, [piece.numel() for piece in pieces])
     begun = []
     for device in devices:
         pairs = [pair for pair in zip(parts, pieces) if pair[1].device == device]
@@ -268,7 +273,7 @@ def _to_host(buffers: Buffers, start: int, stop: int, timeout_s: float) -> torch
     return memory
 
 
-def _accelerator(device: torch.device) -> Any:
+def _accelerator(device: torch.device) -> Accelerator:
     accelerator = accelerators.usable(device.type)
     if accelerator is None:
         raise TransportUnavailable(f"this process cannot work with memory on {device}")
