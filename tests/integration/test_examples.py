@@ -45,6 +45,7 @@ def test_all_walk_throughs_are_here() -> None:
         "driver_get",
         "nixl_pass",
         "nccl_pass",
+        "cuda_ipc_pass",
         "auto_pass",
     }
 
