@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def main(transport: str) -> int:
         print(f"skipped: needs {needed} NVIDIA GPU(s); torch sees {gpus} here")
         return 0
     with ray.init(address="local", include_dashboard=False, log_to_driver=False):
-        made = Worker.options(num_gpus=needed / 2)
+        made: Any = Worker.options(num_gpus=needed / 2)  # type: ignore[attr-defined]
         producer, consumer = made.remote(), made.remote()
         for name, nbytes in SIZES.items():
             times = []

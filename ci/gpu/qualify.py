@@ -21,12 +21,16 @@ STEP_LIMIT_S = 1200
 
 #: What each transport is tested with where there is no GPU.
 LOGIC = {
-    "auto": ["tests/unit/test_devices.py", "tests/unit/test_staged.py", "tests/integration/test_devices.py"],
+    "auto": [
+        "tests/unit/test_devices.py",
+        "tests/unit/test_staged.py",
+        "tests/integration/test_devices.py",
+    ],
     "cuda_ipc": ["tests/unit/test_device_ipc.py"],
     "nccl": ["tests/unit/test_nccl.py"],
     "nixl": ["tests/unit/test_nixl.py", "tests/integration/test_nixl.py"],
     "gloo": ["tests/unit/test_gloo.py"],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The value is pickled with Ray's own pickler; each tensor that RDT carries become
 ``_placeholder(index)`` in the stream, and a row in a table that says which bytes of which region
 it is. Everything else, tensors of other kinds included, is pickled as plain Ray pickles it.
 Tensors on a device that ``accelerators`` knows are carried as those on the CPU are; an event on the
-stream that made them tells when their bytes may be read. Nothing is registered with any pickler of the process.
+stream that made them tells when their bytes may be read. Nothing is registered with any pickler of
+the process.
 
 Regions: tensors whose spans of one storage overlap or touch share a region, so ties and views
 survive and every byte is sent once. A view is its own span, not its whole storage.
