@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.gloo import GlooBackend
 from ray.experimental.rdt.transports.link import TransferRefused
 from ray.experimental.rdt.transports.nccl import NcclBackend
@@ -114,6 +115,14 @@ def test_memory_elsewhere_is_refused_and_the_consumer_told(nodes, device):
     producer.objects["x"] = [torch.zeros(4, dtype=torch.uint8, device=device)]
     with pytest.raises(TransferRefused, match=rf"nccl links are on {DEVICE}.*{device}"):
         consumer.fetch(producer.peer, "x", on_device([torch.zeros(4, dtype=torch.uint8)]))
+    round_trip(consumer, producer, [4])
+
+
+def test_consumer_whose_memory_is_elsewhere_may_take_another_lane(nodes):
+    consumer, producer = nodes
+    producer.objects["x"] = on_device([torch.ones(4, dtype=torch.uint8)])
+    with pytest.raises(TransportUnavailable, match=f"nccl links are on {DEVICE}.*cpu"):
+        consumer.fetch(producer.peer, "x", [torch.zeros(4, dtype=torch.uint8)])
     round_trip(consumer, producer, [4])
 
 

@@ -57,7 +57,10 @@ class CudaSharing:
         from torch.multiprocessing.reductions import reduce_tensor
 
         reduce: Any = reduce_tensor
-        alias = torch.as_tensor(_Unowned(buffer.data_ptr(), buffer.numel()), device=buffer.device)
+        # All of the storage: torch's allocator knows memory by the address that it gave out.
+        storage = buffer.untyped_storage()
+        unowned = _Unowned(storage.data_ptr(), storage.nbytes())
+        alias = torch.as_tensor(unowned, device=buffer.device)
         try:
             # torch records an event on the current stream, or waits for that stream alone.
             with torch.cuda.device(buffer.device):
@@ -72,7 +75,8 @@ class CudaSharing:
             raise
         handle = {name: fields[at] for name, at in _PLAIN.items()}
         handle |= {name: base64.b64encode(fields[at]).decode() for name, at in _BYTES.items()}
-        handle |= {"nbytes": buffer.numel(), "allocator": _allocator()}
+        offset = buffer.data_ptr() - storage.data_ptr()
+        handle |= {"offset": offset, "nbytes": buffer.numel(), "allocator": _allocator()}
         return handle, alias
 
     def open(self, handle: Handle, device: torch.device) -> torch.Tensor:
@@ -88,7 +92,7 @@ class CudaSharing:
                     torch.Tensor,
                     (handle["nbytes"],),
                     (1,),
-                    0,
+                    handle["offset"],
                     torch.UntypedStorage,
                     torch.uint8,
                     device.index,

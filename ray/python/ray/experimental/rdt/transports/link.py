@@ -220,12 +220,13 @@ class Link:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
 
         Raises:
+            LinkClosed: the backend cannot write these buffers; the producer has been stopped.
             TransferError: it failed; no byte is written any more.
         """
         refusal = self._backend.reject(buffers)
         if refusal:
             self.close(refusal)
-            raise TransferError(refusal)
+            raise LinkClosed(refusal)
         self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline)
 
     def _send(self, job: _Job, header: Header, buffers: Buffers, deadline: float) -> None:
