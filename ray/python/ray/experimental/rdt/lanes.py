@@ -29,6 +29,8 @@ from ray.experimental.rdt.transports.base import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
     from ray.experimental.rdt.transports.user import UserTransport
