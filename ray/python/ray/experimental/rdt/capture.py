@@ -192,7 +192,7 @@ def arrange(
     if wanted is not None and not wanted.is_torch:
         return Captured(tensors)
     captured = lay_out(tensors, is_parameter)
-    if not all(tensor.is_cpu for tensor in tensors):
+    if wanted is not None and not all(tensor.is_cpu for tensor in tensors):
         captured.regions = []
     return captured
 

@@ -19,6 +19,9 @@ from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 #: What a user can name without registering anything.
 BUILT_IN_TRANSPORTS = ("AUTO", "GLOO", "NCCL", "NIXL", "CUDA_IPC")
 
+#: Those and RDT's own that users cannot name.
+OWN_TRANSPORTS = (*BUILT_IN_TRANSPORTS, "STAGED")
+
 #: How long one question to the GCS may take.
 GCS_TIMEOUT_S = 10.0
 
@@ -91,7 +94,7 @@ def register(entry: RegisteredTransport) -> None:
 
     hooks = ray._private.worker._post_init_hooks
     with _lock:
-        if entry.name in _registered or entry.name in BUILT_IN_TRANSPORTS:
+        if entry.name in _registered or entry.name in OWN_TRANSPORTS:
             raise ValueError(f"Transport {entry.name} already registered.")
         _registered[entry.name] = entry
         if _publish_all not in hooks:
