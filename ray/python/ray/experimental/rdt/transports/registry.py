@@ -62,15 +62,13 @@ class Transports:
         Raises:
             TransportUnavailable: nobody in this job has registered it.
         """
-        if name.upper() in registered.OWN_TRANSPORTS:
+        if name == "auto" or name in _FACTORIES:
             return None
         return cast(UserTransport, self.get(name))
 
     def _make(self, name: str) -> Transport:
-        if name.upper() not in registered.OWN_TRANSPORTS:
-            return cast(Transport, self._make_users(name))
         if name not in _FACTORIES:
-            raise TransportUnavailable(f"transport {name!r} is not known in this process")
+            return cast(Transport, self._make_users(name))
         module, factory = _FACTORIES[name]
         try:
             make = getattr(importlib.import_module(module), factory)
