@@ -1,8 +1,8 @@
-"""Compiles the native agent, its Python extension and its tests.
+"""Compiles the native agent, the Python extensions and the native tests.
 
-`python ci/build/native.py agent [--out DIR] [--sanitize KIND]` and
+`python ci/build/native.py extensions [--out DIR] [--sanitize KIND]` and
 `python ci/build/native.py tests [--sanitize KIND]`; build.sh calls
-compile_agent. Objects are kept in build/native and reused while their inputs
+compile_extensions. Objects are kept in build/native and reused while their inputs
 are the same. Equal inputs give equal bytes: no time, no absolute path, no
 debug information goes into the output.
 """
@@ -102,20 +102,25 @@ def fetch_sodium() -> Path:
     return sources
 
 
-def compile_agent(out_dir: Path, sanitize: str | None = None) -> Path:
-    """Builds the extension for the running Python; returns its path in out_dir."""
+def compile_extensions(out_dir: Path, sanitize: str | None = None) -> list[Path]:
+    """Builds the extensions for the running Python; returns their paths in out_dir."""
     style = flavour(sanitize)
-    generated = _cythonize(style)
+    agent = _compile_extension(style, "_agent", _core_units(), out_dir)
+    _check_no_undefined_sodium(agent)
+    return [agent, _compile_extension(style, "_tensors", [], out_dir)]
+
+
+def _compile_extension(style: Flavour, name: str, others: list[_Unit], out_dir: Path) -> Path:
+    generated = _cythonize(style, name)
     include = sysconfig.get_paths()["include"]
     # What Cython writes is not held to our warnings; Python's headers have assertions
     # that would name the place where they lie.
     quiet = (f"-I{include}", f"-ffile-prefix-map={include}=python", "-DNDEBUG")
     extension = _Unit(generated, *quiet, warnings=())
-    objects = _compile(style, [*_core_units(), extension])
+    objects = _compile(style, [*others, extension])
     out_dir.mkdir(parents=True, exist_ok=True)
-    target = out_dir / f"_agent{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = out_dir / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     _link(style, objects, target, "-shared")
-    _check_no_undefined_sodium(target)
     return target
 
 
@@ -207,14 +212,14 @@ def _hashes(paths: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _cythonize(style: Flavour) -> Path:
-    """Translates _agent.pyx, from the package root: the C++ names its source by a relative path."""
+def _cythonize(style: Flavour, name: str) -> Path:
+    """Translates a .pyx, from the package root: the C++ names its source by a relative path."""
     package = ROOT / "ray" / "python"
-    target = style.folder / f"_agent-{sysconfig.get_config_var('SOABI')}.cpp"
+    target = style.folder / f"{name}-{sysconfig.get_config_var('SOABI')}.cpp"
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = "ray/experimental/rdt/_agent.pyx"
+    source = f"ray/experimental/rdt/{name}.pyx"
     command = [sys.executable, "-m", "cython", "--cplus", "-3", "-I", "."]
-    command += ["--module-name", "ray.experimental.rdt._agent", "-o", str(target), source]
+    command += ["--module-name", f"ray.experimental.rdt.{name}", "-o", str(target), source]
     stamp = [
         *command,
         *_hashes(str(package / source)[: -len("pyx")] + e for e in ("pyx", "pxd")).values(),
@@ -260,12 +265,12 @@ def _run(command: list[str], cwd: Path | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("agent", "tests"))
+    parser.add_argument("what", choices=("extensions", "tests"))
     parser.add_argument("--sanitize", choices=sorted(SANITIZERS))
     parser.add_argument("--out", type=Path, default=CACHE / "out")
     args = parser.parse_args()
-    if args.what == "agent":
-        print(compile_agent(args.out, args.sanitize))
+    if args.what == "extensions":
+        print(*compile_extensions(args.out, args.sanitize), sep="\n")
     else:
         print(build_native_tests(args.sanitize))
 

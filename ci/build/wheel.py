@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci.build import base, overlay
-from ci.build.native import compile_agent
+from ci.build.native import compile_extensions
 from ci.build.steps import BUILD, ROOT, BuildError, capture, digest, is_done, mark_done, say
 
 DIST = ROOT / "dist"
@@ -62,14 +62,15 @@ def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
     stock = base.unpack(base_wheel, stock_release.wheels[base_wheel.name], work)
     changes = overlay.compose(stock)
     need_compiler()
-    agent = compile_agent(work / "agent")
+    extensions = compile_extensions(work / "extensions")
 
     members: Members = {
         path.removeprefix(SHIPPED): change.content
         for path, change in changes.items()
         if path.startswith(SHIPPED) and not path.endswith(NOT_SHIPPED)
     }
-    members[f"ray/experimental/rdt/{agent.name}"] = agent.read_bytes()
+    for extension in extensions:
+        members[f"ray/experimental/rdt/{extension.name}"] = extension.read_bytes()
     stock_info = f"ray-{stock_release.version}.dist-info/"
     with zipfile.ZipFile(base_wheel) as archive:
         info = {
@@ -79,7 +80,7 @@ def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
         }
     names = Names(
         version=f"{stock_release.version}+rdt.{our_version()}",
-        tag=f"{base.python_tag()}-{base.python_tag()}-{platform_tag(base_wheel, agent, work)}",
+        tag=f"{base.python_tag()}-{base.python_tag()}-{platform_tag(base_wheel, extensions, work)}",
     )
     info[CHANGES_FILE] = describe_changes(changes).encode()
     return pack(names, base_wheel, members, info, work, dist)
@@ -103,10 +104,10 @@ def describe_changes(changes: dict[str, overlay.Change]) -> str:
     return "Files of this wheel that differ from the stock Ray release:\n" + "\n".join(lines) + "\n"
 
 
-def platform_tag(base_wheel: Path, agent: Path, work: Path) -> str:
+def platform_tag(base_wheel: Path, extensions: list[Path], work: Path) -> str:
     """The oldest platform that every compiled file in the wheel runs on, as auditwheel finds it."""
     stamp = work / f"platform-{base.python_tag()}.txt"
-    key = digest(base_wheel.name, agent)
+    key = digest(base_wheel.name, *extensions)
     if stamp.is_file():
         known, _, tag = stamp.read_text().partition(" ")
         if known == key:
@@ -118,7 +119,8 @@ def platform_tag(base_wheel: Path, agent: Path, work: Path) -> str:
             content = stock.read(name)
             if content.startswith(b"\x7fELF"):
                 archive.writestr(name, content)
-        archive.writestr(f"ray/experimental/rdt/{agent.name}", agent.read_bytes())
+        for extension in extensions:
+            archive.writestr(f"ray/experimental/rdt/{extension.name}", extension.read_bytes())
         rows = "".join(f"{name},,\n" for name in archive.namelist())
         archive.writestr("ray-0.dist-info/WHEEL", wheel_file("-".join(probe.stem.split("-")[2:])))
         archive.writestr("ray-0.dist-info/RECORD", rows)

@@ -16,7 +16,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
     {"accelerators", "config", "descriptor", "errors", "tensor_transport_manager"},
-    {"_agent"},
+    {"_agent", "_tensors"},
     {"session"},
     {"transports", "groups"},
     {

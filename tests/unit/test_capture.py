@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import pickle
+import subprocess
+import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -12,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray import cloudpickle
-from ray.experimental.rdt import capture
+from ray.experimental.rdt import _tensors, capture
+from tests.support import ROOT
 from tests.unit import values
 
 relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -41,7 +46,7 @@ def send(value: Any, is_packed: bool = False) -> Any:
     else:
         places = [(bytearray(ctypes.string_at(*region)), 0) for region in captured.regions]
     envelope = capture.Envelope(None, skeleton.inband, table, None, skeleton.buffers)
-    (result,) = envelope.restore(capture.build_tensors(table, places))
+    (result,) = envelope.restore(_tensors.build_tensors(table, places))
     return result
 
 
@@ -131,6 +136,107 @@ def test_skeleton_alone_says_what_it_is():
     skeleton, _ = capture.take(Context(), torch.zeros(3))
     with pytest.raises(pickle.UnpicklingError, match="RDT"):
         pickle.loads(skeleton.inband)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.empty(3, device="meta"),
+    ],
+)
+def test_tensors_of_other_kinds_stay_in_the_pickle(make: Any):
+    """What they are made of, a sparse tensor's indices and values, may be taken out."""
+    other = make()
+    _, captured = capture.take(Context(), [other, torch.ones(2)])
+    assert not any(tensor is other for tensor in captured.tensors)
+    assert tuple(captured.tensors[-1].shape) == (2,)
+
+
+def test_wrapped_tensor_of_a_transform_stays_in_the_pickle():
+    seen = []
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(_tensors.is_carried(tensor))
+        return tensor
+
+    torch.vmap(take)(torch.ones(2, 3))
+    assert seen == [False]
+
+
+def test_dtype_that_dlpack_does_not_know_is_carried():
+    tensors = [torch.ones(4, dtype=torch.complex32), torch.ones(3)]
+    got = send(tensors)
+    assert got[0].dtype == torch.complex32
+    assert torch.equal(got[0].view(torch.float16), tensors[0].view(torch.float16))
+    assert got[1].tolist() == [1, 1, 1]
+
+
+WITHOUT_DLPACK = """
+import torch
+del torch.Tensor.__dlpack_c_exchange_api__
+from tests.unit import test_capture, values
+value = [torch.arange(12.0).view(3, 4).t(), torch.ones(2, dtype=torch.bfloat16), torch.ones(0)]
+values.assert_same(test_capture.send([*value, value[0][1:]]), [*value, value[0][1:]])
+"""
+
+
+def test_torch_that_offers_no_dlpack_functions_does_as_well():
+    subprocess.run([sys.executable, "-c", WITHOUT_DLPACK], check=True, timeout=60, cwd=ROOT)
+
+
+def malformed(field: int, change: Any) -> Any:
+    """The parts of a good table, one of them changed."""
+    _, parts = capture.lay_out([torch.ones(4)]).table.__reduce__()
+    return [change(part) if i == field else part for i, part in enumerate(parts)]
+
+
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        (0, lambda regions: regions[:4]),
+        (0, lambda regions: b""),
+        (0, lambda regions: (15).to_bytes(8, "little")),
+        (1, lambda rows: rows[:-1]),
+        (1, lambda rows: (1).to_bytes(8, "little") + rows[8:]),
+        (1, lambda rows: (2**64 - 8).to_bytes(8, "little") + rows[8:]),
+        (1, lambda rows: rows[:8] + b"\1" + rows[9:]),
+        (1, lambda rows: rows[:12] + b"\1" + rows[13:]),
+        (2, lambda dims: dims[:8]),
+        (2, lambda dims: (2**62).to_bytes(8, "little") + dims[8:]),
+        (2, lambda dims: (-1).to_bytes(8, "little", signed=True) + dims[8:]),
+        (3, lambda dtypes: ()),
+    ],
+)
+def test_table_that_contradicts_itself_is_refused(field: int, change: Any):
+    with pytest.raises(ValueError, match="RDT value"):
+        _tensors.load_table(*malformed(field, change))
+
+
+def test_memory_that_is_too_small_is_refused():
+    table = capture.lay_out([torch.ones(4)]).table
+    with pytest.raises(ValueError, match="16 bytes are meant to be in 15"):
+        _tensors.build_tensors(table, [(bytearray(15), 0)])
+
+
+def test_memory_lives_as_long_as_a_tensor_over_it():
+    class Memory(bytearray):
+        """Can be watched."""
+
+    memory = Memory(32)
+    watched = weakref.ref(memory)
+    (tensor,) = _tensors.build_tensors(capture.lay_out([torch.ones(8)]).table, [(memory, 0)])
+    part = tensor[2:]
+    del memory, tensor
+    gc.collect()
+    assert watched() is not None
+    assert part.tolist() == [0] * 6
+    del part
+    gc.collect()
+    assert watched() is None
 
 
 def test_unpicklable_value_raises_as_plain_pickling_does():

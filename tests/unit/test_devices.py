@@ -40,13 +40,12 @@ def deliver(captured: Captured, targets: Any = None, wish: Any = None) -> list[t
     table = captured.table
     direct = direct_targets(table, targets)
     landing = allocate_on_devices(SESSION, table, direct, wish)
-    for (source, _), target, nbytes in zip(
-        captured.host_regions, landing.addresses, landing.lengths, strict=True
-    ):
+    sources, _ = captured.host_spans()
+    for source, target, nbytes in zip(sources, landing.addresses, landing.lengths, strict=True):
         ctypes.memmove(target, source, nbytes)
-    sources = flat_buffers(stored(captured), TYPE)
-    for target, source in zip(landing.flat(TYPE), sources, strict=True):
-        target.copy_(source)
+    buffers = flat_buffers(stored(captured), TYPE)
+    for target, buffer in zip(landing.flat(TYPE), buffers, strict=True):
+        target.copy_(buffer)
     return list(landing.deliver(table, targets))
 
 
@@ -57,18 +56,20 @@ def test_device_tensors_are_carried_and_others_are_not():
     assert sorted(captured.table.devices.values()) == [TYPE]
 
 
-def test_host_regions_leave_device_memory_out():
+def test_host_spans_leave_device_memory_out():
     tensors = [torch.ones(3, device=TYPE), torch.arange(4), torch.ones(5, device=f"{TYPE}:1")]
     captured = lay_out(tensors)
-    assert [nbytes for _, nbytes in captured.host_regions] == [32]
+    addresses, lengths = captured.host_spans()
+    assert (list(addresses), list(lengths)) == ([tensors[1].data_ptr()], [32])
     assert len(captured.events) == 2
 
 
 def test_cpu_tensors_record_nothing():
-    captured = lay_out([torch.ones(3)])
+    tensor = torch.ones(3)
+    captured = lay_out([tensor])
     assert captured.events == ()
     assert captured.table.devices == {}
-    assert captured.host_regions is captured.regions
+    assert [list(part) for part in captured.host_spans()] == [[tensor.data_ptr()], [12]]
 
 
 def test_mixed_object_arrives_on_the_consumers_current_device():

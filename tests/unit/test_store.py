@@ -12,8 +12,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ray.experimental.rdt.capture import lay_out
-from ray.experimental.rdt.store import Store, StoredObject, storage_identity
+from ray.experimental.rdt.capture import Captured, lay_out
+from ray.experimental.rdt.store import Store, StoredObject
 
 
 def key_of(number: int) -> bytes:
@@ -164,10 +164,20 @@ def test_waiter_for_an_object_gets_it_or_a_timeout():
     adder.join()
 
 
-def test_storage_identity_is_one_per_storage():
-    tensor = torch.ones(8)
-    assert storage_identity(tensor) == storage_identity(tensor[3:].view(5, 1))
-    assert storage_identity(tensor) != storage_identity(tensor.clone())
+def test_captured_tensors_use_what_shares_a_storage_with_them():
+    tensor, other = torch.ones(8), torch.ones(3)
+    captured = lay_out([tensor[2:4], other, torch.ones(0)])
+    assert captured.uses(tensor[3:].view(5, 1))
+    assert captured.uses(torch.from_numpy(tensor.numpy()))
+    assert captured.uses(other)
+    assert not captured.uses(tensor.clone())
+    assert not captured.uses(torch.ones(0))
+
+
+def test_other_data_is_used_if_it_is_the_same():
+    value = [1]
+    assert Captured([value]).uses(value)  # type: ignore[list-item]
+    assert not Captured([value]).uses([1])  # type: ignore[list-item]
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -222,9 +232,9 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self):
         assert len(self.store) == len(self.live)
-        in_use = {token for stored in self.live.values() for token in stored.storages}
+        in_use = [tensor for stored in self.live.values() for tensor in stored.captured.tensors]
         for tensor in self.memory:
-            if storage_identity(tensor) in in_use:
+            if any(tensor is used for used in in_use):
                 with pytest.raises(TimeoutError):
                     self.store.wait_freed(tensor, 0)
             else:

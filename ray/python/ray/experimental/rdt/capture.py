@@ -1,8 +1,8 @@
 """Takes the tensors out of a value (producer) and puts them back (consumer).
 
 The value is pickled with Ray's own pickler; each tensor that RDT carries becomes a call of
-``_placeholder(index)`` in the stream, and a row in a table that says which bytes of which region
-it is. Everything else, tensors of other kinds included, is pickled as plain Ray pickles it.
+``next_tensor()`` in the stream, and a row in a table that says which bytes of which region it is.
+What is done for each tensor is compiled: ``_tensors``. Everything else, tensors of other kinds included, is pickled as plain Ray pickles it.
 Tensors on a device that ``accelerators`` knows are carried as those on the CPU are; an event on the
 stream that made them tells when their bytes may be read. Nothing is registered with any pickler of
 the process.
@@ -22,15 +22,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-import math
 import pickle
 import sys
-import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray._private import ray_constants
@@ -44,7 +41,9 @@ from ray._raylet import (
 )
 
 from ray import cloudpickle
+from ray.experimental.rdt import _tensors
 from ray.experimental.rdt import descriptor as descriptor_module
+from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Pickler, Table, finish, restore
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.descriptor import Descriptor
@@ -53,41 +52,8 @@ from ray.experimental.rdt.transports.base import Parcel, Shipment
 if TYPE_CHECKING:
     import torch
 
-#: Regions start at a multiple of this from their storage's start: every dtype stays aligned.
-_REGION_ALIGNMENT = 16
-
-_REQUIRES_GRAD = 1
-_PARAMETER = 2
-_CONJUGATED = 4
-_NEGATED = 8
-
-
 #: One span of memory that a pull moves: its address at the producer and its bytes.
 Region = tuple[int, int]
-
-
-#: How one tensor lies in its region: region, offset in bytes, dtype, shape, stride (None means
-#: contiguous), flags. A plain tuple: ten thousand of them are pickled with an object.
-Row = tuple[int, int, "torch.dtype", tuple[int, ...], "tuple[int, ...] | None", int]
-
-
-class Table(NamedTuple):
-    """The layout of an object's tensors, as it travels.
-
-    Attributes:
-        regions: The bytes of each.
-        rows: One for each tensor.
-        devices: The torch device type of each region that is not in host memory. Which of its
-            devices it is matters to nobody else: a consumer receives on its own current one.
-    """
-
-    regions: list[int]
-    rows: list[Row]
-    devices: dict[int, str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.regions)
 
 
 @dataclass
@@ -96,15 +62,17 @@ class Captured:
 
     Attributes:
         tensors: As the user returned them, in the order of the placeholders.
-        regions: Their memory; the tensors keep it alive.
+        addresses: Where their regions are; the tensors keep the memory alive.
+        storages: The addresses of the storages that have bytes in a region, sorted.
         table: Their layout; no rows where they are no torch tensors.
         events: For each device, the end of the work that makes the tensors on it.
         parcel: What a transport of the user's moves, None for any other.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
-    regions: list[Region] = field(default_factory=list)
-    table: Table = field(default_factory=lambda: Table([], [], {}))
+    addresses: array[int] = field(default_factory=lambda: array("Q"))
+    storages: array[int] = field(default_factory=lambda: array("Q"))
+    table: Table = field(default_factory=Table)
     events: Sequence[Event] = ()
     parcel: Parcel | None = None
 
@@ -112,11 +80,27 @@ class Captured:
         return bool(self.tensors)
 
     @property
-    def host_regions(self) -> list[Region]:
-        """Those that the agent can serve."""
+    def regions(self) -> list[Region]:
+        """The memory; empty where only a transport of the user's can read it."""
+        return list(zip(self.addresses, self.table.regions))
+
+    def host_spans(self) -> tuple[array[int], array[int]]:
+        """The addresses and the bytes of the regions that the agent can serve."""
         if not self.table.devices:
-            return self.regions
-        return [region for i, region in enumerate(self.regions) if i not in self.table.devices]
+            return self.addresses, self.table.regions[: len(self.addresses)]
+        host = [i for i in range(len(self.addresses)) if i not in self.table.devices]
+        return (
+            array("Q", [self.addresses[i] for i in host]),
+            array("Q", [self.table.regions[i] for i in host]),
+        )
+
+    def uses(self, value: Any) -> bool:
+        """Whether a tensor shares memory with one of these, by storage; other data is only itself."""
+        if not hasattr(value, "untyped_storage"):
+            return any(tensor is value for tensor in self.tensors)
+        address = value.untyped_storage().data_ptr()
+        at = bisect_left(self.storages, address)
+        return at < len(self.storages) and self.storages[at] == address
 
     def gather(self) -> bytes:
         """A copy of all regions, one after the other."""
@@ -179,7 +163,7 @@ def take(context: Any, value: Any, wanted: Wanted | None = None) -> tuple[Skelet
     """
     buffers: list[Any] = []
     stream = _Stream()
-    pickler = _Pickler(stream, buffers, wanted)
+    pickler = Pickler(stream, buffers.append, wanted)
     refs = _dump(context, pickler, [value])
     skeleton = Skeleton(stream.join(), buffers, refs)
     return skeleton, arrange(pickler.tensors, pickler.is_parameter, wanted)
@@ -193,7 +177,7 @@ def arrange(
         return Captured(tensors)
     captured = lay_out(tensors, is_parameter)
     if wanted is not None and not all(tensor.is_cpu for tensor in tensors):
-        captured.regions = []
+        captured.addresses = array("Q")
     return captured
 
 
@@ -262,12 +246,8 @@ class Envelope:
 
         Runs on: consumer, the thread that deserializes.
         """
-        _restoring.push(tensors)
-        try:
-            value: list[Any] = pickle.loads(self.inband, buffers=self.buffers)
-            return value
-        finally:
-            _restoring.pop()
+        value: list[Any] = restore(self.inband, self.buffers, tensors)
+        return value
 
 
 def open_envelope(metadata: bytes, data: Any) -> Envelope:
@@ -316,7 +296,7 @@ def tenants(table: Table) -> dict[int, list[int]]:
 def is_alone(table: Table, rows: list[int]) -> bool:
     """Whether the tensors of a region are a single one, dense and as its bytes say."""
     _, _, _, _, stride, flags = table.rows[rows[0]]
-    return len(rows) == 1 and stride is None and not flags & (_CONJUGATED | _NEGATED)
+    return len(rows) == 1 and stride is None and not flags & (CONJUGATED | NEGATED)
 
 
 def region_bytes(captured: Captured, index: int) -> torch.Tensor:
@@ -362,7 +342,7 @@ def unpack_carriers(table: Table, received: Sequence[torch.Tensor]) -> list[torc
                 first = (int(flat.storage_offset()) + start) // dtype.itemsize
                 empty = torch.empty(0, dtype=dtype, device=flat.device)
                 tensor = empty.set_(flat.untyped_storage(), first, shape, step)
-            tensors[index] = _finish(tensor, flags)
+            tensors[index] = finish(tensor, flags)
     return tensors
 
 
@@ -378,162 +358,14 @@ def _expect(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         )
 
 
-def build_tensors(
-    table: Table,
-    memory: Sequence[tuple[Any, int]],
-    ready: Mapping[int, torch.Tensor] = MappingProxyType({}),
-) -> list[torch.Tensor]:
-    """Makes the tensors of ``table`` over memory that holds their bytes.
-
-    Args:
-        table: The layout.
-        memory: For each region a writable buffer and the offset in it, or a flat tensor on a
-            device and 0. Each region becomes a storage of its own that keeps its buffer alive, so
-            that a tensor kept alone does not drag the others' bytes along when it is pickled.
-        ready: Regions whose only tensor exists already.
-    """
-    import torch
-
-    storages: dict[int, Any] = {}
-    tensors = []
-    shared = _shared_regions(table)
-    for region, start, dtype, shape, stride, flags in table.rows:
-        count = table.regions[region]
-        if region in ready:
-            tensor = ready[region]
-        elif not count:
-            device = _device_of(memory[region]) if region in table.devices else None
-            tensor = torch.empty_strided(shape, stride or (), dtype=dtype, device=device)
-        elif stride is None and region not in shared and region not in table.devices:
-            buffer, offset = memory[region]
-            items = math.prod(shape)
-            flat = torch.frombuffer(buffer, dtype=dtype, count=items, offset=offset + start)
-            tensor = flat if len(shape) == 1 else flat.view(shape)
-        else:
-            if region not in storages:
-                storages[region] = _storage_over(memory[region], count)
-            step = contiguous_stride(shape) if stride is None else stride
-            empty = torch.empty(0, dtype=dtype, device=storages[region].device)
-            tensor = empty.set_(storages[region], start // dtype.itemsize, shape, step)
-        tensors.append(tensor if region in ready else _finish(tensor, flags))
-    return tensors
-
-
-def _shared_regions(table: Table) -> set[int]:
-    """Regions that more than one tensor lies in."""
-    users = Counter(row[0] for row in table.rows)
-    return {region for region, count in users.items() if count > 1}
-
-
-def _storage_over(memory: tuple[Any, int], nbytes: int) -> torch.UntypedStorage:
-    import torch
-
-    buffer, offset = memory
-    if isinstance(buffer, torch.Tensor):
-        return buffer.untyped_storage()
-    flat = torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
-    return flat.untyped_storage()
-
-
-def _device_of(memory: tuple[Any, int]) -> torch.device | None:
-    """Where memory is; None for host memory."""
-    import torch
-
-    return memory[0].device if isinstance(memory[0], torch.Tensor) else None
-
-
-def _finish(tensor: torch.Tensor, flags: int) -> torch.Tensor:
-    if not flags:
-        return tensor
-    import torch
-
-    if flags & _CONJUGATED:
-        tensor = tensor.conj()
-    if flags & _NEGATED:
-        tensor = torch._neg_view(tensor)
-    requires_grad = bool(flags & _REQUIRES_GRAD)
-    if flags & _PARAMETER:
-        return torch.nn.Parameter(tensor, requires_grad)
-    return tensor.requires_grad_(requires_grad)
-
-
-class _Pickler(cloudpickle.CloudPickler):
-    """Ray's pickler, with placeholders for the tensors that RDT carries."""
-
-    def __init__(self, stream: _Stream, buffers: list[Any], wanted: Wanted | None):
-        super().__init__(stream, protocol=5, buffer_callback=buffers.append)
-        self.tensors: list[torch.Tensor] = []
-        self.is_parameter: list[bool] = []
-        is_torch = wanted is None or wanted.is_torch
-        self._devices = None if wanted is None else wanted.devices
-        self._others = None if is_torch else wanted
-        # Without torch in the process there is no tensor to look for.
-        torch = sys.modules.get("torch") if is_torch else None
-        self._tensor_type = getattr(torch, "Tensor", None)
-        self._parameter_type = getattr(getattr(torch, "nn", None), "Parameter", None)
-
-    def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is self._tensor_type and is_carried(obj, self._devices):
-            return self._take(obj, False)
-        if kind is self._parameter_type and is_carried(obj, self._devices) and not obj.__dict__:
-            return self._take(obj, True)
-        if self._others is not None and self._others.takes(obj):
-            self.tensors.append(obj)
-            return _placeholder, (len(self.tensors) - 1,)
-        return super().reducer_override(obj)
-
-    def _take(self, tensor: torch.Tensor, is_parameter: bool) -> tuple[Any, ...]:
-        self.tensors.append(tensor)
-        self.is_parameter.append(is_parameter)
-        call = (_placeholder, (len(self.tensors) - 1,))
-        if not tensor.__dict__:
-            return call
-        return *call, dict(tensor.__dict__), None, None, _set_attributes
-
-
-def is_carried(tensor: torch.Tensor, devices: frozenset[str] | None = None) -> bool:
-    """Whether RDT moves this tensor's bytes itself: plain, strided, on one of the devices.
-
-    Args:
-        tensor: The tensor.
-        devices: Those of a user's transport; None for those that RDT's own know.
-    """
-    import torch
-
-    return (
-        tensor.layout is torch.strided
-        and _is_within_reach(tensor, devices)
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
-
-
-def _is_within_reach(tensor: torch.Tensor, devices: frozenset[str] | None) -> bool:
-    if devices is not None:
-        return tensor.device.type in devices
-    return tensor.is_cpu or accelerators.of(tensor.device.type) is not None
-
-
 def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None) -> Captured:
     """Finds the regions of tensors and how each lies in its region.
 
-    Of tensors on devices it records the events; so it runs on the thread that made them. An
-    address means one thing in all of a process, on whichever device.
+    Of tensors on devices it records the events; so it runs on the thread that made them.
     """
-    spans = [_span(tensor) for tensor in tensors]
-    regions, owner = _merge(spans)
-    parameters = is_parameter or itertools.repeat(False)
-    rows = [
-        _row(tensor, start, end, region, regions[region][0], parameter)
-        for tensor, (_, start, end), region, parameter in zip(tensors, spans, owner, parameters)
-    ]
-    devices = {
-        region: tensor.device.type for tensor, region in zip(tensors, owner) if not tensor.is_cpu
-    }
-    table = Table([nbytes for _, nbytes in regions], rows, devices)
-    return Captured(tensors, regions, table, _record(tensors) if devices else ())
+    table, addresses, storages = _tensors.lay_out(tensors, is_parameter)
+    events = _record(tensors) if table.devices else ()
+    return Captured(tensors, addresses, storages, table, events)
 
 
 def _record(tensors: list[torch.Tensor]) -> list[Event]:
@@ -546,60 +378,6 @@ def _record(tensors: list[torch.Tensor]) -> list[Event]:
     return events
 
 
-#: The address of a tensor's storage, and where the tensor's bytes begin and end.
-_Span = tuple[int, int, int]
-
-
-def _span(tensor: torch.Tensor) -> _Span:
-    start = tensor.data_ptr()
-    if tensor.is_contiguous():
-        extent = tensor.nbytes
-    elif tensor.numel() == 0:
-        extent = 0
-    else:
-        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-        extent = (last + 1) * tensor.element_size()
-    # The storage's address; cheaper than to ask the storage, which Python would make an object for.
-    storage = start - int(tensor.storage_offset()) * tensor.element_size()
-    return storage, start, start + extent
-
-
-def _merge(spans: list[_Span]) -> tuple[list[Region], list[int]]:
-    """Joins spans of one storage that overlap or touch. Returns the regions and each span's."""
-    starts: list[int] = []
-    ends: list[int] = []
-    owner = [0] * len(spans)
-    last_storage = -1
-    for index in sorted(range(len(spans)), key=spans.__getitem__):
-        storage, start, end = spans[index]
-        # An empty span takes part in no merge: its address may be anything.
-        if start < end and storage == last_storage and start <= ends[-1]:
-            ends[-1] = max(ends[-1], end)
-        else:
-            starts.append(start - (start - storage) % _REGION_ALIGNMENT if start < end else start)
-            ends.append(end)
-            last_storage = storage if start < end else -1
-        owner[index] = len(starts) - 1
-    return [(start, end - start) for start, end in zip(starts, ends)], owner
-
-
-def _row(
-    tensor: torch.Tensor, start: int, end: int, region: int, base: int, is_parameter: bool
-) -> Row:
-    shape, stride = tuple(tensor.shape), tensor.stride()
-    is_dense = start < end and stride == contiguous_stride(shape)
-    flags = _PARAMETER if is_parameter else 0
-    if tensor.requires_grad:
-        flags |= _REQUIRES_GRAD
-    dtype = tensor.dtype
-    if dtype.is_complex and tensor.is_conj():
-        flags |= _CONJUGATED
-    if tensor.is_neg():
-        flags |= _NEGATED
-    offset = start - base if start < end else 0
-    return region, offset, dtype, shape, None if is_dense else stride, flags
-
-
 @functools.lru_cache(maxsize=4096)
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The stride, in elements, of a dense row-major tensor."""
@@ -608,38 +386,6 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
         stride.append(step)
         step *= max(length, 1)
     return tuple(reversed(stride))
-
-
-def _placeholder(index: int) -> torch.Tensor:
-    """Stands in the pickled skeleton for the tensor of this index."""
-    return _restoring.tensors()[index]
-
-
-def _set_attributes(tensor: torch.Tensor, attributes: dict[str, Any]) -> None:
-    tensor.__dict__.update(attributes)
-
-
-class _Restoring(threading.local):
-    """The tensors of the values that this thread is unpickling, innermost last."""
-
-    def __init__(self) -> None:
-        self._stack: list[Sequence[torch.Tensor]] = []
-
-    def push(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._stack.append(tensors)
-
-    def pop(self) -> None:
-        self._stack.pop()
-
-    def tensors(self) -> Sequence[torch.Tensor]:
-        if not self._stack:
-            raise pickle.UnpicklingError(
-                "this is the skeleton of an RDT value; only Ray can restore its tensors"
-            )
-        return self._stack[-1]
-
-
-_restoring = _Restoring()
 
 
 class _Stream:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.capture import Table, build_tensors
+from ray.experimental.rdt._tensors import Table, build_tensors, place
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Landing:
             does not fill these: ``addresses`` and ``lengths`` leave them out.
     """
 
-    regions: Sequence[int]
+    regions: array[int]
     places: list[tuple[Any, int]]
     addresses: array[int]
     lengths: array[int]
@@ -83,37 +83,20 @@ class Landing:
 
 def allocate(
     session: Session,
-    regions: Sequence[int],
+    regions: array[int],
     direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
 ) -> Landing:
     """Memory for all regions of an object.
 
     Args:
         session: Its agent's receive pool gives the blocks.
-        regions: The bytes of each region.
+        regions: The bytes of each region, as uint64.
         direct: Regions that go straight into a tensor of the user's.
     """
-    places: list[tuple[Any, int]] = []
-    addresses, packed = array("Q"), 0
-    for region, nbytes in enumerate(regions):
-        if region in direct or nbytes >= _OWN_BLOCK_BYTES:
-            continue
-        packed += _round_up(nbytes)
-    shared = session.agent.allocate(packed) if packed else None
-    at = 0
-    for region, nbytes in enumerate(regions):
-        if region in direct:
-            places.append((None, 0))
-            addresses.append(direct[region].data_ptr())
-        elif nbytes >= _OWN_BLOCK_BYTES:
-            block = session.agent.allocate(nbytes)
-            places.append((block, 0))
-            addresses.append(block.address)
-        else:
-            places.append((shared, at))
-            addresses.append(shared.address + at if shared is not None else 0)
-            at += _round_up(nbytes)
-    return Landing(regions, places, addresses, array("Q", regions), direct, {})
+    places, addresses = place(
+        regions, direct, _OWN_BLOCK_BYTES, _ALIGNMENT, session.agent.allocate
+    )
+    return Landing(regions, places, addresses, regions, direct, {})
 
 
 def allocate_on_devices(
@@ -185,7 +168,3 @@ def fill(targets: Targets, tensors: Targets) -> Targets:
             if target is not tensor:
                 target.copy_(tensor)
     return targets
-
-
-def _round_up(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

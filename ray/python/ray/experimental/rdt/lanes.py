@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ray import cloudpickle
-from ray.experimental.rdt.capture import Envelope, Table, build_tensors, unpack_carriers
+from ray.experimental.rdt._tensors import Table, build_tensors
+from ray.experimental.rdt.capture import Envelope, unpack_carriers
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import waiting
 from ray.experimental.rdt.descriptor import Descriptor

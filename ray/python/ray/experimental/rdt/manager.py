@@ -121,7 +121,7 @@ class RDTManager:
             parcel.metadata,
             len(parcel.tensors),
             own_actor_handle(),
-            bool(captured.regions),
+            bool(captured.addresses),
         )
         return skeleton, captured, capture.pickle_shipment(context, skeleton, shipment)
 
@@ -224,13 +224,7 @@ class RDTManager:
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
         links = self._links()
         stored = self.store.add(head.key, object_id, captured, head.transport)
-        regions = captured.host_regions
-        links.session.agent.register(
-            head.key,
-            array("Q", [address for address, _ in regions]),
-            array("Q", [nbytes for _, nbytes in regions]),
-            stored.token,
-        )
+        links.session.agent.register(head.key, *captured.host_spans(), stored.token)
         return stored
 
     # Owner.
@@ -564,7 +558,7 @@ def _location(head: Descriptor, captured: Captured) -> Location:
     is_hinted = (
         head.transport == "auto"
         and head.nbytes >= MIN_HINTED_BYTES
-        and len(captured.regions) <= _MAX_HINTED_REGIONS
+        and len(captured.addresses) <= _MAX_HINTED_REGIONS
         and not captured.table.devices
     )
     regions = tuple(captured.table.regions) if is_hinted else None

@@ -29,7 +29,6 @@ class StoredObject:
         captured: Its tensors, regions and layout.
         transport: The transport that the user named.
         token: Names it in the agent's events.
-        storages: The identities of the tensors' storages.
     """
 
     key: bytes
@@ -37,7 +36,6 @@ class StoredObject:
     captured: Captured
     transport: str
     token: int
-    storages: frozenset[int]
 
 
 class Store:
@@ -48,7 +46,6 @@ class Store:
         self._by_key: dict[bytes, StoredObject] = {}
         self._by_token: dict[int, StoredObject] = {}
         self._by_id: dict[str, StoredObject] = {}
-        self._storage_users: dict[int, int] = {}
         self._borrowed: Counter[bytes] = Counter()
         self._released: set[bytes] = set()
         self._last_token = 0
@@ -62,13 +59,10 @@ class Store:
         Runs on: producer, the thread that ran the task. The caller registers the regions with the
         agent under the returned token afterwards.
         """
-        storages = frozenset(storage_identity(tensor) for tensor in captured.tensors)
         with self._changed:
             self._last_token += 1
-            stored = StoredObject(key, object_id, captured, transport, self._last_token, storages)
+            stored = StoredObject(key, object_id, captured, transport, self._last_token)
             self._by_key[key] = self._by_token[stored.token] = self._by_id[object_id] = stored
-            for storage in storages:
-                self._storage_users[storage] = self._storage_users.get(storage, 0) + 1
             self._changed.notify_all()
         return stored
 
@@ -122,10 +116,6 @@ class Store:
         del self._by_key[stored.key]
         if self._by_id.get(stored.object_id) is stored:
             del self._by_id[stored.object_id]
-        for storage in stored.storages:
-            self._storage_users[storage] -= 1
-            if not self._storage_users[storage]:
-                del self._storage_users[storage]
         return stored
 
     def clear(self) -> list[StoredObject]:
@@ -141,8 +131,16 @@ class Store:
         Raises:
             TimeoutError: some still do after ``timeout_s`` seconds.
         """
-        storage = storage_identity(tensor)
-        if not self._wait(lambda: storage not in self._storage_users, timeout_s):
+        users: set[bytes] = set()
+
+        def is_freed() -> bool:
+            # All objects are looked through only when those that were found are gone.
+            if self._by_key.keys().isdisjoint(users):
+                users.clear()
+                users.update(k for k, o in self._by_key.items() if o.captured.uses(tensor))
+            return not users
+
+        if not self._wait(is_freed, timeout_s):
             raise TimeoutError(
                 f"the tensor is still in use by RDT objects after {timeout_s} s; drop every "
                 "ObjectRef that holds it, or wait longer"
@@ -163,10 +161,3 @@ class Store:
                     return False
                 self._changed.wait(left)
         return True
-
-
-def storage_identity(tensor: Any) -> int:
-    """A number that tensors share exactly while they share a storage; other data only itself."""
-    if hasattr(tensor, "untyped_storage"):
-        return int(tensor.untyped_storage()._cdata)
-    return id(tensor)

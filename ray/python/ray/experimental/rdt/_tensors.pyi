@@ -1,0 +1,59 @@
+"""Types of _tensors.pyx, which says what each does."""
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+
+from ray import cloudpickle
+
+REQUIRES_GRAD: int
+PARAMETER: int
+CONJUGATED: int
+NEGATED: int
+
+Row = tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...] | None, int]
+
+@final
+class Table:
+    @property
+    def regions(self) -> array[int]: ...
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]: ...
+    @property
+    def devices(self) -> dict[int, str]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def rows(self) -> list[Row]: ...
+    def __len__(self) -> int: ...
+
+class Pickler(cloudpickle.CloudPickler):
+    tensors: list[Any]
+    is_parameter: list[bool]
+    def __init__(
+        self, stream: Any, buffer_callback: Callable[[Any], None], wanted: Any
+    ) -> None: ...
+
+def is_carried(tensor: torch.Tensor, devices: frozenset[str] | None = None) -> bool: ...
+def lay_out(
+    tensors: list[torch.Tensor], is_parameter: list[bool] | None = None
+) -> tuple[Table, array[int], array[int]]: ...
+def load_table(
+    regions: bytes, rows: bytes, dims: bytes, dtypes: tuple[torch.dtype, ...], devices: dict[int, str]
+) -> Table: ...
+def place(
+    regions: array[int],
+    direct: Mapping[int, torch.Tensor],
+    own_block_bytes: int,
+    alignment: int,
+    allocate: Callable[[int], Any],
+) -> tuple[list[tuple[Any, int]], array[int]]: ...
+def build_tensors(
+    table: Table,
+    places: Sequence[tuple[Any, int]],
+    ready: Mapping[int, torch.Tensor] | None = None,
+) -> list[torch.Tensor]: ...
+def finish(tensor: torch.Tensor, flags: int) -> torch.Tensor: ...
+def restore(inband: Any, buffers: Sequence[Any], tensors: Sequence[Any]) -> Any: ...
