@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,18 +52,36 @@ def test_all_walk_throughs_are_here() -> None:
     }
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs_and_prints(example: Path, tmp_path: Path) -> None:
-    printed = run_program([example], tmp_path, limit_s=110)
-    assert printed.strip()
-    assert "Traceback" not in printed
+@pytest.fixture(scope="module")
+def printed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[str]]]:
+    """What each example that is tested prints. Two run at a time: most of each is Ray's start."""
+    wanted = {
+        item.callspec.params["name"] if hasattr(item, "callspec") else "nccl_pass"
+        for item in request.session.items
+        if "printed" in getattr(item, "fixturenames", ())
+    }
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            path.stem: pool.submit(run_program, [path], tmp_path_factory.mktemp(path.stem), 110)
+            for path in EXAMPLES
+            if path.stem in wanted
+        }
+
+
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
+def test_example_runs_and_prints(name: str, printed: dict[str, Future[str]]) -> None:
+    text = printed[name].result()
+    assert text.strip()
+    assert "Traceback" not in text
 
 
 @pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="two GPUs: the example runs for real")
-def test_nccl_example_says_why_it_skips(tmp_path: Path) -> None:
-    printed = run_program([ROOT / "examples" / "nccl_pass.py"], tmp_path, limit_s=110)
-    assert printed.startswith("skipped: ")
-    assert "GPU" in printed
+def test_nccl_example_says_why_it_skips(printed: dict[str, Future[str]]) -> None:
+    text = printed["nccl_pass"].result()
+    assert text.startswith("skipped: ")
+    assert "GPU" in text
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -64,7 +65,7 @@ def producer():
     theirs.close()
     process.address, process.agent_id = ours.recv()
     yield process
-    if process.is_alive():
+    with contextlib.suppress(BrokenPipeError):  # it may have been killed
         ours.send("stop")
     process.join(LONG_S)
     ours.close()

@@ -41,7 +41,11 @@ def lay_out(
     tensors: list[torch.Tensor], is_parameter: list[bool] | None = None
 ) -> tuple[Table, array[int], array[int]]: ...
 def load_table(
-    regions: bytes, rows: bytes, dims: bytes, dtypes: tuple[torch.dtype, ...], devices: dict[int, str]
+    regions: bytes,
+    rows: bytes,
+    dims: bytes,
+    dtypes: tuple[torch.dtype, ...],
+    devices: dict[int, str],
 ) -> Table: ...
 def place(
     regions: array[int],

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt._tensors import Table, build_tensors, place
+from ray.experimental.rdt.accelerators import registry as accelerators
 
 if TYPE_CHECKING:
     import torch
@@ -93,9 +93,7 @@ def allocate(
         regions: The bytes of each region, as uint64.
         direct: Regions that go straight into a tensor of the user's.
     """
-    places, addresses = place(
-        regions, direct, _OWN_BLOCK_BYTES, _ALIGNMENT, session.agent.allocate
-    )
+    places, addresses = place(regions, direct, _OWN_BLOCK_BYTES, _ALIGNMENT, session.agent.allocate)
     return Landing(regions, places, addresses, regions, direct, {})
 
 

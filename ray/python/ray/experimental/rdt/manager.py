@@ -12,7 +12,6 @@ import pickle
 import sys
 import threading
 import warnings
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
