@@ -2,7 +2,8 @@
 
 The value is pickled with Ray's own pickler; each tensor that RDT carries becomes a call of
 ``next_tensor()`` in the stream, and a row in a table that says which bytes of which region it is.
-What is done for each tensor is compiled: ``_tensors``. Everything else, tensors of other kinds included, is pickled as plain Ray pickles it.
+What is done for each tensor is compiled: ``_tensors``. Everything else, tensors of other kinds
+included, is pickled as plain Ray pickles it.
 Tensors on a device that ``accelerators`` knows are carried as those on the CPU are; an event on the
 stream that made them tells when their bytes may be read. Nothing is registered with any pickler of
 the process.
@@ -95,7 +96,7 @@ class Captured:
         )
 
     def uses(self, value: Any) -> bool:
-        """Whether a tensor shares memory with one of these, by storage; other data is only itself."""
+        """Whether a tensor shares a storage with one of these; other data is only itself."""
         if not hasattr(value, "untyped_storage"):
             return any(tensor is value for tensor in self.tensors)
         address = value.untyped_storage().data_ptr()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.capture import Table
+    from ray.experimental.rdt._tensors import Table
 
 
 @dataclass(frozen=True)
