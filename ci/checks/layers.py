@@ -20,6 +20,8 @@ LAYERS: list[set[str]] = [
     {"session"},
     {"transports", "groups"},
     {
+        "arguments",
+        "arrays",
         "capture",
         "core_worker",
         "deferred",
@@ -33,13 +35,14 @@ LAYERS: list[set[str]] = [
         "links",
         "method_calls",
         "owners",
+        "reasons",
         "serve",
         "store",
         "streams",
         "targets",
     },
     {"manager"},
-    {"api", "guarded", "nixl_api", "observe", "util", ""},
+    {"api", "explain_api", "guarded", "nixl_api", "observe", "util", ""},
 ]
 
 

@@ -61,6 +61,14 @@ def test_producer_serves_over_the_lane_that_it_may_use(
     assert pulled_since(consumer, before) == {lane: 1}
 
 
+def test_the_lane_is_explained(producer: Any, limited: Any, lane: str) -> None:
+    for pair in ((producer, limited(lane)), (limited(lane), producer)):
+        told = ray.experimental.rdt.explain(pair)
+        ways = {way.name: way.reason for way in told.ways["cpu"]}
+        assert told.used() == lane
+        assert all("forbidden by" in ways[other] for other in LANES if other != lane)
+
+
 def test_large_object_over_one_lane(producer: Any, limited: Any, lane: str) -> None:
     """48 MiB plus some, so that copies are cut into parts and streams are many."""
 

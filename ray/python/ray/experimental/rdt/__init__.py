@@ -6,11 +6,13 @@ See doc/architecture.md of the project for the way of a tensor and the room for 
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.api import (
+    receive_into,
     set_target_device_for_ref,
     set_target_for_ref,
     stats,
     wait_tensor_freed,
 )
+from ray.experimental.rdt.explain_api import explain
 from ray.experimental.rdt.nixl_api import (
     deregister_nixl_memory,
     register_nixl_memory,
@@ -33,6 +35,8 @@ __all__ = [
     "TensorTransportManager",
     "TensorTransportMetadata",
     "deregister_nixl_memory",
+    "explain",
+    "receive_into",
     "register_nixl_memory",
     "register_nixl_memory_pool",
     "register_tensor_transport",

@@ -21,6 +21,7 @@ from ray.experimental.rdt.lanes import (
     check_carries,
     describe_peer,
     fall_back,
+    say_used,
 )
 from ray.experimental.rdt.targets import Target
 from ray.experimental.rdt.transports.base import TransportUnavailable
@@ -113,7 +114,7 @@ class _Share:
         while isinstance(self._under_way, Exchange):
             try:
                 self._under_way.move(self._landing, deadline)
-                self._say_way()
+                say_used(self._links.session, self._head, self.lane, self._device_type)
                 return
             except TransportUnavailable as error:
                 self._under_way.abandon()
@@ -139,10 +140,6 @@ class _Share:
                 self._pass_over(name, error)
         session = self._links.session
         self._under_way = AgentPull(session, self._head.address, self._head.key, self._landing)
-
-    def _say_way(self) -> None:
-        way = f"RDT moves tensors on {self._device_type} of {describe_peer(self._head)}"
-        self._links.session.say_once(f"{way} over {self.lane}", logging.INFO)
 
     def _pass_over(self, name: str, error: TransportUnavailable) -> None:
         if name == STAGED:

@@ -6,6 +6,7 @@ thread that deserializes.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -232,6 +233,7 @@ class TransportPull:
         direct = direct_targets(table, self._targets)
         landing = allocate(self._links.session, table.regions, direct)
         self._exchange.move(landing, deadline)
+        say_used(self._links.session, self._envelope.head, self.lane)
         return landing.deliver(table, self._targets)
 
 
@@ -266,6 +268,7 @@ class UserPull:
         is_direct = self._targets is not None and all(region in direct for region in filled)
         targets = [direct[region] for region in filled] if is_direct else None
         received = transport.pull(self._peer, shipment, targets, self._ask(deadline), deadline)
+        say_used(self._links.session, self._envelope.head, self.lane)
         if not table.rows:
             return received
         if targets is not None:
@@ -385,6 +388,17 @@ def fall_back(session: Session, head: Descriptor, error: TransportUnavailable) -
         f"RDT transport {head.transport!r} cannot serve {describe_peer(head)}: {error}. "
         "The best other lane is used."
     )
+
+
+def say_used(session: Session, head: Descriptor, lane: str, device_type: str = "cpu") -> None:
+    """Says once for a peer that a transport moves what is on a type of device, and why that one.
+
+    The agent says the same of its lanes.
+    """
+    is_named = lane == head.transport
+    why = "the named transport" if is_named else f"the best for {device_type} that serves this pair"
+    what = f"RDT with {describe_peer(head)}, tensors on {device_type}"
+    session.say_once(f"{what}: lane {lane} ({why})", logging.INFO)
 
 
 def describe_peer(head: Descriptor) -> str:

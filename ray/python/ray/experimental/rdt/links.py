@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ray.experimental.rdt.hints import HintedPulls, HintSender
+from ray.experimental.rdt.reasons import Explainer
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.session import Session
 from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
@@ -23,6 +24,7 @@ class Links:
         hinted: Objects that owners hinted to this process.
         produced: The streams that this process makes items for.
         taken: The streams that it takes items from.
+        explainer: Tells users which way their tensors take.
     """
 
     session: Session
@@ -32,3 +34,4 @@ class Links:
     hinted: HintedPulls
     produced: ProducedStreams
     taken: TakenStreams
+    explainer: Explainer

@@ -12,13 +12,15 @@ import pickle
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ray._private import ray_constants
 from ray.exceptions import RayError, RayTaskError
 
-from ray.experimental.rdt import capture, descriptor, session, streams
+from ray.experimental.rdt import arguments, capture, descriptor, session, streams, targets
 from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block
@@ -40,6 +42,7 @@ from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender
 from ray.experimental.rdt.holder import ArgumentHolder
 from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.owners import OwnerWatch, publish_worker
+from ray.experimental.rdt.reasons import Explainer
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
@@ -51,6 +54,13 @@ from ray.experimental.rdt.transports.user import UserTransport, own_actor_handle
 
 if TYPE_CHECKING:
     import torch
+
+#: Of values that are no RDT objects, and no errors.
+_PLAIN_METADATA = (
+    ray_constants.OBJECT_METADATA_TYPE_PYTHON,
+    ray_constants.OBJECT_METADATA_TYPE_RAW,
+    ray_constants.OBJECT_METADATA_TYPE_CROSS_LANGUAGE,
+)
 
 #: Objects of more regions are not hinted: the message would grow past its use.
 _MAX_HINTED_REGIONS = 256
@@ -356,7 +366,11 @@ class RDTManager:
     # Consumer.
 
     def fetch(
-        self, serialized: Sequence[Any], refs: Sequence[Any], timeout_s: float | None = None
+        self,
+        serialized: Sequence[Any],
+        refs: Sequence[Any],
+        timeout_s: float | None = None,
+        into: Mapping[int, Sequence[torch.Tensor]] = MappingProxyType({}),
     ) -> dict[int, Arrival | RayError]:
         """Fetches the tensors of all RDT values in a batch.
 
@@ -366,6 +380,7 @@ class RDTManager:
             serialized: (data, metadata, transport) of each object.
             refs: Their references; None where there is none.
             timeout_s: The user's timeout, if any.
+            into: By position in the batch, tensors to receive into.
 
         Returns:
             By position in the batch: what Ray's deserializer needs for the value, or the error to
@@ -373,22 +388,26 @@ class RDTManager:
 
         Raises:
             GetTimeoutError: the user's timeout passed first.
-            ValueError: a target does not fit its tensor; nothing has moved.
+            ValueError: a target does not fit its tensor, or is for no RDT object; nothing has
+                moved.
         """
         requests: dict[bytes, Request] = {}
         keys: dict[int, bytes] = {}
         results: dict[int, Arrival | RayError] = {}
         for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
+            object_id = "" if ref is None or ref.is_nil() else ref.hex()
             if descriptor.is_rdt(metadata):
-                object_id = "" if ref is None or ref.is_nil() else ref.hex()
                 try:
-                    request = self._request(object_id, metadata, data)
+                    request = self._request(object_id, metadata, data, into.get(index))
                 except ImportError as error:  # torch is not here
                     head = descriptor.decode(metadata)
                     results[index] = as_fetch_error(object_id, head, error)
                     continue
                 keys[index] = request.envelope.head.key
-                requests.setdefault(keys[index], request)
+                if index in into or keys[index] not in requests:
+                    requests[keys[index]] = request
+            elif metadata in _PLAIN_METADATA:
+                self._targets.refuse_plain(object_id)
         arrivals = self._fetcher.fetch(list(requests.values()), timeout_s)
         for request, arrival in zip(requests.values(), arrivals):
             if isinstance(arrival, Arrival):
@@ -407,12 +426,13 @@ class RDTManager:
             As ``fetch``; ``Deferred`` in place of values that have to be pulled.
         """
         if not must_not_block():
-            return dict(self.fetch(serialized, refs))
+            into = arguments.of_running_task(serialized)
+            return dict(self.fetch(serialized, refs, into=into))
         at_once = list(serialized)
         late: dict[int, Deferred] = {}
         for index, (value, ref) in enumerate(zip(serialized, refs)):
             if self._has_to_move(value[1]):
-                late[index] = self._puller.defer(functools.partial(_deserialize, value, ref))
+                late[index] = self._puller.defer(functools.partial(self._deserialize, value, ref))
                 at_once[index] = (None, b"", None)
         return self.fetch(at_once, refs) | late
 
@@ -420,11 +440,29 @@ class RDTManager:
         if not descriptor.is_rdt(metadata):
             return False
         head = descriptor.decode(metadata)
-        return not head.is_eager and self.store.by_key(head.key) is None
+        is_here = head.is_eager or self.store.by_key(head.key) is not None
+        return not is_here or arguments.are_expected()
 
-    def _request(self, object_id: str, metadata: bytes, data: Any) -> Request:
+    def _deserialize(self, value: Any, ref: Any, into: Sequence[torch.Tensor] | None) -> Any:
+        """Runs on: an rdt-pull thread."""
+        import ray
+
+        worker = ray._private.worker.global_worker
+        arrived = self.fetch([value], [ref], into={} if into is None else {0: into})
+        return worker.deserialize_objects([value], [ref], arrived)[0]
+
+    def _request(
+        self, object_id: str, metadata: bytes, data: Any, into: Sequence[torch.Tensor] | None
+    ) -> Request:
         envelope = capture.open_envelope(metadata, data)
+        if into is not None:
+            return Request(object_id, envelope, targets.into(into, envelope.table))
         return Request(object_id, envelope, self._targets.of(object_id, envelope.table))
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a user wants the tensors of some object in a certain place, in this process."""
+        return len(self._targets) > 0
 
     def set_targets(self, object_id: str, tensors: Sequence[torch.Tensor]) -> None:
         """The tensors that ``ray.get`` of this object receives into, in this process."""
@@ -442,6 +480,8 @@ class RDTManager:
         counters = {
             "stored_objects": len(self.store),
             "directory_rows": len(self._directory),
+            "held_arguments": len(self._holder),
+            "exposed": links.server.exposed if links is not None else 0,
             "streams": len(links.produced) + len(links.taken) if links is not None else 0,
         }
         current = session.peek()
@@ -454,6 +494,10 @@ class RDTManager:
     def transport(self, name: str) -> Transport:
         """A transport of this process by its lower-case name. Raises TransportUnavailable."""
         return self._links().transports.get(name)
+
+    def explainer(self) -> Explainer:
+        """Tells which way tensors take from and to this process."""
+        return self._links().explainer
 
     def _session(self) -> session.Session:
         return self._links().session
@@ -474,7 +518,8 @@ class RDTManager:
         produced, taken = ProducedStreams(current), TakenStreams(current)
         server = Server(current, self.store, transports, produced)
         hints, hinted = HintSender(current), HintedPulls(current)
-        links = Links(current, transports, server, hints, hinted, produced, taken)
+        explainer = Explainer(current, transports)
+        links = Links(current, transports, server, hints, hinted, produced, taken, explainer)
         # Bound to this session's server: a release may come while the session ends.
         current.on_released(lambda tokens: self._on_released(links, tokens))
         current.on_tick(links.hinted.drop_stale)
@@ -576,13 +621,6 @@ def _refs_in(refs: Any) -> list[Any]:
         for ref in (refs if isinstance(refs, list) else [refs])
         if isinstance(ref, ray.ObjectRef)
     ]
-
-
-def _deserialize(value: Any, ref: Any) -> Any:
-    """Runs on: an rdt-pull thread."""
-    import ray
-
-    return ray._private.worker.global_worker.deserialize_objects([value], [ref])[0]
 
 
 def _own_actor_id() -> bytes | None:

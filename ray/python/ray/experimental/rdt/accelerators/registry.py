@@ -33,6 +33,11 @@ def usable(device_type: str) -> Accelerator | None:
     return None if accelerator is None or accelerator.unavailable() else accelerator
 
 
+def usable_types() -> list[str]:
+    """The types of devices that this process has. Runs on: any thread."""
+    return sorted(name for name in {*_FACTORIES, *_made} if usable(name) is not None)
+
+
 def register(accelerator: Accelerator) -> None:
     """Makes RDT carry tensors of another kind of device, in this process.
 

@@ -1,0 +1,133 @@
+"""What users call to learn which way their tensors take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ray.util.annotations import PublicAPI
+
+from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+    import ray
+    from ray.experimental.rdt.reasons import Explainer, Explanation, Question
+
+
+@PublicAPI(stability="alpha")
+def explain(
+    what: ray.ObjectRef | tuple[Any, ActorHandle],
+    *,
+    transport: str = "auto",
+    timeout: float = 30.0,
+) -> Explanation:
+    """Tells what would move an object's tensors, and why nothing else would. Moves nothing.
+
+    ``print(explain(ref))`` is about a ``ray.get`` in this process, ``explain((ref, actor))`` about
+    the object as an argument of the actor's method, ``explain((producer, consumer))`` about what
+    one actor's methods return and the other's take. An actor is asked between two of its tasks.
+
+    Runs on: any process, any thread but an event loop's; blocks.
+
+    Args:
+        what: A reference, or a pair of a reference or an actor and the consuming actor.
+        transport: The one that is named, for a pair of actors; a reference's object knows its own.
+        timeout: Seconds for all of it, until the object exists included.
+
+    Returns:
+        By type of device all ways, in the order in which they are tried; ``str`` of it is a table.
+
+    Raises:
+        TypeError: neither a reference nor such a pair.
+        GetTimeoutError: the object does not exist yet, or an actor is busy.
+        RayActorError: an actor is dead.
+    """
+    import ray
+    from ray.experimental.rdt.reasons import plain
+
+    source, consumer = what if isinstance(what, tuple) else (what, None)
+    is_actor = isinstance(source, ray.actor.ActorHandle)
+    if not is_actor and not isinstance(source, ray.ObjectRef):
+        raise TypeError(f"explain takes an ObjectRef or a pair of actors, not {what!r}")
+    is_pair = isinstance(consumer, ray.actor.ActorHandle)
+    if not is_pair and (is_actor or consumer is not None):
+        raise TypeError(f"the second of a pair is the consuming actor, not {consumer!r}")
+    deadline = time.monotonic() + timeout
+    if is_actor:
+        name = normalize_and_validate_tensor_transport(transport).lower()
+        question = _about_actor(source, name, deadline)
+    else:
+        question = _about_object(source, deadline)
+    to = "this process" if consumer is None else str(consumer)
+    if question is None:
+        return plain(f"ObjectRef({source.hex()}) to {to}")
+    question = replace(question, subject=f"{question.subject} to {to}")
+    if consumer is None:
+        return _explainer().judge(question, deadline)
+    return _explainer().ask(_address_of(consumer, deadline), question, deadline)
+
+
+def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Question:
+    from ray.experimental.rdt.reasons import Question
+
+    address = _address_of(producer, deadline)
+    offers = _explainer().offers(address, transport, None, deadline)
+    return Question(f"transport {transport!r} from {producer}", address, transport, offers)
+
+
+def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
+    """None for an object that is none of RDT's."""
+    import ray
+    from ray.experimental.rdt import capture, descriptor
+    from ray.experimental.rdt.reasons import Question
+
+    worker = ray._private.worker.global_worker
+    left_ms = int(1e3 * max(0.0, deadline - time.monotonic()))
+    ((data, metadata, _),) = worker.core_worker.get_objects([ref], left_ms)
+    if not descriptor.is_rdt(metadata):
+        return None
+    envelope = capture.open_envelope(metadata, data)
+    head, table = envelope.head, envelope.table
+    devices = sorted({table.devices.get(region, "cpu") for region in range(len(table.regions))})
+    return Question(
+        f"RDT object {ref.hex()} of {head.nbytes} bytes, transport {head.transport!r}",
+        head.address,
+        head.transport,
+        _explainer().offers_or_why_not(
+            head.address, head.transport, devices or ["cpu"], deadline
+        ),
+        head.nbytes,
+        head.is_eager,
+        head.is_users and not len(table),
+    )
+
+
+def _address_of(actor: ActorHandle, deadline: float) -> bytes:
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    if ray.get_runtime_context().get_actor_id() == actor._ray_actor_id.hex():
+        return _own_address()
+    left = max(0.0, deadline - time.monotonic())
+    try:
+        address: bytes = ray.get(actor.__ray_call__.remote(_own_address), timeout=left)
+    except GetTimeoutError as error:
+        raise GetTimeoutError(
+            f"{actor} did not answer in time: it is asked between two of its tasks"
+        ) from error
+    return address
+
+
+def _own_address(instance: Any = None) -> bytes:
+    """Runs on: the process that is asked about, as a task of the actor."""
+    return _explainer().address
+
+
+def _explainer() -> Explainer:
+    import ray
+
+    explainer: Explainer = ray._private.worker.global_worker.rdt_manager.explainer()
+    return explainer
