@@ -238,6 +238,29 @@ def test_a_borrowers_targets_are_not_kept_for_ever(producer: Any, consumer: Any)
     assert ray.get(consumer.run.remote(is_gone))
 
 
+@pytest.mark.parametrize("value", [7, b"raw", "text", {"a": [1]}], ids=repr)
+def test_targets_for_an_object_without_tensors(producer: Any, value: Any) -> None:
+    for ref in (ray.put(value), producer.make.remote(lambda _, v: v, value)):
+        set_target_for_ref(ref, [torch.zeros(3)])
+        with pytest.raises(ValueError, match="not an RDT object"):
+            ray.get(ref)
+        assert ray.get([ref]) == [value]
+
+
+def test_targets_for_a_plain_object_of_tensors() -> None:
+    ref = ray.put(torch.ones(LARGE))
+    set_target_for_ref(ref, [torch.zeros(LARGE)])
+    with pytest.raises(ValueError, match="not an RDT object"):
+        ray.get(ref)
+
+
+def test_a_failed_tasks_error_comes_before_its_targets(producer: Any) -> None:
+    ref = producer.make.remote(lambda _: 1 / 0)
+    set_target_for_ref(ref, [torch.zeros(3)])
+    with pytest.raises(ZeroDivisionError):
+        ray.get(ref)
+
+
 def test_device_cpu(producer: Any, transport: str) -> None:
     ref = producer.make.options(tensor_transport=transport).remote(two_tensors, LARGE)
     set_target_device_for_ref(ref, "cpu")

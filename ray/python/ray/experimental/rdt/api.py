@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.util.annotations import PublicAPI
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
     import ray
     from ray.experimental.rdt.manager import RDTManager
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _manager() -> RDTManager:
@@ -53,9 +56,54 @@ def set_target_for_ref(ref: ray.ObjectRef, target: list[Any]) -> None:
         target: As many tensors as the object has, of the same shapes and dtypes.
 
     Raises:
-        ValueError: by ``ray.get``, where a target does not fit; the reference stays usable.
+        ValueError: by ``ray.get``, where a target does not fit or the object turns out to be none
+            of RDT's; the reference stays usable.
     """
     _manager().set_targets(ref.hex(), target)
+
+
+@PublicAPI(stability="alpha")
+def receive_into(**tensors_of: Callable[..., Any]) -> Callable[[_Function], _Function]:
+    """Lets arguments of an actor's method or a task be received into given tensors.
+
+    Where an RDT object is passed for such a parameter, its tensors go straight into the given ones,
+    and these are in the value that the function gets, as with ``set_target_for_ref``. A value that
+    is no RDT object arrives as it would without.
+
+    Args:
+        **tensors_of: By name of a parameter, a function that gives the tensors, in the order in
+            which those of the object were pickled; None lets this call's be new ones. It is called
+            right before each fetch, in the consumer: for a method with the actor, for a task
+            without arguments.
+
+    Raises:
+        ValueError: no such parameter; from the call, where a tensor does not fit its target.
+        TypeError: what is decorated is no function.
+
+    Example:
+        .. code-block:: python
+
+            @ray.remote
+            class Generator:
+                def __init__(self):
+                    self.model = make_model()
+
+                @ray.experimental.rdt.receive_into(
+                    weights=lambda self: self.model.state_dict().values()
+                )
+                def update(self, weights):
+                    assert weights["bias"].data_ptr() == self.model.bias.data_ptr()
+
+            generator.update.remote(trainer.state_dict.remote())
+    """
+
+    def declare(function: _Function) -> _Function:
+        from ray.experimental.rdt import arguments
+
+        arguments.declare(function, tensors_of)
+        return function
+
+    return declare
 
 
 @PublicAPI(stability="alpha")
@@ -76,6 +124,11 @@ def stats() -> dict[str, int]:
     """Counters of this process's part in RDT.
 
     Returns:
-        ``stored_objects``, ``directory_rows`` and the agent's own: regions, connections, pool.
+        ``stored_objects`` (its tensors that wait for consumers), ``directory_rows`` (objects that it
+        owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have not
+        got their arguments yet), ``exposed`` (objects described to one-sided transports),
+        ``streams`` (generators under way), and the agent's own: ``regions``, ``pinned`` (those
+        being read), ``pulls_live``, ``calls_live``, ``connections``, ``pool_used`` and ``pool_free``
+        in bytes, and for each lane what came over it.
     """
     return _manager().stats()

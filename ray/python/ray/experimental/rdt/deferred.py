@@ -13,13 +13,18 @@ import asyncio
 import inspect
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RaySystemError, RayTaskError
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Sequence["torch.Tensor"]
 
 #: Pulls at the same time in one process. More of them wait for their turn.
 _PULL_THREADS = 32
@@ -33,19 +38,24 @@ class Deferred:
     A ``RayError`` stands for itself, as in Ray's deserializer.
 
     Args:
-        start: Lets a thread bring the value.
+        start: Lets a thread bring the value, into the given tensors if there are any.
     """
 
-    def __init__(self, start: Callable[[], Future[Any]]):
+    def __init__(self, start: Callable[[Tensors | None], Future[Any]]):
         self._start = start
         self._lock = threading.Lock()
         self._future: Future[Any] | None = None
+        self._into: Tensors | None = None
+
+    def into(self, tensors: Tensors | None) -> None:
+        """Says where the value's tensors go; comes before ``start``."""
+        self._into = tensors
 
     def start(self) -> Future[Any]:
         """Begins the pull unless it has begun. Returns at once."""
         with self._lock:
             if self._future is None:
-                self._future = self._start()
+                self._future = self._start(self._into)
             return self._future
 
     def result(self) -> Any:
@@ -69,9 +79,9 @@ class Puller:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="rdt-pull")
 
-    def defer(self, deserialize: Callable[[], Any]) -> Deferred:
-        """A value that one of the threads will deserialize."""
-        return Deferred(lambda: self._threads.submit(_value_of, deserialize))
+    def defer(self, deserialize: Callable[[Tensors | None], Any]) -> Deferred:
+        """A value that one of the threads will deserialize, into the given tensors if any."""
+        return Deferred(lambda into: self._threads.submit(_value_of, deserialize, into))
 
     def close(self) -> None:
         """Ends the threads once their pulls have ended. Runs on: whoever shuts Ray down."""
@@ -85,12 +95,12 @@ def _outcome(future: Future[Any]) -> Any:
         return RaySystemError("Ray was shut down while an RDT object was on its way")
 
 
-def _value_of(deserialize: Callable[[], Any]) -> Any:
+def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None) -> Any:
     """Runs on: an rdt-pull thread. What it raises is the value, so that nobody waits for ever."""
     with _turn:
         _thread.has_turn = True
         try:
-            return deserialize()
+            return deserialize(into)
         except Exception as error:
             return RayTaskError("ray.get", traceback.format_exc(), error)
         finally:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from ray.experimental.rdt import deferred
+from ray.experimental.rdt import arguments, deferred
 
 #: The keyword under which a call of a generator carries its ``StreamSpec``.
 STREAM_KEYWORD = "_ray_rdt_stream"
@@ -18,11 +18,14 @@ def with_rdt(execute: Callable[..., Any]) -> Callable[..., Any]:
     Runs on: consumer or producer, the thread or event loop of the task.
     """
     method = execute.method  # type: ignore[attr-defined]
+    if arguments.is_declared(method):
+        arguments.expect_methods()
 
     @functools.wraps(execute)
     def call(actor: Any, *args: Any, **kwargs: Any) -> Any:
         if deferred.are_here(args) and deferred.are_here(kwargs.values()):
             return run(actor, *args, **kwargs)
+        arguments.direct(method, (actor, *args), kwargs)
         return deferred.call_when_here(method, run, (actor, *args), kwargs)
 
     def run(actor: Any, *args: Any, **kwargs: Any) -> Any:

@@ -48,6 +48,17 @@ class Targets:
     def __len__(self) -> int:
         return len(self._wishes)
 
+    def refuse_plain(self, object_id: str) -> None:
+        """Raises ValueError if the user wants the tensors of this object, which has none."""
+        wish = self._wishes.get(object_id)
+        target = wish() if wish is not None else None
+        if target is not None and target.tensors:
+            self.forget(object_id)
+            raise ValueError(
+                f"set_target_for_ref was called for ObjectRef({object_id}), which is not an RDT "
+                "object: its value has no tensors that RDT carries"
+            )
+
     def set_tensors(self, object_id: str, tensors: Sequence[torch.Tensor]) -> None:
         """Replaces an earlier wish. Raises ValueError for what cannot receive a tensor."""
         _check_kinds(tensors)
@@ -118,6 +129,13 @@ def _hold_weakly(tensors: Sequence[torch.Tensor]) -> _Wish:
         return Target(tensors=alive) if len(alive) == len(held) else None
 
     return wish
+
+
+def into(tensors: Sequence[torch.Tensor], table: Table) -> Target:
+    """A target that is meant once. Raises ValueError where it does not fit the object."""
+    _check_kinds(tensors)
+    check_targets(table, tensors)
+    return Target(tensors=tensors)
 
 
 def _check_kinds(tensors: Sequence[Any]) -> None:
