@@ -47,6 +47,7 @@ from ray.experimental.rdt import descriptor as descriptor_module
 from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Pickler, Table, finish, restore
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.arrays import ArrayPickler, are_arrays_wanted
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.transports.base import Parcel, Shipment
 
@@ -164,7 +165,8 @@ def take(context: Any, value: Any, wanted: Wanted | None = None) -> tuple[Skelet
     """
     buffers: list[Any] = []
     stream = _Stream()
-    pickler = Pickler(stream, buffers.append, wanted)
+    kind = ArrayPickler if wanted is None and are_arrays_wanted() else Pickler
+    pickler = kind(stream, buffers.append, wanted)
     refs = _dump(context, pickler, [value])
     skeleton = Skeleton(stream.join(), buffers, refs)
     return skeleton, arrange(pickler.tensors, pickler.is_parameter, wanted)

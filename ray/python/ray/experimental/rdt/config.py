@@ -24,6 +24,7 @@ class Settings:
     """All settings of one process. The field's comment names the variable it comes from."""
 
     eager_bytes: int  # RAY_RDT_EAGER_BYTES: CPU objects up to this size also ride in the value
+    array_bytes: int  # RAY_RDT_ARRAY_BYTES: other arrays from this size on go as tensors do; 0: none
     lanes: frozenset[str]  # RAY_RDT_LANES: lanes this process may use, comma separated
     strict_transport: bool  # RAY_RDT_STRICT_TRANSPORT: no other lane than the named transport
     copy_threads: int  # RAY_RDT_COPY_THREADS
@@ -46,6 +47,7 @@ def settings() -> Settings:
     """
     return Settings(
         eager_bytes=_read("RAY_RDT_EAGER_BYTES", 64 * 1024, _count(0)),
+        array_bytes=_read("RAY_RDT_ARRAY_BYTES", 0, _count(0)),
         lanes=_read("RAY_RDT_LANES", frozenset(LANES), _lanes),
         strict_transport=_read("RAY_RDT_STRICT_TRANSPORT", False, _flag),
         copy_threads=_read("RAY_RDT_COPY_THREADS", _default_copy_threads(), _count(1)),
