@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 import ray
+from tests.integration import fake_transport
+
+#: The fakes, which every process that holds a peer knows.
+FAKES = (fake_transport.FakeOneSided, fake_transport.FakeTwoSided)
 
 #: Small enough to ride along in the value, and too large for that (1 MiB).
 SMALL, LARGE = 16, 1 << 18

@@ -245,7 +245,11 @@ def test_two_returns_of_a_method(name: str, shapes: Any, consumer: Any) -> None:
 
 def test_items_of_a_method(name: str, shapes: Any, consumer: Any) -> None:
     generator = through(shapes, "items", name, num_returns="streaming").remote(3)
-    assert [ray.get(consumer.run.remote(total, item)) for item in generator] == [0, COUNT, 2 * COUNT]
+    assert [ray.get(consumer.run.remote(total, item)) for item in generator] == [
+        0,
+        COUNT,
+        2 * COUNT,
+    ]
 
 
 def test_a_coroutines_result(name: str, coroutines: Any, consumer: Any) -> None:
@@ -276,7 +280,11 @@ def test_results_of_a_task(name: str, consumer: Any) -> None:
 
 def test_items_of_a_task(name: str, consumer: Any) -> None:
     generator = items_in_task.options(tensor_transport=name).remote(3)
-    assert [ray.get(consumer.run.remote(total, item)) for item in generator] == [0, COUNT, 2 * COUNT]
+    assert [ray.get(consumer.run.remote(total, item)) for item in generator] == [
+        0,
+        COUNT,
+        2 * COUNT,
+    ]
 
 
 def test_puts_everywhere(name: str, producer: Any, consumer: Any) -> None:

@@ -18,15 +18,17 @@ from tests.support import wait_until
 
 pytestmark = pytest.mark.usefixtures("users_transports")
 
-#: Ours that run without a GPU; a user's in five lines; users' whose receive or send comes late.
+#: Ours that run without a GPU; a user's in five lines; users' and fakes of RDT's own kind, all of
+#: whose steps come late.
 TRANSPORTS = ["auto", "gloo", pytest.param("nixl", marks=needs_nixl()), "files"]
-LATE = ["shm", "pipe"]
+LATE = ["shm", "pipe", "fake_reads", "fake_sends"]
+STEPS = ("receive", "send", "expose", "read")
 
 
 @pytest.fixture(params=[*TRANSPORTS, *LATE])
 def name(request: pytest.FixtureRequest, producer: Any, consumer: Any, third: Any) -> Any:
     name = str(request.param)
-    steps = {"receive": "late", "send": "late"} if name in LATE else {}
+    steps = dict.fromkeys(STEPS, "late") if name in LATE else {}
     everyone = [each.run.remote(play, steps) for each in (producer, consumer, third)]
     ray.get(everyone)
     play(None, steps)

@@ -49,6 +49,7 @@ def test_all_walk_throughs_are_here() -> None:
         "nccl_pass",
         "cuda_ipc_pass",
         "auto_pass",
+        "own_transport",
     }
 
 

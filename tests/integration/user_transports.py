@@ -48,7 +48,7 @@ class ShmMetadata(TensorTransportMetadata):
 
 
 class ShmTransport(TensorTransportManager):
-    """One-sided, with no method that it could do without: through a shared memory segment."""
+    """One-sided: through a shared memory segment."""
 
     def __init__(self) -> None:
         self._held: dict[str, SharedMemory] = {}
@@ -59,6 +59,9 @@ class ShmTransport(TensorTransportManager):
     @staticmethod
     def is_one_sided() -> bool:
         return True
+
+    def actor_has_tensor_transport(self, actor: Any) -> bool:
+        return SCRIPT.get("has") != "no"
 
     def extract_tensor_transport_metadata(
         self, obj_id: str, rdt_object: list[Any]

@@ -104,12 +104,14 @@ def of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
     worker = ray._private.worker.global_worker
     function, owner = _running(worker)
     declared: Declaration = getattr(function, _ATTRIBUTE, {})
-    by_position = {position: give for position, give in declared.values()}
+    givers: dict[int | str, Callable[..., Any]] = {}
+    for name, (position, give_it) in declared.items():
+        givers[name] = give_it
+        if position is not None:
+            givers[position - len(owner)] = give_it
     into = {}
     for index, label in _labels(worker, serialized) if declared else ():
-        _, give = declared.get(label, (None, None))
-        if isinstance(label, int):
-            give = by_position.get(label + len(owner))
+        give = givers.get(label)
         tensors = None if give is None else _tensors(give, owner)
         if tensors is not None:
             into[index] = tensors

@@ -112,7 +112,7 @@ def _tensor_over(memory: memoryview) -> torch.Tensor:
 
 def _buffer_over(tensor: torch.Tensor, is_readonly: bool) -> memoryview:
     """Runs on: consumer, the thread that deserializes. Memory that the consumer got is its own."""
-    memory = memoryview(tensor.numpy())
+    memory = memoryview(tensor.numpy())  # type: ignore[arg-type]
     return memory.toreadonly() if is_readonly else memory
 
 
@@ -123,7 +123,7 @@ def _reduce_by_dlpack(value: Any, least_bytes: int) -> tuple[Any, ...] | None:
     import torch
 
     try:
-        return _from_dlpack, (namespace().__name__, torch.from_dlpack(value))
+        return _from_dlpack, (namespace().__name__, torch.utils.dlpack.from_dlpack(value))
     except (BufferError, RuntimeError, TypeError, ValueError):
         return None  # a dtype, device or layout that DLPack or torch does not know
 

@@ -56,6 +56,7 @@ def explain(
     if not is_pair and (is_actor or consumer is not None):
         raise TypeError(f"the second of a pair is the consuming actor, not {consumer!r}")
     deadline = time.monotonic() + timeout
+    question: Question | None
     if is_actor:
         name = normalize_and_validate_tensor_transport(transport).lower()
         question = _about_actor(source, name, deadline)
@@ -64,10 +65,10 @@ def explain(
     to = "this process" if consumer is None else str(consumer)
     if question is None:
         return plain(f"ObjectRef({source.hex()}) to {to}")
-    question = replace(question, subject=f"{question.subject} to {to}")
+    asked = replace(question, subject=f"{question.subject} to {to}")
     if consumer is None:
-        return _explainer().judge(question, deadline)
-    return _explainer().ask(_address_of(consumer, deadline), question, deadline)
+        return _explainer().judge(asked, deadline)
+    return _explainer().ask(_address_of(consumer, deadline), asked, deadline)
 
 
 def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Question:
@@ -96,9 +97,7 @@ def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
         f"RDT object {ref.hex()} of {head.nbytes} bytes, transport {head.transport!r}",
         head.address,
         head.transport,
-        _explainer().offers_or_why_not(
-            head.address, head.transport, devices or ["cpu"], deadline
-        ),
+        _explainer().offers_or_why_not(head.address, head.transport, devices or ["cpu"], deadline),
         head.nbytes,
         head.is_eager,
         head.is_users and not len(table),
@@ -106,8 +105,9 @@ def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
 
 
 def _address_of(actor: ActorHandle, deadline: float) -> bytes:
-    import ray
     from ray.exceptions import GetTimeoutError
+
+    import ray
 
     if ray.get_runtime_context().get_actor_id() == actor._ray_actor_id.hex():
         return _own_address()

@@ -147,7 +147,7 @@ class Explainer:
 
         tried = {each: ways(transport, each) for each in devices}
         if not any(tried.values()):
-            return dict.fromkeys(devices, {})  # the agent's lanes only: nothing to ask for
+            return {each: {} for each in devices}  # the agent's lanes only: nothing to ask for
         try:
             return self.offers(address, transport, devices, deadline)
         except (AgentError, TimeoutError) as error:

@@ -66,6 +66,11 @@ class Server:
         session.on_peer_lost(self._on_peer_lost)
         session.on_close(lambda: self._senders.shutdown(wait=False, cancel_futures=True))
 
+    @property
+    def exposed(self) -> int:
+        """How many objects are described to readers of one-sided transports."""
+        return len(self._exposed)
+
     def withdraw(self, stored: StoredObject) -> None:
         """Ends all that was made for an object that is not stored any more.
 

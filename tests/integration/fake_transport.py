@@ -1,0 +1,146 @@
+"""Two transports of RDT's own kind (``transports/base.py``) whose steps a test can script.
+
+``user_transports.SCRIPT`` says what goes wrong in a process: "send", "receive", "expose" and "read"
+are "late", "raise", "unavailable" or "stale". A process that imports this knows both by name.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
+from ray.experimental.rdt.transports import registered, registry
+from ray.experimental.rdt.transports.base import (
+    Capabilities,
+    Peer,
+    Route,
+    TransportUnavailable,
+)
+from tests.integration import user_transports
+
+Buffers = Sequence[torch.Tensor]
+
+
+class StaleError(TransportUnavailable):
+    is_stale = True
+
+
+def play(step: str) -> None:
+    what = user_transports.SCRIPT.get(step)
+    if what == "unavailable":
+        raise TransportUnavailable(f"scripted to be unavailable in {step}")
+    if what == "stale":
+        del user_transports.SCRIPT[step]
+        raise StaleError(f"scripted to be stale in {step}")
+    user_transports.play(step)
+
+
+class FakeOneSided:
+    """Through a file that the producer writes once. See ``base.OneSided``."""
+
+    capabilities = Capabilities("fake_reads", frozenset({"cpu"}), two_sided=False, same_host=True)
+
+    def __init__(self, session: Any):
+        self._paths: set[str] = set()
+
+    def expose(self, buffers: Buffers) -> Route:
+        play("expose")
+        handle, path = tempfile.mkstemp(dir="/dev/shm", prefix="rdt-")
+        self._paths.add(path)
+        with open(handle, "wb") as file:
+            for buffer in buffers:
+                file.write(memoryview(buffer.numpy()))
+        return {"path": path}
+
+    def read(self, peer: Peer, exposed: Route, buffers: Buffers, deadline: float) -> None:
+        play("read")
+        with open(exposed["path"], "rb", buffering=0) as file:
+            for buffer in buffers:
+                if file.readinto(memoryview(buffer.numpy())) != buffer.numel():
+                    raise OSError(f"{exposed['path']} is too short")
+
+    def withdraw(self, exposed: Route) -> None:
+        self._paths.discard(exposed["path"])
+        os.unlink(exposed["path"])
+
+    def close(self) -> None:
+        while self._paths:
+            os.unlink(self._paths.pop())
+
+
+class FakeTwoSided:
+    """Through a named pipe for each transfer. See ``base.TwoSided``."""
+
+    capabilities = Capabilities("fake_sends", frozenset({"cpu"}), two_sided=True, same_host=True)
+
+    def __init__(self, session: Any): ...
+
+    def route(self, peer: Peer, deadline: float) -> Route:
+        path = os.path.join(tempfile.mkdtemp(prefix="rdt-"), "pipe")
+        os.mkfifo(path)
+        return {"path": path}
+
+    def send(self, route: Route, buffers: Buffers, deadline: float) -> None:
+        # Open first, so that the receiver sees the end of what failed.
+        with open(route["path"], "wb", buffering=0) as pipe:
+            play("send")
+            for buffer in buffers:
+                view = memoryview(buffer.numpy())
+                while view:
+                    view = view[pipe.write(view) :]
+
+    def receive(self, route: Route, buffers: Buffers, deadline: float) -> None:
+        path = route["path"]
+        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            play("receive")
+            for buffer in buffers:
+                view = memoryview(buffer.numpy())
+                while view:
+                    view = view[_read(pipe, view, deadline) :]
+        finally:
+            # In this order: a sender that has not opened it yet finds nothing to wait for.
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
+            os.close(pipe)
+
+    def reset(self, peer_id: bytes) -> None:
+        """A transfer ends with its pipe."""
+
+    def close(self) -> None:
+        """Nothing outlives a transfer."""
+
+
+def _read(pipe: int, view: memoryview, deadline: float) -> int:
+    """Reads some bytes, once there is a writer."""
+    waiting = select.poll()
+    waiting.register(pipe, select.POLLIN)
+    while True:
+        left = deadline - time.monotonic()
+        if left <= 0 or not waiting.poll(left * 1000):
+            raise TimeoutError("nothing was sent")
+        with suppress(BlockingIOError):
+            count = os.readv(pipe, [view])
+            if not count:
+                raise OSError("the sender ended early")
+            return count
+
+
+def _register() -> None:
+    for factory in (FakeOneSided, FakeTwoSided):
+        name = factory.capabilities.name
+        registry._FACTORIES[name] = (__name__, factory.__name__)
+        registered._registered[name.upper()] = registered.RegisteredTransport(
+            name.upper(), ("cpu",), TensorTransportManager, torch.Tensor
+        )
+
+
+_register()
