@@ -124,11 +124,11 @@ def stats() -> dict[str, int]:
     """Counters of this process's part in RDT.
 
     Returns:
-        ``stored_objects`` (its tensors that wait for consumers), ``directory_rows`` (objects that it
-        owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have not
-        got their arguments yet), ``exposed`` (objects described to one-sided transports),
+        ``stored_objects`` (its tensors that wait for consumers), ``directory_rows`` (objects that
+        it owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have
+        not got their arguments yet), ``exposed`` (objects described to one-sided transports),
         ``streams`` (generators under way), and the agent's own: ``regions``, ``pinned`` (those
-        being read), ``pulls_live``, ``calls_live``, ``connections``, ``pool_used`` and ``pool_free``
-        in bytes, and for each lane what came over it.
+        being read), ``pulls_live``, ``calls_live``, ``connections``, ``pool_used`` and
+        ``pool_free`` in bytes, and for each lane what came over it.
     """
     return _manager().stats()

@@ -1,9 +1,10 @@
 """Arrays that are no torch tensors, and other objects with large buffers, as tensors.
 
-``RAY_RDT_ARRAY_BYTES`` asks for it. What exports its memory by the buffer protocol and pickles it out
-of band (numpy arrays, what holds them as pandas does, Arrow buffers) is pickled as it always is, with
-tensors over the same memory in place of its buffers. What speaks DLPack and the array API (jax, cupy)
-becomes a tensor and, at the consumer, an array of its own kind again. Nothing is copied.
+``RAY_RDT_ARRAY_BYTES`` asks for it. What exports its memory by the buffer protocol and pickles it
+out of band (numpy arrays, what holds them as pandas does, Arrow buffers) is pickled as it always
+is, with tensors over the same memory in place of its buffers. What speaks DLPack and the array API
+(jax, cupy) becomes a tensor and, at the consumer, an array of its own kind again. Nothing is
+copied.
 """
 
 from __future__ import annotations
