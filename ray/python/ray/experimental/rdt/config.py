@@ -24,9 +24,7 @@ class Settings:
     """All settings of one process. The field's comment names the variable it comes from."""
 
     eager_bytes: int  # RAY_RDT_EAGER_BYTES: CPU objects up to this size also ride in the value
-    array_bytes: (
-        int  # RAY_RDT_ARRAY_BYTES: other arrays from this size on go as tensors do; 0: none
-    )
+    array_bytes: int  # RAY_RDT_ARRAY_BYTES: other arrays from this size on go as tensors do
     lanes: frozenset[str]  # RAY_RDT_LANES: lanes this process may use, comma separated
     strict_transport: bool  # RAY_RDT_STRICT_TRANSPORT: no other lane than the named transport
     copy_threads: int  # RAY_RDT_COPY_THREADS
