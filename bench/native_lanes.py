@@ -2,7 +2,7 @@
 
 `python -m bench.native_lanes [LANE ...]` prints, for each lane, the rate of large
 pulls into recycled memory, of one object in many pieces, the time of small
-pulls, and the memory that producer and consumer add. Rates are also given as a
+pulls, what checksums cost, and the memory that producer and consumer add. Rates are also given as a
 share of what one thread's memcpy of warm memory did right before.
 """
 
@@ -27,6 +27,7 @@ PIECE, PIECES = 20_000, 10_000
 SMALL = (4 << 10, 64 << 10)
 KEYS = {"large": b"L" * 16, "pieces": b"P" * 16, "one": b"O" * 16}
 TIMEOUT_S = 60
+VERIFIED_PULLS = 30
 
 
 def make_agent(lanes: frozenset[str]) -> _agent.Agent:
@@ -89,18 +90,39 @@ def resident_bytes() -> int:
 
 
 def pull_times(
-    agent: _agent.Agent, address: bytes, key: bytes, nbytes: int, count: int
+    agent: _agent.Agent,
+    address: bytes,
+    key: bytes,
+    nbytes: int,
+    count: int,
+    is_verified: bool = False,
 ) -> list[float]:
-    """Seconds of each pull into a block from the pool."""
+    """Seconds of each pull into a block from the pool, as RAY_RDT_CHECKSUM has it or not."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
+        asked = agent.ask_checksum(address, key) if is_verified else None
         block = agent.allocate(nbytes)
-        pull = agent.pull(address, key, array("Q", [block.address]), array("Q", [nbytes]))
+        where = array("Q", [block.address]), array("Q", [nbytes])
+        pull = agent.pull(address, key, *where, is_verified)
         pull.wait(TIMEOUT_S)
+        if asked is not None:
+            assert int.from_bytes(asked.wait(TIMEOUT_S), "little") == pull.checksum
         times.append(time.perf_counter() - start)
         del block
     return times
+
+
+def report_checksums(agent: _agent.Agent, address: bytes) -> None:
+    """What verifying costs of the rate of large pulls; both kinds of pull in turns."""
+    plain: list[float] = []
+    verified: list[float] = []
+    for _ in range(VERIFIED_PULLS):
+        plain += pull_times(agent, address, KEYS["large"], LARGE, 1)
+        verified += pull_times(agent, address, KEYS["large"], LARGE, 1, True)
+    rates = [LARGE / statistics.median(times[2:]) / 1e9 for times in (plain, verified)]
+    cost = 1 - rates[1] / rates[0]
+    print(f"  checksums {rates[0]:5.2f} GB/s without, {rates[1]:5.2f} with: {cost:.0%} less")
 
 
 def memcpy_rate(agent: _agent.Agent) -> float:
@@ -130,6 +152,7 @@ def report(lane: str, agent: _agent.Agent, address: bytes) -> None:
         times = pull_times(agent, address, small_key(nbytes), nbytes, 2000)
         middle, best = statistics.median(times) * 1e6, min(times) * 1e6
         print(f"  small  {nbytes / 1024:5.0f} KiB median {middle:5.0f} us, best {best:5.0f} us")
+    report_checksums(agent, address)
 
 
 def consumer_growth(agent: _agent.Agent, address: bytes) -> float:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ci.build import checks, source_tree, venvs
+from ci.build import checks, fuzz, source_tree, venvs
 from ci.build.steps import BUILD, ROOT, BuildError, one_at_a_time, run, say
 from ci.build.wheel import DIST, build_wheel, check_wheel
 
@@ -18,7 +18,8 @@ Usage: ./build.sh [COMMAND]
   venv                  .venv/ with the wheel, torch and all that tests and examples need
   demo [ARGS]           weights from a trainer to two inference actors, as a table and a plot
   test [PYTEST ARGS]    pytest on the installed wheel; without ARGS, first the native tests,
-                        plain and under sanitizers
+                        plain and under sanitizers, and a short run of the fuzzers
+  fuzz [SECONDS]        looks for bytes that break the agent, so long for each target
   check                 linters, types, and the rules for patches, overlay and layers
   format                lays out Python and C++ as check wants it
   bench [ARGS]          measures the wheel against stock Ray, each in its own venv
@@ -59,8 +60,17 @@ def test(arguments: list[str], _: Path) -> None:
     python = installed()
     if not arguments:
         checks.native_tests()
+        fuzz.fuzz_all(python, fuzz.SHORT_S)
     done = subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, check=False)
     raise SystemExit(done.returncode)
+
+
+def fuzz_for(arguments: list[str], _: Path) -> None:
+    parser = argparse.ArgumentParser(prog="./build.sh fuzz")
+    parser.add_argument("seconds", type=int, nargs="?", default=60, help="for each target")
+    python = installed()
+    fuzz.install_atheris(python)
+    fuzz.fuzz_all(python, parser.parse_args(arguments).seconds)
 
 
 def check(_: list[str], __: Path) -> None:
@@ -105,6 +115,7 @@ COMMANDS: dict[str, Callable[[list[str], Path], None]] = {
     "venv": venv,
     "demo": demo,
     "test": test,
+    "fuzz": fuzz_for,
     "check": check,
     "format": lay_out,
     "bench": bench,

@@ -12,7 +12,7 @@ from ci.checks import layers
 
 PYTHON_DIRS = ["bench", "ci", "examples", "ray/python", "tests"]
 TYPED = ["ray/python/ray/experimental/rdt", "ray/python/ray/experimental/collective", "ci"]
-NATIVE_DIRS = [ROOT / "ray" / "src", ROOT / "tests" / "native"]
+NATIVE_DIRS = [ROOT / "ray" / "src", ROOT / "tests" / "native", ROOT / "tests" / "fuzz"]
 PROSE = ["*.md", "build.sh", "doc", "patches", *PYTHON_DIRS]
 CPPCHECK = [
     "--language=c++",

@@ -28,12 +28,6 @@ SOURCE = ROOT / "ray" / "src"
 CACHE = ROOT / "build" / "native"
 JOBS = 2
 
-# libsodium comes from the source package of PyNaCl, because package indexes
-# have no package of its own that holds its sources.
-SODIUM_PACKAGE = "PyNaCl==1.5.0"
-SODIUM_ARCHIVE = "PyNaCl-1.5.0.tar.gz"
-SODIUM_SHA256 = "8ac7448f09ab85811607bdd21ec2464495ac8b7c66d146bf545b0f08fb9220ba"
-SODIUM_PREFIX = "PyNaCl-1.5.0/src/libsodium/"
 SODIUM_FILES = (
     "crypto_auth/hmacsha256/auth_hmacsha256.c",
     "crypto_hash/sha256/cp/hash_sha256_cp.c",
@@ -57,12 +51,63 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers")
 
 
 @dataclass(frozen=True)
+class Library:
+    """Sources that come out of the source package of a Python binding.
+
+    Package indexes have no packages of their own for such libraries.
+    """
+
+    package: str
+    archive: str
+    sha256: str
+    prefix: str  # of the folder that is unpacked
+    sources: str  # the folder in it that is used
+
+    def fetch(self) -> Path:
+        """The folder of the sources; downloaded once and verified."""
+        folder = CACHE / self.package.partition("==")[0].lower()
+        sources = folder / self.prefix / self.sources
+        if sources.is_dir():
+            return sources
+        folder.mkdir(parents=True, exist_ok=True)
+        archive = folder / self.archive
+        if not archive.exists():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            _run([*pip, "--no-binary=:all:", "--dest", str(folder), self.package])
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != self.sha256:
+            archive.unlink()
+            raise SystemExit(f"{self.archive}: sha256 is {found}, not {self.sha256}")
+        with tarfile.open(archive) as package:
+            wanted = [m for m in package.getmembers() if m.name.startswith(self.prefix + "/")]
+            package.extractall(folder, members=wanted)
+        return sources
+
+
+SODIUM = Library(
+    package="PyNaCl==1.5.0",
+    archive="PyNaCl-1.5.0.tar.gz",
+    sha256="8ac7448f09ab85811607bdd21ec2464495ac8b7c66d146bf545b0f08fb9220ba",
+    prefix="PyNaCl-1.5.0/src/libsodium/src",
+    sources="libsodium",
+)
+XXHASH = Library(
+    package="xxhash==3.5.0",
+    archive="xxhash-3.5.0.tar.gz",
+    sha256="84f2caddf951c9cbf8dc2e22a89d4ccf5d86391ac6418fe81e3c67d0cf60b45f",
+    prefix="xxhash-3.5.0/deps",
+    sources="xxhash",
+)
+
+
+@dataclass(frozen=True)
 class Flavour:
     """One way to compile everything; objects of two flavours never mix."""
 
     name: str
     common: tuple[str, ...]
     link: tuple[str, ...] = field(default=())
+    compilers: tuple[str, str] = ("gcc", "g++")
 
     @property
     def folder(self) -> Path:
@@ -79,27 +124,6 @@ def flavour(sanitize: str | None) -> Flavour:
         "-Wno-stringop-overflow",
     )
     return Flavour(sanitize, (option, *checks), (option,))
-
-
-def fetch_sodium() -> Path:
-    """The folder of libsodium's sources; downloaded once and verified."""
-    folder = CACHE / "sodium"
-    sources = folder / SODIUM_PREFIX / "src" / "libsodium"
-    if sources.is_dir():
-        return sources
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / SODIUM_ARCHIVE
-    if not archive.exists():
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        _run([*pip, "--no-binary=:all:", "--dest", str(folder), SODIUM_PACKAGE])
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != SODIUM_SHA256:
-        archive.unlink()
-        raise SystemExit(f"{SODIUM_ARCHIVE}: sha256 is {found}, not {SODIUM_SHA256}")
-    with tarfile.open(archive) as package:
-        wanted = [m for m in package.getmembers() if m.name.startswith(SODIUM_PREFIX + "src/")]
-        package.extractall(folder, members=wanted)
-    return sources
 
 
 def compile_extensions(out_dir: Path, sanitize: str | None = None) -> list[Path]:
@@ -134,6 +158,23 @@ def build_native_tests(sanitize: str | None = None) -> Path:
     return target
 
 
+def build_fuzzers(clang: str) -> list[Path]:
+    """Builds each target of tests/fuzz into a program of its own, with that clang; see fuzz.py."""
+    checks = "address,undefined"
+    style = Flavour(
+        "fuzz",
+        (f"-fsanitize=fuzzer-no-link,{checks}", "-fno-sanitize-recover=all", "-O1", "-g", "-w"),
+        (f"-fsanitize=fuzzer,{checks}",),
+        (clang, clang.replace("clang", "clang++")),
+    )
+    core = _compile(style, _core_units())
+    programs = []
+    for path in sorted((ROOT / "tests" / "fuzz").glob("*.cc")):
+        programs.append(style.folder / path.stem)
+        _link(style, [*core, *_compile(style, [_Unit(path)])], programs[-1])
+    return programs
+
+
 class _Unit:
     """One file to compile, with the options that only it needs."""
 
@@ -141,20 +182,22 @@ class _Unit:
         self.path = path
         self.flags = (*warnings, *flags)
 
-    @property
-    def language(self) -> tuple[str, ...]:
-        return ("gcc", "-std=c11") if self.path.suffix == ".c" else ("g++", "-std=c++20")
+    def language(self, style: Flavour) -> tuple[str, ...]:
+        c, cxx = style.compilers
+        return (c, "-std=c11") if self.path.suffix == ".c" else (cxx, "-std=c++20")
 
 
 def _core_units() -> list[_Unit]:
-    sodium = fetch_sodium()
+    sodium = SODIUM.fetch()
     include = sodium / "include"
+    # As headers of the system, so that our warnings are not held against them.
+    others = f"-isystem{XXHASH.fetch()}"
     ours = sorted((SOURCE / "ray" / "rdt").rglob("*.cc"))
     theirs = [
         _Unit(sodium / name, *SODIUM_FLAGS, f"-I{include / 'sodium'}", warnings=("-w",))
         for name in SODIUM_FILES
     ]
-    return [_Unit(path, f"-I{include}", "-DSODIUM_STATIC") for path in ours] + theirs
+    return [_Unit(path, f"-I{include}", others, "-DSODIUM_STATIC") for path in ours] + theirs
 
 
 def _compile(style: Flavour, units: list[_Unit]) -> list[Path]:
@@ -167,7 +210,7 @@ def _compile_one(style: Flavour, unit: _Unit) -> Path:
     tag = hashlib.sha256(" ".join(unit.flags).encode()).hexdigest()[:8]
     target = style.folder / "objects" / f"{name}-{tag}.o"
     command = [
-        *unit.language,
+        *unit.language(style),
         *unit.flags,
         *style.common,
         "-fPIC",
@@ -235,7 +278,7 @@ def _link(style: Flavour, objects: list[Path], target: Path, *options: str) -> N
     # The compiler is run where the objects are, so that no absolute path of
     # theirs reaches the output.
     names = sorted(os.path.relpath(path, style.folder) for path in objects)
-    command = ["g++", *options, *style.link, "-pthread", "-Wl,--gc-sections", "-Wl,--build-id=none"]
+    command = [style.compilers[1], *options, *style.link, "-pthread", "-Wl,--gc-sections", "-Wl,--build-id=none"]
     _run_for(target, [*command, *names], cwd=style.folder)
 
 

@@ -18,6 +18,7 @@ LAYERS: list[set[str]] = [
     {"accelerators", "config", "descriptor", "errors", "tensor_transport_manager"},
     {"_agent", "_tensors"},
     {"session"},
+    {"checksums"},
     {"transports", "groups"},
     {
         "arguments",
@@ -28,6 +29,7 @@ LAYERS: list[set[str]] = [
         "device_lanes",
         "directory",
         "fetch",
+        "gauges",
         "hints",
         "holder",
         "landing",
@@ -36,6 +38,7 @@ LAYERS: list[set[str]] = [
         "method_calls",
         "owners",
         "reasons",
+        "room",
         "serve",
         "store",
         "streams",

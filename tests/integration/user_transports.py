@@ -89,6 +89,8 @@ class ShmTransport(TensorTransportManager):
             received.pop()
         if SCRIPT.get("receive") == "mistake":
             received = [each[..., :1] for each in received]
+        if SCRIPT.get("receive") == "spoil":
+            received[0].view(-1)[0] += 1
         for target, tensor in zip(target_buffers or [], received):
             CALLS["into target"] += 1
             target.copy_(tensor)

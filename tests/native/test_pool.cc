@@ -66,6 +66,21 @@ TEST("pool: trim gives back what was idle") {
   CHECK_EQ(pool.free_bytes(), 0u);
 }
 
+TEST("pool: what is kept for later goes before memory runs out") {
+  Pool pool(64 << 20);
+  pool.Free(pool.Allocate(8 << 20), 8 << 20);
+  CHECK(pool.free_bytes() > 0);
+  bool has_thrown = false;
+  try {
+    pool.Allocate(size_t{1} << 60);
+  } catch (const std::bad_alloc &) {
+    has_thrown = true;
+  }
+  CHECK(has_thrown);
+  CHECK_EQ(pool.free_bytes(), 0u);
+  CHECK_EQ(pool.used_bytes(), 0u);
+}
+
 TEST("pool: many threads share it") {
   Pool pool(16 * kMiB);
   std::vector<std::thread> threads;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from ray._common.utils import get_system_memory
 
 from ray.experimental.rdt import config
 
@@ -29,6 +30,9 @@ def test_defaults_need_no_environment():
     assert settings.copy_threads >= 2
     assert 0 < settings.pool_bytes <= 4 << 30
     assert settings.fetch_timeout_s == 60
+    assert 256 << 20 < settings.store_bytes < get_system_memory()
+    assert settings.store_wait_s == 10
+    assert not settings.checksum
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,9 @@ def test_defaults_need_no_environment():
         ("RAY_RDT_TCP_STREAMS", "9", "tcp_streams", 9),
         ("RAY_RDT_POOL_BYTES", "1024", "pool_bytes", 1024),
         ("RAY_RDT_HINT_BYTES", "0", "hint_bytes", 0),
+        ("RAY_RDT_STORE_BYTES", "1000", "store_bytes", 1000),
+        ("RAY_RDT_STORE_WAIT_S", "0.5", "store_wait_s", 0.5),
+        ("RAY_RDT_CHECKSUM", "1", "checksum", True),
         ("RAY_RDT_CONNECT_TIMEOUT_S", "0.5", "connect_timeout_s", 0.5),
         ("RAY_RDT_PEER_TIMEOUT_S", "3", "peer_timeout_s", 3.0),
         ("RAY_RDT_GROUP_TIMEOUT_S", "12", "group_timeout_s", 12.0),
@@ -73,6 +80,9 @@ def test_empty_variable_is_none_at_all(monkeypatch, text):
         ("RAY_RDT_POOL_BYTES", "-5", "at least"),
         ("RAY_RDT_HINT_BYTES", "-5", "at least"),
         ("RAY_RDT_CONNECT_TIMEOUT_S", "0", "more than 0"),
+        ("RAY_RDT_STORE_BYTES", "-1", "at least"),
+        ("RAY_RDT_STORE_WAIT_S", "0", "more than 0"),
+        ("RAY_RDT_CHECKSUM", "xxh", "expected 0, 1"),
         ("RAY_RDT_PEER_TIMEOUT_S", "-1", "more than 0"),
         ("RAY_RDT_PEER_TIMEOUT_S", "nan", "more than 0"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -130,6 +131,72 @@ def test_borrowed_object_is_not_freed():
     store.wait_freed(tensor, 0)
 
 
+def test_objects_over_the_same_memory_count_once():
+    store = Store()
+    tensor = torch.ones(8)
+    part, whole = add(store, 1, tensor[:2]), add(store, 2, tensor)
+    other = add(store, 3, torch.ones(2))
+    assert store.nbytes == 8 * 4 + 2 * 4
+    store.drop([whole.token, other.token])
+    assert store.nbytes == 8 * 4
+    store.drop([part.token])
+    assert store.nbytes == 0
+
+
+def test_other_data_than_tensors_counts_as_nothing():
+    store = Store()
+    store.add(key_of(1), "id", Captured([b"text"]), "auto")
+    assert store.nbytes == 0
+
+
+def test_there_is_room_up_to_the_limit_and_what_is_stored_needs_none():
+    store = Store()
+    tensor = torch.ones(8)
+    add(store, 1, tensor)
+    assert store.await_room(lay_out([torch.ones(2)]), 40, 0)
+    assert not store.await_room(lay_out([torch.ones(3)]), 40, 0)
+    assert store.await_room(lay_out([tensor[:3]]), 40, 0)
+
+
+def test_waiting_for_room_ends_as_soon_as_enough_is_freed():
+    store = Store()
+    kept = [add(store, number, torch.ones(8)) for number in range(3)]
+    found = []
+    waiter = threading.Thread(
+        target=lambda: found.append(store.await_room(lay_out([torch.ones(16)]), 96, 60))
+    )
+    waiter.start()
+    store.drop([kept[0].token])
+    waiter.join(0.5)
+    assert waiter.is_alive()
+    store.drop([kept[1].token])
+    waiter.join(30)
+    assert found == [True]
+
+
+def test_a_store_that_nothing_leaves_is_waited_for_once():
+    store = Store()
+    kept = add(store, 1, torch.ones(8))
+    began = time.monotonic()
+    assert not store.await_room(lay_out([torch.ones(8)]), 32, 0.3)
+    assert time.monotonic() - began >= 0.3
+    between = time.monotonic()
+    assert not any(store.await_room(lay_out([torch.ones(8)]), 32, 0.3) for _ in range(100))
+    assert time.monotonic() - between < 0.3
+    store.drop([kept.token])
+    add(store, 2, torch.ones(8))
+    again = time.monotonic()
+    assert not store.await_room(lay_out([torch.ones(8)]), 32, 0.3)
+    assert time.monotonic() - again >= 0.3
+
+
+def test_what_can_never_fit_is_not_waited_for():
+    store = Store()
+    began = time.monotonic()
+    assert not store.await_room(lay_out([torch.ones(9)]), 32, 60)
+    assert time.monotonic() - began < 30
+
+
 def test_another_tensor_is_not_waited_for():
     store = Store()
     add(store, 1, torch.ones(8))
@@ -233,6 +300,9 @@ class StoreMachine(RuleBasedStateMachine):
     def agrees(self):
         assert len(self.store) == len(self.live)
         in_use = [tensor for stored in self.live.values() for tensor in stored.captured.tensors]
+        sets = {stored.captured.storages.tobytes(): stored for stored in self.live.values()}
+        kept = sum(stored.captured.table.nbytes for stored in sets.values())
+        assert self.store.nbytes == kept
         for tensor in self.memory:
             if any(tensor is used for used in in_use):
                 with pytest.raises(TimeoutError):

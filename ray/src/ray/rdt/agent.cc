@@ -41,6 +41,14 @@ Address Parsed(ByteView bytes) {
 // No global of class type: threads of ours may run while the process exits.
 Status Stopped() { return {Code::kStopped, "this process's RDT agent was stopped"}; }
 
+// Whoever knows a pull's id can read what it pinned over a data connection in the
+// name of the consumer. So it is as hard to guess as 64 bits are.
+uint64_t FreshPullId() {
+  uint64_t id = 0;
+  FillRandom(&id, sizeof(id));
+  return id;
+}
+
 // A frame, less the byte that says whether a reply is an error.
 constexpr size_t kMaxPayload = kMaxFrame - 1;
 constexpr char kTooLong[] = "a call or reply is longer than 64 MiB";
@@ -105,13 +113,14 @@ void Agent::Notify(ByteView address, Notice notice, const Key &key) {
 
 PullTicket Agent::StartPull(ByteView address,
                             const Key &key,
-                            const std::vector<Span> &destination) {
+                            const std::vector<Span> &destination,
+                            bool is_summed) {
   PullTicket ticket;
   SpanList spans = CheckedSpans(destination);
   Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-    ticket = {
-        std::make_shared<Pull>(next_id_++, key, std::move(spans), &counters_.pulls_live),
-        peer};
+    ticket = {std::make_shared<Pull>(
+                  FreshPullId(), key, std::move(spans), &counters_.pulls_live, is_summed),
+              peer};
     loop_.Post([peer, pull = ticket.pull] { peer->Submit(pull); });
   });
   if (status.ok()) return ticket;
@@ -127,20 +136,29 @@ void Agent::Cancel(const PullTicket &ticket) {
 }
 
 CallTicket Agent::StartCall(ByteView address, Bytes payload) {
+  return StartRequest(address, FrameType::kCall, std::move(payload));
+}
+
+CallTicket Agent::StartSum(ByteView address, const Key &key) {
+  return StartRequest(address, FrameType::kSum, Pack(SumRequest{.key = key}));
+}
+
+CallTicket Agent::StartRequest(ByteView address, FrameType kind, Bytes payload) {
   CallTicket ticket;
   bool is_too_long = payload.size() > kMaxPayload;
   Status status =
       is_too_long
           ? Status{Code::kRefused, kTooLong}
           : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-              ticket = {std::make_shared<Call>(next_id_++, &counters_.calls_live), peer};
+              ticket = {
+                  std::make_shared<Call>(next_call_++, kind, &counters_.calls_live), peer};
               loop_.Post(
                   [peer, call = ticket.call, payload = std::move(payload)]() mutable {
                     peer->Submit(call, std::move(payload));
                   });
             });
   if (status.ok()) return ticket;
-  ticket.call = std::make_shared<Call>(0, &counters_.calls_live);
+  ticket.call = std::make_shared<Call>(0, kind, &counters_.calls_live);
   ticket.call->Fail(status);
   return ticket;
 }
@@ -173,12 +191,14 @@ std::map<std::string, int64_t> Agent::Stats() const {
   std::map<std::string, int64_t> stats = {
       {"regions", regions_.size()},
       {"pinned", service_.pinned()},
+      {"pinned_bytes", service_.pinned_bytes()},
       {"pulls_live", counters_.pulls_live},
       {"calls_live", counters_.calls_live},
       {"connections", counters_.connections},
       {"bytes_granted", counters_.bytes_granted},
       {"pool_used", pool_->used_bytes()},
       {"pool_free", pool_->free_bytes()},
+      {"pooled_bytes", pool_->used_bytes() + pool_->free_bytes()},
   };
   for (size_t i = 0; i < kLaneCount; ++i) {
     stats[std::string("pulls_") + kLaneNames[i]] =

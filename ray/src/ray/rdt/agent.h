@@ -51,11 +51,14 @@ class Agent {
 
   PullTicket StartPull(ByteView address,
                        const Key &key,
-                       const std::vector<Span> &destination);
+                       const std::vector<Span> &destination,
+                       bool is_summed = false);
   // When it returns, nobody writes to the destination.
   void Cancel(const PullTicket &ticket);
 
   CallTicket StartCall(ByteView address, Bytes payload);
+  // Asks for an object's checksum; the reply is a SumAnswer.
+  CallTicket StartSum(ByteView address, const Key &key);
   void Cancel(const CallTicket &ticket);
   void Reply(uint64_t call, Bytes payload, bool is_error);
 
@@ -73,6 +76,7 @@ class Agent {
   void Open();
   void TickAll();
   void CloseAll();
+  CallTicket StartRequest(ByteView address, FrameType kind, Bytes payload);
   std::shared_ptr<Peer> PeerLocked(const Address &address);
   Status WithPeer(ByteView address, const UsePeer &use);
 
@@ -92,7 +96,7 @@ class Agent {
   std::unique_ptr<Door> door_;
   mutable std::mutex mutex_;
   bool is_stopped_ = false;                         // guarded by mutex_
-  uint64_t next_id_ = 1;                            // guarded by mutex_
+  uint64_t next_call_ = 1;                          // guarded by mutex_
   std::map<AgentId, std::shared_ptr<Peer>> peers_;  // guarded by mutex_
   std::mutex stop_mutex_;  // held through Stop, so that a second caller waits
 };

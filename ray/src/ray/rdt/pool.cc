@@ -17,12 +17,13 @@ constexpr size_t kClassesPerDoubling = 32;
 
 size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
-// A mapping at a huge-page boundary: maps more and cuts off both ends.
+// A mapping at a huge-page boundary: maps more and cuts off both ends. Null when
+// there is no memory.
 void *MapBlock(size_t nbytes) {
   size_t whole = nbytes + Pool::kHugePage;
   void *raw =
       mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (raw == MAP_FAILED) throw std::bad_alloc();
+  if (raw == MAP_FAILED) return nullptr;
   uintptr_t begin = reinterpret_cast<uintptr_t>(raw);
   uintptr_t block = RoundUp(begin, Pool::kHugePage);
   if (block > begin) munmap(raw, block - begin);
@@ -34,9 +35,7 @@ void *MapBlock(size_t nbytes) {
 
 void *NewBlock(size_t nbytes) {
   if (nbytes >= Pool::kMapFrom) return MapBlock(nbytes);
-  void *memory = std::aligned_alloc(kAlignment, nbytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
+  return std::aligned_alloc(kAlignment, nbytes);
 }
 
 void DeleteBlock(void *memory, size_t nbytes) {
@@ -72,13 +71,12 @@ void *Pool::Allocate(size_t nbytes) {
       return recycled.front().memory;
     }
   }
-  try {
-    return NewBlock(size);
-  } catch (const std::bad_alloc &) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    used_bytes_ -= size;
-    throw;
-  }
+  if (void *memory = NewBlock(size)) return memory;
+  Trim(0);  // what is kept for later may be what is missing
+  if (void *memory = NewBlock(size)) return memory;
+  std::lock_guard<std::mutex> lock(mutex_);
+  used_bytes_ -= size;
+  throw std::bad_alloc();
 }
 
 void Pool::Free(void *memory, size_t nbytes) {

@@ -29,7 +29,8 @@ class Pool {
   Pool(const Pool &) = delete;
   Pool &operator=(const Pool &) = delete;
 
-  // Aligned to 64 bytes at least. Throws std::bad_alloc.
+  // Aligned to 64 bytes at least. Throws std::bad_alloc once nothing free is left
+  // to give back to the system.
   void *Allocate(size_t nbytes);
   // `nbytes` as it was given to Allocate.
   void Free(void *memory, size_t nbytes);

@@ -35,6 +35,17 @@ void Pull::EndWrite() {
   if (writers_ == 0 && ending_) SettleLocked(*ending_);
 }
 
+Status Pull::Fill(Range range, const std::function<Status(Range part)> &copy) {
+  if (!is_summed) return copy(range);
+  while (range.nbytes > 0) {
+    Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
+    if (Status status = copy(block); !status.ok()) return status;
+    AddSum(Checksum(destination, block));
+    range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
+  }
+  return {};
+}
+
 bool Pull::Landed(uint64_t nbytes) {
   std::lock_guard<std::mutex> lock(mutex_);
   landed_ += nbytes;
@@ -44,6 +55,7 @@ bool Pull::Landed(uint64_t nbytes) {
 void Pull::Restart() {
   std::lock_guard<std::mutex> lock(mutex_);
   next_ = landed_ = 0;
+  sum_ = 0;
   returned_.clear();
 }
 
@@ -56,7 +68,8 @@ Status Pull::CheckTotal(uint64_t producer_total) const {
 
 uint64_t Pull::ChunkFor(int workers) const {
   uint64_t fair = destination.total() / (2 * static_cast<uint64_t>(workers)) + 1;
-  return std::clamp(fair, kMinChunk, kMaxChunk);
+  uint64_t whole = (fair + kChecksumBlock - 1) / kChecksumBlock * kChecksumBlock;
+  return std::clamp(whole, kMinChunk, kMaxChunk);
 }
 
 void Pull::Cancel() {

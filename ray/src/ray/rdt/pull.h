@@ -6,6 +6,7 @@
 #include <deque>
 #include <functional>
 
+#include "ray/rdt/checksum.h"
 #include "ray/rdt/completion.h"
 #include "ray/rdt/lanes/lane_kind.h"
 #include "ray/rdt/spans.h"
@@ -24,13 +25,23 @@ class Pull : public Completion {
   // smaller one costs more system calls.
   static constexpr uint64_t kMaxChunk = 4 << 20;
   static constexpr uint64_t kMinChunk = 256 << 10;
+  static_assert(kMinChunk % kChecksumBlock == 0, "every chunk begins with a block");
 
-  Pull(uint64_t id, const Key &key, SpanList destination, std::atomic<int64_t> *live)
-      : Completion(live), id(id), key(key), destination(std::move(destination)) {}
+  Pull(uint64_t id,
+       const Key &key,
+       SpanList destination,
+       std::atomic<int64_t> *live,
+       bool is_summed = false)
+      : Completion(live),
+        id(id),
+        key(key),
+        destination(std::move(destination)),
+        is_summed(is_summed) {}
 
   const uint64_t id;
   const Key key;
   const SpanList destination;
+  const bool is_summed;  // whoever asked wants to verify it
 
   // Hands out up to max_bytes that nobody has taken. False when nothing is left
   // to take or the pull has ended.
@@ -39,6 +50,10 @@ class Pull : public Completion {
   // False when the pull has ended: then the destination must not be touched.
   bool BeginWrite();
   void EndWrite();
+  // Between BeginWrite and EndWrite: has `copy` fill the range, block by block where
+  // these are summed up.
+  Status Fill(Range range, const std::function<Status(Range part)> &copy);
+  void AddSum(uint64_t sum) { sum_ += sum; }
   // True for the one call that makes the destination whole.
   bool Landed(uint64_t nbytes);
   // From the beginning again, on another lane. No lane is active.
@@ -46,7 +61,9 @@ class Pull : public Completion {
 
   // Ok, or kSizeMismatch with both lengths.
   Status CheckTotal(uint64_t producer_total) const;
-  // The chunk that splits this pull fairly over `workers`.
+  // The checksum of the destination, once all is there; see checksum.h.
+  uint64_t sum() const { return sum_; }
+  // The chunk that splits this pull fairly over `workers`, in whole blocks.
   uint64_t ChunkFor(int workers) const;
 
   void Complete() { End({}); }
@@ -67,13 +84,17 @@ class Pull : public Completion {
   std::deque<Range> returned_;
   uint64_t landed_ = 0;
   std::atomic<int> lane_{-1};
+  std::atomic<uint64_t> sum_{0};
 };
 
-// A request to the Python side of another agent.
+// A request to another agent or its Python side.
 class Call : public Completion {
  public:
-  Call(uint64_t id, std::atomic<int64_t> *live) : Completion(live), id(id) {}
+  // `kind` is kCall, or kSum for a request that the agent itself answers.
+  Call(uint64_t id, FrameType kind, std::atomic<int64_t> *live)
+      : Completion(live), id(id), kind(kind) {}
   const uint64_t id;
+  const FrameType kind;
 
   // An error reply settles as kRefused with the payload as text.
   void Answer(bool is_error, Bytes payload);

@@ -1,6 +1,7 @@
 #include "ray/rdt/region.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 namespace ray::rdt {
@@ -101,6 +102,16 @@ Pin PinTable::Find(const AgentId &consumer, uint64_t pull) const {
 size_t PinTable::size() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return pins_.size();
+}
+
+uint64_t PinTable::nbytes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::set<const Region *> regions;
+  uint64_t total = 0;
+  for (const auto &[pull, entry] : pins_) {
+    if (regions.insert(entry.pin.get()).second) total += entry.pin->memory.total();
+  }
+  return total;
 }
 
 }  // namespace ray::rdt

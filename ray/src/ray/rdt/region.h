@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "ray/rdt/checksum.h"
 #include "ray/rdt/events.h"
 #include "ray/rdt/spans.h"
 
@@ -24,6 +25,8 @@ class Region {
   Region &operator=(const Region &) = delete;
 
   const SpanList memory;
+  // The memory's checksum as it was when the first consumer asked.
+  mutable LazyNumber sum;
 
  private:
   const int64_t token_;
@@ -74,6 +77,8 @@ class PinTable {
   void Remove(const AgentId &consumer, uint64_t pull, const void *owner);
   Pin Find(const AgentId &consumer, uint64_t pull) const;
   size_t size() const;
+  // What is read at the moment; a region with several readers counts once.
+  uint64_t nbytes() const;
 
  private:
   struct Entry {

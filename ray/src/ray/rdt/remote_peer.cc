@@ -234,8 +234,9 @@ bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_);
 
 std::string RemotePeer::NoTcpReason() const {
   if (!work_.settings->clear_tcp) {
-    return "TLS is required (Ray was told to use it), and RDT's connections over TCP "
-           "are clear text; allow them explicitly to use them";
+    return "TLS is required (RAY_USE_TLS), and RDT's connections over TCP are clear "
+           "text: set RAY_RDT_ALLOW_CLEAR_TCP=1 on all nodes if the network is trusted, or "
+           "return the object without a tensor transport, so that Ray sends it over TLS";
   }
   return address_.port == 0 ? "the peer does not listen on TCP" : "";
 }
@@ -275,7 +276,7 @@ void RemotePeer::SendPull(uint64_t id, Asked *asked) {
 
 void RemotePeer::SendCall(uint64_t id, Called *called) {
   if (std::exchange(called->is_sent, true)) return;
-  channel_->Send(EncodeFrame(FrameType::kCall, id, ByteView(called->payload)));
+  channel_->Send(EncodeFrame(called->call->kind, id, ByteView(called->payload)));
   called->payload = {};
 }
 
@@ -358,7 +359,10 @@ bool RemotePeer::TakeAttached(uint64_t id, const Grant &grant) {
   if (grant.attached.size() != grant.total) return false;
   Pull &pull = *pulls_.at(id).pull;
   if (pull.BeginWrite()) {
-    pull.destination.CopyIn({0, grant.total}, grant.attached.data());
+    pull.Fill({0, grant.total}, [&](Range part) {
+      pull.destination.CopyIn(part, grant.attached.data() + part.offset);
+      return Status{};
+    });
     pull.EndWrite();
   }
   FinishPull(id, {});

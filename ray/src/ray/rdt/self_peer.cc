@@ -30,10 +30,13 @@ void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
 
 void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
   uint64_t id = call->id;
+  FrameType kind = call->kind;
   calls_[id] = std::move(call);
-  service_->Ask(work_.self->agent, payload, [this, id](bool is_error, Bytes answer) {
+  auto answer = [this, id](bool is_error, Bytes answer) {
     OnAnswer(id, is_error, std::move(answer));
-  });
+  };
+  if (kind == FrameType::kCall) return service_->Ask(work_.self->agent, payload, answer);
+  service_->Sum(Unpack<SumRequest>(payload)->key, answer);
 }
 
 void SelfPeer::SendNotices() {

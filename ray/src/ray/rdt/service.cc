@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <set>
+#include <string_view>
 #include <utility>
 
 #include "ray/rdt/address.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp_source.h"
+#include "ray/rdt/sum_job.h"
 
 namespace ray::rdt {
 
@@ -59,8 +61,10 @@ class Service::Guest : public Channel::Handler {
     case FrameType::kOwn:
       return OnOwn(Unpack<KeyList>(payload));
     case FrameType::kCall:
-      OnCall(header.request, payload);
+      service_->Ask(agent_, payload, Answering(header.request));
       return true;
+    case FrameType::kSum:
+      return OnSum(header.request, Unpack<SumRequest>(payload));
     case FrameType::kRing:
       return OnRing(Unpack<Ring>(payload), Fd(std::move(*attached)));
     case FrameType::kFill:
@@ -128,15 +132,21 @@ class Service::Guest : public Channel::Handler {
     return true;
   }
 
-  void OnCall(uint64_t id, ByteView payload) {
+  bool OnSum(uint64_t id, const std::optional<SumRequest> &request) {
+    if (request) service_->Sum(request->key, Answering(id));
+    return request.has_value();
+  }
+
+  // For the service's next call. Ends with this guest (see the destructor), so
+  // `this` is valid when it runs.
+  Answer Answering(uint64_t id) {
     uint64_t call = service_->next_call_;
     calls_.insert(call);
-    // Ends with this guest (see the destructor), so `this` is valid when it runs.
-    service_->Ask(agent_, payload, [this, id, call](bool is_error, Bytes answer) {
+    return [this, id, call](bool is_error, Bytes answer) {
       calls_.erase(call);
       answer.insert(answer.begin(), is_error ? 1 : 0);
       channel_->Send(EncodeFrame(FrameType::kReply, id, ByteView(answer)));
-    });
+    };
   }
 
   static constexpr uint64_t kMaxAttached = 1 << 20;
@@ -187,6 +197,21 @@ void Service::Ask(const AgentId &from, ByteView payload, Answer answer) {
                  .call = call,
                  .agent = from,
                  .payload = Bytes(payload.begin(), payload.end())});
+}
+
+void Service::Sum(const Key &key, Answer answer) {
+  uint64_t call = next_call_++;
+  answers_[call] = std::move(answer);
+  Pin pin = regions_->Find(key);
+  if (!pin) {
+    constexpr std::string_view kGone = "the producer holds no such object (it was freed)";
+    Reply(call, true, Bytes(kGone.begin(), kGone.end()));
+    return;
+  }
+  bool is_first = pin->sum.Ask([this, call](uint64_t sum) {
+    loop_->Post([this, call, sum] { Reply(call, false, Pack(SumAnswer{.sum = sum})); });
+  });
+  if (is_first) StartSum(copies_, std::move(pin));
 }
 
 bool Service::Reply(uint64_t call, bool is_error, Bytes payload) {

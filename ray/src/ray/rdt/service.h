@@ -32,10 +32,13 @@ class Service {
 
   // Hands a call to the Python side; `answer` runs when that replies.
   void Ask(const AgentId &from, ByteView payload, Answer answer);
+  // Has the copy threads find an object's checksum, unless it is known.
+  void Sum(const Key &key, Answer answer);
   // False when nobody waits for that call any more.
   bool Reply(uint64_t call, bool is_error, Bytes payload);
 
   size_t pinned() const { return pins_->size(); }
+  uint64_t pinned_bytes() const { return pins_->nbytes(); }
   void Shutdown();
 
  private:

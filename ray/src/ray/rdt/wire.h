@@ -9,7 +9,7 @@
 //                                    <-   CHALLENGE {agent, nonce}
 //   PROOF {lanes, mac}               ->
 //                                    <-   WELCOME {lanes, probe, mac}
-//   then any of PULL DONE ABORT OWN FREE CALL RING FILL PING   (control)
+//   then any of PULL DONE ABORT OWN FREE CALL SUM RING FILL PING   (control)
 //   or READ                                                (data)
 //
 // Frozen for all versions, so that two versions can tell each other apart: the
@@ -70,6 +70,7 @@ enum class FrameType : uint16_t {
   kPing = 27,
   kPong = 28,
   kOwn = 29,
+  kSum = 30,  // answered by REPLY
   kRead = 32,
   kData = 33,
 };
@@ -162,6 +163,24 @@ struct Refuse {
   template <class A>
   void Fields(A &a) {
     a(code), a(text);
+  }
+};
+
+// "What is the checksum of that object?"
+struct SumRequest {
+  Key key{};
+  template <class A>
+  void Fields(A &a) {
+    a(key);
+  }
+};
+
+// In the REPLY to SUM, after the byte that says whether it is an error.
+struct SumAnswer {
+  uint64_t sum = 0;
+  template <class A>
+  void Fields(A &a) {
+    a(sum);
   }
 };
 

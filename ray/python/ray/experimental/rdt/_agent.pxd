@@ -47,12 +47,23 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
     cdef cppclass LaneReasons:
         string &operator[](size_t lane)
 
+    cdef cppclass SpanList:
+        SpanList(const vector[Span] &spans) except +
+        uint64_t total()
+
+    cdef cppclass Range:
+        uint64_t offset
+        uint64_t nbytes
+
+    uint64_t Checksum(const SpanList &memory, Range range) except +
+
     cdef cppclass NativePull "ray::rdt::Pull":
         bool is_settled()
         Status status()
         int EventFd() except +
         bool Wait(double timeout_s) except +
         int lane()
+        uint64_t sum()
 
     cdef cppclass NativeCall "ray::rdt::Call":
         bool is_settled()
@@ -102,9 +113,11 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         size_t CountOwned(const Key &owner)
         size_t ReleaseOwned(const Key &owner)
         size_t ReleaseUnowned(const vector[Key] &keys)
-        PullTicket StartPull(ByteView address, const Key &key, const vector[Span] &to) except +
+        PullTicket StartPull(
+            ByteView address, const Key &key, const vector[Span] &to, bool is_summed) except +
         void Cancel(const PullTicket &ticket)
         CallTicket StartCall(ByteView address, Bytes payload) except +
+        CallTicket StartSum(ByteView address, const Key &key) except +
         void CancelCall "Cancel"(const CallTicket &ticket)
         void Reply(uint64_t call, Bytes payload, bool is_error)
         vector[Event] NextEvents(double timeout_s)

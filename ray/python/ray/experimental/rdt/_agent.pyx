@@ -157,6 +157,11 @@ cdef class Pull:
         return deref(self._ticket.pull).is_settled()
 
     @property
+    def checksum(self):
+        """Of what has landed, if Agent.pull was told to find it; whole once done."""
+        return deref(self._ticket.pull).sum()
+
+    @property
     def lane(self):
         cdef int lane = deref(self._ticket.pull).lane()
         return LANES[lane] if lane >= 0 else None
@@ -357,12 +362,13 @@ cdef class Agent:
             native_keys.push_back(_key(key))
         return self._native.ReleaseUnowned(native_keys)
 
-    def pull(self, address, bytes key, addrs, lens):
+    def pull(self, address, bytes key, addrs, lens, bint is_summed=False):
         """Starts to fetch `key` from the agent at `address`.
 
         Args:
             addrs, lens: The destination, as in register. It may be cut up in
                 another way than at the producer, but must have the same total.
+            is_summed: Find the checksum of what lands, for Pull.checksum.
 
         Returns:
             A Pull. The destination must stay alive until it is done.
@@ -374,9 +380,21 @@ cdef class Agent:
         for span in spans:
             nbytes += span.nbytes
         pull.nbytes = nbytes
-        pull._ticket = self._native.StartPull(_view(address), _key(key), spans)
+        pull._ticket = self._native.StartPull(_view(address), _key(key), spans, is_summed)
         pull._agent = self
         return pull
+
+    def ask_checksum(self, address, bytes key):
+        """Asks the agent at `address` for the checksum of `key`: a Call.
+
+        Its reply is 8 bytes, little-endian. The checksum is that of the memory
+        when the first consumer asked.
+        """
+        cdef Call call = Call.__new__(Call)
+        _check_process(self._pid)
+        call._ticket = self._native.StartSum(_view(address), _key(key))
+        call._agent = self
+        return call
 
     def call(self, address, payload):
         """Sends `payload` to the Python side of the agent at `address`: a Call."""
@@ -443,6 +461,22 @@ cdef class Agent:
         _check_process(self._pid)
         with nogil:
             self._native.Stop()
+
+
+def checksum(addrs, lens):
+    """The checksum of memory of this process, taken as one run of bytes."""
+    cdef vector[Span] spans = _spans(addrs, lens)
+    cdef SpanList *memory = new SpanList(spans)
+    cdef Range whole
+    cdef uint64_t found = 0
+    try:
+        whole.offset = 0
+        whole.nbytes = memory.total()
+        with nogil:
+            found = Checksum(deref(memory), whole)
+    finally:
+        del memory
+    return found
 
 
 cdef unsigned int _lane_bits(lanes) except *:

@@ -123,12 +123,24 @@ def set_target_device_for_ref(ref: ray.ObjectRef, target_device: str) -> None:
 def stats() -> dict[str, int]:
     """Counters of this process's part in RDT.
 
+    Memory, in bytes:
+
+    * ``stored_bytes``: host memory of objects stored here; ``RAY_RDT_STORE_BYTES`` limits it
+    * ``pinned_bytes``: of objects that other processes read right now
+    * ``pooled_bytes``: the receive pool, made of ``pool_used`` (in tensors that were received) and
+      ``pool_free`` (kept for the next; ``RAY_RDT_POOL_BYTES`` limits it)
+    * ``hinted_bytes``: received before anybody asked; ``RAY_RDT_HINT_BYTES`` limits it
+
+    Ray's metrics show these four as ``ray_rdt_stored_bytes`` and so on, for each process that uses
+    RDT.
+
     Returns:
-        ``stored_objects`` (its tensors that wait for consumers), ``directory_rows`` (objects that
-        it owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have
-        not got their arguments yet), ``exposed`` (objects described to one-sided transports),
+        Those, ``stored_objects`` (its tensors that wait for consumers), ``plain_objects`` (which went
+        through Ray's object store because there was no room), ``directory_rows`` (objects that it
+        owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have not
+        got their arguments yet), ``exposed`` (objects described to one-sided transports),
         ``streams`` (generators under way), and the agent's own: ``regions``, ``pinned`` (those
-        being read), ``pulls_live``, ``calls_live``, ``connections``, ``pool_used`` and
-        ``pool_free`` in bytes, and for each lane what came over it.
+        being read), ``pulls_live``, ``calls_live``, ``connections``, and for each lane what came
+        over it.
     """
     return _manager().stats()

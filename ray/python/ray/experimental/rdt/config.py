@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ray._common.utils import get_system_memory
 from ray._private import ray_constants
 
 LANES = ("inproc", "cma", "shm", "tcp")
@@ -31,6 +32,9 @@ class Settings:
     tcp_streams: int  # RAY_RDT_TCP_STREAMS: connections for one large pull
     pool_bytes: int  # RAY_RDT_POOL_BYTES: free memory that the receive pool may keep
     hint_bytes: int  # RAY_RDT_HINT_BYTES: memory for objects pulled before their task asks
+    store_bytes: int  # RAY_RDT_STORE_BYTES: host memory that stored objects may keep
+    store_wait_s: float  # RAY_RDT_STORE_WAIT_S: how long a return waits for room in the store
+    checksum: bool  # RAY_RDT_CHECKSUM: this process verifies what it pulls
     fetch_timeout_s: float  # RAY_rdt_fetch_fail_timeout_milliseconds
     connect_timeout_s: float  # RAY_RDT_CONNECT_TIMEOUT_S
     peer_timeout_s: float  # RAY_RDT_PEER_TIMEOUT_S: a silent network peer is given up after this
@@ -54,6 +58,9 @@ def settings() -> Settings:
         tcp_streams=_read("RAY_RDT_TCP_STREAMS", 4, _count(1)),
         pool_bytes=_read("RAY_RDT_POOL_BYTES", _default_pool_bytes(), _count(0)),
         hint_bytes=_read("RAY_RDT_HINT_BYTES", 256 << 20, _count(0)),
+        store_bytes=_read("RAY_RDT_STORE_BYTES", _default_store_bytes(), _count(0)),
+        store_wait_s=_read("RAY_RDT_STORE_WAIT_S", 10.0, _seconds),
+        checksum=_read("RAY_RDT_CHECKSUM", False, _flag),
         fetch_timeout_s=float(ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS),
         connect_timeout_s=_read("RAY_RDT_CONNECT_TIMEOUT_S", 5.0, _seconds),
         peer_timeout_s=_read("RAY_RDT_PEER_TIMEOUT_S", 10.0, _seconds),
@@ -112,5 +119,9 @@ def _default_copy_threads() -> int:
 
 
 def _default_pool_bytes() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(min(4 << 30, memory // 16))
+    return int(min(4 << 30, get_system_memory() // 16))
+
+
+def _default_store_bytes() -> int:
+    """Ray's own object store takes 30 % of the memory; a tenth is left for everything else."""
+    return int(get_system_memory() * 0.6)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PREFIX = b"PYTHON,RDT"
 VERSION = 1
@@ -43,7 +43,7 @@ class Descriptor:
         is_users: Whether the transport is one that a user wrote; its shipment is in the value.
     """
 
-    key: bytes
+    key: bytes = field(repr=False)
     nbytes: int
     producer: bytes
     transport: str

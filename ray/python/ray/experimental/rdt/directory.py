@@ -46,7 +46,7 @@ class Location:
     """
 
     address: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     nbytes: int
     regions: tuple[int, ...] | None = None
 

@@ -63,6 +63,10 @@ class RDTFetchError(ObjectLostError):
         return type(self), (self.context, self.reason, self.advice)
 
 
+class RDTChecksumError(RDTFetchError):
+    """What arrived is not what the producer has. Only with ``RAY_RDT_CHECKSUM=1``."""
+
+
 class RDTProducerDiedError(RDTFetchError, ActorDiedError):
     """The process that held the tensors is gone. Also caught as ``ActorDiedError``."""
 

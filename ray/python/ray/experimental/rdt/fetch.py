@@ -16,11 +16,13 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from ray.experimental.rdt import lanes
 from ray.experimental.rdt.capture import Envelope
+from ray.experimental.rdt.checksums import ChecksumMismatch
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.device_lanes import PerDevice
 from ray.experimental.rdt.errors import (
     FetchContext,
+    RDTChecksumError,
     RDTFetchError,
     RDTFetchTimedOutError,
     RDTProducerDiedError,
@@ -198,6 +200,19 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "the producer does not hold it any more: every reference to it had gone out of scope, "
             "or its owner died.",
             "Keep an ObjectRef to it while others need it.",
+        )
+    if isinstance(error, ChecksumMismatch):
+        return RDTChecksumError(
+            context,
+            f"{error}.",
+            "A tensor that its process changes in place after the first consumer has pulled it does "
+            "this: call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
+        )
+    if isinstance(error, MemoryError):
+        return RDTFetchError(
+            context,
+            "this process could not get the memory to receive it into.",
+            "Drop tensors that it holds, fetch fewer at a time, or give it more memory.",
         )
     if isinstance(error, ImportError):
         return RDTFetchError(

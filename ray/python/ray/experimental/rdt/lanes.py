@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ray import cloudpickle
+from ray.experimental.rdt import checksums
 from ray.experimental.rdt._tensors import Table, build_tensors
 from ray.experimental.rdt.capture import Envelope, unpack_carriers
+from ray.experimental.rdt.checksums import ChecksumMismatch
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import waiting
 from ray.experimental.rdt.descriptor import Descriptor
@@ -95,8 +98,9 @@ class AgentPull:
 
     def __init__(self, session: Session, address: bytes, key: bytes, landing: Landing):
         self.landing = landing
-        self._pull = session.agent.pull(address, key, landing.addresses, landing.lengths)
-        self._pull.keep = landing
+        self._pull = checksums.pull(
+            session, address, key, landing.addresses, landing.lengths, landing
+        )
 
     @property
     def lane(self) -> str:
@@ -160,8 +164,18 @@ class Exchange:
         )
 
     def move(self, landing: Landing, deadline: float) -> None:
-        """Returns when the bytes are in place. Raises TransportUnavailable, or that it failed."""
-        buffers = landing.flat(self._device_type)
+        """Returns when the bytes are in place. Raises TransportUnavailable, or that it failed.
+
+        Where they are to be verified, ChecksumMismatch as well; device memory is not.
+        """
+        head, expected = self._head, None
+        if self._device_type == "cpu":
+            expected = checksums.expected(self._session, head.address, head.key)
+        self._move(landing.flat(self._device_type), deadline)
+        if expected is not None:
+            expected.check_memory(landing.addresses, landing.lengths, deadline)
+
+    def _move(self, buffers: list[torch.Tensor], deadline: float) -> None:
         if self._exposed is None:
             self._receive_anew(buffers, deadline)
         else:
@@ -225,6 +239,8 @@ class TransportPull:
                 return self._move(deadline)
         except TransportUnavailable as error:
             fall_back(self._links.session, self._envelope.head, error)
+        except ChecksumMismatch as error:
+            pull_again(self._links.session, self.lane, error)
         self.abandon()
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
@@ -258,6 +274,8 @@ class UserPull:
             if not shipment.has_regions:
                 raise
             fall_back(self._links.session, self._envelope.head, error)
+        except ChecksumMismatch as error:
+            pull_again(self._links.session, self.lane, error)
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
     def _move(self, shipment: Shipment, deadline: float) -> Targets:
@@ -267,6 +285,10 @@ class UserPull:
         filled = [region for region, nbytes in enumerate(table.regions) if nbytes]
         is_direct = self._targets is not None and all(region in direct for region in filled)
         targets = [direct[region] for region in filled] if is_direct else None
+        expected = None
+        if shipment.has_regions:
+            head = self._envelope.head
+            expected = checksums.expected(self._links.session, head.address, head.key)
         received = transport.pull(self._peer, shipment, targets, self._ask(deadline), deadline)
         say_used(self._links.session, self._envelope.head, self.lane)
         if not table.rows:
@@ -274,6 +296,11 @@ class UserPull:
         if targets is not None:
             fill(targets, received)
         tensors = unpack_carriers(table, received)
+        if expected is not None:
+            dense = [carrier.detach().cpu().contiguous() for carrier in received]
+            addresses = array("Q", [carrier.data_ptr() for carrier in dense])
+            lengths = array("Q", [carrier.nbytes for carrier in dense])
+            expected.check_memory(addresses, lengths, deadline)
         return tensors if self._targets is None else fill(self._targets, tensors)
 
     def _ask(self, deadline: float) -> Callable[[str, Route], Route]:
@@ -399,6 +426,17 @@ def say_used(session: Session, head: Descriptor, lane: str, device_type: str = "
     why = "the named transport" if is_named else f"the best for {device_type} that serves this pair"
     what = f"RDT with {describe_peer(head)}, tensors on {device_type}"
     session.say_once(f"{what}: lane {lane} ({why})", logging.INFO)
+
+
+def pull_again(session: Session, way: str, error: ChecksumMismatch) -> None:
+    """Says why the agent's lanes bring an object that a named transport has brought.
+
+    Raises:
+        ChecksumMismatch: ``RAY_RDT_STRICT_TRANSPORT=1`` forbids that.
+    """
+    if settings().strict_transport:
+        raise error
+    checksums.say_again(session, way, error)
 
 
 def describe_peer(head: Descriptor) -> str:

@@ -39,10 +39,12 @@ from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
+from ray.experimental.rdt.gauges import Gauges
 from ray.experimental.rdt.holder import ArgumentHolder
 from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.owners import OwnerWatch, publish_worker
 from ray.experimental.rdt.reasons import Explainer
+from ray.experimental.rdt.room import Room
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
@@ -88,6 +90,7 @@ class RDTManager:
     def __init__(self) -> None:
         self.store = Store()
         self.rdt_store = StoreByObjectId(self)
+        self._room = Room(self.store)
         self._directory = Directory()
         self._directory_lock = threading.Lock()
         self._holder = ArgumentHolder()
@@ -114,14 +117,24 @@ class RDTManager:
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value), Outgoing(Captured(), None)
-        skeleton, captured, shipment = self._take(context, value, transport)
+        taken = self._take(context, value, transport)
+        if taken is None:
+            return context.serialize(value), Outgoing(Captured(), None)
+        skeleton, captured, shipment = taken
         head = self._describe(captured, transport) if captured else None
         return capture.pack(skeleton, captured, head, shipment), Outgoing(captured, head)
 
-    def _take(self, context: Any, value: Any, transport: str) -> tuple[Skeleton, Captured, bytes]:
-        """Takes the tensors out; the last is what a user's transport sends along, else b""."""
+    def _take(
+        self, context: Any, value: Any, transport: str
+    ) -> tuple[Skeleton, Captured, bytes] | None:
+        """Takes the tensors out; the last is what a user's transport sends along, else b"".
+
+        None where the store has no room for them: the value is to go as a plain one.
+        """
         users = self._users(transport)
         skeleton, captured = capture.take(context, value, _wanted(users))
+        if not self._room.is_given(captured):
+            return None
         if users is None or not captured:
             return skeleton, captured, b""
         captured.parcel = parcel = users.describe(capture.carriers(captured))
@@ -172,7 +185,10 @@ class RDTManager:
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value)
-        skeleton, captured, shipment = self._take(context, value, transport)
+        taken = self._take(context, value, transport)
+        if taken is None:
+            return context.serialize(value)
+        skeleton, captured, shipment = taken
         if not captured:
             return capture.pack(skeleton, captured, None)
         outgoing = Outgoing(captured, self._describe(captured, transport))
@@ -188,7 +204,10 @@ class RDTManager:
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value)
-        skeleton, captured, shipment = self._take(context, value, spec.transport)
+        taken = self._take(context, value, spec.transport)
+        if taken is None:
+            return context.serialize(value)
+        skeleton, captured, shipment = taken
         if not captured:
             return capture.pack(skeleton, captured, None)
         head = self._describe(captured, spec.transport)
@@ -479,6 +498,9 @@ class RDTManager:
         links = self._known_links
         counters = {
             "stored_objects": len(self.store),
+            "stored_bytes": self.store.nbytes,
+            "hinted_bytes": links.hinted.nbytes if links is not None else 0,
+            "plain_objects": self._room.refused,
             "directory_rows": len(self._directory),
             "held_arguments": len(self._holder),
             "exposed": links.server.exposed if links is not None else 0,
@@ -526,6 +548,7 @@ class RDTManager:
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
         OwnerWatch(current, produced)
+        Gauges(current, self.stats)
         publish_worker(current, _own_worker_id())
         actor_id = _own_actor_id()
         if actor_id is not None:

@@ -10,13 +10,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.capture import Captured
+
+
+_SLICE_S = 0.25
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class StoredObject:
         token: Names it in the agent's events.
     """
 
-    key: bytes
+    key: bytes = field(repr=False)
     object_id: str
     captured: Captured
     transport: str
@@ -46,9 +49,18 @@ class Store:
         self._by_key: dict[bytes, StoredObject] = {}
         self._by_token: dict[int, StoredObject] = {}
         self._by_id: dict[str, StoredObject] = {}
+        self._memory_users: dict[bytes, int] = {}
+        self._memory_nbytes: dict[bytes, int] = {}
         self._borrowed: Counter[bytes] = Counter()
         self._released: set[bytes] = set()
         self._last_token = 0
+        self._nbytes = 0
+        self._full_since: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of the stored objects. Those over the same storages count once."""
+        return self._nbytes
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -63,8 +75,54 @@ class Store:
             self._last_token += 1
             stored = StoredObject(key, object_id, captured, transport, self._last_token)
             self._by_key[key] = self._by_token[stored.token] = self._by_id[object_id] = stored
+            self._count(captured)
             self._changed.notify_all()
         return stored
+
+    def await_room(self, captured: Captured, limit: int, patience_s: float) -> bool:
+        """Waits until one more object can be stored within a limit; those that are freed wake it.
+
+        The patience is counted from when the store was first found full after the last object had
+        gone: a store that nothing leaves holds up one return, not each of many in turn.
+
+        Runs on: producer, the thread of the task; blocks without the GIL. Threads that are let in
+        at the same moment may pass the limit together.
+
+        Args:
+            captured: The object.
+            limit: For ``nbytes``.
+            patience_s: How long to wait, 0 to look only.
+
+        Returns:
+            Whether there is room.
+        """
+        memory, nbytes = _memory_of(captured)
+
+        def has_room() -> bool:
+            return self._nbytes + nbytes - self._memory_nbytes.get(memory, 0) <= limit
+
+        with self._changed:
+            if has_room():
+                return True
+            if nbytes > limit:
+                return False
+            if self._full_since is None:
+                self._full_since = time.monotonic()
+            return self._wait(has_room, self._full_since + patience_s - time.monotonic())
+
+    def _count(self, captured: Captured) -> None:
+        memory, nbytes = _memory_of(captured)
+        known = self._memory_nbytes.get(memory, 0)
+        self._memory_users[memory] = self._memory_users.get(memory, 0) + 1
+        self._memory_nbytes[memory] = max(known, nbytes)
+        self._nbytes += max(0, nbytes - known)
+
+    def _uncount(self, captured: Captured) -> None:
+        memory, _ = _memory_of(captured)
+        self._memory_users[memory] -= 1
+        if not self._memory_users[memory]:
+            del self._memory_users[memory]
+            self._nbytes -= self._memory_nbytes.pop(memory)
 
     def by_key(self, key: bytes) -> StoredObject | None:
         return self._by_key.get(key)
@@ -116,6 +174,8 @@ class Store:
         del self._by_key[stored.key]
         if self._by_id.get(stored.object_id) is stored:
             del self._by_id[stored.object_id]
+        self._uncount(stored.captured)
+        self._full_since = None
         return stored
 
     def clear(self) -> list[StoredObject]:
@@ -159,5 +219,13 @@ class Store:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
-                self._changed.wait(left)
+                # In slices: what cancels a task sets a flag that does not wake a wait.
+                self._changed.wait(_SLICE_S if left is None else min(left, _SLICE_S))
         return True
+
+
+def _memory_of(captured: Captured) -> tuple[bytes, int]:
+    """A name for the storages that an object lies in, and its bytes of host memory."""
+    table = captured.table
+    nbytes = sum(captured.host_spans()[1]) if table.devices else table.nbytes
+    return captured.storages.tobytes(), nbytes

@@ -27,7 +27,7 @@ class CopyJob {
     if (has_failed_ || !pull_->TakeRange(chunk_, &range) || !pull_->BeginWrite()) {
       return LastStep();
     }
-    Status status = copy_(range);
+    Status status = pull_->Fill(range, copy_);
     pull_->EndWrite();
     if (!status.ok()) {
       Remember(status);

@@ -86,7 +86,11 @@ void ShmLane::CopySlot(size_t index) {
       [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, pull, range, index] {
         bool is_whole = false;
         if (pull->BeginWrite()) {
-          pull->destination.CopyIn(range, ring->at(index * kSlotBytes));
+          pull->Fill(range, [&](Range part) {
+            uint64_t at = index * kSlotBytes + (part.offset - range.offset);
+            pull->destination.CopyIn(part, ring->at(at));
+            return Status{};
+          });
           pull->EndWrite();
           is_whole = pull->Landed(range.nbytes);
         }

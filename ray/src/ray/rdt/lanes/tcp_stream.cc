@@ -134,9 +134,21 @@ ssize_t TcpStream::ReceiveBody(uint64_t budget) {
   pull.destination.Slice(rest, &pieces);
   ssize_t got = readv(fd_.get(), pieces.data(), static_cast<int>(pieces.size()));
   int error = errno;
+  if (got > 0 && pull.is_summed) SumUpTo(body_bytes_ + static_cast<uint64_t>(got));
   pull.EndWrite();
   errno = error;
   return got;
+}
+
+// Sums the blocks that are whole. A range that breaks off comes again as a whole,
+// so it counts for the pull only when it is.
+void TcpStream::SumUpTo(uint64_t nbytes) {
+  const TcpRead &read = asked_.front();
+  bool is_whole = nbytes == read.range.nbytes;
+  uint64_t end = is_whole ? nbytes : nbytes / kChecksumBlock * kChecksumBlock;
+  body_sum_ += Checksum(read.job->pull->destination,
+                        {read.range.offset + summed_bytes_, end - summed_bytes_});
+  summed_bytes_ = end;
 }
 
 // For a pull that ended meanwhile: its bytes are on the way all the same.
@@ -168,7 +180,8 @@ void TcpStream::OnBody(uint64_t nbytes) {
   TcpRead done = std::move(asked_.front());
   asked_.pop_front();
   header_bytes_ = 0;
-  body_bytes_ = 0;
+  body_bytes_ = summed_bytes_ = 0;
+  done.job->pull->AddSum(std::exchange(body_sum_, 0));
   if (done.job->pull->Landed(done.range.nbytes)) done.job->ReportOnce({});
   Pump();
 }

@@ -78,6 +78,7 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   ssize_t ReceiveHeader();
   ssize_t ReceiveBody(uint64_t budget);
   ssize_t Discard(uint64_t nbytes);
+  void SumUpTo(uint64_t nbytes);
   bool OnHeader();
   void OnBody(uint64_t nbytes);
   void Break();
@@ -91,7 +92,9 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   Bytes out_;                  // READ frames not yet sent
   FrameHeader header_;
   size_t header_bytes_ = 0;  // of header_ received
-  uint64_t body_bytes_ = 0;  // of the first of asked_ received
+  uint64_t body_bytes_ = 0;    // of the first of asked_ received
+  uint64_t summed_bytes_ = 0;  // of these, blocks that are in body_sum_
+  uint64_t body_sum_ = 0;
 };
 
 }  // namespace ray::rdt

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import checksums
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.session import CallError, Session
@@ -208,13 +209,14 @@ class _Reading:
         self._to_devices(list(zip(pieces, landed)))
 
     def _pull(self, key: bytes, landed: Buffers) -> None:
-        pull = self._session.agent.pull(
+        pull = checksums.pull(
+            self._session,
             self._peer.address,
             key,
             array("Q", [memory.data_ptr() for memory in landed]),
             array("Q", [memory.numel() for memory in landed]),
+            landed,
         )
-        pull.keep = landed
         try:
             pull.wait(self._left())
         finally:

@@ -1,0 +1,130 @@
+"""Coverage-guided fuzzing of all that bytes of strangers reach: ci/fuzz.sh [SECONDS A TARGET].
+
+Native targets (tests/fuzz/*.cc) are libFuzzer's and need clang; Python targets (tests/fuzz/*.py)
+are atheris's, which goes into a folder of its own. Targets write their first seeds themselves; what
+the fuzzers find interesting stays in build/fuzz for the next run. An input that breaks a target is
+left in build/fuzz/findings, and is to become a test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ci.build.base import python_tag
+from ci.build.native import build_fuzzers
+from ci.build.steps import BUILD, ROOT, BuildError, run, say
+
+WORK = BUILD / "fuzz"
+FINDINGS = WORK / "findings"
+ATHERIS = BUILD / f"atheris-{python_tag()}"
+ATHERIS_PACKAGE = "atheris==3.1.0"
+CLANGS = ["clang", *(f"clang-{version}" for version in range(21, 13, -1))]
+#: An input that takes longer than this, and a process that takes more, is a finding.
+TIMEOUT_S, MEMORY_MB = 20, 2048
+#: In a test run.
+SHORT_S = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """One program that takes libFuzzer's options."""
+
+    name: str
+    command: list[str | Path]
+    environment: dict[str, str]
+
+    def make_seeds(self) -> Path:
+        folder = WORK / self.name / "seeds"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        environment = {**self.environment, "RDT_FUZZ_SEEDS": str(folder)}
+        run(self.command, env=environment, advice=f"{self.name} could not write its seeds")
+        return folder
+
+    def fuzz(self, seconds: int) -> str:
+        """Runs for a time; returns the numbers. Raises BuildError with what was found."""
+        corpus = WORK / self.name / "corpus"
+        corpus.mkdir(parents=True, exist_ok=True)
+        FINDINGS.mkdir(parents=True, exist_ok=True)
+        options = [
+            f"-max_total_time={seconds}",
+            f"-timeout={TIMEOUT_S}",
+            f"-rss_limit_mb={MEMORY_MB}",
+            f"-artifact_prefix={FINDINGS}/{self.name}-",
+            "-print_final_stats=1",
+        ]
+        command = [*self.command, *options, corpus, self.make_seeds()]
+        done = subprocess.run(
+            [str(part) for part in command],
+            env={**os.environ, **self.environment},
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode:
+            raise BuildError(
+                f"fuzzing {self.name} found what follows; the input is in {FINDINGS}:\n"
+                f"{done.stderr[-6000:]}"
+            )
+        return _numbers(done.stderr)
+
+
+def _numbers(log: str) -> str:
+    runs = re.findall(r"stat::number_of_executed_units:\s*(\d+)", log)
+    last = re.findall(r"cov: (\d+).*?corp: (\d+)", log)
+    if not runs or not last:
+        return "nothing found"
+    coverage, corpus = last[-1]
+    return f"{int(runs[-1]):,} inputs, {coverage} edges, a corpus of {corpus}, nothing found"
+
+
+def native_targets() -> list[Target]:
+    clang = next((name for name in CLANGS if shutil.which(name)), None)
+    if clang is None:
+        say("fuzzing: the native targets are skipped: there is no clang")
+        return []
+    # Peers' agents are threads of the program: a leak is one of the agent's own.
+    return [Target(path.stem, [path], {}) for path in build_fuzzers(clang)]
+
+
+def python_targets(python: Path) -> list[Target]:
+    if not (ATHERIS / "atheris").is_dir():
+        say("fuzzing: the Python targets are skipped: ci/fuzz.sh has not installed atheris")
+        return []
+    environment = {"PYTHONPATH": os.pathsep.join([str(ATHERIS), str(ROOT)])}
+    files = sorted((ROOT / "tests" / "fuzz").glob("fuzz_*.py"))
+    return [Target(file.stem, [python, file], environment) for file in files]
+
+
+def install_atheris(python: Path) -> None:
+    if (ATHERIS / "atheris").is_dir():
+        return
+    say(f"installing {ATHERIS_PACKAGE} into {ATHERIS.relative_to(ROOT)}")
+    pip = [python, "-m", "pip", "install", "-qq", "--no-deps", "--target", ATHERIS]
+    try:
+        run([*pip, ATHERIS_PACKAGE], advice="it needs a package index")
+    except BuildError as error:
+        say(f"fuzzing: {error}")
+
+
+def fuzz_all(python: Path, seconds: int) -> None:
+    """Every target for so long, one after the other.
+
+    Args:
+        python: Of the venv with our wheel.
+        seconds: For each target.
+    """
+    found = []
+    for target in [*native_targets(), *python_targets(python)]:
+        try:
+            say(f"fuzzing: {target.name}, {seconds} s: {target.fuzz(seconds)}")
+        except BuildError as error:
+            found.append(str(error))
+    if found:
+        raise BuildError("\n".join(found))

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Fuzzes every target for so many seconds each (default 60); see ci/build/fuzz.py and doc/security.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+exec ./build.sh fuzz "${1:-60}"

@@ -1,0 +1,43 @@
+// Checksums of objects, for consumers that verify what they pull.
+//
+// An object's checksum is the sum, modulo 2^64, of XXH3-64 over each block of
+// its bytes, seeded with the block's number. So the blocks can be hashed in any
+// order by any thread, each while it is still in the cache. It finds accidents,
+// not forgers.
+//
+// Runs on: any thread.
+#pragma once
+
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "ray/rdt/spans.h"
+
+namespace ray::rdt {
+
+inline constexpr uint64_t kChecksumBlock = 256 << 10;
+
+// The part of the checksum that `range` gives: it begins where a block does, and
+// ends where a block or the list does.
+uint64_t Checksum(const SpanList &memory, Range range);
+
+// A number that is computed once and told to all who ask.
+class LazyNumber {
+ public:
+  using Told = std::function<void(uint64_t number)>;
+
+  // Tells at once, or when Set has been called. True for the first who asks: that
+  // one is to find the number out and Set it.
+  bool Ask(Told told);
+  void Set(uint64_t number);
+
+ private:
+  std::mutex mutex_;
+  bool is_asked_ = false;            // guarded by mutex_, as is all below
+  std::optional<uint64_t> number_;
+  std::vector<Told> waiting_;
+};
+
+}  // namespace ray::rdt

@@ -1,0 +1,46 @@
+#include "ray/rdt/sum_job.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <utility>
+
+namespace ray::rdt {
+namespace {
+
+// Shared by the steps of one region.
+class SumJob {
+ public:
+  explicit SumJob(Pin pin) : pin_(std::move(pin)) {}
+
+  // One chunk; true if there may be more.
+  bool Step() {
+    uint64_t total = pin_->memory.total();
+    uint64_t offset = next_.fetch_add(kChunk);
+    if (offset >= total) return false;
+    uint64_t nbytes = std::min(kChunk, total - offset);
+    sum_ += Checksum(pin_->memory, {offset, nbytes});
+    if (done_.fetch_add(nbytes) + nbytes == total) pin_->sum.Set(sum_);
+    return true;
+  }
+
+ private:
+  // As long a turn on a copy thread as a chunk of a pull takes.
+  static constexpr uint64_t kChunk = 4 << 20;
+  static_assert(kChunk % kChecksumBlock == 0);
+
+  const Pin pin_;
+  std::atomic<uint64_t> next_{0};
+  std::atomic<uint64_t> done_{0};
+  std::atomic<uint64_t> sum_{0};
+};
+
+}  // namespace
+
+void StartSum(CopyPool *copies, Pin pin) {
+  if (pin->memory.total() == 0) return pin->sum.Set(0);
+  auto job = std::make_shared<SumJob>(std::move(pin));
+  copies->Add([job] { return job->Step(); }, copies->threads());
+}
+
+}  // namespace ray::rdt

@@ -1,0 +1,12 @@
+// The copy threads find the checksum of an object that is served here.
+#pragma once
+
+#include "ray/rdt/copy_pool.h"
+#include "ray/rdt/region.h"
+
+namespace ray::rdt {
+
+// Ends with pin->sum.Set. Runs on: any thread.
+void StartSum(CopyPool *copies, Pin pin);
+
+}  // namespace ray::rdt

@@ -1,0 +1,14 @@
+// XXH3-64 of the xxhash library, over the widest vectors of this CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ray::rdt {
+
+// Runs on: any thread.
+uint64_t Xxh3(const void *data, size_t nbytes, uint64_t seed);
+// The same, for CPUs that have AVX2.
+uint64_t Xxh3Avx2(const void *data, size_t nbytes, uint64_t seed);
+
+}  // namespace ray::rdt

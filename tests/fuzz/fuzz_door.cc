@@ -1,0 +1,227 @@
+// A whole agent, from its sockets: any bytes before the proof, and any frames after
+// it. Whatever comes, the agent goes on to serve, gives nothing to who has not proved
+// the secret, and no byte of an object to who has not its key.
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <memory>
+
+#include "fuzz.h"
+#include "ray/rdt/agent.h"
+#include "ray/rdt/net.h"
+
+namespace fuzz {
+namespace {
+
+constexpr char kSecret[] = "secret";
+// Unlike anything that a frame of the agent's holds otherwise.
+constexpr uint8_t kTreasure = 0xA7;
+constexpr size_t kTreasureRun = 64;
+
+Key KeyOf(uint8_t number) {
+  Key key;
+  key.fill(number);
+  return key;
+}
+
+// An agent that serves one object whose key is in no script.
+struct Served {
+  Served() : memory(300'000, kTreasure), agent(kSecret, Options()) {
+    Key key;
+    FillRandom(key.data(), key.size());
+    Span span{reinterpret_cast<uint64_t>(memory.data()), memory.size()};
+    agent.Register(key, {span}, 1);
+    address = *ParseAddress(agent.address());
+  }
+
+  static Settings Options() {
+    Settings settings;
+    settings.bind_ip = "127.0.0.1";
+    settings.lanes = 15;
+    settings.pool_bytes = 1 << 20;
+    settings.connect_timeout_s = 5;
+    settings.peer_timeout_s = 5;
+    return settings;
+  }
+
+  Bytes memory;
+  Agent agent;
+  Address address;
+};
+
+// One connection to it. Never waits for longer than a second.
+class Caller {
+ public:
+  explicit Caller(const Served &served, bool over_unix)
+      : fd_(over_unix ? DialUnix(served.address.agent)
+                      : DialTcp(served.address.ip, served.address.port)) {
+    Require(static_cast<bool>(fd_) && IsReady(POLLOUT), "the agent takes connections");
+  }
+
+  void Send(ByteView bytes) {
+    while (!bytes.empty() && IsReady(POLLOUT)) {
+      ssize_t sent = send(fd_.get(), bytes.data(), bytes.size(), MSG_NOSIGNAL);
+      if (sent <= 0) return;
+      bytes = bytes.subspan(static_cast<size_t>(sent));
+    }
+  }
+
+  // With a descriptor beside it.
+  void SendRing(uint64_t nbytes) {
+    Fd memory(memfd_create("fuzz", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    if (ftruncate(memory.get(), 1 << 16) != 0) return;
+    Bytes frame = EncodeFrame(FrameType::kRing, 0, Ring{.nbytes = nbytes});
+    iovec piece{frame.data(), frame.size()};
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+    msghdr message{};
+    message.msg_iov = &piece;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr *header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    int fd = memory.get();
+    std::memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+    sendmsg(fd_.get(), &message, MSG_NOSIGNAL);
+  }
+
+  // The next frame; empty when none comes.
+  Bytes Receive() {
+    Bytes frame(sizeof(FrameHeader));
+    if (!Fill(&frame, 0)) return {};
+    size_t length = DecodeHeader(frame.data()).length;
+    frame.resize(frame.size() + std::min<size_t>(length, 1 << 20));
+    return Fill(&frame, sizeof(FrameHeader)) ? frame : Bytes();
+  }
+
+  // All that comes until the agent closes as well: then it has read everything.
+  Bytes ReceiveAll() {
+    shutdown(fd_.get(), SHUT_WR);
+    Bytes all;
+    uint8_t buffer[4096];
+    while (IsReady(POLLIN)) {
+      ssize_t got = recv(fd_.get(), buffer, sizeof(buffer), 0);
+      if (got <= 0) return all;
+      all.insert(all.end(), buffer, buffer + got);
+    }
+    Require(false, "the agent closes a connection that its other side has closed");
+    return all;
+  }
+
+  bool Prove(const Served &served, Purpose purpose) {
+    Identity self;
+    self.agent.fill(7);
+    self.secret = kSecret;
+    self.lanes = 15;
+    auto client = Handshake::Client(self, purpose, served.address.agent);
+    Send(client.FirstFrame());
+    while (client.state() == Handshake::State::kRunning) {
+      Bytes frame = Receive();
+      if (frame.empty()) return false;
+      Send(client.OnFrame(DecodeHeader(frame.data()),
+                          ByteView(frame).subspan(sizeof(FrameHeader))));
+    }
+    return client.state() == Handshake::State::kDone;
+  }
+
+ private:
+  bool IsReady(short events) const {
+    pollfd one{.fd = fd_.get(), .events = events, .revents = 0};
+    return poll(&one, 1, 1000) == 1;
+  }
+
+  bool Fill(Bytes *frame, size_t from) const {
+    while (from < frame->size()) {
+      if (!IsReady(POLLIN)) return false;
+      ssize_t got = recv(fd_.get(), frame->data() + from, frame->size() - from, 0);
+      if (got <= 0) return false;
+      from += static_cast<size_t>(got);
+    }
+    return true;
+  }
+
+  Fd fd_;
+};
+
+bool HoldsTreasure(const Bytes &bytes) {
+  Bytes run(kTreasureRun, kTreasure);
+  return std::search(bytes.begin(), bytes.end(), run.begin(), run.end()) != bytes.end();
+}
+
+enum Mode : uint8_t { kRawUnix, kRawTcp, kControl, kData, kModes };
+
+void SendFrames(Caller *caller, Script *script) {
+  while (!script->at_end()) {
+    uint8_t type = script->Number();
+    uint8_t request = script->Number();
+    if (type == 0xff) {
+      caller->SendRing(uint64_t{request} << 12);
+    } else {
+      caller->Send(EncodeFrame(static_cast<FrameType>(type), request, script->Some()));
+    }
+  }
+}
+
+void Run(Served *served, Script *script) {
+  Mode mode = static_cast<Mode>(script->Number() % kModes);
+  Caller caller(*served, mode != kRawTcp && mode != kData);
+  bool has_proved = false;
+  if (mode == kControl || mode == kData) {
+    Purpose purpose = mode == kControl ? Purpose::kControl : Purpose::kData;
+    has_proved = caller.Prove(*served, purpose);
+    Require(has_proved, "who knows the secret gets in");
+    SendFrames(&caller, script);
+  } else {
+    caller.Send(script->Rest());
+  }
+  Bytes heard = caller.ReceiveAll();
+  Require(!HoldsTreasure(heard), "no byte of an object without its key");
+  Require(has_proved || heard.size() < 512, "a stranger is told little");
+  served->agent.NextEvents(0);
+}
+
+Bytes Join(std::initializer_list<Bytes> parts) {
+  Bytes all;
+  for (const Bytes &part : parts) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+// As SendFrames reads it.
+template <class M>
+Bytes Scripted(FrameType type, const M &message) {
+  Bytes payload = Pack(message);
+  Bytes bytes = {static_cast<uint8_t>(type), 1, static_cast<uint8_t>(payload.size())};
+  bytes.insert(bytes.end(), payload.begin(), payload.end());
+  return bytes;
+}
+
+}  // namespace
+
+std::vector<Bytes> Seeds() {
+  Bytes pull = Scripted(FrameType::kPull, PullRequest{.key = KeyOf(1), .with_spans = 1});
+  Bytes fill = Scripted(FrameType::kFill, Fill{.offset = 0, .nbytes = 100});
+  Bytes keys = Scripted(FrameType::kOwn, KeyList{.keys = {KeyOf(1)}});
+  Bytes free = Scripted(FrameType::kFree, KeyList{.keys = {KeyOf(2)}});
+  Bytes sum = Scripted(FrameType::kSum, SumRequest{.key = KeyOf(1)});
+  Bytes read = Scripted(FrameType::kRead, Read{.offset = 0, .nbytes = 100});
+  Bytes hello = EncodeFrame(FrameType::kHello, 0, Hello{});
+  Bytes proof = EncodeFrame(FrameType::kProof, 0, Proof{});
+  return {Join({{kRawUnix}, hello, proof}),
+          Join({{kRawTcp}, hello, hello}),
+          Join({{kControl}, pull, {0xff, 16}, fill, keys, free, sum}),
+          Join({{kControl, 22, 1, 5, 'h', 'e', 'l', 'l', 'o'}, {20, 1, 0}, {27, 1, 0}}),
+          Join({{kData}, read, read})};
+}
+
+}  // namespace fuzz
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes) {
+  static auto *served = new fuzz::Served();
+  fuzz::Script script(fuzz::ByteView(data, nbytes));
+  fuzz::Run(served, &script);
+  return 0;
+}

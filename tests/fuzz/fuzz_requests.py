@@ -1,0 +1,90 @@
+"""Requests of peers: whatever the bytes, the session answers, with an error at worst.
+
+A whole session without Ray, with the handlers of a producer and of hints, and one object whose key
+is in no input.
+"""
+
+import json
+import logging
+import os
+import sys
+
+import atheris
+
+with atheris.instrument_imports(
+    include=[
+        "ray.experimental.rdt.session",
+        "ray.experimental.rdt.serve",
+        "ray.experimental.rdt.hints",
+        "ray.experimental.rdt.streams",
+    ]
+):
+    from ray.experimental.rdt.hints import HintedPulls
+    from ray.experimental.rdt.serve import Server
+    from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.store import Store
+    from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
+    from ray.experimental.rdt.transports.registry import Transports
+
+PEER = bytes(16)
+KEY = "00" * 16
+
+
+class Replies:
+    """Stands before the agent, to see that each request has one answer."""
+
+    def __init__(self, agent):
+        self._agent = agent
+        self.answers = []
+
+    def __getattr__(self, name):
+        return getattr(self._agent, name)
+
+    def reply(self, call_id, payload, is_error=False):
+        self.answers.append(json.loads(payload))
+
+
+def make_session():
+    logging.disable(logging.CRITICAL)
+    session = Session(b"secret", "127.0.0.1")
+    session.agent = Replies(session.agent)
+    transports, produced = Transports(session), ProducedStreams(session)
+    Server(session, Store(), transports, produced)
+    HintedPulls(session)
+    TakenStreams(session)
+    return session
+
+
+def seeds():
+    bodies = {
+        "rdt.send": {"key": KEY, "transport": "gloo", "device": "cpu", "route": {}, "timeout_s": 1},
+        "rdt.expose": {"key": KEY, "transport": "staged", "device": "cpu", "timeout_s": 1},
+        "rdt.done": {"key": KEY},
+        "rdt.hint": {"key": KEY, "address": "AAAA", "regions": [1, 2]},
+        "rdt.stream.open": {"stream": "s", "address": "00"},
+        "rdt.stream.close": {"stream": "s"},
+    }
+    return [json.dumps({"op": op, "body": body}).encode() for op, body in bodies.items()]
+
+
+def main():
+    folder = os.environ.get("RDT_FUZZ_SEEDS")
+    if folder is not None:
+        for number, seed in enumerate(seeds()):
+            with open(os.path.join(folder, f"seed{number}"), "wb") as file:
+                file.write(seed)
+        return
+    session = make_session()
+
+    def check(data):
+        session.agent.answers.clear()
+        session._answer(1, PEER, data)
+        (answer,) = session.agent.answers
+        assert ("body" in answer) != ("error" in answer)
+
+    atheris.Setup(sys.argv, check)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

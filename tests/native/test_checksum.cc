@@ -1,0 +1,144 @@
+#include <atomic>
+#include <thread>
+
+#include "fixtures.h"
+#include "ray/rdt/checksum.h"
+#include "ray/rdt/xxh3.h"
+
+namespace fixtures {
+namespace {
+
+constexpr size_t kMiB = 1 << 20;
+
+uint64_t SumOf(const std::vector<Span> &spans) {
+  SpanList list(spans);
+  return Checksum(list, {0, list.total()});
+}
+
+// What the producer says of KeyOf(9).
+uint64_t AskedSum(Agent *consumer, const Agent &producer) {
+  CallTicket ticket = consumer->StartSum(producer.address(), KeyOf(9));
+  CHECK_EQ(Outcome(ticket.call.get()).text, "");
+  auto answer = Unpack<SumAnswer>(ticket.call->TakeReply());
+  CHECK(answer.has_value());
+  return answer->sum;
+}
+
+TEST("checksum: XXH3-64 agrees with the library's own test vectors") {
+  CHECK_EQ(Xxh3(nullptr, 0, 0), 0x2D06800538D394C2u);
+  CHECK_EQ(Xxh3("", 0, 0), 0x2D06800538D394C2u);
+}
+
+TEST("checksum: wide vectors and narrow ones find the same") {
+  if (!__builtin_cpu_supports("avx2")) return;
+  Memory memory(kMiB + 3);
+  memory.FillRandom(1);
+  for (size_t nbytes : {1u, 16u, 240u, 241u, 4096u, 1u << 20}) {
+    CHECK_EQ(Xxh3(memory.data(), nbytes, 7), Xxh3Avx2(memory.data(), nbytes, 7));
+  }
+}
+
+TEST("checksum: how memory is cut does not matter") {
+  for (size_t nbytes : {size_t{1}, kChecksumBlock, kChecksumBlock + 1, 3 * kMiB + 17}) {
+    Memory memory(nbytes);
+    memory.FillRandom(1);
+    for (size_t cuts : {2, 13, 3000}) {
+      CHECK_EQ(SumOf(memory.Cut(cuts, 1)), SumOf(memory.Whole()));
+    }
+  }
+  CHECK_EQ(SumOf({}), 0u);
+}
+
+TEST("checksum: the parts of whole blocks make up the whole") {
+  Memory memory(5 * kChecksumBlock + 5);
+  memory.FillRandom(1);
+  SpanList list(memory.Whole());
+  uint64_t head = Checksum(list, {0, 2 * kChecksumBlock});
+  uint64_t tail = Checksum(list, {2 * kChecksumBlock, 3 * kChecksumBlock + 5});
+  CHECK_EQ(head + tail, SumOf(memory.Whole()));
+}
+
+TEST("checksum: a changed bit and exchanged blocks are found") {
+  Memory memory(4 * kChecksumBlock);
+  memory.FillRandom(1);
+  uint64_t before = SumOf(memory.Whole());
+  memory.data()[memory.size() - 1] ^= 1;
+  CHECK(SumOf(memory.Whole()) != before);
+  memory.data()[memory.size() - 1] ^= 1;
+  CHECK_EQ(SumOf(memory.Whole()), before);
+  std::swap_ranges(
+      memory.data(), memory.data() + kChecksumBlock, memory.data() + kChecksumBlock);
+  CHECK(SumOf(memory.Whole()) != before);
+}
+
+TEST("checksum: on every lane what lands has the producer's checksum") {
+  constexpr LaneSet kSets[] = {0b1111, 0b1100, 0b1000};
+  for (LaneSet lanes : kSets) {
+    auto producer = MakeAgent();
+    auto consumer = MakeAgent(lanes);
+    for (size_t nbytes : {size_t{0}, size_t{1}, size_t{64} << 10, 3 * kMiB + 17, 20 * kMiB}) {
+      for (size_t cuts : {1, 3000}) {
+        Memory source(nbytes);
+        Memory destination(nbytes);
+        source.FillRandom(3);
+        CHECK(producer->Register(KeyOf(9), source.Cut(cuts, 1), 1));
+        PullTicket ticket = consumer->StartPull(
+            producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2), true);
+        CHECK_EQ(Outcome(ticket.pull.get()).text, "");
+        CHECK_EQ(ticket.pull->sum(), SumOf(source.Whole()));
+        CHECK_EQ(AskedSum(consumer.get(), *producer), SumOf(source.Whole()));
+        CHECK(producer->Release(KeyOf(9)));
+        CHECK(AwaitEvent(producer.get(), Event::Kind::kReleased));
+      }
+    }
+  }
+}
+
+TEST("checksum: a producer finds it once, for all who ask at once") {
+  auto producer = MakeAgent();
+  auto consumer = MakeAgent();
+  Memory source(20 * kMiB);
+  source.FillRandom(3);
+  uint64_t expected = SumOf(source.Whole());
+  producer->Register(KeyOf(9), source.Whole(), 1);
+  std::vector<CallTicket> tickets;
+  for (int i = 0; i < 20; ++i)
+    tickets.push_back(consumer->StartSum(producer->address(), KeyOf(9)));
+  for (const CallTicket &ticket : tickets) {
+    CHECK_EQ(Outcome(ticket.call.get()).text, "");
+    CHECK_EQ(Unpack<SumAnswer>(ticket.call->TakeReply())->sum, expected);
+  }
+  source.data()[0] ^= 1;
+  CHECK_EQ(AskedSum(consumer.get(), *producer), expected);
+  CHECK_EQ(AskedSum(producer.get(), *producer), expected);
+}
+
+TEST("checksum: of an object that is gone there is none") {
+  auto producer = MakeAgent();
+  auto consumer = MakeAgent();
+  CallTicket ticket = consumer->StartSum(producer->address(), KeyOf(8));
+  CHECK(Outcome(ticket.call.get()).text.find("no such object") != std::string::npos);
+  CallTicket own = producer->StartSum(producer->address(), KeyOf(8));
+  CHECK(!Outcome(own.call.get()).ok());
+}
+
+TEST("checksum: a number that many threads ask for is told to all, and found by one") {
+  LazyNumber number;
+  std::atomic<int> finders{0};
+  std::atomic<int> told{0};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i) {
+    threads.emplace_back([&] {
+      if (number.Ask([&](uint64_t found) { told += found == 5; })) {
+        ++finders;
+        number.Set(5);
+      }
+    });
+  }
+  for (std::thread &thread : threads) thread.join();
+  CHECK_EQ(finders.load(), 1);
+  CHECK_EQ(told.load(), 8);
+}
+
+}  // namespace
+}  // namespace fixtures
