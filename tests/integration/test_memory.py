@@ -37,7 +37,7 @@ def patient(local_ray: None) -> Any:
 
 @pytest.fixture(scope="module")
 def hasty(local_ray: None) -> Any:
-    actor = Peer.options(runtime_env=limits(0.2), max_concurrency=4).remote()
+    actor = Peer.options(runtime_env=limits(0.2)).remote()
     yield actor
     ray.kill(actor)
 
