@@ -58,9 +58,9 @@ class Target:
             f"-artifact_prefix={FINDINGS}/{self.name}-",
             "-print_final_stats=1",
         ]
-        command = [*self.command, *options, corpus, self.make_seeds()]
+        folders = [str(corpus), str(self.make_seeds())]
         done = subprocess.run(
-            [str(part) for part in command],
+            [*map(str, self.command), *options, *folders],
             env={**os.environ, **self.environment},
             capture_output=True,
             text=True,
@@ -89,7 +89,6 @@ def native_targets() -> list[Target]:
     if clang is None:
         say("fuzzing: the native targets are skipped: there is no clang")
         return []
-    # Peers' agents are threads of the program: a leak is one of the agent's own.
     return [Target(path.stem, [path], {}) for path in build_fuzzers(clang)]
 
 
@@ -106,9 +105,9 @@ def install_atheris(python: Path) -> None:
     if (ATHERIS / "atheris").is_dir():
         return
     say(f"installing {ATHERIS_PACKAGE} into {ATHERIS.relative_to(ROOT)}")
-    pip = [python, "-m", "pip", "install", "-qq", "--no-deps", "--target", ATHERIS]
+    pip = [python, "-m", "pip", "install", "-qq", "--no-deps"]
     try:
-        run([*pip, ATHERIS_PACKAGE], advice="it needs a package index")
+        run([*pip, "--target", ATHERIS, ATHERIS_PACKAGE], advice="it needs a package index")
     except BuildError as error:
         say(f"fuzzing: {error}")
 

@@ -278,7 +278,14 @@ def _link(style: Flavour, objects: list[Path], target: Path, *options: str) -> N
     # The compiler is run where the objects are, so that no absolute path of
     # theirs reaches the output.
     names = sorted(os.path.relpath(path, style.folder) for path in objects)
-    command = [style.compilers[1], *options, *style.link, "-pthread", "-Wl,--gc-sections", "-Wl,--build-id=none"]
+    command = [
+        style.compilers[1],
+        *options,
+        *style.link,
+        "-pthread",
+        "-Wl,--gc-sections",
+        "-Wl,--build-id=none",
+    ]
     _run_for(target, [*command, *names], cwd=style.folder)
 
 

@@ -58,7 +58,8 @@ std::vector<Bytes> Tamper(Script *script, const Bytes &frame) {
   Bytes changed = frame;
   switch (script->Number() % kMoves) {
   case kFlip:
-    changed[script->Number() % changed.size()] ^= static_cast<uint8_t>(1 + script->Number());
+    changed[script->Number() % changed.size()] ^=
+        static_cast<uint8_t>(1 + script->Number());
     return {changed};
   case kCut:
     changed.resize(script->Number() % (changed.size() + 1));
@@ -76,9 +77,9 @@ std::vector<Bytes> Tamper(Script *script, const Bytes &frame) {
 
 void Run(Script *script, const char *client_secret) {
   Identity server = MakeIdentity(2, "secret");
-  Side sides[2] = {
-      {Handshake::Client(MakeIdentity(1, client_secret), Purpose::kControl, server.agent)},
-      {Handshake::Server(server)}};
+  Side sides[2] = {{Handshake::Client(
+                       MakeIdentity(1, client_secret), Purpose::kControl, server.agent)},
+                   {Handshake::Server(server)}};
   bool is_known = std::string(client_secret) == server.secret;
   std::deque<std::pair<int, Bytes>> under_way = {{1, sides[0].handshake.FirstFrame()}};
   for (int step = 0; step < 16 && !under_way.empty(); ++step) {

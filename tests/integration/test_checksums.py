@@ -126,7 +126,7 @@ def test_wrong_bytes_of_a_transport_are_an_error_if_it_must_be_that(
     taker = careful()
     ray.get(taker.run.remote(spoil))
     ref = producer.make.options(tensor_transport="shm").remote(count_up)
-    with pytest.raises(ray.exceptions.RayError, match="over shm.*checksum"):
+    with pytest.raises(ray.exceptions.RayError, match=r"over shm.*checksum"):
         ray.get(taker.run.remote(total, ref))
 
 

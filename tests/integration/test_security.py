@@ -23,7 +23,7 @@ def test_no_secret_is_written_anywhere(tmp_path: Path) -> None:
     """A session whose loggers say everything, with an error for good measure."""
     run_driver(
         START
-        + f"""
+        + """
 from tests.integration.test_security import look_everywhere
 
 os.environ["RAY_BACKEND_LOG_LEVEL"] = "debug"

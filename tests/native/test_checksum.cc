@@ -76,7 +76,8 @@ TEST("checksum: on every lane what lands has the producer's checksum") {
   for (LaneSet lanes : kSets) {
     auto producer = MakeAgent();
     auto consumer = MakeAgent(lanes);
-    for (size_t nbytes : {size_t{0}, size_t{1}, size_t{64} << 10, 3 * kMiB + 17, 20 * kMiB}) {
+    for (size_t nbytes :
+         {size_t{0}, size_t{1}, size_t{64} << 10, 3 * kMiB + 17, 20 * kMiB}) {
       for (size_t cuts : {1, 3000}) {
         Memory source(nbytes);
         Memory destination(nbytes);

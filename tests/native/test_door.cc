@@ -209,11 +209,12 @@ TEST("door: nobody guesses the pulls of another") {
   Memory destination(kObjectBytes);
   std::vector<uint64_t> ids;
   for (int i = 0; i < 8; ++i) {
-    PullTicket ticket = consumer->StartPull(
-        served.agent->address(), KeyOf(1), destination.Whole());
+    PullTicket ticket =
+        consumer->StartPull(served.agent->address(), KeyOf(1), destination.Whole());
     CHECK_EQ(Outcome(ticket.pull.get()).text, "");
     for (uint64_t other : ids) {
-      CHECK(std::max(other, ticket.pull->id) - std::min(other, ticket.pull->id) > 1 << 20);
+      CHECK(std::max(other, ticket.pull->id) - std::min(other, ticket.pull->id) >
+            1 << 20);
     }
     ids.push_back(ticket.pull->id);
   }

@@ -150,8 +150,8 @@ CallTicket Agent::StartRequest(ByteView address, FrameType kind, Bytes payload) 
       is_too_long
           ? Status{Code::kRefused, kTooLong}
           : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-              ticket = {
-                  std::make_shared<Call>(next_call_++, kind, &counters_.calls_live), peer};
+              ticket = {std::make_shared<Call>(next_call_++, kind, &counters_.calls_live),
+                        peer};
               loop_.Post(
                   [peer, call = ticket.call, payload = std::move(payload)]() mutable {
                     peer->Submit(call, std::move(payload));

@@ -35,7 +35,7 @@ class LazyNumber {
 
  private:
   std::mutex mutex_;
-  bool is_asked_ = false;            // guarded by mutex_, as is all below
+  bool is_asked_ = false;  // guarded by mutex_, as is all below
   std::optional<uint64_t> number_;
   std::vector<Told> waiting_;
 };

@@ -235,7 +235,8 @@ bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_);
 std::string RemotePeer::NoTcpReason() const {
   if (!work_.settings->clear_tcp) {
     return "TLS is required (RAY_USE_TLS), and RDT's connections over TCP are clear "
-           "text: set RAY_RDT_ALLOW_CLEAR_TCP=1 on all nodes if the network is trusted, or "
+           "text: set RAY_RDT_ALLOW_CLEAR_TCP=1 on all nodes if the network is trusted, "
+           "or "
            "return the object without a tensor transport, so that Ray sends it over TLS";
   }
   return address_.port == 0 ? "the peer does not listen on TCP" : "";

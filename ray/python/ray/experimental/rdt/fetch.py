@@ -205,8 +205,8 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
         return RDTChecksumError(
             context,
             f"{error}.",
-            "A tensor that its process changes in place after the first consumer has pulled it does "
-            "this: call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
+            "A tensor that is changed in place after the first consumer has pulled it does this: "
+            "call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
         )
     if isinstance(error, MemoryError):
         return RDTFetchError(

@@ -37,9 +37,9 @@ from ray.experimental.rdt.directory import (
 )
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
+from ray.experimental.rdt.gauges import Gauges
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
-from ray.experimental.rdt.gauges import Gauges
 from ray.experimental.rdt.holder import ArgumentHolder
 from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.owners import OwnerWatch, publish_worker

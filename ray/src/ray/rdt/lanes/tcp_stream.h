@@ -91,7 +91,7 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   std::deque<TcpRead> asked_;  // in the order in which the answers come
   Bytes out_;                  // READ frames not yet sent
   FrameHeader header_;
-  size_t header_bytes_ = 0;  // of header_ received
+  size_t header_bytes_ = 0;    // of header_ received
   uint64_t body_bytes_ = 0;    // of the first of asked_ received
   uint64_t summed_bytes_ = 0;  // of these, blocks that are in body_sum_
   uint64_t body_sum_ = 0;
