@@ -105,9 +105,9 @@ def install_atheris(python: Path) -> None:
     if (ATHERIS / "atheris").is_dir():
         return
     say(f"installing {ATHERIS_PACKAGE} into {ATHERIS.relative_to(ROOT)}")
-    pip = [python, "-m", "pip", "install", "-qq", "--no-deps"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--no-deps", "--target", str(ATHERIS)]
     try:
-        run([*pip, "--target", ATHERIS, ATHERIS_PACKAGE], advice="it needs a package index")
+        run([*pip, ATHERIS_PACKAGE], advice="it needs a package index")
     except BuildError as error:
         say(f"fuzzing: {error}")
 

@@ -194,13 +194,6 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             f"the process that holds the tensors is gone ({error}).",
             "Make the object again; let the producer restart with max_restarts if it should.",
         )
-    if "not_found" in codes:
-        return RDTFetchError(
-            context,
-            "the producer does not hold it any more: every reference to it had gone out of scope, "
-            "or its owner died.",
-            "Keep an ObjectRef to it while others need it.",
-        )
     if isinstance(error, ChecksumMismatch):
         return RDTChecksumError(
             context,
@@ -208,21 +201,27 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "A tensor that is changed in place after the first consumer has pulled it does this: "
             "call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
         )
+    return RDTFetchError(context, *_reason_and_advice(error, codes))
+
+
+def _reason_and_advice(error: Exception, codes: set[str]) -> tuple[str, str]:
+    if "not_found" in codes:
+        return (
+            "the producer does not hold it any more: every reference to it had gone out of scope, "
+            "or its owner died.",
+            "Keep an ObjectRef to it while others need it.",
+        )
     if isinstance(error, MemoryError):
-        return RDTFetchError(
-            context,
+        return (
             "this process could not get the memory to receive it into.",
             "Drop tensors that it holds, fetch fewer at a time, or give it more memory.",
         )
     if isinstance(error, ImportError):
-        return RDTFetchError(
-            context,
+        return (
             f"this process cannot hold tensors: {error}.",
             f"Install {error.name} in the environment of this worker.",
         )
-    return RDTFetchError(
-        context, f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
-    )
+    return f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
 
 
 def _codes(error: BaseException | None) -> set[str]:
