@@ -22,10 +22,14 @@ from ci.build.steps import BUILD, ROOT, BuildError, run, say
 WORK = BUILD / "fuzz"
 FINDINGS = WORK / "findings"
 ATHERIS = BUILD / f"atheris-{python_tag()}"
-ATHERIS_PACKAGE = "atheris==3.1.0"
-CLANGS = ["clang", *(f"clang-{version}" for version in range(21, 13, -1))]
+ATHERIS_PACKAGE = "atheris==3.0.0"
+#: Older ones cannot compile the agent.
+OLDEST_CLANG = 16
+CLANGS = ["clang", *(f"clang-{version}" for version in range(22, OLDEST_CLANG - 1, -1))]
 #: An input that takes longer than this, and a process that takes more, is a finding.
 TIMEOUT_S, MEMORY_MB = 20, 2048
+#: A target whose time is over gets so much more to end.
+GRACE_S = 60
 #: In a test run.
 SHORT_S = 2
 
@@ -59,14 +63,18 @@ class Target:
             "-print_final_stats=1",
         ]
         folders = [str(corpus), str(self.make_seeds())]
-        done = subprocess.run(
-            [*map(str, self.command), *options, *folders],
-            env={**os.environ, **self.environment},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [*map(str, self.command), *options, *folders],
+                env={**os.environ, **self.environment},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                timeout=seconds + GRACE_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{self.name} did not end {GRACE_S} s after its time") from error
         if done.returncode:
             raise BuildError(
                 f"fuzzing {self.name} found what follows; the input is in {FINDINGS}:\n"
@@ -85,11 +93,19 @@ def _numbers(log: str) -> str:
 
 
 def native_targets() -> list[Target]:
-    clang = next((name for name in CLANGS if shutil.which(name)), None)
+    clang = next((name for name in CLANGS if _version_of(name) >= OLDEST_CLANG), None)
     if clang is None:
-        say("fuzzing: the native targets are skipped: there is no clang")
+        say(f"fuzzing: the native targets are skipped: there is no clang {OLDEST_CLANG} or newer")
         return []
     return [Target(path.stem, [path], {}) for path in build_fuzzers(clang)]
+
+
+def _version_of(clang: str) -> int:
+    """0 where there is none."""
+    if not shutil.which(clang):
+        return 0
+    said = subprocess.run([clang, "-dumpversion"], capture_output=True, text=True, check=False)
+    return int(said.stdout.partition(".")[0] or 0)
 
 
 def python_targets(python: Path) -> list[Target]:

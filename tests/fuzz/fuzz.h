@@ -54,7 +54,8 @@ std::vector<Bytes> Seeds();
 
 }  // namespace fuzz
 
-extern "C" inline int LLVMFuzzerInitialize(int * /*argc*/, char *** /*argv*/) {
+// Each target is one file, so this is defined once in a program.
+extern "C" int LLVMFuzzerInitialize(int * /*argc*/, char *** /*argv*/) {
   const char *folder = std::getenv("RDT_FUZZ_SEEDS");
   if (folder == nullptr) return 0;
   int number = 0;

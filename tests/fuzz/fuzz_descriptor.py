@@ -6,6 +6,10 @@ import sys
 
 import atheris
 
+import ray
+
+assert ray  # imported first, so that it is not instrumented as well
+
 with atheris.instrument_imports(include=["ray.experimental.rdt.descriptor"]):
     from ray.experimental.rdt import descriptor
 

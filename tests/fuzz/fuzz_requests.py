@@ -11,6 +11,10 @@ import sys
 
 import atheris
 
+import ray
+
+assert ray  # imported first, so that it is not instrumented as well
+
 with atheris.instrument_imports(
     include=[
         "ray.experimental.rdt.session",
@@ -67,6 +71,37 @@ def seeds():
     return [json.dumps({"op": op, "body": body}).encode() for op, body in bodies.items()]
 
 
+#: Of each field of a request, what is right; the others are wrong in some way.
+FIELDS = {
+    "key": KEY,
+    "transport": "staged",
+    "device": "cpu",
+    "route": {},
+    "timeout_s": 1,
+    "address": "AAAA",
+    "regions": [1, 2],
+    "stream": "s",
+}
+OPS = ["rdt.send", "rdt.expose", "rdt.done", "rdt.hint", "rdt.stream.open", "rdt.stream.close"]
+
+
+def make_value(data, right):
+    text = data.ConsumeUnicode(data.ConsumeIntInRange(0, 40))
+    number = data.ConsumeInt(8)
+    wrong = [text, number, data.ConsumeFloat(), None, [], [number, text], {text: number}, [right]]
+    return data.PickValueInList([right, right, right, *wrong])
+
+
+def make_request(data):
+    """A request whose fields are right, wrong or missing."""
+    body = {
+        name: make_value(data, right)
+        for name, right in FIELDS.items()
+        if data.ConsumeIntInRange(0, 9)
+    }
+    return json.dumps({"op": data.PickValueInList(OPS), "body": body}).encode()
+
+
 def main():
     folder = os.environ.get("RDT_FUZZ_SEEDS")
     if folder is not None:
@@ -78,7 +113,9 @@ def main():
 
     def check(data):
         session.agent.answers.clear()
-        session._answer(1, PEER, data)
+        is_made = data[:1] != b"{"
+        payload = make_request(atheris.FuzzedDataProvider(data)) if is_made else data
+        session._answer(1, PEER, payload)
         (answer,) = session.agent.answers
         assert ("body" in answer) != ("error" in answer)
 

@@ -139,11 +139,12 @@ void Loop::WaitForEvents() {
   std::array<epoll_event, 64> ready;
   int count = epoll_wait(epoll_.get(), ready.data(), ready.size(), TimeoutMs());
   for (int i = 0; i < count; ++i) {
-    if (ready[i].data.u64 == kWakeId) {
+    Id id = ready[i].data.u64;  // a copy: the kernel's struct is packed
+    if (id == kWakeId) {
       DrainWake();
       continue;
     }
-    auto found = watched_.find(ready[i].data.u64);
+    auto found = watched_.find(id);
     if (found == watched_.end()) continue;
     std::shared_ptr<OnReady> keep = found->second.ready;  // it may unwatch itself
     (*keep)(ready[i].events);
