@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -201,7 +202,14 @@ def _core_units() -> list[_Unit]:
         _Unit(sodium / name, *SODIUM_FLAGS, f"-I{include / 'sodium'}", warnings=("-w",))
         for name in SODIUM_FILES
     ]
-    return [_Unit(path, f"-I{include}", others, "-DSODIUM_STATIC") for path in ours] + theirs
+    flags = (f"-I{include}", others, "-DSODIUM_STATIC")
+    return [_Unit(path, *flags, *_wide_vectors(path)) for path in ours] + theirs
+
+
+def _wide_vectors(path: Path) -> tuple[str, ...]:
+    """Whoever calls what is in such a file has looked whether the CPU has them."""
+    is_wide = path.stem.endswith("_avx2") and platform.machine() == "x86_64"
+    return ("-mavx2",) if is_wide else ()
 
 
 def _compile(style: Flavour, units: list[_Unit]) -> list[Path]:

@@ -1,12 +1,7 @@
-// Only the library and the one call are compiled for AVX2: what the standard's
-// headers define may be linked into the rest of the agent.
-#include <cstring>
-
+// Compiled for AVX2 on machines of that kind (ci/build/native.py), so it includes
+// nothing that the rest of the agent could be given instead of its own.
 #include "ray/rdt/xxh3.h"
 
-#if defined(__x86_64__) && !defined(__clang__)
-#pragma GCC target("avx2")
-#endif
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
