@@ -135,7 +135,7 @@ def stats() -> dict[str, int]:
     RDT.
 
     Returns:
-        Those, ``stored_objects`` (its tensors that wait for consumers), ``plain_objects`` (which went
+        Those, ``stored_objects`` (tensors that wait for consumers), ``plain_objects`` (which went
         through Ray's object store because there was no room), ``directory_rows`` (objects that it
         owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have not
         got their arguments yet), ``exposed`` (objects described to one-sided transports),
