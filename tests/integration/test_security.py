@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -59,6 +60,8 @@ def look_everywhere() -> None:
     gone = lost.make.remote(ones)
     ray.wait([gone])
     ray.kill(lost)
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(lost.pid.remote())  # comes back when it is dead
     try:
         ray.get(gone)
     except ray.exceptions.RayError as error:
