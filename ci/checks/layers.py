@@ -43,6 +43,7 @@ LAYERS: list[set[str]] = [
         "store",
         "streams",
         "targets",
+        "unclaimed",
     },
     {"manager"},
     {"api", "explain_api", "guarded", "nixl_api", "observe", "util", ""},

@@ -15,6 +15,7 @@ import torch
 from ray.exceptions import ActorDiedError, ObjectLostError
 
 import ray
+from tests.cluster import network_faults
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, pulls, total, total_of_refs
 from tests.support import wait_until
 
@@ -74,7 +75,7 @@ def kill(pid: int) -> None:
     wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the process has ended")
 
 
-def main(address: str, device: str) -> None:
+def main(address: str, device: str, other: str, other_device: str) -> None:
     ray.init(address=address, log_to_driver=False)
     here, there, spare = (Peer.options(resources={host: 1}).remote() for host in ("a", "b", "b"))
     report: dict[str, Any] = {"there": transfer(here, there), "back": transfer(there, here)}
@@ -84,6 +85,8 @@ def main(address: str, device: str) -> None:
     gloo = here.make.options(tensor_transport="gloo").remote(ones)
     report["gloo"] = ray.get(there.run.remote(total, gloo)) == LARGE
     report["both"] = ray.get(here.run.remote(total_of_refs, [there.make.remote(ones)])) == LARGE
+    cable = network_faults.Cable(device, other, other_device)
+    report["faults"] = network_faults.report(cable, here, there)
     ref = spare.make.remote(ones)
     pid = ray.get(spare.pid.remote())
     report["killed"] = lose(ref, lambda: kill(pid))

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.chaos.faults import FREED_WITHIN_S
 from tests.cluster.hosts import (
     ENVIRONMENT,
     PEER_TIMEOUT_S,
+    Host,
     HostsUnavailable,
     ray_on,
     two_hosts,
@@ -27,15 +29,16 @@ def report() -> Iterator[dict[str, Any]]:
     """What one driver saw that did everything."""
     try:
         with two_hosts() as hosts, ray_on(hosts) as address:
-            yield run_driver_on(hosts[0], address)
+            yield run_driver_on(hosts, address)
     except HostsUnavailable as error:
         pytest.skip(str(error))
 
 
-def run_driver_on(host: Any, address: str) -> dict[str, Any]:
+def run_driver_on(hosts: tuple[Host, Host], address: str) -> dict[str, Any]:
+    host, other = hosts
     driver = ROOT / "tests" / "cluster" / "driver_on_hosts.py"
     done = subprocess.run(
-        host.command(sys.executable, driver, address, host.device),
+        host.command(sys.executable, driver, address, host.device, other.name, other.device),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -63,6 +66,19 @@ def test_targets_receive_over_tcp(report: dict[str, Any]) -> None:
 
 def test_gloo_crosses_the_network(report: dict[str, Any]) -> None:
     assert report["gloo"]
+
+
+@pytest.mark.parametrize("fault", ["reset", "stalled", "half_open"])
+def test_a_pull_survives_what_happens_to_the_network(report: dict[str, Any], fault: str) -> None:
+    """Connections that are reset, lost frames, and a peer that has forgotten the connections."""
+    seen = report["faults"][fault]
+    assert seen["got"] == "right"
+    if fault != "stalled":
+        assert seen["happened"] > 0, "no connection was there to reset"
+
+
+def test_frees_of_a_cut_off_owner_arrive_when_it_is_back(report: dict[str, Any]) -> None:
+    assert report["faults"]["freed"]["after_s"] < FREED_WITHIN_S
 
 
 def test_killed_producer_on_the_other_host_is_known_soon(report: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ray.exceptions import ObjectLostError
 import ray
 from ray.experimental.rdt import config
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
-from tests.support import BUSY_S, KNOWN_WITHIN_S, ROOT, wait_until
+from tests.support import BUSY_S, KNOWN_WITHIN_S, ROOT, stopped, wait_until
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 
@@ -135,3 +135,47 @@ def test_removed_node_loses_its_objects_and_no_others(cluster: Cluster, spawn_on
     with pytest.raises(ObjectLostError):
         ray.get(taker.run.remote(total_of_refs, [lost]), timeout=60)
     assert ray.get(taker.run.remote(total_of_refs, [kept])) == LARGE
+
+
+def test_killed_raylet_takes_its_workers_and_no_others(cluster: Cluster, spawn_on: Any) -> None:
+    node = cluster.add_node(**NODE, resources={"headless": 9})
+    doomed = Peer.options(resources={"headless": 1}).remote()
+    stays, taker = spawn_on("one"), spawn_on("two")
+    lost, kept = doomed.make.remote(ones), stays.make.remote(ones)
+    assert ray.get(taker.run.remote(total_of_refs, [lost, kept])) == 2 * LARGE
+    pid = ray.get(doomed.pid.remote())
+    node.kill_raylet()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "Ray ends the worker", limit_s=60)
+    began = time.monotonic()
+    with pytest.raises(ObjectLostError):
+        ray.get(lost, timeout=60)
+    assert time.monotonic() - began < KNOWN_WITHIN_S + BUSY_S
+    assert ray.get(taker.run.remote(total_of_refs, [kept])) == LARGE
+    cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture
+def gcs(cluster: Cluster) -> int:
+    """The pid of the GCS."""
+    (entry,) = cluster.head_node.all_processes["gcs_server"]
+    return int(entry.process.pid)
+
+
+def test_stopped_gcs_stops_no_transfer(gcs: int, spawn_on: Any) -> None:
+    """Who has used RDT before needs no GCS; who is new waits until it is back."""
+    one, two = spawn_on("one"), spawn_on("two")
+    assert ray.get(two.run.remote(total_of_refs, [one.make.remote(ones)])) == LARGE
+    new = spawn_on("head")
+    ray.get(new.pid.remote())
+    with stopped(gcs):
+        for _ in range(3):
+            assert ray.get(two.run.remote(total_of_refs, [one.make.remote(ones)])) == LARGE
+        assert ray.get(one.make.remote(ones)).sum() == LARGE
+        late = new.run.remote(total_of_refs, [one.make.remote(ones)])
+        assert not ray.wait([late], timeout=1)[0]
+    assert ray.get(late, timeout=60) == LARGE
+
+    def assert_idle() -> None:
+        assert ray.get(one.stats.remote())["stored_objects"] == 0
+
+    wait_until(assert_idle, "still in use:")

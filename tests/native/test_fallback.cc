@@ -3,11 +3,14 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include <cerrno>
 #include <cstddef>
+#include <thread>
 
 #include "fixtures.h"
 #include "ray/rdt/net.h"
@@ -93,7 +96,7 @@ TEST("fallback: an object in too many pieces for cma takes another lane") {
   CHECK(source == destination);
 }
 
-TEST("fallback: a connection that breaks before the grant is made once more") {
+TEST("fallback: a connection that breaks before the grant is made a few times more") {
   Loop loop("test");
   EventQueue events;
   Log log(&events);
@@ -111,8 +114,143 @@ TEST("fallback: a connection that breaks before the grant is made once more") {
   auto consumer = MakeAgent();
   PullTicket ticket = consumer->StartPull(Pack(address), KeyOf(1), {});
   CHECK(Outcome(ticket.pull.get()).code == Code::kPeerLost);
-  CHECK_EQ(entered.load(), 2);
+  CHECK_EQ(entered.load(), 5);
   loop.Stop();
+}
+
+// Breaks all connections of this process; the other ends see that at once.
+void CutConnections() {
+  for (int fd = 3; fd < 1024; ++fd) shutdown(fd, SHUT_RDWR);
+}
+
+TEST("fallback: a pull whose connections break goes on over new ones") {
+  constexpr size_t kLarge = 64 << 20;
+  for (LaneSet lanes : {0b1110, 0b1100, 0b1000}) {
+    Producer producer(kLarge, kAllLanes);
+    auto consumer = MakeAgent(lanes);
+    auto expected = std::make_unique<Memory>(kLarge);
+    auto destination = std::make_unique<Memory>(kLarge);
+    expected->FillRandom(1);
+    PullTicket ticket =
+        consumer->StartPull(producer.address(), KeyOf(1), destination->Whole());
+    uint64_t before = 0;
+    for (uint64_t cut = 1; cut <= 2; ++cut) {
+      // Something lands, so there is a connection.
+      CHECK(Await(
+          [&] { return ticket.pull->landed() > before || ticket.pull->is_settled(); }));
+      before = ticket.pull->landed();
+      CutConnections();
+      CHECK(Await(
+          [&] { return ticket.pull->attempt() >= cut || ticket.pull->is_settled(); }));
+      CHECK(ticket.pull->landed() >= before);
+    }
+    CHECK_EQ(Outcome(ticket.pull.get()).text, "");
+    CHECK(*destination == *expected);
+  }
+}
+
+TEST("fallback: one data connection after another breaks, and the pull goes on") {
+  constexpr size_t kLarge = 64 << 20;
+  Producer producer(kLarge, kAllLanes);
+  auto consumer = MakeAgent(0b1000);
+  auto expected = std::make_unique<Memory>(kLarge);
+  auto destination = std::make_unique<Memory>(kLarge);
+  expected->FillRandom(1);
+  PullTicket ticket =
+      consumer->StartPull(producer.address(), KeyOf(1), destination->Whole());
+  for (uint64_t cut = 1; cut <= 8; ++cut) {
+    CHECK(Await([&] { return ticket.pull->landed() >= cut * kLarge / 16; }));
+    for (int fd = 3; fd < 1024; ++fd) {
+      sockaddr_storage name{};
+      socklen_t length = sizeof(name);
+      getpeername(fd, reinterpret_cast<sockaddr *>(&name), &length);
+      if (name.ss_family == AF_INET) shutdown(fd, SHUT_RDWR);
+    }
+  }
+  CHECK_EQ(Outcome(ticket.pull.get()).text, "");
+  CHECK(*destination == *expected);
+  CHECK_EQ(ticket.pull->attempt(), 0u);  // the control connection is a Unix socket
+}
+
+// Counts the FREE frames that come, and answers like an agent.
+class Clerk : public Channel::Handler {
+ public:
+  void OnFrame(const FrameHeader &header, ByteView /*payload*/, Fd * /*fd*/) override {
+    frees += header.type == FrameType::kFree;
+    if (header.type == FrameType::kPing)
+      channel->Send(EncodeFrame(FrameType::kPong, header.request));
+  }
+  void OnClosed(const Status & /*why*/) override {}
+
+  std::shared_ptr<Channel> channel;
+  std::atomic<int> frees{0};
+};
+
+TEST("fallback: a free that is lost with its connection is sent again, and then not") {
+  Loop loop("test");
+  EventQueue events;
+  Log log(&events);
+  Identity identity{.secret = "secret", .lanes = kAllLanes};
+  identity.agent.fill(6);
+  Address address = DescribeThisProcess(identity.agent);
+  Clerk clerk;
+  std::atomic<int> entered{0};
+  Door door(
+      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerFacts &) {
+        if (++entered == 1) return channel->Close();
+        clerk.channel = std::move(channel);
+        clerk.channel->set_handler(&clerk);
+      });
+  door.ListenOn(ListenUnix(identity.agent), true, 5);
+  loop.Start();
+  auto owner = MakeAgent();
+  owner->Notify(Pack(address), Notice::kFree, KeyOf(1));
+  CHECK(Await([&] { return clerk.frees == 1; }, 10));
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));  // the answer arrives
+  loop.Post([&] { clerk.channel->Close(); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+  CHECK_EQ(clerk.frees.load(), 1);
+  CHECK_EQ(entered.load(), 2);
+  owner.reset();
+  loop.Stop();
+}
+
+// Twice: a thread that starts may hold one for a moment.
+std::vector<Fd> AllDescriptors() {
+  std::vector<Fd> taken;
+  for (int i = 0; i < 2; ++i) {
+    do {
+      taken.emplace_back(dup(0));
+    } while (taken.back());
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  }
+  return taken;
+}
+
+TEST("fallback: without a free descriptor a pull waits for one, then says so") {
+  Producer producer(1 << 20, kAllLanes);
+  CHECK(InChild([&] {
+    rlimit limit{.rlim_cur = 256, .rlim_max = 256};
+    setrlimit(RLIMIT_NOFILE, &limit);
+    auto waiting = MakeAgent();
+    Memory destination(1 << 20);
+    std::vector<Fd> taken = AllDescriptors();
+    PullTicket ticket =
+        waiting->StartPull(producer.address(), KeyOf(1), destination.Whole());
+    if (ticket.pull->Wait(0.2)) return false;
+    for (int i = 0; i < 8; ++i) taken.erase(taken.begin());
+    if (!Outcome(ticket.pull.get()).ok()) return false;
+
+    Settings settings = TestSettings();
+    settings.connect_timeout_s = 0.3;
+    taken.clear();
+    Agent impatient("secret", settings);
+    taken = AllDescriptors();
+    ticket = impatient.StartPull(producer.address(), KeyOf(1), destination.Whole());
+    Status status = Outcome(ticket.pull.get());
+    return status.code == Code::kIo &&
+           status.text.find("Too many open files") != std::string::npos;
+  }));
 }
 
 TEST("fallback: the choice of lanes follows the facts") {

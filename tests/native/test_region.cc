@@ -74,6 +74,7 @@ TEST("region: what nobody owns is released by its keys") {
   table.Register(kKey, {}, 7);
   table.Register(kOther, {}, 8);
   table.SetOwner({kKey}, kOwner);
+  CHECK(table.Unowned({kKey, kOther, kUnknown}).size() == 1);
   CHECK(table.ReleaseUnowned({kKey, kOther, kUnknown}) == 1);
   CHECK(Released(&events) == std::vector<int64_t>{8});
   CHECK(table.Find(kKey) != nullptr);

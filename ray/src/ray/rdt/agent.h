@@ -45,6 +45,9 @@ class Agent {
   void Notify(ByteView address, Notice notice, const Key &key);
   size_t CountOwned(const AgentId &owner) const { return regions_.CountOwned(owner); }
   size_t ReleaseOwned(const AgentId &owner) { return regions_.ReleaseOwned(owner); }
+  std::vector<Key> Unowned(const std::vector<Key> &keys) const {
+    return regions_.Unowned(keys);
+  }
   size_t ReleaseUnowned(const std::vector<Key> &keys) {
     return regions_.ReleaseUnowned(keys);
   }

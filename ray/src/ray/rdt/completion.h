@@ -24,7 +24,8 @@ class Completion {
   // Readable from when the completion has settled. Made at the first call, so
   // that thousands of pulls do not need thousands of descriptors.
   int EventFd();
-  // True if settled within timeout_s; returns early when a signal arrives.
+  // True if settled within timeout_s; returns early when a signal arrives, but
+  // for a process that has no descriptor left.
   bool Wait(double timeout_s);
 
  protected:
@@ -36,6 +37,9 @@ class Completion {
   std::optional<Status> settled_;    // guarded by mutex_
 
  private:
+  int TryEventFd();  // -1 with errno set
+  bool WaitWithoutFd(double timeout_s);
+
   std::atomic<int64_t> *const live_;
   Fd event_;  // guarded by mutex_
 };

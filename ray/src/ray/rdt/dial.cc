@@ -9,8 +9,13 @@
 namespace ray::rdt {
 namespace {
 
-// A Unix socket whose backlog is full says EAGAIN and tells nobody when it has room.
+// Nobody tells when what is missing is there again.
 constexpr double kRetryS = 0.01;
+
+// This process has no descriptor or memory left for a connection.
+bool IsShortage(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+}
 
 }  // namespace
 
@@ -20,11 +25,13 @@ Dial::Dial(Loop *loop,
            const DialOptions &options,
            OnResult on_result)
     : loop_(loop),
+      self_(self),
       address_(address),
       options_(options),
-      handshake_(Handshake::Client(self, options.purpose, address.agent)),
+      handshake_(Greeting()),
       on_result_(std::move(on_result)) {
   deadline_ = loop_->After(options_.connect_timeout_s, [this] {
+    if (shortage_ != 0) return Finish({Code::kIo, WithErrno("connect", shortage_)});
     Finish({Code::kUnreachable, "no connection within the timeout"});
   });
   retry_ = loop_->After(0, [this] { Connect(); });
@@ -40,7 +47,9 @@ Dial::~Dial() {
 void Dial::Connect() {
   connecting_ =
       options_.over_unix ? DialUnix(address_.agent) : DialTcp(address_.ip, address_.port);
-  if (!connecting_ && errno == EAGAIN) {
+  shortage_ = !connecting_ && IsShortage(errno) ? errno : 0;
+  // EAGAIN: the backlog of a Unix socket is full.
+  if (!connecting_ && (shortage_ != 0 || errno == EAGAIN)) {
     retry_ = loop_->After(kRetryS, [this] { Connect(); });
     return;
   }
@@ -62,6 +71,10 @@ void Dial::Greet() {
   channel_->Send(handshake_.FirstFrame());
 }
 
+Handshake Dial::Greeting() const {
+  return Handshake::Client(self_, options_.purpose, address_.agent);
+}
+
 void Dial::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
   attached->Reset();
   Bytes answer = handshake_.OnFrame(header, payload);
@@ -69,7 +82,14 @@ void Dial::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
   if (handshake_.state() != Handshake::State::kRunning) Finish(handshake_.status());
 }
 
+// Who is gone refuses the next attempt; a network that broke this one may not.
 void Dial::OnClosed(const Status &why) {
+  if (++broken_ < kMaxBroken) {
+    channel_.reset();
+    handshake_ = Greeting();
+    retry_ = loop_->After(kRetryS, [this] { Connect(); });
+    return;
+  }
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});
 }
 

@@ -38,16 +38,22 @@ class Dial : private Channel::Handler {
   void Connect();
   void OnWritable();
   void Greet();
+  Handshake Greeting() const;
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   void OnClosed(const Status &why) override;
   void Finish(Status status);
 
+  static constexpr int kMaxBroken = 3;
+
   Loop *const loop_;
+  const Identity self_;
   const Address address_;
   const DialOptions options_;
   Handshake handshake_;
   OnResult on_result_;
   Fd connecting_;
+  int broken_ = 0;    // attempts whose handshake was cut off
+  int shortage_ = 0;  // why the last attempt had no socket
   Loop::Id watch_ = 0;
   Loop::Id deadline_ = 0;
   Loop::Id retry_ = 0;

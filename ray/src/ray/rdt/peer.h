@@ -72,6 +72,9 @@ class Peer {
 
  protected:
   Notices TakeNotices();
+  // Before all that were queued since.
+  void PutBackNotices(Notices notices);
+  bool HasNotices() const;
   void SetReasons(const LaneReasons &reasons);
 
  private:

@@ -4,59 +4,96 @@
 
 namespace ray::rdt {
 
-bool Pull::TakeRange(uint64_t max_bytes, Range *range) {
+uint64_t Pull::attempt() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ending_) return false;
-  if (!returned_.empty()) {
-    *range = returned_.front();
-    returned_.pop_front();
-    return true;
+  return attempt_;
+}
+
+uint64_t Pull::landed() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return landed_;
+}
+
+uint64_t Pull::sum() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return sum_;
+}
+
+bool Pull::TakeRange(uint64_t attempt, uint64_t max_bytes, Range *range) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ending_ || attempt != attempt_) return false;
+  if (returned_.empty()) {
+    *range = {next_, std::min(max_bytes, destination.total() - next_)};
+    next_ += range->nbytes;
+  } else {
+    Range &first = returned_.front();
+    *range = {first.offset, std::min(max_bytes, first.nbytes)};
+    first = {first.offset + range->nbytes, first.nbytes - range->nbytes};
+    if (first.nbytes == 0) returned_.pop_front();
   }
-  *range = {next_, std::min(max_bytes, destination.total() - next_)};
-  next_ += range->nbytes;
+  if (range->nbytes > 0) taken_[range->offset] = range->nbytes;
   return range->nbytes > 0;
 }
 
-void Pull::ReturnRange(Range range) {
+void Pull::ReturnRange(uint64_t attempt, Range range) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (range.nbytes > 0) returned_.push_back(range);
+  if (attempt == attempt_ && taken_.erase(range.offset) > 0) returned_.push_back(range);
 }
 
-bool Pull::BeginWrite() {
+bool Pull::BeginWrite(uint64_t attempt) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (ending_) return false;
+  if (ending_ || attempt != attempt_) return false;
   ++writers_;
   return true;
 }
 
 void Pull::EndWrite() {
   std::lock_guard<std::mutex> lock(mutex_);
-  --writers_;
-  if (writers_ == 0 && ending_) SettleLocked(*ending_);
+  if (--writers_ > 0) return;
+  changed_.notify_all();
+  if (ending_) SettleLocked(*ending_);
 }
 
-Status Pull::Fill(Range range, const std::function<Status(Range part)> &copy) {
+Status Pull::Fill(Range range,
+                  const std::function<Status(Range part)> &copy,
+                  uint64_t *sum) const {
   if (!is_summed) return copy(range);
   while (range.nbytes > 0) {
     Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
     if (Status status = copy(block); !status.ok()) return status;
-    AddSum(Checksum(destination, block));
+    *sum += Checksum(destination, block);
     range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
   }
   return {};
 }
 
-bool Pull::Landed(uint64_t nbytes) {
+bool Pull::Landed(uint64_t attempt, Range range, uint64_t sum) {
   std::lock_guard<std::mutex> lock(mutex_);
-  landed_ += nbytes;
+  if (attempt != attempt_ || taken_.erase(range.offset) == 0) return false;
+  landed_ += range.nbytes;
+  sum_ += sum;
   return landed_ == destination.total();
 }
 
+void Pull::Resume() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  EndAttemptLocked(&lock);
+  for (auto [offset, nbytes] : taken_) returned_.push_back({offset, nbytes});
+  taken_.clear();
+}
+
 void Pull::Restart() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(mutex_);
+  EndAttemptLocked(&lock);
   next_ = landed_ = 0;
   sum_ = 0;
   returned_.clear();
+  taken_.clear();
+}
+
+void Pull::EndAttemptLocked(std::unique_lock<std::mutex> *lock) {
+  ++attempt_;
+  changed_.wait(*lock, [this] { return writers_ == 0; });
 }
 
 Status Pull::CheckTotal(uint64_t producer_total) const {

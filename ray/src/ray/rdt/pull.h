@@ -5,6 +5,7 @@
 #include <atomic>
 #include <deque>
 #include <functional>
+#include <map>
 
 #include "ray/rdt/checksum.h"
 #include "ray/rdt/completion.h"
@@ -19,6 +20,9 @@ namespace ray::rdt {
 //
 // A lane moves bytes so: TakeRange; then, around each write to the destination,
 // BeginWrite and EndWrite; then Landed, or ReturnRange if the bytes will not come.
+//
+// Each time a lane is started with the pull is an attempt. What lanes of earlier
+// attempts still say is passed over: their ranges are fetched again.
 class Pull : public Completion {
  public:
   // A larger chunk makes others wait longer for their turn on a copy thread; a
@@ -43,26 +47,35 @@ class Pull : public Completion {
   const SpanList destination;
   const bool is_summed;  // whoever asked wants to verify it
 
+  uint64_t attempt() const;
   // Hands out up to max_bytes that nobody has taken. False when nothing is left
-  // to take or the pull has ended.
-  bool TakeRange(uint64_t max_bytes, Range *range);
-  void ReturnRange(Range range);
-  // False when the pull has ended: then the destination must not be touched.
-  bool BeginWrite();
+  // to take, or the pull or the attempt has ended.
+  bool TakeRange(uint64_t attempt, uint64_t max_bytes, Range *range);
+  void ReturnRange(uint64_t attempt, Range range);
+  // False when the pull or the attempt has ended: then the destination must not
+  // be touched.
+  bool BeginWrite(uint64_t attempt);
   void EndWrite();
-  // Between BeginWrite and EndWrite: has `copy` fill the range, block by block where
-  // these are summed up.
-  Status Fill(Range range, const std::function<Status(Range part)> &copy);
-  void AddSum(uint64_t sum) { sum_ += sum; }
-  // True for the one call that makes the destination whole.
-  bool Landed(uint64_t nbytes);
-  // From the beginning again, on another lane. No lane is active.
+  // Between BeginWrite and EndWrite: has `copy` fill the range. Where the pull is
+  // summed up it does so block by block, and adds their checksums to `sum`.
+  Status Fill(Range range,
+              const std::function<Status(Range part)> &copy,
+              uint64_t *sum) const;
+  // What has landed counts, its checksum with it. True for the one call that makes
+  // the destination whole.
+  bool Landed(uint64_t attempt, Range range, uint64_t sum = 0);
+  // Ends the attempt, once its writers have left (each is done with its chunk
+  // soon): the next one fetches what has not landed.
+  void Resume();
+  // As Resume, and the next one fetches everything.
   void Restart();
+  uint64_t landed() const;
+  bool is_whole() const { return landed() == destination.total(); }
 
   // Ok, or kSizeMismatch with both lengths.
   Status CheckTotal(uint64_t producer_total) const;
   // The checksum of the destination, once all is there; see checksum.h.
-  uint64_t sum() const { return sum_; }
+  uint64_t sum() const;
   // The chunk that splits this pull fairly over `workers`, in whole blocks.
   uint64_t ChunkFor(int workers) const;
 
@@ -78,13 +91,17 @@ class Pull : public Completion {
  private:
   void End(const Status &status);
 
+  void EndAttemptLocked(std::unique_lock<std::mutex> *lock);
+
   std::optional<Status> ending_;  // guarded by mutex_, as is all below
   int writers_ = 0;
+  uint64_t attempt_ = 0;
   uint64_t next_ = 0;  // nothing from here on was ever taken
   std::deque<Range> returned_;
+  std::map<uint64_t, uint64_t> taken_;  // lengths by offset; not landed, not returned
   uint64_t landed_ = 0;
+  uint64_t sum_ = 0;  // of what has landed
   std::atomic<int> lane_{-1};
-  std::atomic<uint64_t> sum_{0};
 };
 
 // A request to another agent or its Python side.

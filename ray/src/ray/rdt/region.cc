@@ -55,6 +55,17 @@ size_t RegionTable::ReleaseOwned(const AgentId &owner) {
   return last.size();
 }
 
+std::vector<Key> RegionTable::Unowned(const std::vector<Key> &keys) const {
+  std::vector<Key> unowned;
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (const Key &key : keys) {
+    auto found = regions_.find(key);
+    if (found != regions_.end() && found->second.owner == AgentId{})
+      unowned.push_back(key);
+  }
+  return unowned;
+}
+
 size_t RegionTable::ReleaseUnowned(const std::vector<Key> &keys) {
   std::vector<Pin> last;  // dropped after the lock
   std::lock_guard<std::mutex> lock(mutex_);

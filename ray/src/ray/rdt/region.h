@@ -50,7 +50,8 @@ class RegionTable {
   size_t CountOwned(const AgentId &owner) const;
   // Returns how many there were.
   size_t ReleaseOwned(const AgentId &owner);
-  // Those of the keys that nobody has told to own.
+  // Those of the keys that are here and that nobody has told to own.
+  std::vector<Key> Unowned(const std::vector<Key> &keys) const;
   size_t ReleaseUnowned(const std::vector<Key> &keys);
   Pin Find(const Key &key) const;
   size_t size() const;

@@ -2,6 +2,8 @@
 
 #include <sys/epoll.h>
 
+#include <algorithm>
+
 #include "ray/rdt/lanes/cma.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp.h"
@@ -13,6 +15,11 @@ namespace {
 // An object up to this size is sent along with the grant: on every lane that is
 // faster than to start it.
 constexpr uint64_t kMaxAttached = 64 << 10;
+
+// A peer that cannot be reached may have been cut off: what it was to be told is
+// kept for so long, and tried that often.
+constexpr std::chrono::seconds kNoticesKept{600};
+constexpr std::chrono::seconds kNoticesEvery{5};
 
 }  // namespace
 
@@ -50,8 +57,9 @@ void RemotePeer::SendNotices() {
   if (!channel_) return Connect();
   Notices notices = TakeNotices();
   // Owned first: what is freed at once must not stay owned.
-  SendKeys(FrameType::kOwn, std::move(notices.owned));
-  SendKeys(FrameType::kFree, std::move(notices.freed));
+  SendKeys(FrameType::kOwn, notices.owned);
+  SendKeys(FrameType::kFree, notices.freed);
+  FollowNotices(std::move(notices));
 }
 
 void RemotePeer::SendKeys(FrameType type, std::vector<Key> keys) {
@@ -59,13 +67,30 @@ void RemotePeer::SendKeys(FrameType type, std::vector<Key> keys) {
   channel_->Send(EncodeFrame(type, 0, KeyList{.keys = std::move(keys)}));
 }
 
+// The answer to this PING tells that the peer has seen what was sent before it.
+void RemotePeer::FollowNotices(Notices notices) {
+  if (notices.empty()) return;
+  NoteWork();
+  unanswered_[++last_ping_] = std::move(notices);
+  channel_->Send(EncodeFrame(FrameType::kPing, last_ping_));
+}
+
+void RemotePeer::DropNotices() {
+  TakeNotices();
+  unanswered_.clear();
+  cut_since_.reset();
+}
+
 void RemotePeer::Tick() {
-  bool is_waiting = channel_ && (!pulls_.empty() || !calls_.empty());
-  if (!is_waiting) return;
+  if (!channel_) {
+    if (HasNotices() && Clock::now() >= try_at_) Connect();
+    return;
+  }
+  if (!is_waiting()) return;
   double silent_s = std::chrono::duration<double>(Clock::now() - last_heard_).count();
   if (silent_s > work_.settings->peer_timeout_s) {
-    // No second try: what is silent would be silent again.
-    for (auto &[id, asked] : pulls_) asked.is_second_try = true;
+    // One more try: what is silent may well be silent again.
+    for (auto &[id, asked] : pulls_) asked.tries = std::max(asked.tries, kMaxTries - 1);
     return Lose({Code::kPeerLost,
                  "the peer has not answered for " +
                      std::to_string(static_cast<int>(silent_s)) + " s"});
@@ -76,7 +101,11 @@ void RemotePeer::Tick() {
 }
 
 bool RemotePeer::is_idle() const {
-  return !channel_ && !dial_ && pulls_.empty() && calls_.empty();
+  return !channel_ && !dial_ && !is_waiting() && !HasNotices();
+}
+
+bool RemotePeer::is_waiting() const {
+  return !pulls_.empty() || !calls_.empty() || !unanswered_.empty();
 }
 
 void RemotePeer::Shutdown(const Status &why) {
@@ -115,6 +144,7 @@ void RemotePeer::OnDialed(const Status &status,
   channel_->set_handler(this);
   facts_ = facts;
   ++work_.counters->connections;
+  cut_since_.reset();
   last_heard_ = Clock::now();
   if (OverUnix()) IdentifyProcess();
   SettleLanes();
@@ -195,15 +225,26 @@ void RemotePeer::Lose(const Status &why) {
   bool has_ended = pidfd_ && IsReadable(pidfd_.get());
   Disconnect();
   work_.events->Push({.kind = Event::Kind::kLost, .agent = address_.agent});
+  if (has_ended) DropNotices();
+  for (auto &[ping, notices] : std::exchange(unanswered_, {}))
+    PutBackNotices(std::move(notices));
   std::map<uint64_t, Asked> again;
   for (auto &[id, asked] : pulls_) {
-    bool may_retry = !asked.is_granted && !asked.is_second_try && !has_ended;
-    if (may_retry) again[id] = {.pull = asked.pull, .is_second_try = true};
+    if (!has_ended && TryAgain(&asked)) again[id] = std::move(asked);
   }
   for (auto &[id, asked] : again) pulls_.erase(id);
   FailAll(Named({Code::kPeerLost, why.text}));
   pulls_ = std::move(again);
-  if (!pulls_.empty()) Connect();
+  if (!pulls_.empty()) Connect();  // notices wait for the next Tick
+}
+
+bool RemotePeer::TryAgain(Asked *asked) {
+  asked->pull->Resume();
+  uint64_t landed = asked->pull->landed();
+  int tries = landed == asked->landed_before ? asked->tries + 1 : 2;
+  if (tries > kMaxTries) return false;
+  *asked = {.pull = asked->pull, .tries = tries, .landed_before = landed};
+  return true;
 }
 
 void RemotePeer::Disconnect() {
@@ -216,15 +257,19 @@ void RemotePeer::Disconnect() {
   --work_.counters->connections;
 }
 
-// No connection: whoever cannot be reached holds nothing to own or free.
+// No connection. Notices wait for a later one.
 void RemotePeer::GiveUp(const Status &why) {
-  TakeNotices();
   FailAll(why);
+  Clock::time_point now = Clock::now();
+  if (!cut_since_) cut_since_ = now;
+  bool may_come_back = why.code == Code::kUnreachable || why.code == Code::kIo;
+  if (!may_come_back || now - *cut_since_ > kNoticesKept) DropNotices();
+  try_at_ = now + kNoticesEvery;
 }
 
 void RemotePeer::FailAll(const Status &why) {
   for (auto &[id, asked] : std::exchange(pulls_, {})) {
-    bool is_loss = asked.is_second_try && why.code == Code::kUnreachable;
+    bool is_loss = asked.tries > 1 && why.code == Code::kUnreachable;
     asked.pull->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
   }
   for (auto &[id, called] : std::exchange(calls_, {})) called.call->Fail(why);
@@ -251,7 +296,7 @@ Status RemotePeer::Named(const Status &why) const {
 void RemotePeer::SendAll() {
   // Ownership before calls that speak of it, frees after the pulls that came first.
   Notices notices = TakeNotices();
-  SendKeys(FrameType::kOwn, std::move(notices.owned));
+  SendKeys(FrameType::kOwn, notices.owned);
   for (auto &[id, called] : calls_) SendCall(id, &called);
   // Sending may end a pull and so change the map.
   std::vector<uint64_t> ids;
@@ -259,7 +304,8 @@ void RemotePeer::SendAll() {
   for (uint64_t id : ids) {
     if (auto found = pulls_.find(id); found != pulls_.end()) SendPull(id, &found->second);
   }
-  SendKeys(FrameType::kFree, std::move(notices.freed));
+  SendKeys(FrameType::kFree, notices.freed);
+  FollowNotices(std::move(notices));
 }
 
 void RemotePeer::SendPull(uint64_t id, Asked *asked) {
@@ -321,6 +367,7 @@ bool RemotePeer::Handle(const FrameHeader &header, ByteView payload) {
     }
     return true;
   case FrameType::kPong:
+    unanswered_.erase(unanswered_.begin(), unanswered_.upper_bound(header.request));
     return true;
   default:
     return false;
@@ -345,26 +392,39 @@ bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
     return true;
   }
   if (lane->reads_memory() && span_bytes != grant->total) return false;
-  lane->Start(
-      asked.pull,
-      *grant,
-      [loop = work_.loop, weak = std::weak_ptr(alive_), id](const Status &status) {
-        loop->Post([weak, id, status] {
-          if (auto peer = weak.lock()) (*peer)->OnMoved(id, status);
-        });
-      });
+  if (asked.pull->is_whole()) {  // all had landed when the last connection broke
+    FinishPull(id, {});
+  } else {
+    StartLane(id, *grant);
+  }
   return true;
+}
+
+void RemotePeer::StartLane(uint64_t id, const Grant &grant) {
+  const Asked &asked = pulls_.at(id);
+  uint64_t attempt = asked.pull->attempt();
+  auto report = [loop = work_.loop, weak = std::weak_ptr(alive_), id, attempt](
+                    const Status &status) {
+    loop->Post([weak, id, attempt, status] {
+      if (auto peer = weak.lock()) (*peer)->OnMoved(id, attempt, status);
+    });
+  };
+  lanes_[static_cast<size_t>(asked.lane)]->Start(asked.pull, grant, std::move(report));
 }
 
 bool RemotePeer::TakeAttached(uint64_t id, const Grant &grant) {
   if (grant.attached.size() != grant.total) return false;
   Pull &pull = *pulls_.at(id).pull;
-  if (pull.BeginWrite()) {
-    pull.Fill({0, grant.total}, [&](Range part) {
+  Range range;
+  uint64_t attempt = pull.attempt(), sum = 0;
+  while (pull.TakeRange(attempt, grant.total, &range) && pull.BeginWrite(attempt)) {
+    auto copy = [&](Range part) {
       pull.destination.CopyIn(part, grant.attached.data() + part.offset);
       return Status{};
-    });
+    };
+    pull.Fill(range, copy, &sum);
     pull.EndWrite();
+    pull.Landed(attempt, range, std::exchange(sum, 0));
   }
   FinishPull(id, {});
   return true;
@@ -391,13 +451,15 @@ bool RemotePeer::OnReply(uint64_t id, ByteView payload) {
   return true;
 }
 
-void RemotePeer::OnMoved(uint64_t id, const Status &status) {
+void RemotePeer::OnMoved(uint64_t id, uint64_t attempt, const Status &status) {
   auto found = pulls_.find(id);
-  if (found == pulls_.end() || !channel_) return;
+  if (found == pulls_.end() || found->second.pull->attempt() != attempt) return;
   bool read_memory = found->second.lane == LaneKind::kCma;
   if (read_memory && status.ok() && !IsMemoryValid()) {
     return Lose({Code::kPeerLost, "the peer ended during the pull"});
   }
+  // A data connection may tell of the end before the control connection does.
+  if (status.code == Code::kIo && found->second.tries < kMaxTries) return AskAgain(id);
   if (status.code != Code::kRefused) return FinishPull(id, status);
   LaneKind lane = found->second.lane;
   if (lanes_[static_cast<size_t>(lane)]) BarLane(lane, status.text);
@@ -410,6 +472,13 @@ void RemotePeer::TryNextLane(uint64_t id) {
   asked.pull->Restart();
   asked.tried |= LaneBit(asked.lane);
   asked.is_granted = false;
+  SendPull(id, &asked);
+}
+
+void RemotePeer::AskAgain(uint64_t id) {
+  Asked &asked = pulls_.at(id);
+  channel_->Send(EncodeFrame(FrameType::kAbort, id));
+  TryAgain(&asked);
   SendPull(id, &asked);
 }
 
@@ -426,7 +495,7 @@ void RemotePeer::FinishPull(uint64_t id, const Status &status) {
 }
 
 void RemotePeer::NoteWork() {
-  if (pulls_.empty() && calls_.empty()) last_heard_ = Clock::now();
+  if (!is_waiting()) last_heard_ = Clock::now();
 }
 
 }  // namespace ray::rdt

@@ -4,6 +4,7 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "ray/rdt/lanes/lane.h"
@@ -12,8 +13,9 @@
 namespace ray::rdt {
 
 // Runs on: the agent's loop. The connection is made at the first use. When it
-// breaks, what was asked and not yet granted is asked once more over a new one
-// (a connection may die of age); everything else fails at once.
+// breaks and the process behind it has not ended, it is made anew: pulls go on
+// with what has not landed (up to kMaxTries times with no byte in between), notices that
+// the peer may not have seen are sent again. Calls fail at once.
 class RemotePeer : public Peer, private Channel::Handler {
  public:
   RemotePeer(const Workplace &workplace, const Address &address);
@@ -28,6 +30,8 @@ class RemotePeer : public Peer, private Channel::Handler {
   bool is_idle() const override;
   void Shutdown(const Status &why) override;
 
+  static constexpr int kMaxTries = 5;
+
  private:
   struct Asked {
     std::shared_ptr<Pull> pull;
@@ -35,7 +39,8 @@ class RemotePeer : public Peer, private Channel::Handler {
     LaneSet tried = 0;  // lanes that could not carry it
     bool is_sent = false;
     bool is_granted = false;
-    bool is_second_try = false;
+    int tries = 1;               // since bytes landed last
+    uint64_t landed_before = 0;  // when the last try began
   };
   struct Called {
     std::shared_ptr<Call> call;
@@ -57,6 +62,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   void Lose(const Status &why);
   void Disconnect();
   void GiveUp(const Status &why);
+  bool TryAgain(Asked *asked);
   void FailAll(const Status &why);
   bool OverUnix() const;
   std::string NoTcpReason() const;
@@ -64,6 +70,8 @@ class RemotePeer : public Peer, private Channel::Handler {
 
   // Requests.
   void SendAll();
+  void FollowNotices(Notices notices);
+  void DropNotices();
   void SendKeys(FrameType type, std::vector<Key> keys);
   void SendPull(uint64_t id, Asked *asked);
   void SendCall(uint64_t id, Called *called);
@@ -75,9 +83,12 @@ class RemotePeer : public Peer, private Channel::Handler {
   bool TakeAttached(uint64_t id, const Grant &grant);
   bool OnRefuse(uint64_t id, const std::optional<Refuse> &refuse);
   bool OnReply(uint64_t id, ByteView payload);
-  void OnMoved(uint64_t id, const Status &status);
+  void OnMoved(uint64_t id, uint64_t attempt, const Status &status);
+  void StartLane(uint64_t id, const Grant &grant);
   void TryNextLane(uint64_t id);
+  void AskAgain(uint64_t id);
   void FinishPull(uint64_t id, const Status &status);
+  bool is_waiting() const;
   void NoteWork();
 
   const Workplace work_;
@@ -92,6 +103,12 @@ class RemotePeer : public Peer, private Channel::Handler {
   bool were_lanes_logged_ = false;
   std::map<uint64_t, Asked> pulls_;
   std::map<uint64_t, Called> calls_;
+  // Notices that the peer has not answered for, by the PING that followed them.
+  std::map<uint64_t, Notices> unanswered_;
+  uint64_t last_ping_ = 0;
+  // Since when the peer cannot be reached, and when it is tried again.
+  std::optional<Clock::time_point> cut_since_;
+  Clock::time_point try_at_;
   Clock::time_point last_heard_;
   // Lets a report find out that the peer is gone.
   const std::shared_ptr<RemotePeer *> alive_ = std::make_shared<RemotePeer *>(this);

@@ -112,6 +112,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         void Notify(ByteView address, Notice notice, const Key &key) except +
         size_t CountOwned(const Key &owner)
         size_t ReleaseOwned(const Key &owner)
+        vector[Key] Unowned(const vector[Key] &keys)
         size_t ReleaseUnowned(const vector[Key] &keys)
         PullTicket StartPull(
             ByteView address, const Key &key, const vector[Span] &to, bool is_summed) except +

@@ -60,6 +60,13 @@ cdef Key _key(bytes key) except *:
     return result
 
 
+cdef vector[Key] _keys(keys) except *:
+    cdef vector[Key] result
+    for key in keys:
+        result.push_back(_key(key))
+    return result
+
+
 cdef ByteView _view(const uint8_t[::1] data):
     if data.shape[0] == 0:
         return ByteView()
@@ -354,13 +361,15 @@ cdef class Agent:
         _check_process(self._pid)
         return self._native.ReleaseOwned(_key(agent_id))
 
+    def unowned(self, keys):
+        """Those of the keys that are served here and that nobody has told to own."""
+        _check_process(self._pid)
+        return [_id(key) for key in self._native.Unowned(_keys(keys))]
+
     def release_unowned(self, keys):
         """Releases those of the keys that nobody has told to own. Returns how many."""
-        cdef vector[Key] native_keys
         _check_process(self._pid)
-        for key in keys:
-            native_keys.push_back(_key(key))
-        return self._native.ReleaseUnowned(native_keys)
+        return self._native.ReleaseUnowned(_keys(keys))
 
     def pull(self, address, bytes key, addrs, lens, bint is_summed=False):
         """Starts to fetch `key` from the agent at `address`.

@@ -184,6 +184,15 @@ class Directory:
         row.is_warned = True
         return [*hints, WarnShared(object_id)]
 
+    def may_own(self, object_id: str, key: bytes) -> bool:
+        """Whether this is an object's copy that is in use here, or may yet come to be."""
+        row = self._rows.get(object_id)
+        if row is None:
+            return bool(self._submits)
+        if row.state is State.SUBMITTED:
+            return True
+        return row.location is not None and row.location.key == key
+
     def close(self) -> list[Free]:
         frees = [free for row in self._rows.values() for free in _free(row.location)]
         self._rows.clear()

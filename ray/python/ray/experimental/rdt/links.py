@@ -10,6 +10,7 @@ from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.session import Session
 from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
 from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.unclaimed import ClaimWatch
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Links:
         produced: The streams that this process makes items for.
         taken: The streams that it takes items from.
         explainer: Tells users which way their tensors take.
+        claims: This process's objects that no owner has claimed yet.
     """
 
     session: Session
@@ -35,3 +37,4 @@ class Links:
     produced: ProducedStreams
     taken: TakenStreams
     explainer: Explainer
+    claims: ClaimWatch

@@ -53,6 +53,7 @@ from ray.experimental.rdt.transports.base import Shipment, Transport, TransportU
 from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.user import UserTransport, own_actor_handle
+from ray.experimental.rdt.unclaimed import ClaimWatch
 
 if TYPE_CHECKING:
     import torch
@@ -167,6 +168,7 @@ class RDTManager:
         if outgoing.head is None:
             return pickle.dumps(None)
         self._store(object_id, outgoing.captured, outgoing.head)
+        self._links().claims.add(object_id, outgoing.head.key)
         return pickle.dumps(_location(outgoing.head, outgoing.captured))
 
     def put_object(self, ref: Any, outgoing: Outgoing) -> None:
@@ -541,7 +543,10 @@ class RDTManager:
         server = Server(current, self.store, transports, produced)
         hints, hinted = HintSender(current), HintedPulls(current)
         explainer = Explainer(current, transports)
-        links = Links(current, transports, server, hints, hinted, produced, taken, explainer)
+        claims = ClaimWatch(current, self._is_stored, self._may_own)
+        links = Links(
+            current, transports, server, hints, hinted, produced, taken, explainer, claims
+        )
         # Bound to this session's server: a release may come while the session ends.
         current.on_released(lambda tokens: self._on_released(links, tokens))
         current.on_tick(links.hinted.drop_stale)
@@ -554,6 +559,13 @@ class RDTManager:
         if actor_id is not None:
             current.run_in_background(publish, current, actor_id)
         return links
+
+    def _is_stored(self, key: bytes) -> bool:
+        return self.store.by_key(key) is not None
+
+    def _may_own(self, object_id: str, key: bytes) -> bool:
+        with self._directory_lock:
+            return self._directory.may_own(object_id, key)
 
     def _on_released(self, links: Links, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""

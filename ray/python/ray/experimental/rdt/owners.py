@@ -16,11 +16,27 @@ from ray.experimental.rdt.streams import ProducedStreams
 
 logger = logging.getLogger("ray.rdt")
 
+_WORKER_PREFIX = b"worker:"
+_WORKER_ID_BYTES = 28
+
 
 def publish_worker(session: Session, worker_id: bytes) -> None:
-    """Lets producers find out which worker an agent belongs to."""
+    """Lets producers find out which worker an agent belongs to, and the agent."""
     key = _worker_key(session.agent.agent_id)
-    internal_kv._internal_kv_put(key, worker_id, overwrite=True, namespace=KV_NAMESPACE)
+    entry = worker_id + session.address
+    internal_kv._internal_kv_put(key, entry, overwrite=True, namespace=KV_NAMESPACE)
+
+
+def known_agents() -> list[bytes]:
+    """The addresses of all agents that were ever published, but for those found dead."""
+    keys = internal_kv._internal_kv_list(_WORKER_PREFIX, namespace=KV_NAMESPACE)
+    entries = [internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE) for key in keys]
+    return [entry[_WORKER_ID_BYTES:] for entry in entries if entry is not None]
+
+
+def forget_worker(agent_id: bytes) -> None:
+    """Takes the entry of an agent away whose worker is dead."""
+    internal_kv._internal_kv_del(_worker_key(agent_id), namespace=KV_NAMESPACE)
 
 
 class OwnerWatch:
@@ -74,13 +90,13 @@ def is_worker_alive(agent_id: bytes) -> bool:
     from ray._raylet import WorkerID
     from ray.core.generated import gcs_pb2
 
-    worker_id = internal_kv._internal_kv_get(_worker_key(agent_id), namespace=KV_NAMESPACE)
-    if worker_id is None:
+    entry = internal_kv._internal_kv_get(_worker_key(agent_id), namespace=KV_NAMESPACE)
+    if entry is None:
         return False
     accessor = state.state._connect_and_get_accessor()
-    info = accessor.get_worker_info(WorkerID(worker_id))
+    info = accessor.get_worker_info(WorkerID(entry[:_WORKER_ID_BYTES]))
     return info is not None and bool(gcs_pb2.WorkerTableData.FromString(info).is_alive)
 
 
 def _worker_key(agent_id: bytes) -> bytes:
-    return b"worker:" + agent_id.hex().encode()
+    return _WORKER_PREFIX + agent_id.hex().encode()

@@ -16,6 +16,7 @@ class CopyJob {
           int steps,
           uint64_t chunk)
       : pull_(std::move(pull)),
+        attempt_(pull_->attempt()),
         copy_(std::move(copy)),
         report_(std::move(report)),
         steps_(steps),
@@ -24,16 +25,18 @@ class CopyJob {
   // One chunk; true if there may be more.
   bool Step() {
     Range range;
-    if (has_failed_ || !pull_->TakeRange(chunk_, &range) || !pull_->BeginWrite()) {
+    if (has_failed_ || !pull_->TakeRange(attempt_, chunk_, &range) ||
+        !pull_->BeginWrite(attempt_)) {
       return LastStep();
     }
-    Status status = pull_->Fill(range, copy_);
+    uint64_t sum = 0;
+    Status status = pull_->Fill(range, copy_, &sum);
     pull_->EndWrite();
     if (!status.ok()) {
       Remember(status);
       return LastStep();
     }
-    if (pull_->Landed(range.nbytes)) report_({});
+    if (pull_->Landed(attempt_, range, sum)) report_({});
     return true;
   }
 
@@ -51,6 +54,7 @@ class CopyJob {
   }
 
   const std::shared_ptr<Pull> pull_;
+  const uint64_t attempt_;
   const CopyRange copy_;
   const Report report_;
   std::atomic<int> steps_;

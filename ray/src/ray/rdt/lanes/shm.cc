@@ -32,7 +32,8 @@ void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report 
   if (!ring_ && !OpenRing()) {
     return report({Code::kRefused, WithErrno("no memory to share", errno)});
   }
-  jobs_.push_back(std::make_shared<Job>(std::move(pull), std::move(report)));
+  uint64_t attempt = pull->attempt();
+  jobs_.push_back(std::make_shared<Job>(std::move(pull), std::move(report), attempt));
   Pump();
 }
 
@@ -45,14 +46,16 @@ bool ShmLane::OpenRing() {
   return true;
 }
 
+bool ShmLane::TakeFrom(const Job &job, Range *range) {
+  return job.pull->TakeRange(job.attempt, kSlotBytes, range);
+}
+
 // Asks for as much as there are free slots, a slot for each pull in turn.
 void ShmLane::Pump() {
   for (size_t i = 0; i < kSlots && !jobs_.empty(); ++i) {
     Slot &slot = slots_[i];
     if (slot.job) continue;
-    while (!jobs_.empty() && !jobs_.front()->pull->TakeRange(kSlotBytes, &slot.range)) {
-      jobs_.pop_front();
-    }
+    while (!jobs_.empty() && !TakeFrom(*jobs_.front(), &slot.range)) jobs_.pop_front();
     if (jobs_.empty()) return;
     slot.job = std::move(jobs_.front());
     jobs_.pop_front();
@@ -80,19 +83,21 @@ void ShmLane::OnFrame(const FrameHeader &header, ByteView payload) {
 }
 
 void ShmLane::CopySlot(size_t index) {
-  std::shared_ptr<Pull> pull = slots_[index].job->pull;
+  std::shared_ptr<Job> job = slots_[index].job;
   Range range = slots_[index].range;
   auto work =
-      [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, pull, range, index] {
+      [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, job, range, index] {
         bool is_whole = false;
-        if (pull->BeginWrite()) {
-          pull->Fill(range, [&](Range part) {
+        if (job->pull->BeginWrite(job->attempt)) {
+          uint64_t sum = 0;
+          auto copy = [&](Range part) {
             uint64_t at = index * kSlotBytes + (part.offset - range.offset);
-            pull->destination.CopyIn(part, ring->at(at));
+            job->pull->destination.CopyIn(part, ring->at(at));
             return Status{};
-          });
-          pull->EndWrite();
-          is_whole = pull->Landed(range.nbytes);
+          };
+          job->pull->Fill(range, copy, &sum);
+          job->pull->EndWrite();
+          is_whole = job->pull->Landed(job->attempt, range, sum);
         }
         loop->Post([weak, index, is_whole] {
           if (auto lane = weak.lock()) (*lane)->OnSlotCopied(index, is_whole);

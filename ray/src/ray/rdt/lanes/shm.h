@@ -31,6 +31,7 @@ class ShmLane : public Lane {
   struct Job {
     std::shared_ptr<Pull> pull;
     Report report;
+    uint64_t attempt = 0;
     bool is_reported = false;
   };
   struct Slot {
@@ -40,6 +41,7 @@ class ShmLane : public Lane {
   };
 
   bool OpenRing();
+  static bool TakeFrom(const Job &job, Range *range);
   void Pump();
   void CopySlot(size_t index);
   void OnSlotCopied(size_t index, bool is_whole);

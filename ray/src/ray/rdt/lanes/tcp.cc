@@ -1,6 +1,7 @@
 #include "ray/rdt/lanes/tcp.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace ray::rdt {
 
@@ -71,12 +72,13 @@ void TcpLane::OnOpened(uint64_t id,
 void TcpLane::OnBroken(uint64_t id) {
   streams_.erase(id);
   if (queue_->is_empty()) return;  // it was idle; the next pull opens another
-  if (++breaks_ > kMaxBreaks) {
-    if (streams_.empty() && dials_.empty())
-      FailWaiting({Code::kPeerLost, "the data connections keep breaking"});
-    return;
+  uint64_t landed = queue_->landed();
+  if (std::exchange(landed_at_break_, landed) != landed) breaks_ = 0;
+  if (++breaks_ <= kMaxBreaks) {
+    Open();
+  } else if (streams_.empty() && dials_.empty()) {
+    FailWaiting({Code::kIo, "the data connections keep breaking"});
   }
-  Open();
   for (auto &[other, one] : streams_) {
     one.loop->Post([stream = one.stream] { stream->Pump(); });
   }

@@ -59,6 +59,7 @@ class TcpLane : public Lane {
   const std::shared_ptr<TcpQueue> queue_ = std::make_shared<TcpQueue>();
   uint64_t next_id_ = 0;
   int breaks_ = 0;
+  uint64_t landed_at_break_ = 0;
   std::map<uint64_t, std::unique_ptr<Dial>> dials_;
   std::map<uint64_t, Stream> streams_;
   const std::shared_ptr<TcpLane *> alive_ = std::make_shared<TcpLane *>(this);

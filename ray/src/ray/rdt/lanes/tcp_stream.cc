@@ -14,6 +14,10 @@ namespace {
 // Bytes in one turn of the loop, so that streams on one thread share it fairly.
 constexpr uint64_t kBytesPerTurn = 1 << 20;
 
+bool TakeFrom(const TcpJob &job, Range *range) {
+  return job.pull->TakeRange(job.attempt, job.chunk, range);
+}
+
 }  // namespace
 
 void TcpQueue::Add(std::shared_ptr<TcpJob> job) {
@@ -26,7 +30,7 @@ bool TcpQueue::Next(TcpRead *read) {
   while (!jobs_.empty()) {
     read->job = std::move(jobs_.front());
     jobs_.pop_front();
-    if (read->job->pull->TakeRange(read->job->chunk, &read->range)) {
+    if (TakeFrom(*read->job, &read->range)) {
       jobs_.push_back(read->job);
       return true;
     }
@@ -35,10 +39,15 @@ bool TcpQueue::Next(TcpRead *read) {
 }
 
 void TcpQueue::Return(const TcpRead &read) {
-  read.job->pull->ReturnRange(read.range);
+  read.job->pull->ReturnRange(read.job->attempt, read.range);
   std::lock_guard<std::mutex> lock(mutex_);
   bool is_queued = std::find(jobs_.begin(), jobs_.end(), read.job) != jobs_.end();
   if (!is_queued) jobs_.push_back(read.job);
+}
+
+bool TcpQueue::Land(const TcpRead &read, uint64_t sum) {
+  ++landed_;
+  return read.job->pull->Landed(read.job->attempt, read.range, sum);
 }
 
 bool TcpQueue::is_empty() const {
@@ -129,7 +138,7 @@ ssize_t TcpStream::ReceiveBody(uint64_t budget) {
   Range rest{read.range.offset + body_bytes_,
              std::min(budget, read.range.nbytes - body_bytes_)};
   Pull &pull = *read.job->pull;
-  if (!pull.BeginWrite()) return Discard(rest.nbytes);
+  if (!pull.BeginWrite(read.job->attempt)) return Discard(rest.nbytes);
   std::vector<iovec> pieces;
   pull.destination.Slice(rest, &pieces);
   ssize_t got = readv(fd_.get(), pieces.data(), static_cast<int>(pieces.size()));
@@ -181,8 +190,7 @@ void TcpStream::OnBody(uint64_t nbytes) {
   asked_.pop_front();
   header_bytes_ = 0;
   body_bytes_ = summed_bytes_ = 0;
-  done.job->pull->AddSum(std::exchange(body_sum_, 0));
-  if (done.job->pull->Landed(done.range.nbytes)) done.job->ReportOnce({});
+  if (queue_->Land(done, std::exchange(body_sum_, 0))) done.job->ReportOnce({});
   Pump();
 }
 

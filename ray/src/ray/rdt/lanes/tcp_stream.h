@@ -1,6 +1,7 @@
 // The consumer's half of one data connection.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -16,13 +17,17 @@ namespace ray::rdt {
 class TcpJob {
  public:
   TcpJob(std::shared_ptr<Pull> pull, Report report, uint64_t chunk)
-      : pull(std::move(pull)), chunk(chunk), report_(std::move(report)) {}
+      : pull(std::move(pull)),
+        attempt(this->pull->attempt()),
+        chunk(chunk),
+        report_(std::move(report)) {}
 
   void ReportOnce(const Status &status) {
     if (!is_reported_.exchange(true)) report_(status);
   }
 
   const std::shared_ptr<Pull> pull;
+  const uint64_t attempt;
   const uint64_t chunk;
 
  private:
@@ -44,13 +49,18 @@ class TcpQueue {
   bool Next(TcpRead *read);
   // A range that will not come over the stream that took it.
   void Return(const TcpRead &read);
+  // One that came. True if its pull is whole now.
+  bool Land(const TcpRead &read, uint64_t sum);
   bool is_empty() const;
+  // How many ranges ever came.
+  uint64_t landed() const { return landed_; }
   // All jobs that have something left to be taken.
   std::deque<std::shared_ptr<TcpJob>> TakeAll();
 
  private:
   mutable std::mutex mutex_;
   std::deque<std::shared_ptr<TcpJob>> jobs_;  // guarded by mutex_
+  std::atomic<uint64_t> landed_{0};
 };
 
 // Runs on: the copy thread whose loop it was given. Owned by its watch on that
