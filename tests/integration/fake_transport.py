@@ -90,7 +90,8 @@ class FakeTwoSided:
 
     def send(self, route: Route, buffers: Buffers, deadline: float) -> None:
         # Open first, so that the receiver sees the end of what failed.
-        with open(route["path"], "wb", buffering=0) as pipe:
+        # Never made anew: a receiver that failed has removed it.
+        with os.fdopen(os.open(route["path"], os.O_WRONLY), "wb", buffering=0) as pipe:
             play("send")
             for buffer in buffers:
                 view = memoryview(buffer.numpy())

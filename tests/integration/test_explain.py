@@ -101,6 +101,8 @@ def test_async_and_dead_actors(producer: Any, spawn: Any) -> None:
     ray.wait([lost])
     ray.kill(dead)
     with pytest.raises(RayActorError):
+        ray.get(dead.pid.remote())  # comes back when it is dead
+    with pytest.raises(RayActorError):
         explain((dead, producer))
     told = explain((lost, producer), timeout=20)
     assert told.used() is None
