@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import select
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,10 +100,11 @@ def test_async_and_dead_actors(producer: Any, spawn: Any) -> None:
     coroutines, dead = spawn(Coroutines), spawn()
     assert explain((producer, coroutines)).used() in LANES
     lost = dead.make.options(tensor_transport="gloo").remote(ones)
+    ends = os.pidfd_open(ray.get(dead.pid.remote()))  # Ray calls an actor dead before it ends
     ray.wait([lost])
     ray.kill(dead)
-    with pytest.raises(RayActorError):
-        ray.get(dead.pid.remote())  # comes back when it is dead
+    assert select.select([ends], [], [], 30)[0]
+    os.close(ends)
     with pytest.raises(RayActorError):
         explain((dead, producer))
     told = explain((lost, producer), timeout=20)
