@@ -120,7 +120,12 @@ TEST("fallback: a connection that breaks before the grant is made a few times mo
 
 // Breaks all connections of this process; the other ends see that at once.
 void CutConnections() {
-  for (int fd = 3; fd < 1024; ++fd) shutdown(fd, SHUT_RDWR);
+  for (int fd = 3; fd < 1024; ++fd) {
+    int listens = 0;
+    socklen_t length = sizeof(listens);
+    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &length);
+    if (!listens) shutdown(fd, SHUT_RDWR);
+  }
 }
 
 TEST("fallback: a pull whose connections break goes on over new ones") {
@@ -147,6 +152,23 @@ TEST("fallback: a pull whose connections break goes on over new ones") {
     CHECK_EQ(Outcome(ticket.pull.get()).text, "");
     CHECK(*destination == *expected);
   }
+}
+
+TEST("fallback: where connections break, only calls that may be are repeated") {
+  auto server = MakeAgent();
+  auto client = MakeAgent();
+  CallTicket often = client->StartCall(server->address(), Bytes{'o'}, true);
+  CHECK(AwaitEvent(server.get(), Event::Kind::kCall));
+  CallTicket once = client->StartCall(server->address(), Bytes{'1'});
+  CHECK(AwaitEvent(server.get(), Event::Kind::kCall));
+  CutConnections();
+  Status broken = Outcome(once.call.get(), 5);
+  CHECK(broken.code == Code::kBroken);
+  std::optional<Event> again = AwaitEvent(server.get(), Event::Kind::kCall);
+  CHECK(again && again->payload == Bytes{'o'});
+  server->Reply(again->call, Bytes{'!'}, false);
+  CHECK(Outcome(often.call.get(), 5).ok());
+  CHECK(often.call->TakeReply() == Bytes{'!'});
 }
 
 TEST("fallback: one data connection after another breaks, and the pull goes on") {

@@ -135,22 +135,22 @@ void Agent::Cancel(const PullTicket &ticket) {
   loop_.Post([peer = ticket.peer, id = ticket.pull->id] { peer->ForgetPull(id); });
 }
 
-CallTicket Agent::StartCall(ByteView address, Bytes payload) {
-  return StartRequest(address, FrameType::kCall, std::move(payload));
+CallTicket Agent::StartCall(ByteView address, Bytes payload, bool repeats) {
+  return StartRequest(address, FrameType::kCall, std::move(payload), repeats);
 }
 
 CallTicket Agent::StartSum(ByteView address, const Key &key) {
-  return StartRequest(address, FrameType::kSum, Pack(SumRequest{.key = key}));
+  return StartRequest(address, FrameType::kSum, Pack(SumRequest{.key = key}), true);
 }
 
-CallTicket Agent::StartRequest(ByteView address, FrameType kind, Bytes payload) {
+CallTicket Agent::StartRequest(ByteView address, FrameType kind, Bytes payload, bool repeats) {
   CallTicket ticket;
   bool is_too_long = payload.size() > kMaxPayload;
   Status status =
       is_too_long
           ? Status{Code::kRefused, kTooLong}
           : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-              ticket = {std::make_shared<Call>(next_call_++, kind, &counters_.calls_live),
+              ticket = {std::make_shared<Call>(next_call_++, kind, repeats, &counters_.calls_live),
                         peer};
               loop_.Post(
                   [peer, call = ticket.call, payload = std::move(payload)]() mutable {
@@ -158,7 +158,7 @@ CallTicket Agent::StartRequest(ByteView address, FrameType kind, Bytes payload) 
                   });
             });
   if (status.ok()) return ticket;
-  ticket.call = std::make_shared<Call>(0, kind, &counters_.calls_live);
+  ticket.call = std::make_shared<Call>(0, kind, repeats, &counters_.calls_live);
   ticket.call->Fail(status);
   return ticket;
 }

@@ -59,7 +59,7 @@ class Agent {
   // When it returns, nobody writes to the destination.
   void Cancel(const PullTicket &ticket);
 
-  CallTicket StartCall(ByteView address, Bytes payload);
+  CallTicket StartCall(ByteView address, Bytes payload, bool repeats = false);
   // Asks for an object's checksum; the reply is a SumAnswer.
   CallTicket StartSum(ByteView address, const Key &key);
   void Cancel(const CallTicket &ticket);
@@ -79,7 +79,7 @@ class Agent {
   void Open();
   void TickAll();
   void CloseAll();
-  CallTicket StartRequest(ByteView address, FrameType kind, Bytes payload);
+  CallTicket StartRequest(ByteView address, FrameType kind, Bytes payload, bool repeats);
   std::shared_ptr<Peer> PeerLocked(const Address &address);
   Status WithPeer(ByteView address, const UsePeer &use);
 

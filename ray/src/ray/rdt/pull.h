@@ -107,11 +107,13 @@ class Pull : public Completion {
 // A request to another agent or its Python side.
 class Call : public Completion {
  public:
-  // `kind` is kCall, or kSum for a request that the agent itself answers.
-  Call(uint64_t id, FrameType kind, std::atomic<int64_t> *live)
-      : Completion(live), id(id), kind(kind) {}
+  // `kind` is kCall, or kSum for a request that the agent itself answers. One that
+  // `repeats` may reach the other side twice: it is sent again over a new connection.
+  Call(uint64_t id, FrameType kind, bool repeats, std::atomic<int64_t> *live)
+      : Completion(live), id(id), kind(kind), repeats(repeats) {}
   const uint64_t id;
   const FrameType kind;
+  const bool repeats;
 
   // An error reply settles as kRefused with the payload as text.
   void Answer(bool is_error, Bytes payload);

@@ -91,6 +91,7 @@ void RemotePeer::Tick() {
   if (silent_s > work_.settings->peer_timeout_s) {
     // One more try: what is silent may well be silent again.
     for (auto &[id, asked] : pulls_) asked.tries = std::max(asked.tries, kMaxTries - 1);
+    for (auto &[id, called] : calls_) called.tries = std::max(called.tries, kMaxTries - 1);
     return Lose({Code::kPeerLost,
                  "the peer has not answered for " +
                      std::to_string(static_cast<int>(silent_s)) + " s"});
@@ -148,6 +149,7 @@ void RemotePeer::OnDialed(const Status &status,
   last_heard_ = Clock::now();
   if (OverUnix()) IdentifyProcess();
   SettleLanes();
+  FailBroken();
   SendAll();
 }
 
@@ -232,10 +234,32 @@ void RemotePeer::Lose(const Status &why) {
   for (auto &[id, asked] : pulls_) {
     if (!has_ended && TryAgain(&asked)) again[id] = std::move(asked);
   }
+  std::map<uint64_t, Called> called_again;
+  for (auto &[id, called] : calls_) {
+    if (!has_ended && TryAgain(&called)) called_again[id] = std::move(called);
+  }
   for (auto &[id, asked] : again) pulls_.erase(id);
+  for (auto &[id, called] : called_again) calls_.erase(id);
   FailAll(Named({Code::kPeerLost, why.text}));
   pulls_ = std::move(again);
-  if (!pulls_.empty()) Connect();  // notices wait for the next Tick
+  calls_ = std::move(called_again);
+  if (!pulls_.empty() || !calls_.empty()) Connect();  // notices wait for the next Tick
+}
+
+bool RemotePeer::TryAgain(Called *called) {
+  if (called->call->repeats) called->is_sent = false;
+  return ++called->tries <= kMaxTries;
+}
+
+// The peer lives, so these may have been served or not.
+void RemotePeer::FailBroken() {
+  for (auto it = calls_.begin(); it != calls_.end();) {
+    auto here = it++;
+    if (!here->second.is_sent) continue;
+    here->second.call->Fail(
+        Named({Code::kBroken, "the connection broke before the answer came"}));
+    calls_.erase(here);
+  }
 }
 
 bool RemotePeer::TryAgain(Asked *asked) {
@@ -272,7 +296,10 @@ void RemotePeer::FailAll(const Status &why) {
     bool is_loss = asked.tries > 1 && why.code == Code::kUnreachable;
     asked.pull->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
   }
-  for (auto &[id, called] : std::exchange(calls_, {})) called.call->Fail(why);
+  for (auto &[id, called] : std::exchange(calls_, {})) {
+    bool is_loss = called.tries > 1 && why.code == Code::kUnreachable;
+    called.call->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
+  }
 }
 
 bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_); }
@@ -324,7 +351,7 @@ void RemotePeer::SendPull(uint64_t id, Asked *asked) {
 void RemotePeer::SendCall(uint64_t id, Called *called) {
   if (std::exchange(called->is_sent, true)) return;
   channel_->Send(EncodeFrame(called->call->kind, id, ByteView(called->payload)));
-  called->payload = {};
+  if (!called->call->repeats) called->payload = {};
 }
 
 Lane *RemotePeer::BestLane(LaneSet but_not, LaneKind *kind) {

@@ -15,7 +15,8 @@ namespace ray::rdt {
 // Runs on: the agent's loop. The connection is made at the first use. When it
 // breaks and the process behind it has not ended, it is made anew: pulls go on
 // with what has not landed (up to kMaxTries times with no byte in between), notices that
-// the peer may not have seen are sent again. Calls fail at once.
+// the peer may not have seen are sent again, and so are calls that may be repeated. Others
+// fail once it is known whether the peer lives: kBroken if it does.
 class RemotePeer : public Peer, private Channel::Handler {
  public:
   RemotePeer(const Workplace &workplace, const Address &address);
@@ -44,8 +45,9 @@ class RemotePeer : public Peer, private Channel::Handler {
   };
   struct Called {
     std::shared_ptr<Call> call;
-    Bytes payload;  // until sent
+    Bytes payload;  // until sent, or answered if it may be repeated
     bool is_sent = false;
+    int tries = 1;
   };
 
   // Connection.
@@ -63,6 +65,8 @@ class RemotePeer : public Peer, private Channel::Handler {
   void Disconnect();
   void GiveUp(const Status &why);
   bool TryAgain(Asked *asked);
+  static bool TryAgain(Called *called);
+  void FailBroken();
   void FailAll(const Status &why);
   bool OverUnix() const;
   std::string NoTcpReason() const;

@@ -15,7 +15,8 @@ constexpr const char *kNames[] = {"ok",
                                   "peer_lost",
                                   "refused",
                                   "io",
-                                  "stopped"};
+                                  "stopped",
+                                  "broken"};
 constexpr uint8_t kCount = sizeof(kNames) / sizeof(kNames[0]);
 
 }  // namespace

@@ -117,7 +117,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         PullTicket StartPull(
             ByteView address, const Key &key, const vector[Span] &to, bool is_summed) except +
         void Cancel(const PullTicket &ticket)
-        CallTicket StartCall(ByteView address, Bytes payload) except +
+        CallTicket StartCall(ByteView address, Bytes payload, bool repeats) except +
         CallTicket StartSum(ByteView address, const Key &key) except +
         void CancelCall "Cancel"(const CallTicket &ticket)
         void Reply(uint64_t call, Bytes payload, bool is_error)

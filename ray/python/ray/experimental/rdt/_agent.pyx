@@ -30,7 +30,7 @@ class AgentError(Exception):
 
     Attributes:
         code: "not_found", "unreachable", "auth", "version", "size_mismatch",
-            "cancelled", "peer_lost", "refused", "io" or "stopped".
+            "cancelled", "peer_lost", "refused", "io", "stopped" or "broken".
         lane: Name of the lane of a pull that failed, once one was chosen.
     """
 
@@ -405,11 +405,15 @@ cdef class Agent:
         call._agent = self
         return call
 
-    def call(self, address, payload):
-        """Sends `payload` to the Python side of the agent at `address`: a Call."""
+    def call(self, address, payload, bool repeats=False):
+        """Sends `payload` to the Python side of the agent at `address`: a Call.
+
+        One that `repeats` is sent again where the connection breaks, so it may be served
+        twice. Another one then fails with "broken" if the process behind it lives.
+        """
         cdef Call call = Call.__new__(Call)
         _check_process(self._pid)
-        call._ticket = self._native.StartCall(_view(address), _copy_in(payload))
+        call._ticket = self._native.StartCall(_view(address), _copy_in(payload), repeats)
         call._agent = self
         return call
 

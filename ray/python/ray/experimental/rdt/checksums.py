@@ -32,9 +32,6 @@ class Expected:
     """
 
     def __init__(self, session: Session, address: bytes, key: bytes):
-        self._session = session
-        self._address = address
-        self._key = key
         self._asked = session.agent.ask_checksum(address, key)
         self._answer: int | None = None
 
@@ -49,22 +46,13 @@ class Expected:
             AgentError: the producer is gone.
         """
         if self._answer is None:
-            self._answer = int.from_bytes(self._await_answer(deadline), "little")
+            answer = self._asked.wait(max(0.0, deadline - time.monotonic()))
+            self._answer = int.from_bytes(answer, "little")
         if found != self._answer:
             raise ChecksumMismatch(
                 f"the producer's bytes have the checksum {self._answer:016x}, those that arrived "
                 f"{found:016x}"
             )
-
-    def _await_answer(self, deadline: float) -> bytes:
-        """Asks again where the connection broke: the pull may have got another one."""
-        try:
-            return bytes(self._asked.wait(max(0.0, deadline - time.monotonic())))
-        except Exception as error:
-            if getattr(error, "code", "") != "peer_lost":
-                raise
-        self._asked = self._session.agent.ask_checksum(self._address, self._key)
-        return bytes(self._asked.wait(max(0.0, deadline - time.monotonic())))
 
     def check_memory(self, addresses: array[int], lengths: array[int], deadline: float) -> None:
         """As ``check``, of bytes that lie in this process."""

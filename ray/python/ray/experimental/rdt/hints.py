@@ -71,7 +71,7 @@ class HintSender:
             "address": base64.b64encode(location.address).decode(),
             "regions": location.regions,
         }
-        self._session.tell(address, "rdt.hint", body)
+        self._session.tell(address, "rdt.hint", body, repeats=False)
 
 
 @dataclass

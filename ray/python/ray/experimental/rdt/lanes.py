@@ -10,7 +10,7 @@ import logging
 import time
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from ray import cloudpickle
 from ray.experimental.rdt import checksums
@@ -39,6 +39,13 @@ if TYPE_CHECKING:
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
     from ray.experimental.rdt.transports.user import UserTransport
+
+
+logger = logging.getLogger("ray.rdt")
+
+_TRIES = 4  # of a transfer whose way ends and whose producer lives
+
+_Moved = TypeVar("_Moved")
 
 
 class Transfer(Protocol):
@@ -177,20 +184,11 @@ class Exchange:
 
     def _move(self, buffers: list[torch.Tensor], deadline: float) -> None:
         if self._exposed is None:
-            self._receive_anew(buffers, deadline)
+            retry_stale(lambda: self._receive(buffers, deadline), deadline)
         else:
             exposed = self._await_exposed(self._exposed, deadline)
             cast(OneSided, self._transport).read(self._peer, exposed, buffers, deadline)
             self.abandon()
-
-    def _receive_anew(self, buffers: list[torch.Tensor], deadline: float) -> None:
-        """Tries once more where all that failed was the way it took."""
-        try:
-            self._receive(buffers, deadline)
-        except TransportUnavailable as error:
-            if not error.is_stale:
-                raise
-            self._receive(buffers, deadline)
 
     def _receive(self, buffers: list[torch.Tensor], deadline: float) -> None:
         transport = cast(TwoSided, self._transport)
@@ -269,7 +267,7 @@ class UserPull:
         shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
         try:
             with waiting():
-                return self._move(shipment, deadline)
+                return retry_stale(lambda: self._move(shipment, deadline), deadline)
         except TransportUnavailable as error:
             if not shipment.has_regions:
                 raise
@@ -337,7 +335,7 @@ def _start_asking(
         "route": route,
         "timeout_s": max(0.0, deadline - time.monotonic()),
     }
-    return session.start_call(head.address, op, body)
+    return session.start_call(head.address, op, body, repeats=op == "rdt.expose")
 
 
 def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
@@ -347,6 +345,22 @@ def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: float) -> Rou
         if error.code == TransportUnavailable.code:
             raise TransportUnavailable(str(error)) from error
         raise
+
+
+def retry_stale(move: Callable[[], _Moved], deadline: float) -> _Moved:
+    """Moves the bytes again, up to ``_TRIES`` times, where all that failed was the way they took.
+
+    A connection that breaks says nothing about the process behind it: the next try finds out.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return move()
+        except Exception as error:
+            is_stale = getattr(error, "is_stale", False) or getattr(error, "code", "") == "broken"
+            if not is_stale or not left or time.monotonic() >= deadline:
+                raise
+            logger.debug("RDT moves an object again", exc_info=True)
+    raise AssertionError("the last try returns or raises")
 
 
 def choose(

@@ -92,7 +92,12 @@ class Session:
         self._handlers[op] = handler
 
     def call(
-        self, address: bytes, op: str, body: dict[str, Any], timeout_s: float
+        self,
+        address: bytes,
+        op: str,
+        body: dict[str, Any],
+        timeout_s: float,
+        repeats: bool = True,
     ) -> dict[str, Any]:
         """Asks a peer's process and waits for its answer.
 
@@ -103,23 +108,27 @@ class Session:
             AgentError: the peer cannot be reached or was lost.
             TimeoutError: no answer within ``timeout_s``.
         """
-        return self.start_call(address, op, body)(timeout_s)
+        return self.start_call(address, op, body, repeats)(timeout_s)
 
-    def tell(self, address: bytes, op: str, body: dict[str, Any]) -> None:
+    def tell(
+        self, address: bytes, op: str, body: dict[str, Any], repeats: bool = True
+    ) -> None:
         """Sends a request whose answer nobody needs; a peer that is gone is no error."""
-        sent = self._send(address, op, body)
+        sent = self._send(address, op, body, repeats)
         with self._told_lock:
             self._told = [pending for pending in self._told if not pending.done]
             self._told.append(sent)
 
     def start_call(
-        self, address: bytes, op: str, body: dict[str, Any]
+        self, address: bytes, op: str, body: dict[str, Any], repeats: bool = True
     ) -> Callable[[float], dict[str, Any]]:
         """Sends a request; the returned function waits for its answer as ``call`` does.
 
-        The request is given up when the function is let go before the answer has come.
+        The request is given up when the function is let go before the answer has come. One that
+        ``repeats`` is served twice where the connection breaks before its answer; another one fails
+        then, with the code "broken".
         """
-        pending = self._send(address, op, body)
+        pending = self._send(address, op, body, repeats)
 
         def wait(timeout_s: float) -> dict[str, Any]:
             answer = json.loads(pending.wait(timeout_s))
@@ -145,8 +154,8 @@ class Session:
         """Calls back before the agent stops, last registered first."""
         self._on_close.append(callback)
 
-    def _send(self, address: bytes, op: str, body: dict[str, Any]) -> Any:
-        return self.agent.call(address, json.dumps({"op": op, "body": body}).encode())
+    def _send(self, address: bytes, op: str, body: dict[str, Any], repeats: bool) -> Any:
+        return self.agent.call(address, json.dumps({"op": op, "body": body}).encode(), repeats)
 
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""

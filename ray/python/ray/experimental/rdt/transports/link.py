@@ -58,12 +58,6 @@ class LinkClosed(TransferError, TransportUnavailable):
     is_stale = True
 
 
-class PeerLost(TransferError):
-    """The process at the other end is gone; no other lane reaches it."""
-
-    code = "peer_lost"
-
-
 class TransferRefused(TransferError, TransportUnavailable):
     """The producer said that it will not send, and why. The link stays good."""
 
@@ -171,7 +165,6 @@ class Link:
         self._on_close = on_close
         self._lock = threading.Lock()
         self._closed = ""
-        self._is_peer_lost = False
         self._ended = threading.Event()
         self._jobs: set[_Job] = set()
         self._tag = _PROOF_TAG
@@ -340,9 +333,9 @@ class Link:
             raise LinkClosed(_in_short(job.error)) from job.error
 
     def _closed_error(self) -> TransferError:
-        return PeerLost(self._closed) if self._is_peer_lost else LinkClosed(self._closed)
+        return LinkClosed(self._closed)
 
-    def close(self, reason: str, grace_s: float = 0.0, is_peer_lost: bool = False) -> None:
+    def close(self, reason: str, grace_s: float = 0.0) -> None:
         """Ends the link; transfers in progress fail with the reason. Idempotent.
 
         Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little.
@@ -350,12 +343,11 @@ class Link:
         Args:
             reason: For people.
             grace_s: How long messages that are half through may take to end.
-            is_peer_lost: Whether the other end's process is known to be gone.
         """
         with self._lock:
             if self._closed:
                 return
-            self._closed, self._is_peer_lost = reason, is_peer_lost
+            self._closed = reason
             self._ended.set()
             jobs = list(self._jobs)
         error = self._closed_error()

@@ -227,7 +227,9 @@ class ProcessGroupTransport:
             "address": b64encode(self._session.address).decode(),
         }
         try:
-            self._session.call(peer.address, "rdt.link.open", request, _OPEN_TIMEOUT_S)
+            self._session.call(
+                peer.address, "rdt.link.open", request, _OPEN_TIMEOUT_S, repeats=False
+            )
             return self._join(link_id, peer, scope, CONSUMER)
         except Exception as error:
             self._tell((peer,), "rdt.link.close", link_id, reason=str(error))
@@ -403,7 +405,7 @@ class ProcessGroupTransport:
         self._forget(peer_id)
         links = self._with_peer(peer_id)
         if links:
-            self._close_soon(links, "the peer's process is gone", is_peer_lost=True)
+            self._close_soon(links, "the connection to its agent broke")
 
     def _forget(self, peer_id: bytes) -> None:
         """Gives up links under construction; the next transfer tries anew."""
@@ -423,14 +425,14 @@ class ProcessGroupTransport:
     def _with_peer(self, peer_id: bytes) -> list[Link]:
         return [link for link in self._known() if link.peer.agent_id == peer_id]
 
-    def _close_soon(self, links: list[Link], reason: str, is_peer_lost: bool = False) -> None:
+    def _close_soon(self, links: list[Link], reason: str) -> None:
         name = f"rdt-{self.capabilities.name}-close"
-        arguments = (links, reason, is_peer_lost)
+        arguments = (links, reason)
         threading.Thread(target=self._close, args=arguments, name=name, daemon=True).start()
 
-    def _close(self, links: list[Link], reason: str, is_peer_lost: bool = False) -> None:
+    def _close(self, links: list[Link], reason: str) -> None:
         for link in links:
-            link.close(reason, 0.0 if is_peer_lost else _CLOSE_GRACE_S, is_peer_lost)
+            link.close(reason, _CLOSE_GRACE_S)
 
     def _on_link_closed(self, link: Link, reason: str) -> None:
         """Forgets a link and tells the other end, whose transfers would wait for long otherwise."""

@@ -62,7 +62,7 @@ class TransferEnded(Exception):
     """The other side of a transfer ended it.
 
     Attributes:
-        code: "peer_lost" if its process is gone.
+        code: "broken" if nothing failed but the connection to its agent.
     """
 
     def __init__(self, message: str, code: str = ""):
@@ -388,7 +388,7 @@ class UserTransport:
         with self._lock:
             lost = [transfer for transfer in self._running.values() if transfer.peer_id == peer_id]
         for transfer in lost:
-            transfer.end(error=TransferEnded("the other process is gone", "peer_lost"))
+            transfer.end(error=TransferEnded("the connection to the other process broke", "broken"))
 
     def close(self) -> None:
         """Ends all transfers and gives all objects back. Runs on: whoever shuts Ray down."""

@@ -1,0 +1,1 @@
+"""Random work with random faults; ends by checking that nothing is wrong, hung or left behind."""

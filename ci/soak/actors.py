@@ -1,0 +1,111 @@
+"""The processes that the soak works with, and what each of them can do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ray
+from ci.leaks import count_here
+
+#: Objects of two seeds differ in every element.
+STRIDE = 7919
+
+
+def pattern(seed: int, length: int) -> torch.Tensor:
+    """What an object of this seed holds."""
+    return torch.arange(length, dtype=torch.int32).mul_(65537).add_(seed * STRIDE % (1 << 30))
+
+
+def is_right(tensor: torch.Tensor, seed: int) -> bool:
+    """Whether it holds, to the last bit, what was made of this seed."""
+    return torch.equal(tensor, pattern(seed, len(tensor)))
+
+
+def counters_here() -> dict[str, int]:
+    """Of this process: RDT's counters, descriptors, threads, and its own memory in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return count_here() | {
+        "threads": threading.active_count(),
+        "native_threads": len(os.listdir("/proc/self/task")),
+        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+    }
+
+
+def break_connections_here() -> int:
+    """Shuts down this process's sockets to other agents; returns how many those were."""
+    broken = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as one:
+                peer = one.getpeername()
+                if isinstance(peer, bytes) and peer.startswith(b"\0ray-rdt-"):
+                    one.shutdown(socket.SHUT_RDWR)
+                    broken += 1
+    return broken
+
+
+@ray.remote(num_cpus=0, max_concurrency=8, max_restarts=-1)
+class Worker:
+    """A producer, consumer, owner and borrower."""
+
+    def make(self, seed: int, length: int) -> torch.Tensor:
+        return pattern(seed, length)
+
+    def items(self, seed: int, length: int, count: int) -> Iterator[torch.Tensor]:
+        for number in range(count):
+            yield pattern(seed + number, length)
+
+    def check(self, seed: int, tensor: torch.Tensor, *, other: torch.Tensor | None = None) -> bool:
+        """Of the tensor, and of one with the next seed."""
+        return is_right(tensor, seed) and (other is None or is_right(other, seed + 1))
+
+    def check_refs(self, seed: int, refs: list[Any]) -> bool:
+        """Of objects with this seed and the ones after it, by reference."""
+        return all(is_right(tensor, seed + at) for at, tensor in enumerate(ray.get(refs)))
+
+    def pass_on(self, seed: int, refs: list[Any], consumer: Any) -> bool:
+        """The same, at another consumer, which gets the references from here."""
+        return bool(ray.get(consumer.check_refs.remote(seed, refs)))
+
+    def put(self, seed: int, length: int, transport: str) -> list[Any]:
+        return [ray.put(pattern(seed, length), _tensor_transport=transport)]
+
+    def own(self, producer: Any, seed: int, length: int, transport: str) -> list[Any]:
+        """A reference to another's object, which is this process's."""
+        return [producer.make.options(tensor_transport=transport).remote(seed, length)]
+
+    def break_connections(self) -> int:
+        return break_connections_here()
+
+    @ray.method(max_task_retries=-1)
+    def pid(self) -> int:
+        return os.getpid()
+
+    @ray.method(max_task_retries=-1)
+    def counters(self) -> dict[str, int]:
+        return counters_here()
+
+
+@ray.remote(max_retries=3)
+def make_in_task(seed: int, length: int, dies_once: str = "") -> torch.Tensor:
+    """Kills its own process the first time where a file's name is given."""
+    if dies_once and not Path(dies_once).exists():
+        Path(dies_once).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return pattern(seed, length)
+
+
+@ray.remote(max_retries=3)
+def check_in_task(seed: int, tensor: torch.Tensor) -> bool:
+    return is_right(tensor, seed)
