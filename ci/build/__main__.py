@@ -61,8 +61,6 @@ def test(arguments: list[str], _: Path) -> None:
     if not arguments:
         checks.native_tests()
         fuzz.fuzz_all(python, fuzz.SHORT_S)
-        # Tests mostly wait for processes to start: two files at a time take half the time.
-        arguments = ["-n", "2", "--dist", "loadfile"]
     done = subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, check=False)
     raise SystemExit(done.returncode)
 

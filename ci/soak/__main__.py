@@ -53,7 +53,7 @@ THREADS = 4
 GAP_S = 0.4
 SETTLES_WITHIN_S = 60.0
 #: What a process that works may have more of than after its warm-up.
-MORE = ROUGH | {"threads": 8, "native_threads": 24, "resident": 128 << 20}
+MORE = ROUGH | {"threads": 16, "native_threads": 24, "resident": 128 << 20}
 
 Counts = dict[str, dict[str, int]]
 
@@ -70,8 +70,9 @@ class Soak:
     def __init__(self, seed: int, transports: list[str]):
         self.seed = seed
         self.transports = transports
+        actor_class: Any = Worker
         self.actors: dict[str, Any] = {
-            name: Worker.options(
+            name: actor_class.options(
                 max_task_retries=2 * (number % 2),
                 runtime_env={"env_vars": {**SETTINGS, **own}},
             ).remote()
@@ -139,7 +140,9 @@ class Soak:
 
     def restarts(self) -> int:
         found = ray._private.state.actors()
-        return sum(int(found[actor._actor_id.hex()]["NumRestarts"]) for actor in self.actors.values())
+        return sum(
+            int(found[actor._actor_id.hex()]["NumRestarts"]) for actor in self.actors.values()
+        )
 
 
 def _left(counts: Counts, before: Counts | None) -> list[str]:
@@ -149,12 +152,13 @@ def _left(counts: Counts, before: Counts | None) -> list[str]:
         for name in EXACT
         if counters.get(name, 0)
     ]
-    for process in (DRIVER, WITNESS) if before is not None else ():
-        left += [
-            f"{process} had {name} {before[process][name]} and has {counts[process][name]}"
-            for name, more in MORE.items()
-            if counts[process][name] > before[process][name] + more
-        ]
+    if before is None:
+        return left
+    for process in (DRIVER, WITNESS):
+        for name, more in MORE.items():
+            was, is_now = before[process][name], counts[process][name]
+            if is_now > was + more:
+                left.append(f"{process} had {name} {was} and has {is_now}")
     return left
 
 
@@ -170,7 +174,9 @@ def _report(soak: Soak, faults: Faults, before: Counts, after: Counts, seconds: 
         table.add_section()
     for process in (DRIVER, WITNESS):
         for name in MORE:
-            table.add_row(f"{process}: {name}", f"{before[process][name]} -> {after[process][name]}")
+            table.add_row(
+                f"{process}: {name}", f"{before[process][name]} -> {after[process][name]}"
+            )
     return table
 
 
@@ -182,7 +188,7 @@ def run(seconds: float, seed: int, gap_s: float) -> list[str]:
         soak = Soak(seed, _transports())
         soak.counts()  # All have started.
         faults = soak.faults(gap_s)
-        warm_up_s = min(30.0, seconds / 5)
+        warm_up_s = min(60.0, seconds / 5)
         soak.work(warm_up_s, faults)
         before, left = soak.settled(None)
         soak.problems += [f"before any fault, {what}" for what in left]

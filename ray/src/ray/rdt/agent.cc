@@ -143,14 +143,18 @@ CallTicket Agent::StartSum(ByteView address, const Key &key) {
   return StartRequest(address, FrameType::kSum, Pack(SumRequest{.key = key}), true);
 }
 
-CallTicket Agent::StartRequest(ByteView address, FrameType kind, Bytes payload, bool repeats) {
+CallTicket Agent::StartRequest(ByteView address,
+                               FrameType kind,
+                               Bytes payload,
+                               bool repeats) {
   CallTicket ticket;
   bool is_too_long = payload.size() > kMaxPayload;
   Status status =
       is_too_long
           ? Status{Code::kRefused, kTooLong}
           : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-              ticket = {std::make_shared<Call>(next_call_++, kind, repeats, &counters_.calls_live),
+              ticket = {std::make_shared<Call>(
+                            next_call_++, kind, repeats, &counters_.calls_live),
                         peer};
               loop_.Post(
                   [peer, call = ticket.call, payload = std::move(payload)]() mutable {

@@ -91,7 +91,8 @@ void RemotePeer::Tick() {
   if (silent_s > work_.settings->peer_timeout_s) {
     // One more try: what is silent may well be silent again.
     for (auto &[id, asked] : pulls_) asked.tries = std::max(asked.tries, kMaxTries - 1);
-    for (auto &[id, called] : calls_) called.tries = std::max(called.tries, kMaxTries - 1);
+    for (auto &[id, called] : calls_)
+      called.tries = std::max(called.tries, kMaxTries - 1);
     return Lose({Code::kPeerLost,
                  "the peer has not answered for " +
                      std::to_string(static_cast<int>(silent_s)) + " s"});

@@ -15,8 +15,8 @@ namespace ray::rdt {
 // Runs on: the agent's loop. The connection is made at the first use. When it
 // breaks and the process behind it has not ended, it is made anew: pulls go on
 // with what has not landed (up to kMaxTries times with no byte in between), notices that
-// the peer may not have seen are sent again, and so are calls that may be repeated. Others
-// fail once it is known whether the peer lives: kBroken if it does.
+// the peer may not have seen are sent again, and so are calls that may be repeated.
+// Others fail once it is known whether the peer lives: kBroken if it does.
 class RemotePeer : public Peer, private Channel::Handler {
  public:
   RemotePeer(const Workplace &workplace, const Address &address);

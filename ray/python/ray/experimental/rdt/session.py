@@ -110,9 +110,7 @@ class Session:
         """
         return self.start_call(address, op, body, repeats)(timeout_s)
 
-    def tell(
-        self, address: bytes, op: str, body: dict[str, Any], repeats: bool = True
-    ) -> None:
+    def tell(self, address: bytes, op: str, body: dict[str, Any], repeats: bool = True) -> None:
         """Sends a request whose answer nobody needs; a peer that is gone is no error."""
         sent = self._send(address, op, body, repeats)
         with self._told_lock:
