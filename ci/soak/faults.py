@@ -63,6 +63,11 @@ class Faults:
         with self._lock:
             self.counts[kind] += 1
 
+    def killed(self, name: str) -> None:
+        """Notes that a process is killed about now."""
+        with self._lock:
+            self._killed.append((time.monotonic(), name))
+
     def explain(self, members: set[str], began: float) -> bool:
         """Whether one of these was killed since, or so shortly before that it was not back."""
         with self._lock:
@@ -81,8 +86,7 @@ class Faults:
         pid = self._pid(name)
         if pid is None:
             return
-        with self._lock:
-            self._killed.append((time.monotonic(), name))
+        self.killed(name)
         os.kill(pid, signal.SIGKILL)
         self._pids[name] = self.actors[name].pid.remote()
         self.count("process killed")

@@ -18,6 +18,9 @@ from ci.soak.faults import Faults
 LENGTHS = [1, 1000, 17_000, 300_000, 2_000_000, 8_000_000]
 HOW_OFTEN = [3, 3, 4, 4, 2, 1]
 
+#: What tasks run in. Each keeps its objects after its task, and runs others.
+TASKS = "workers of tasks"
+
 #: No call takes longer, or it hangs: the fetch timeout, and what restarts of processes need.
 BOUND_S = 90.0
 
@@ -153,14 +156,17 @@ def to_a_task(job: Job) -> bool:
 
 
 def of_a_task(job: Job) -> bool:
+    job.members.add(TASKS)
     make = make_in_task.options(tensor_transport=job.transport)
     return bool(_get(job.actor().check.remote(job.seed, make.remote(job.seed, job.length))))
 
 
 def of_a_task_that_dies(job: Job) -> bool:
+    job.members.add(TASKS)
     with tempfile.TemporaryDirectory() as folder:
         make = make_in_task.options(tensor_transport=job.transport)
         ref = make.remote(job.seed, job.length, str(Path(folder) / "died"))
+        job.faults.killed(TASKS)
         job.faults.count("task's process killed")
         return _is_right(job, ref)
 

@@ -208,7 +208,7 @@ class Exchange:
         if self._is_reading:
             self._is_reading = False
             body = {"key": self._head.key.hex()}
-            self._session.tell(self._peer.address, "rdt.done", body)
+            self._session.tell(self._peer.address, "rdt.done", body, repeats=False)
 
 
 class TransportPull:
@@ -316,7 +316,7 @@ class UserPull:
         if self._is_reading:
             self._is_reading = False
             body = {"key": self._envelope.head.key.hex()}
-            self._links.session.tell(self._peer.address, "rdt.done", body)
+            self._links.session.tell(self._peer.address, "rdt.done", body, repeats=False)
 
 
 def _start_asking(

@@ -8,7 +8,7 @@ Requests (JSON, through the session):
   background. A send that fails tells the consumer by its own link, which ends the receive; others
   are left alone.
 * ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
-  the object stays borrowed until ``rdt.done`` or the consumer's loss.
+  the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
 * ``rdt.done`` {key}: the consumer has read.
 
 ``device`` is a torch device type: the regions on such devices are meant. What makes them is waited
@@ -20,7 +20,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.rdt")
 
 _SEND_THREADS = 8
+#: A reader gives up at its deadline. What was borrowed for it may stay for so much longer, if the
+#: word that it has is lost with a connection.
+_READER_SLACK_S = 5.0
 
 
 class Server:
@@ -58,12 +62,14 @@ class Server:
         self._transports = transports
         self._lock = threading.Lock()
         self._exposed: dict[tuple[bytes, str, str], Future[dict[str, Any]]] = {}
-        self._readers: Counter[tuple[bytes, bytes]] = Counter()
+        # By consumer and key, the deadline of each reader.
+        self._readers: defaultdict[tuple[bytes, bytes], list[float]] = defaultdict(list)
         self._senders = ThreadPoolExecutor(_SEND_THREADS, thread_name_prefix="rdt-send")
         session.serve("rdt.send", self._on_send)
         session.serve("rdt.expose", self._on_expose)
         session.serve("rdt.done", self._on_done)
         session.on_peer_lost(self._on_peer_lost)
+        session.on_tick(self._drop_late_readers)
         session.on_close(lambda: self._senders.shutdown(wait=False, cancel_futures=True))
 
     @property
@@ -128,20 +134,21 @@ class Server:
 
     def _on_expose(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
+        deadline = time.monotonic() + float(body["timeout_s"])
         stored = self._borrow(body)
         try:
             # A user's transport has described the object when it was made.
             is_ready = transport.capabilities.is_users
-            exposed = {} if is_ready else self._expose_once(transport, stored, body)
+            exposed = {} if is_ready else self._expose_once(transport, stored, body, deadline)
         except BaseException:
             self._give_back(stored.key)
             raise
         with self._lock:
-            self._readers[peer_id, stored.key] += 1
+            self._readers[peer_id, stored.key].append(deadline)
         return exposed
 
     def _expose_once(
-        self, transport: OneSided, stored: StoredObject, body: dict[str, Any]
+        self, transport: OneSided, stored: StoredObject, body: dict[str, Any], deadline: float
     ) -> dict[str, Any]:
         """Exposes an object at its first reader's request; others wait for that. May block."""
         device_type = body["device"]
@@ -151,7 +158,7 @@ class Server:
             known = self._exposed.setdefault(entry, mine)
         if known is mine:
             try:
-                await_writers(stored, device_type, time.monotonic() + float(body["timeout_s"]))
+                await_writers(stored, device_type, deadline)
                 mine.set_result(transport.expose(flat_buffers(stored, device_type)))
             except BaseException as error:
                 with self._lock:
@@ -162,22 +169,33 @@ class Server:
     def _on_done(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         key = bytes.fromhex(body["key"])
         with self._lock:
-            is_reading = self._readers[peer_id, key] > 0
-            self._readers[peer_id, key] -= is_reading
-            if not self._readers[peer_id, key]:
-                del self._readers[peer_id, key]
-        if is_reading:
+            readers = self._readers.pop((peer_id, key), [])
+            if readers[1:]:
+                self._readers[peer_id, key] = readers[1:]
+        if readers:
             self._give_back(key)
         return {}
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
+        self._drop_readers(lambda peer, deadline: peer == peer_id)
+
+    def _drop_late_readers(self) -> None:
+        now = time.monotonic()
+        self._drop_readers(lambda peer, deadline: deadline + _READER_SLACK_S < now)
+
+    def _drop_readers(self, is_over: Callable[[bytes, float], bool]) -> None:
+        """Runs on: the reaper thread."""
+        dropped = []
         with self._lock:
-            lost = {entry: n for entry, n in self._readers.items() if entry[0] == peer_id}
-            for entry in lost:
-                del self._readers[entry]
-        for (_, key), count in lost.items():
-            for _ in range(count):
-                self._give_back(key)
+            for (peer, key), deadlines in list(self._readers.items()):
+                left = [deadline for deadline in deadlines if not is_over(peer, deadline)]
+                dropped += [key] * (len(deadlines) - len(left))
+                if left:
+                    self._readers[peer, key] = left
+                else:
+                    del self._readers[peer, key]
+        for key in dropped:
+            self._give_back(key)
 
     def _borrow(self, body: dict[str, Any]) -> StoredObject:
         stored = self._store.borrow(bytes.fromhex(body["key"]))
