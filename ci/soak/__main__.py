@@ -52,7 +52,8 @@ SETTINGS = {
 THREADS = 4
 GAP_S = 0.4
 SETTLES_WITHIN_S = 60.0
-#: What a process that works may have more of than after its warm-up.
+#: What a process that works may have more of than after its warm-up. Pools of eight threads each
+#: answer requests and send.
 MORE = ROUGH | {"threads": 16, "native_threads": 24, "resident": 128 << 20}
 
 Counts = dict[str, dict[str, int]]
@@ -191,7 +192,7 @@ def run(seconds: float, seed: int, gap_s: float) -> list[str]:
         warm_up_s = min(60.0, seconds / 5)
         soak.work(warm_up_s, faults)
         before, left = soak.settled(None)
-        soak.problems += [f"before any fault, {what}" for what in left]
+        soak.problems += [f"after the warm-up, {what}" for what in left]
         faults.start()
         soak.work(seconds - warm_up_s, faults)
         faults.stop()

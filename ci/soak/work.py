@@ -162,7 +162,7 @@ def of_a_task(job: Job) -> bool:
 
 
 def of_a_task_that_dies(job: Job) -> bool:
-    job.members.add(TASKS)
+    """Ray runs it again, so its own death excuses no error."""
     with tempfile.TemporaryDirectory() as folder:
         make = make_in_task.options(tensor_transport=job.transport)
         ref = make.remote(job.seed, job.length, str(Path(folder) / "died"))
