@@ -35,7 +35,7 @@ def mean(values: torch.Tensor) -> float:
 
 def main() -> None:
     """Hands one object to an actor, a task and the driver."""
-    with ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False):
         sender, receiver = Sender.remote(), Receiver.remote()
         ref = sender.ones.remote(1 << 20)
 

@@ -27,7 +27,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("skipped: CUDA IPC shows one process's GPU memory to another; torch sees no GPU here")
         return
-    with ray.init(include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", include_dashboard=False, log_to_driver=False):
         sender, receiver = Worker.remote(), Worker.remote()
         device, trace = ray.get(receiver.trace.remote(sender.identity.remote(1000)))
         print(f"4 MB over CUDA IPC: trace {trace} on {device}")

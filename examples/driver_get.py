@@ -27,7 +27,7 @@ class Model:
 
 def main() -> None:
     """Gets an RDT object from an actor, and gives one to it."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         model = Model.remote()
         expected = torch.arange(250_000, dtype=torch.float32).view(500, 500)
         ref = model.row_sums.remote()

@@ -37,7 +37,7 @@ def pass_around(nodes: list[ray.actor.ActorHandle]) -> list[float]:
 
 def main() -> None:
     """Goes once around the life of a group, twice."""
-    with ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False):
         nodes = [Node.remote() for _ in range(3)]
 
         group = create_collective_group(nodes, backend="gloo", name="ring")

@@ -36,7 +36,7 @@ class Meter:
 
 def main() -> None:
     """Makes an RDT object and hands it over, with no group."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         camera, meter = Camera.remote(), Meter.remote()
 
         ref = camera.frame.remote(0.25)

@@ -53,7 +53,7 @@ class Learner:
 
 def main() -> None:
     """Sends a dataclass and a tuple, both with tensors inside."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         loader, learner = Loader.remote(), Learner.remote()
         create_collective_group([loader, learner], backend="gloo")
 

@@ -25,7 +25,7 @@ class Worker:
 
 def main() -> None:
     """Sends one matrix from the sender to the receiver, several times."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         sender, receiver = Worker.remote(), Worker.remote()
         create_collective_group([sender, receiver], backend="gloo")
 

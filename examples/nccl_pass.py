@@ -31,7 +31,7 @@ def main() -> None:
             f"skipped: NCCL goes from GPU to GPU and needs two NVIDIA GPUs; torch sees {gpus} here"
         )
         return
-    with ray.init(include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", include_dashboard=False, log_to_driver=False):
         sender, receiver = Worker.remote(), Worker.remote()
         create_collective_group([sender, receiver], backend="nccl")
 

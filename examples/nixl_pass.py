@@ -31,7 +31,7 @@ def main() -> None:
         print("skipped: the nixl package is not installed (pip install nixl nixl-cu12)")
         return
     gpus = 1 if torch.cuda.device_count() >= 2 else 0
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         sender, receiver = (Worker.options(num_gpus=gpus).remote() for _ in range(2))
 
         ref = sender.ramp.remote(1000)

@@ -82,7 +82,7 @@ class Receiver:
 
 def main() -> None:
     """Hands one object to an actor and to the driver."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         sender, receiver = Sender.remote(), Receiver.remote()
         ref = sender.ones.remote(1000)
         total = ray.get(receiver.total.remote(ref))

@@ -28,7 +28,7 @@ class Meter:
 
 def main() -> None:
     """Passes a plain Ray object from one actor to another, and to the driver."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         camera, meter = Camera.remote(), Meter.remote()
 
         ref = camera.frame.remote(0.5)  # copied into the object store when it is made

@@ -36,7 +36,7 @@ class Counter:
 
 def main() -> None:
     """Shows that the maker gets its own tensor, and everybody sees its changes."""
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False):
+    with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         maker, other = Counter.remote(), Counter.remote()
         create_collective_group([maker, other], backend="gloo")
         ref = maker.share.remote()

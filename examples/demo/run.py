@@ -162,6 +162,7 @@ def main() -> None:
         console.print(f"  closest to [i]{query}[/i]  ->  {answer} ({score:.2f})")
     console.print(f"Starting Ray, one trainer and {len(shares)} encoders ...")
     with ray.init(
+        address="local",
         num_cpus=ENCODERS + 1,
         include_dashboard=False,
         log_to_driver=False,
