@@ -94,6 +94,26 @@ TEST("agent: a free releases the region there, after the pulls under way") {
   CHECK(AwaitEvent(producer.get(), Event::Kind::kReleased));
 }
 
+TEST("agent: the frees of a burst arrive, also those before the agent's end") {
+  auto producer = MakeAgent();
+  auto consumer = MakeAgent();
+  Memory memory(1000);
+  for (uint8_t i = 0; i < 100; ++i) producer->Register(KeyOf(i), memory.Whole(), i);
+  PullTicket first =
+      consumer->StartPull(producer->address(), KeyOf(0), memory.Whole());
+  CHECK(Outcome(first.pull.get()).ok());
+  for (uint8_t i = 0; i < 100; ++i) {
+    consumer->Notify(producer->address(), Notice::kFree, KeyOf(i));
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
+  consumer->Stop();
+  size_t released = 0;
+  CHECK(Await([&] {
+    for (Event &event : producer->NextEvents(0.1)) released += event.tokens.size();
+    return released == 100;
+  }));
+}
+
 TEST("agent: a free for a peer that is gone is dropped") {
   auto consumer = MakeAgent();
   Bytes gone = MakeAgent()->address();

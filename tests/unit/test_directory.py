@@ -23,7 +23,7 @@ def test_object_is_freed_once_when_it_goes_out_of_scope():
     directory = Directory()
     submitted(directory)
     assert directory.row("o").state is State.SUBMITTED
-    assert directory.created("o", HERE) == [Own(HERE)]
+    assert directory.created("o", HERE) == [Own("o", HERE)]
     assert directory.out_of_scope("o") == [Free(HERE)]
     assert directory.out_of_scope("o") == []
     assert len(directory) == 0
@@ -32,7 +32,7 @@ def test_object_is_freed_once_when_it_goes_out_of_scope():
 def test_reply_before_remote_returns_is_kept():
     directory = Directory()
     submit = directory.begin_submit()
-    assert directory.created("o", HERE) == [Own(HERE)]
+    assert directory.created("o", HERE) == [Own("o", HERE)]
     directory.submitted("o", ACTOR, "auto")
     assert directory.end_submit(submit) == []
     assert directory.row("o").location == HERE
@@ -52,7 +52,7 @@ def test_freed_before_created_during_another_submit_is_freed_when_that_ends():
     submitted(directory)
     directory.out_of_scope("o")
     submit = directory.begin_submit()
-    assert directory.created("o", HERE) == [Own(HERE)]
+    assert directory.created("o", HERE) == [Own("o", HERE)]
     assert directory.end_submit(submit) == [Free(HERE)]
     assert len(directory) == 0
 
@@ -70,7 +70,7 @@ def test_retry_frees_the_first_copy():
     directory = Directory()
     submitted(directory)
     directory.created("o", HERE)
-    assert directory.created("o", ELSEWHERE) == [Free(HERE), Own(ELSEWHERE)]
+    assert directory.created("o", ELSEWHERE) == [Free(HERE), Own("o", ELSEWHERE)]
     assert directory.out_of_scope("o") == [Free(ELSEWHERE)]
 
 
@@ -117,7 +117,7 @@ def test_object_passed_on_before_it_exists_is_hinted_when_it_does():
     directory = Directory()
     submitted(directory)
     assert directory.passed_to("o", OTHER) == []
-    assert directory.created("o", HERE) == [Own(HERE), Hint(OTHER, HERE)]
+    assert directory.created("o", HERE) == [Own("o", HERE), Hint(OTHER, HERE)]
 
 
 class Interleavings(RuleBasedStateMachine):

@@ -20,6 +20,9 @@ constexpr uint64_t kMaxAttached = 64 << 10;
 // kept for so long, and tried that often.
 constexpr std::chrono::seconds kNoticesKept{600};
 constexpr std::chrono::seconds kNoticesEvery{5};
+// Of a burst of notices only the first is sent at once, and the rest together: each
+// frame wakes threads at both sides.
+constexpr std::chrono::milliseconds kNoticesApart{5};
 
 }  // namespace
 
@@ -55,6 +58,19 @@ void RemotePeer::ForgetCall(uint64_t id) { calls_.erase(id); }
 
 void RemotePeer::SendNotices() {
   if (!channel_) return Connect();
+  Clock::duration early = notices_sent_at_ + kNoticesApart - Clock::now();
+  if (early > Clock::duration::zero()) {
+    work_.loop->After(std::chrono::duration<double>(early).count(),
+                      [weak = std::weak_ptr(alive_)] {
+                        if (auto peer = weak.lock()) (*peer)->SendNotices();
+                      });
+    return;
+  }
+  FlushNotices();
+}
+
+void RemotePeer::FlushNotices() {
+  notices_sent_at_ = Clock::now();
   Notices notices = TakeNotices();
   // Owned first: what is freed at once must not stay owned.
   SendKeys(FrameType::kOwn, notices.owned);
@@ -111,6 +127,7 @@ bool RemotePeer::is_waiting() const {
 }
 
 void RemotePeer::Shutdown(const Status &why) {
+  if (channel_) FlushNotices();
   Disconnect();
   dial_.reset();
   FailAll(why);

@@ -74,6 +74,7 @@ class RemotePeer : public Peer, private Channel::Handler {
 
   // Requests.
   void SendAll();
+  void FlushNotices();
   void FollowNotices(Notices notices);
   void DropNotices();
   void SendKeys(FrameType type, std::vector<Key> keys);
@@ -110,6 +111,7 @@ class RemotePeer : public Peer, private Channel::Handler {
   // Notices that the peer has not answered for, by the PING that followed them.
   std::map<uint64_t, Notices> unanswered_;
   uint64_t last_ping_ = 0;
+  Clock::time_point notices_sent_at_;
   // Since when the peer cannot be reached, and when it is tried again.
   std::optional<Clock::time_point> cut_since_;
   Clock::time_point try_at_;

@@ -25,7 +25,7 @@ class Service::Guest : public Channel::Handler {
 
   ~Guest() override {
     channel_->Close();
-    for (auto &[id, pin] : pulls_) service_->pins_->Remove(agent_, id, this);
+    for (auto &[id, granted] : pulls_) service_->pins_->Remove(agent_, id, this);
     for (uint64_t call : calls_) service_->answers_.erase(call);
   }
 
@@ -53,6 +53,9 @@ class Service::Guest : public Channel::Handler {
     case FrameType::kPull:
       return OnPull(header.request, Unpack<PullRequest>(payload));
     case FrameType::kDone:
+      NoteDone(header.request);
+      Unpin(header.request);
+      return true;
     case FrameType::kAbort:
       Unpin(header.request);
       return true;
@@ -94,7 +97,7 @@ class Service::Guest : public Channel::Handler {
     } else {
       if (request->with_spans) grant.spans = pin->memory.spans();
       service_->pins_->Add(agent_, id, this, pin);
-      pulls_[id] = std::move(pin);
+      pulls_[id] = {std::move(pin), request->with_spans != 0};
     }
     service_->counters_->bytes_granted += grant.total;
     channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
@@ -108,12 +111,19 @@ class Service::Guest : public Channel::Handler {
   bool OnFill(uint64_t id, const std::optional<Fill> &fill) {
     auto found = pulls_.find(id);
     return fill &&
-           shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second);
+           shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second.pin);
   }
 
   void RefusePull(uint64_t id, Code code, const std::string &text) {
     Refuse refuse{.code = static_cast<uint8_t>(code), .text = text};
     channel_->Send(EncodeFrame(FrameType::kRefuse, id, refuse));
+  }
+
+  void NoteDone(uint64_t id) {
+    auto found = pulls_.find(id);
+    if (found != pulls_.end() && found->second.reads_memory) {
+      service_->huge_pages_.NoteRead(found->second.pin);
+    }
   }
 
   void Unpin(uint64_t id) {
@@ -156,7 +166,11 @@ class Service::Guest : public Channel::Handler {
   const std::shared_ptr<Channel> channel_;
   const AgentId agent_;
   ShmSource shm_;
-  std::map<uint64_t, Pin> pulls_;
+  struct Granted {
+    Pin pin;
+    bool reads_memory;  // the consumer does, by itself
+  };
+  std::map<uint64_t, Granted> pulls_;
   std::set<uint64_t> calls_;  // keys of answers_ that are ours
 };
 
@@ -171,7 +185,8 @@ Service::Service(Loop *loop,
       regions_(regions),
       events_(events),
       log_(log),
-      counters_(counters) {}
+      counters_(counters),
+      huge_pages_(copies) {}
 
 Service::~Service() = default;
 

@@ -10,6 +10,7 @@
 #include "ray/rdt/copy_pool.h"
 #include "ray/rdt/counters.h"
 #include "ray/rdt/events.h"
+#include "ray/rdt/huge_pages.h"
 #include "ray/rdt/region.h"
 
 namespace ray::rdt {
@@ -53,6 +54,7 @@ class Service {
   EventQueue *const events_;
   Log *const log_;
   Counters *const counters_;
+  HugePages huge_pages_;
   const std::shared_ptr<PinTable> pins_ = std::make_shared<PinTable>();
   uint64_t next_source_ = 0;
   std::map<Guest *, std::unique_ptr<Guest>> guests_;

@@ -62,6 +62,7 @@ class Free:
 class Own:
     """Instruction: tell the producer's agent that this process owns the object."""
 
+    object_id: str
     location: Location
 
 
@@ -164,7 +165,7 @@ class Directory:
         if location is None:
             return _free(old)
         hints = (_hint(row, destination) for destination in row.destinations)
-        return [*_free(old), Own(location), *hints]
+        return [*_free(old), Own(object_id, location), *hints]
 
     def out_of_scope(self, object_id: str) -> list[Free]:
         self._early.discard(object_id)

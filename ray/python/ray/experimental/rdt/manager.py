@@ -12,6 +12,7 @@ import pickle
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -94,6 +95,7 @@ class RDTManager:
         self._room = Room(self.store)
         self._directory = Directory()
         self._directory_lock = threading.Lock()
+        self._small_to_own: deque[Own] = deque()
         self._holder = ArgumentHolder()
         self._fetcher = Fetcher(self.store, self._links)
         self._targets = Targets()
@@ -370,11 +372,28 @@ class RDTManager:
                 location = instruction.location
                 self._session().agent.free(location.address, location.key)
             elif isinstance(instruction, Own):
-                self._session().agent.own(instruction.location.address, instruction.location.key)
+                self._own(instruction)
             elif isinstance(instruction, Hint):
                 self._links().hints.send(instruction.actor_id, instruction.location)
             elif isinstance(instruction, WarnShared):
                 _warn_shared(instruction.object_id)
+
+    def _own(self, instruction: Own) -> None:
+        """Tells a producer that an object is ours; of a small one, at the session's next tick.
+
+        Most small objects do not live that long, and telling costs more than moving them.
+        """
+        if instruction.location.nbytes <= settings().eager_bytes:
+            self._small_to_own.append(instruction)
+        else:
+            self._session().agent.own(instruction.location.address, instruction.location.key)
+
+    def _own_small(self) -> None:
+        """Runs on: owner, the reaper thread."""
+        while self._small_to_own:
+            small = self._small_to_own.popleft()
+            if self._may_own(small.object_id, small.location.key):
+                self._session().agent.own(small.location.address, small.location.key)
 
     def is_managed_object(self, object_id: str) -> bool:
         """Whether this process owns an RDT object of this id (hex)."""
@@ -550,6 +569,7 @@ class RDTManager:
         # Bound to this session's server: a release may come while the session ends.
         current.on_released(lambda tokens: self._on_released(links, tokens))
         current.on_tick(links.hinted.drop_stale)
+        current.on_tick(self._own_small)
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
         OwnerWatch(current, produced)
@@ -579,6 +599,7 @@ class RDTManager:
         self._puller = Puller()
         with self._directory_lock:
             frees = self._directory.close()
+        self._small_to_own.clear()
         if session.peek() is not None:
             self._carry_out(frees)
         session.end()

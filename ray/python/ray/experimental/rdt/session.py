@@ -145,7 +145,7 @@ class Session:
         self._on_peer_lost.append(callback)
 
     def on_tick(self, callback: Callable[[], None]) -> None:
-        """Calls back at least every two seconds, for what grows old (reaper thread)."""
+        """Calls back every two seconds, for what grows old (reaper thread)."""
         self._on_tick.append(callback)
 
     def on_close(self, callback: Callable[[], None]) -> None:
@@ -177,10 +177,13 @@ class Session:
 
     def _reap(self) -> None:
         """Runs on: the reaper thread, for the session's life."""
+        next_tick = time.monotonic() + _TICK_S
         while True:
-            events = self.agent.next_events(_TICK_S)
-            for on_tick in self._on_tick:
-                _run_logged(on_tick)
+            events = self.agent.next_events(max(0.0, next_tick - time.monotonic()))
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + _TICK_S
+                for on_tick in self._on_tick:
+                    _run_logged(on_tick)
             for event in events:
                 kind = event[0]
                 if kind == "stopped":

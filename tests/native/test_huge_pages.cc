@@ -1,0 +1,93 @@
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+
+#include "fixtures.h"
+#include "ray/rdt/huge_pages.h"
+#include "ray/rdt/pool.h"
+
+namespace fixtures {
+namespace {
+
+constexpr size_t kNbytes = 2 * HugePages::kMinSpan;
+
+// Anonymous memory of small pages, as torch allocates it.
+class SmallPages {
+ public:
+  SmallPages()
+      : data_(static_cast<uint8_t *>(mmap(
+            nullptr, kNbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
+    madvise(data_, kNbytes, MADV_NOHUGEPAGE);
+    for (size_t i = 0; i < kNbytes; ++i) data_[i] = static_cast<uint8_t>(i >> 8 ^ i);
+    madvise(data_, kNbytes, MADV_HUGEPAGE);
+  }
+  ~SmallPages() { munmap(data_, kNbytes); }
+
+  std::vector<Span> Whole() const {
+    return {{reinterpret_cast<uint64_t>(data_), kNbytes}};
+  }
+  bool IsAsWritten() const {
+    for (size_t i = 0; i < kNbytes; ++i) {
+      if (data_[i] != static_cast<uint8_t>(i >> 8 ^ i)) return false;
+    }
+    return true;
+  }
+  // What lies on huge pages, from the kernel's own books.
+  size_t HugeBytes() const {
+    std::ifstream smaps("/proc/self/smaps");
+    std::string line;
+    bool is_ours = false;
+    size_t kib = 0;
+    while (std::getline(smaps, line)) {
+      uintptr_t begin = 0, end = 0;
+      if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
+        uintptr_t data = reinterpret_cast<uintptr_t>(data_);
+        is_ours = begin < data + kNbytes && data < end;
+      } else if (is_ours && line.starts_with("AnonHugePages:")) {
+        kib += std::stoul(line.substr(line.find(':') + 1));
+      }
+    }
+    return kib << 10;
+  }
+
+ private:
+  uint8_t *const data_;
+};
+
+bool CanCollapse() {
+  size_t nbytes = 2 * Pool::kHugePage;
+  void *scratch =
+      mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  std::memset(scratch, 1, nbytes);
+  bool can = madvise(scratch, nbytes, 25 /* MADV_COLLAPSE */) == 0;
+  munmap(scratch, nbytes);
+  return can;
+}
+
+TEST("huge pages: memory that is pulled again and again moves there, with its bytes") {
+  if (!CanCollapse()) return;  // a kernel before 6.1, or without huge pages
+  auto producer = MakeAgent();
+  auto consumer = MakeAgent();
+  SmallPages source;
+  Memory target(kNbytes);
+  for (int read = 1; read <= HugePages::kReads; ++read) {
+    producer->Register(KeyOf(1), source.Whole(), read);
+    PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
+    CHECK(Outcome(ticket.pull.get()).ok());
+    if (ticket.pull->lane() != static_cast<int>(LaneKind::kCma)) return;  // forbidden here
+    producer->Release(KeyOf(1));
+    if (read == 1) CHECK_EQ(source.HugeBytes(), 0u);
+  }
+  CHECK(Await([&] { return source.HugeBytes() >= HugePages::kMinSpan; }));
+  CHECK(source.IsAsWritten());
+  int released = 0;
+  CHECK(Await([&] {
+    for (Event &event : producer->NextEvents(0.1)) released += event.tokens.size();
+    return released == HugePages::kReads;
+  }));
+}
+
+}  // namespace
+}  // namespace fixtures
