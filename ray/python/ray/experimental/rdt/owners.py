@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from ray.experimental import internal_kv
 from ray.experimental.rdt.session import KV_NAMESPACE, Session
@@ -27,11 +30,40 @@ def publish_worker(session: Session, worker_id: bytes) -> None:
     internal_kv._internal_kv_put(key, entry, overwrite=True, namespace=KV_NAMESPACE)
 
 
-def known_agents() -> list[bytes]:
-    """The addresses of all agents that were ever published, but for those found dead."""
+def known_agents(worker_id: bytes | None = None) -> list[bytes]:
+    """The addresses of all agents that were ever published, but for those found dead.
+
+    Args:
+        worker_id: Only those of this worker.
+    """
     keys = internal_kv._internal_kv_list(_WORKER_PREFIX, namespace=KV_NAMESPACE)
     entries = [internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE) for key in keys]
-    return [entry[_WORKER_ID_BYTES:] for entry in entries if entry is not None]
+    return [
+        entry[_WORKER_ID_BYTES:]
+        for entry in entries
+        if entry is not None and worker_id in (None, entry[:_WORKER_ID_BYTES])
+    ]
+
+
+def ask_all(
+    session: Session, addresses: Iterable[bytes], op: str, body: dict[str, Any], timeout_s: float
+) -> Iterator[tuple[bytes, dict[str, Any] | Exception]]:
+    """Asks processes, all at once.
+
+    Runs on: any thread that may block.
+
+    Yields:
+        The address of each, and its answer, or why there is none.
+    """
+    asked = [(address, session.start_call(address, op, body)) for address in addresses]
+    deadline = time.monotonic() + timeout_s
+    for address, wait in asked:
+        answer: dict[str, Any] | Exception
+        try:
+            answer = wait(max(0.0, deadline - time.monotonic()))
+        except Exception as error:
+            answer = error
+        yield address, answer
 
 
 def forget_worker(agent_id: bytes) -> None:
@@ -85,7 +117,10 @@ class OwnerWatch:
 
 
 def is_worker_alive(agent_id: bytes) -> bool:
-    """Whether Ray's GCS counts the worker of an agent as alive. Blocks for an answer of the GCS."""
+    """Whether Ray's GCS counts the worker of an agent, and its node, as alive.
+
+    Blocks for answers of the GCS. Nobody tells the GCS of the workers of a node that died.
+    """
     from ray._private import state
     from ray._raylet import WorkerID
     from ray.core.generated import gcs_pb2
@@ -95,7 +130,11 @@ def is_worker_alive(agent_id: bytes) -> bool:
         return False
     accessor = state.state._connect_and_get_accessor()
     info = accessor.get_worker_info(WorkerID(entry[:_WORKER_ID_BYTES]))
-    return info is not None and bool(gcs_pb2.WorkerTableData.FromString(info).is_alive)
+    worker = gcs_pb2.WorkerTableData.FromString(info or b"")
+    if not worker.is_alive:
+        return False
+    node = worker.worker_address.node_id.hex()
+    return all(each["Alive"] for each in state.state.node_table() if each["NodeID"] == node)
 
 
 def _worker_key(agent_id: bytes) -> bytes:

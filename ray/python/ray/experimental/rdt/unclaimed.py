@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from ray.experimental.rdt.owners import forget_worker, is_worker_alive, known_agents
+from ray.experimental.rdt.owners import ask_all, forget_worker, is_worker_alive, known_agents
 from ray.experimental.rdt.session import Session, agent_id_of
 
 logger = logging.getLogger("ray.rdt")
@@ -102,36 +102,29 @@ class ClaimWatch:
             return []
         body = {"objects": [[one.object_id, one.key.hex()] for one in objects]}
         wanted: set[bytes] = set()
-        asked = [
-            (address, self._session.start_call(address, "rdt.claims", body))
-            for address in known_agents()
-        ]
-        deadline = time.monotonic() + _ANSWER_S
-        for address, wait in asked:
-            wanted.update(self._answer(address, wait, deadline, objects))
+        for address, answer in ask_all(
+            self._session, known_agents(), "rdt.claims", body, _ANSWER_S
+        ):
+            wanted.update(_wanted(address, answer, objects))
         now = time.monotonic()
         self._young.extend(one._replace(since=now) for one in objects if one.key in wanted)
         return [one for one in objects if one.key not in wanted]
-
-    def _answer(
-        self,
-        address: bytes,
-        wait: Callable[[float], dict[str, Any]],
-        deadline: float,
-        objects: Iterable[Unclaimed],
-    ) -> Iterable[bytes]:
-        try:
-            answer = wait(max(0.0, deadline - time.monotonic()))
-        except Exception as error:
-            agent_id = agent_id_of(address)
-            if is_worker_alive(agent_id):
-                logger.debug("RDT keeps objects that agent %s may own: %s", agent_id.hex(), error)
-                return [one.key for one in objects]
-            forget_worker(agent_id)
-            return []
-        return [bytes.fromhex(key) for key in answer["keys"]]
 
     def _on_claims(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: an rdt-call thread of the process that is asked."""
         objects = [(object_id, key) for object_id, key in body["objects"]]
         return {"keys": [key for name, key in objects if self._may_own(name, bytes.fromhex(key))]}
+
+
+def _wanted(
+    address: bytes, answer: dict[str, Any] | Exception, objects: Iterable[Unclaimed]
+) -> Iterable[bytes]:
+    """The keys of what a process that was asked may own."""
+    if not isinstance(answer, Exception):
+        return [bytes.fromhex(key) for key in answer["keys"]]
+    agent_id = agent_id_of(address)
+    if is_worker_alive(agent_id):
+        logger.debug("RDT keeps objects that agent %s may own: %s", agent_id.hex(), answer)
+        return [one.key for one in objects]
+    forget_worker(agent_id)
+    return []
