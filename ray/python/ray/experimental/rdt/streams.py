@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray._private.object_ref_generator import ObjectRefGenerator
-from ray._raylet import RawSerializedObject
 
 from ray.experimental.rdt import descriptor
 from ray.experimental.rdt.method_calls import STREAM_KEYWORD
+from ray.experimental.rdt.serialized import SerializedValue
 from ray.experimental.rdt.session import Session, agent_id_of
 
 if TYPE_CHECKING:
@@ -328,23 +328,6 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
         return await asyncio.to_thread(_adopt, ref, self._rdt_stream.spec.transport)
 
 
-class _AdoptedValue(RawSerializedObject):
-    """A value put again as it came; holds the item, and so what is nested in it."""
-
-    def __init__(self, data: Any, metadata: bytes, item: Any):
-        super().__init__(bytes(data))
-        self._own_metadata = metadata
-        self._item = item
-
-    @property
-    def metadata(self) -> bytes:
-        return self._own_metadata
-
-    @property
-    def contained_object_refs(self) -> list[Any]:
-        return [self._item]
-
-
 def _adopt(item: Any, transport: str) -> Any:
     """A reference of the caller's own to the same value. Runs on: caller, any thread.
 
@@ -362,7 +345,8 @@ def _adopt(item: Any, transport: str) -> Any:
     if head.is_eager:
         return item
     adopted = core_worker.put_object(
-        _AdoptedValue(data, metadata, item),
+        # As it came; holds the item, and so what is nested in it.
+        SerializedValue(data, metadata, [item]),
         pin_object=True,
         inline_small_object=True,
         _is_experimental_channel=False,
