@@ -32,6 +32,7 @@ EXACT: tuple[str, ...] = (
     "stored_objects",
     "directory_rows",
     "held_arguments",
+    "recipes",
     "exposed",
     "streams",
     "regions",

@@ -20,6 +20,7 @@ descriptors = st.builds(
     transport=st.text("abcdefghijklmnopqrstuvwxyz_0123456789", min_size=1, max_size=255),
     address=st.binary(max_size=500),
     is_eager=st.booleans(),
+    origin=st.sampled_from([b"", bytes(28)]),
 )
 
 
@@ -59,7 +60,7 @@ def test_garbage_is_an_error_or_a_descriptor(raw: bytes):
 
 
 def test_another_version_is_named():
-    with pytest.raises(DescriptorError, match="version 9, this process reads 1"):
+    with pytest.raises(DescriptorError, match="version 9, this process reads 2"):
         descriptor.unpack(bytes([9]) + bytes(60))
 
 

@@ -138,9 +138,9 @@ def stats() -> dict[str, int]:
         Those, ``stored_objects`` (tensors that wait for consumers), ``plain_objects`` (which went
         through Ray's object store because there was no room), ``directory_rows`` (objects that it
         owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have not
-        got their arguments yet), ``exposed`` (objects described to one-sided transports),
-        ``streams`` (generators under way), and the agent's own: ``regions``, ``pinned`` (those
-        being read), ``pulls_live``, ``calls_live``, ``connections``, and for each lane what came
-        over it.
+        got their arguments yet), ``recipes`` (objects that it may make again), ``exposed`` (objects
+        described to one-sided transports), ``streams`` (generators under way), and the agent's own:
+        ``regions``, ``pinned`` (those being read), ``pulls_live``, ``calls_live``, ``connections``,
+        and for each lane what came over it.
     """
     return _manager().stats()

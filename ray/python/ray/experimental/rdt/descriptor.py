@@ -5,7 +5,8 @@ Ray moves the metadata of an object with the object, unread. An RDT value's meta
 separated by commas, stay readable. Pure code: no Ray, torch or thread inside.
 
 Head, little-endian: version u8, flags u8, key 16 bytes, payload bytes u64, producer id 16 bytes,
-length of the transport's name u8 and the name, length of the agent's address u16 and the address.
+length of the transport's name u8 and the name, length of the agent's address u16 and the address,
+the origin if there is one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import struct
 from dataclasses import dataclass, field
 
 PREFIX = b"PYTHON,RDT"
-VERSION = 1
+VERSION = 2
 KEY_BYTES = 16
 PRODUCER_BYTES = 16
+ORIGIN_BYTES = 28
 
 _HEAD = struct.Struct("<BB16sQ16s")
 _EAGER = 1
 _USERS = 2
+_ORIGIN = 4
 
 
 class DescriptorError(ValueError):
@@ -41,6 +44,7 @@ class Descriptor:
         address: The producer's agent.
         is_eager: Whether the tensors' bytes also ride in the value itself.
         is_users: Whether the transport is one that a user wrote; its shipment is in the value.
+        origin: The object's id, where a consumer may get the value without one; else b"".
     """
 
     key: bytes = field(repr=False)
@@ -50,6 +54,7 @@ class Descriptor:
     address: bytes
     is_eager: bool
     is_users: bool = False
+    origin: bytes = b""
 
 
 def encode(descriptor: Descriptor) -> bytes:
@@ -57,13 +62,15 @@ def encode(descriptor: Descriptor) -> bytes:
     name = descriptor.transport.encode()
     head = _HEAD.pack(
         VERSION,
-        _EAGER * descriptor.is_eager | _USERS * descriptor.is_users,
+        _EAGER * descriptor.is_eager
+        | _USERS * descriptor.is_users
+        | _ORIGIN * bool(descriptor.origin),
         descriptor.key,
         descriptor.nbytes,
         descriptor.producer,
     )
     tail = bytes([len(name)]) + name + struct.pack("<H", len(descriptor.address))
-    return PREFIX + base64.b64encode(head + tail + descriptor.address)
+    return PREFIX + base64.b64encode(head + tail + descriptor.address + descriptor.origin)
 
 
 def is_rdt(metadata: bytes | None) -> bool:
@@ -103,8 +110,11 @@ def _unpack(raw: bytes) -> Descriptor:
     name_end = at + 1 + raw[at]
     transport = raw[at + 1 : name_end].decode("ascii")
     (length,) = struct.unpack_from("<H", raw, name_end)
-    address = raw[name_end + 2 :]
+    address = raw[name_end + 2 : name_end + 2 + length]
+    origin = raw[name_end + 2 + length :]
     if len(address) != length or not transport:
         raise DescriptorError(f"address of {length} bytes announced, {len(address)} found")
+    if len(origin) != ORIGIN_BYTES * bool(flags & _ORIGIN):
+        raise DescriptorError(f"origin of {len(origin)} bytes")
     is_eager, is_users = bool(flags & _EAGER), bool(flags & _USERS)
-    return Descriptor(key, nbytes, producer, transport, address, is_eager, is_users)
+    return Descriptor(key, nbytes, producer, transport, address, is_eager, is_users, origin)

@@ -194,6 +194,12 @@ class Directory:
             return True
         return row.location is not None and row.location.key == key
 
+    def find(self, key: bytes) -> str:
+        """The id of the object whose copy has this key, "" if none has. Looks at every row."""
+        rows = self._rows.items()
+        found = (name for name, row in rows if row.location and row.location.key == key)
+        return next(found, "")
+
     def close(self) -> list[Free]:
         frees = [free for row in self._rows.values() for free in _free(row.location)]
         self._rows.clear()

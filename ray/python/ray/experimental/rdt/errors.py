@@ -77,6 +77,13 @@ class RDTProducerDiedError(RDTFetchError, ActorDiedError):
     __str__ = RDTFetchError.__str__
     __reduce__ = RDTFetchError.__reduce__
 
+    def because(self, why_not: str) -> RDTProducerDiedError:
+        """The same error, which also says why the object was not made again."""
+        advice = f"It was not made again: {why_not}. {self.advice}"
+        error = type(self)(self.context, self.reason, advice)
+        error.__cause__ = self.__cause__
+        return error
+
 
 class RDTFetchTimedOutError(RDTFetchError, ObjectFetchTimedOutError):
     """The producer did not deliver within ``RAY_rdt_fetch_fail_timeout_milliseconds``."""

@@ -192,7 +192,8 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
         return RDTProducerDiedError(
             context,
             f"the process that holds the tensors is gone ({error}).",
-            "Make the object again; let the producer restart with max_restarts if it should.",
+            "Make it again; max_restarts with max_task_retries, or a task's max_retries, let Ray "
+            "do that.",
         )
     if isinstance(error, ChecksumMismatch):
         return RDTChecksumError(

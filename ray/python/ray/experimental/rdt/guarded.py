@@ -26,16 +26,19 @@ Function = Callable[..., Any]
 class GuardedValue:
     """A value on its way out of a task. Ray's serialization context knows the method's name."""
 
-    def __init__(self, value: Any, transport: str):
+    def __init__(self, value: Any, transport: str, index: int = 0):
         self._value = value
         self._transport = transport
+        self._index = index
 
     def __ray_rdt_serialize__(self, context: Any) -> Any:
         """The serialized object. Runs on: producer, the thread of the task."""
         import ray
 
-        manager = ray._private.worker.global_worker.rdt_manager
-        return manager.serialize_guarded(context, self._value, self._transport)
+        worker = ray._private.worker.global_worker
+        # Returns are numbered from one, after the task's id.
+        origin = worker.current_task_id.binary() + (self._index + 1).to_bytes(4, "little")
+        return worker.rdt_manager.serialize_guarded(context, self._value, self._transport, origin)
 
 
 def submit(
@@ -70,12 +73,31 @@ def submit(
         num_returns = "streaming"
     if num_returns is None or isinstance(num_returns, int):
         variant = _variant(remote_function, name, num_returns)
-        return variant._remote(args, kwargs, runtime_env_info, **options)
+        return _submit(variant, args, kwargs, runtime_env_info, options)
     manager = ray._private.worker.global_worker.rdt_manager
     stream = manager.open_stream(name, num_returns, options.get("_num_objects_per_yield"))
     variant = _variant(remote_function, name, num_returns)
     marked = {**(kwargs or {}), STREAM_KEYWORD: tuple(stream.spec)}
     return stream.attach(variant._remote(args, marked, runtime_env_info, **options))
+
+
+def _submit(
+    variant: RemoteFunction,
+    args: Any,
+    kwargs: Any,
+    runtime_env_info: Any,
+    options: dict[str, Any],
+) -> Any:
+    import ray
+
+    def call(args: Any, kwargs: Any) -> Any:
+        return variant._remote(args, kwargs, runtime_env_info, **options)
+
+    def call_again(args: Any, kwargs: Any) -> Any:
+        return _submit(variant, args, kwargs, runtime_env_info, options)
+
+    manager = ray._private.worker.global_worker.rdt_manager
+    return manager.submit_task(call, call_again, args, kwargs, options.get("max_retries"))
 
 
 def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:
@@ -130,5 +152,5 @@ def _guard_result(result: Any, transport: str, num_returns: Any) -> Any:
     if num_returns == 0:
         return result
     if isinstance(result, (list, tuple)):
-        return [GuardedValue(item, transport) for item in result]
+        return [GuardedValue(item, transport, index) for index, item in enumerate(result)]
     return result  # Ray reports that the number of returns is wrong.

@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ray._common.ray_option_utils import task_options
 from ray._private import ray_constants
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from ray.experimental.rdt import arguments, capture, descriptor, session, streams, targets
 from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
@@ -42,9 +44,11 @@ from ray.experimental.rdt.gauges import Gauges
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
 from ray.experimental.rdt.holder import ArgumentHolder
+from ray.experimental.rdt.lineage import Lineage, call_method, refs_in
 from ray.experimental.rdt.links import Links
 from ray.experimental.rdt.owners import OwnerWatch, publish_worker
 from ray.experimental.rdt.reasons import Explainer
+from ray.experimental.rdt.remake import Remakes, Result
 from ray.experimental.rdt.room import Room
 from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
@@ -97,7 +101,9 @@ class RDTManager:
         self._directory_lock = threading.Lock()
         self._small_to_own: deque[Own] = deque()
         self._holder = ArgumentHolder()
+        self._lineage = Lineage(self._find)
         self._fetcher = Fetcher(self.store, self._links)
+        self._remakes = Remakes(self._lineage, self._fetcher, self._session)
         self._targets = Targets()
         self._puller = Puller()
         self._links_lock = threading.Lock()
@@ -182,10 +188,16 @@ class RDTManager:
             self._directory.submitted(ref.hex(), _own_actor_id(), outgoing.head.transport)
             self._directory.created(ref.hex(), _location(outgoing.head, outgoing.captured))
 
-    def serialize_guarded(self, context: Any, value: Any, transport: str) -> Any:
+    def serialize_guarded(self, context: Any, value: Any, transport: str, origin: bytes) -> Any:
         """Serializes a value that the core does not flag; see ``guarded``.
 
         Runs on: producer, the thread of the task.
+
+        Args:
+            context: The worker's ``SerializationContext``.
+            value: The value.
+            transport: The transport's name, any case.
+            origin: The id of the object that the value is for.
         """
         if isinstance(value, (bytes, RayTaskError)):
             return context.serialize(value)
@@ -195,7 +207,7 @@ class RDTManager:
         skeleton, captured, shipment = taken
         if not captured:
             return capture.pack(skeleton, captured, None)
-        outgoing = Outgoing(captured, self._describe(captured, transport))
+        outgoing = Outgoing(captured, self._describe(captured, transport, origin))
         guard = self._put_guard(context, transport)
         self.put_object(guard, outgoing)
         skeleton.contained_refs.add(guard)
@@ -239,7 +251,7 @@ class RDTManager:
         core_worker.serialize_object_ref(guard)
         return guard
 
-    def _describe(self, captured: Captured, transport: str) -> Descriptor:
+    def _describe(self, captured: Captured, transport: str, origin: bytes = b"") -> Descriptor:
         nbytes = captured.table.nbytes
         return Descriptor(
             key=os.urandom(descriptor.KEY_BYTES),
@@ -251,6 +263,7 @@ class RDTManager:
             and nbytes <= settings().eager_bytes
             and not captured.table.devices,
             is_users=captured.parcel is not None,
+            origin=origin,
         )
 
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
@@ -268,28 +281,78 @@ class RDTManager:
         kwargs: Any,
         actor: Any,
         transport: str,
+        again: tuple[str, dict[str, Any]] | None = None,
     ) -> Any:
         """Submits a task whose returns are RDT objects.
 
         Runs on: owner, the thread that called ``.remote()``.
+
+        Args:
+            invocation: Submits it.
+            args: Its arguments.
+            kwargs: The same by keyword.
+            actor: The handle of the actor whose method is called.
+            transport: The transport that the user named.
+            again: If the call may be retried: the method's name and the call's options.
 
         Returns:
             What ``invocation(args, kwargs)`` returns.
         """
         # Before the core's io thread has to carry anything out: a session takes a while to begin.
         self.begin()
+        recipe = None
+        if again:
+            call = functools.partial(call_method, actor._actor_id, *again)
+            retries = again[1]["max_task_retries"]
+            recipe, args, kwargs = self._lineage.begin(
+                call, retries, args, kwargs, actor._actor_id.hex()
+            )
         with self._directory_lock:
             submit = self._directory.begin_submit()
         try:
-            refs = invocation(args, kwargs)
+            returned = invocation(args, kwargs)
+            refs = refs_in(returned)
             with self._directory_lock:
-                for ref in _refs_in(refs):
+                for ref in refs:
                     self._directory.submitted(ref.hex(), actor._actor_id.binary(), transport)
-            return refs
+            if recipe is not None:
+                self._lineage.keep(recipe, refs)
+            return returned
         finally:
             with self._directory_lock:
                 frees = self._directory.end_submit(submit)
             self._carry_out(frees)
+
+    def submit_task(
+        self,
+        invocation: Callable[[Any, Any], Any],
+        again: Callable[[Any, Any], Any],
+        args: Any,
+        kwargs: Any,
+        retries: int | None,
+    ) -> Any:
+        """Submits a normal task whose returns are RDT objects.
+
+        Runs on: owner, the thread that called ``.remote()``.
+
+        Args:
+            invocation: Submits it.
+            again: Submits it another time, in the same way.
+            args: Its arguments.
+            kwargs: The same by keyword.
+            retries: How often it may run again, None for Ray's default.
+        """
+        if retries == 0:
+            return invocation(args, kwargs)
+        self.begin()
+        recipe, args, kwargs = self._lineage.begin(again, retries or 0, args, kwargs)
+        returned = invocation(args, kwargs)
+        if retries is None:
+            # The submit has just taken it out of the environment.
+            recipe.retries = task_options["max_retries"].default_value
+        if recipe.retries:
+            self._lineage.keep(recipe, refs_in(returned))
+        return returned
 
     def open_stream(
         self, transport: str, num_returns: Any, objects_per_yield: int | None = None
@@ -411,7 +474,7 @@ class RDTManager:
         refs: Sequence[Any],
         timeout_s: float | None = None,
         into: Mapping[int, Sequence[torch.Tensor]] = MappingProxyType({}),
-    ) -> dict[int, Arrival | RayError]:
+    ) -> dict[int, Result]:
         """Fetches the tensors of all RDT values in a batch.
 
         Runs on: consumer, the thread that deserializes, before Ray's deserialization lock.
@@ -431,9 +494,11 @@ class RDTManager:
             ValueError: a target does not fit its tensor, or is for no RDT object; nothing has
                 moved.
         """
+        began = time.monotonic()
         requests: dict[bytes, Request] = {}
+        sources: dict[bytes, Any] = {}
         keys: dict[int, bytes] = {}
-        results: dict[int, Arrival | RayError] = {}
+        results: dict[int, Result] = {}
         for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
             object_id = "" if ref is None or ref.is_nil() else ref.hex()
             if descriptor.is_rdt(metadata):
@@ -446,10 +511,18 @@ class RDTManager:
                 keys[index] = request.envelope.head.key
                 if index in into or keys[index] not in requests:
                     requests[keys[index]] = request
+                    sources[keys[index]] = ref
             elif metadata in _PLAIN_METADATA:
                 self._targets.refuse_plain(object_id)
-        arrivals = self._fetcher.fetch(list(requests.values()), timeout_s)
-        for request, arrival in zip(requests.values(), arrivals):
+        wanted = list(requests.values())
+        arrivals = self._remakes.replace_lost(
+            wanted,
+            list(sources.values()),
+            self._fetcher.fetch(wanted, timeout_s),
+            began,
+            timeout_s,
+        )
+        for request, arrival in zip(wanted, arrivals):
             if isinstance(arrival, Arrival):
                 self._targets.received(request.object_id, request.target)
         by_key = dict(zip(requests, arrivals))
@@ -457,7 +530,7 @@ class RDTManager:
 
     def fetch_or_defer(
         self, serialized: Sequence[Any], refs: Sequence[Any]
-    ) -> dict[int, Arrival | RayError | Deferred]:
+    ) -> dict[int, Result | Deferred]:
         """As ``fetch``, for the core: on its io thread and on event loops nothing is waited for.
 
         Runs on: consumer, the thread on which the core deserializes.
@@ -524,6 +597,7 @@ class RDTManager:
             "plain_objects": self._room.refused,
             "directory_rows": len(self._directory),
             "held_arguments": len(self._holder),
+            "recipes": len(self._lineage),
             "exposed": links.server.exposed if links is not None else 0,
             "streams": len(links.produced) + len(links.taken) if links is not None else 0,
         }
@@ -573,6 +647,7 @@ class RDTManager:
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
         OwnerWatch(current, produced)
+        self._lineage.serve(current)
         Gauges(current, self.stats)
         publish_worker(current, _own_worker_id())
         actor_id = _own_actor_id()
@@ -587,6 +662,10 @@ class RDTManager:
         with self._directory_lock:
             return self._directory.may_own(object_id, key)
 
+    def _find(self, key: bytes) -> str:
+        with self._directory_lock:
+            return self._directory.find(key)
+
     def _on_released(self, links: Links, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""
         for stored in self.store.drop(tokens):
@@ -595,6 +674,7 @@ class RDTManager:
     def shutdown(self) -> None:
         """Ends this process's part in RDT. Runs on: ``ray.shutdown``'s thread."""
         self._holder.clear()
+        self._lineage.clear()
         self._puller.close()
         self._puller = Puller()
         with self._directory_lock:
@@ -667,16 +747,6 @@ def _location(head: Descriptor, captured: Captured) -> Location:
 
 def _wanted(users: UserTransport | None) -> Wanted | None:
     return None if users is None else Wanted(users.data_type, users.capabilities.devices)
-
-
-def _refs_in(refs: Any) -> list[Any]:
-    import ray
-
-    return [
-        ref
-        for ref in (refs if isinstance(refs, list) else [refs])
-        if isinstance(ref, ray.ObjectRef)
-    ]
 
 
 def _own_actor_id() -> bytes | None:
