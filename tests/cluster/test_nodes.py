@@ -12,7 +12,6 @@ import pytest
 import torch
 from ray.cluster_utils import Cluster
 from ray.exceptions import ObjectLostError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import ray
 from ray.experimental.rdt import config
@@ -140,16 +139,16 @@ def test_removed_node_loses_its_objects_and_no_others(cluster: Cluster, spawn_on
 
 def test_objects_of_a_dead_node_are_made_again_on_another(cluster: Cluster) -> None:
     """Once Ray counts the node as dead; its workers' ends are told to nobody."""
-    node = cluster.add_node(**NODE)
-    there = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
-    maker = Peer.options(max_restarts=1, max_task_retries=1, scheduling_strategy=there).remote()
+    place = {"movable": 1}
+    node = cluster.add_node(**NODE, resources=place)
+    maker = Peer.options(resources=place, max_restarts=1, max_task_retries=1).remote()
     ref = maker.make.remote(ones)
     ray.wait([ref], fetch_local=False)
-    assert ray.get(maker.run.remote(node_of)) == node.node_id
     cluster.remove_node(node, allow_graceful=False)
+    other = cluster.add_node(**NODE, resources=place)
     assert float(ray.get(ref, timeout=100).sum()) == LARGE
-    assert ray.get(maker.run.remote(node_of)) != node.node_id
     ray.kill(maker)
+    cluster.remove_node(other)
 
 
 def test_killed_raylet_takes_its_workers_and_no_others(cluster: Cluster, spawn_on: Any) -> None:
