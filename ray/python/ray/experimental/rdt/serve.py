@@ -4,9 +4,9 @@ The agent's own lanes need none of this; they read registered regions without Py
 
 Requests (JSON, through the session):
 
-* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends in the
-  background. A send that fails tells the consumer by its own link, which ends the receive; others
-  are left alone.
+* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends, all on one
+  thread: each thread more that takes part would wait for the producer's GIL. A send that fails
+  tells the consumer by its own link, which ends the receive; others are left alone.
 * ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
   the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
 * ``rdt.done`` {key}: the consumer has read.
@@ -23,10 +23,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ray.experimental.rdt.capture import region_bytes, tenants
-from ray.experimental.rdt.session import CallError, Session
+from ray.experimental.rdt.session import CallError, Reply, Session
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams
 from ray.experimental.rdt.transports.base import OneSided, TwoSided
@@ -57,6 +58,7 @@ class Server:
     def __init__(
         self, session: Session, store: Store, transports: Transports, streams: ProducedStreams
     ):
+        self._session = session
         self._streams = streams
         self._store = store
         self._transports = transports
@@ -65,7 +67,7 @@ class Server:
         # By consumer and key, the deadline of each reader.
         self._readers: defaultdict[tuple[bytes, bytes], list[float]] = defaultdict(list)
         self._senders = ThreadPoolExecutor(_SEND_THREADS, thread_name_prefix="rdt-send")
-        session.serve("rdt.send", self._on_send)
+        session.serve("rdt.send", self._on_send, self._senders)
         session.serve("rdt.expose", self._on_expose)
         session.serve("rdt.done", self._on_done)
         session.on_peer_lost(self._on_peer_lost)
@@ -98,13 +100,13 @@ class Server:
             if exposed.exception() is None:
                 one_sided.withdraw(exposed.result())
 
-    def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> Reply:
+        """Runs on: producer, an rdt-send thread."""
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = time.monotonic() + float(body["timeout_s"])
         stored = self._borrow(body)
         sending = (body["device"], body["route"], deadline)
-        self._senders.submit(self._send, transport, peer_id, stored, *sending)
-        return {}
+        return Reply({}, partial(self._send, transport, peer_id, stored, *sending))
 
     def _send(
         self,
@@ -144,7 +146,12 @@ class Server:
             self._give_back(stored.key)
             raise
         with self._lock:
-            self._readers[peer_id, stored.key].append(deadline)
+            # A reader that was lost meanwhile asks again if it lives.
+            is_lost = self._session.is_asker_lost()
+            if not is_lost:
+                self._readers[peer_id, stored.key].append(deadline)
+        if is_lost:
+            self._give_back(stored.key)
         return exposed
 
     def _expose_once(
@@ -177,6 +184,7 @@ class Server:
         return {}
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
+        """Runs on: the reaper thread."""
         self._drop_readers(lambda peer, deadline: peer == peer_id)
 
     def _drop_late_readers(self) -> None:

@@ -4,11 +4,13 @@ A session begins at the first use of RDT and ends with ``ray.shutdown()``; the n
 gets a new one. A forked child never uses its parent's.
 
 Threads: the agent's own (native), ``rdt-reaper`` (waits for the agent's events without the GIL) and
-up to eight ``rdt-call-N`` (run requests of peers, which may block).
+up to eight ``rdt-call-N`` (run requests of peers, which may block). Requests may have threads of
+their own.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from ray.experimental.rdt.config import settings
 
@@ -28,8 +30,18 @@ _SECRET_KEY = b"secret"
 KV_NAMESPACE = b"ray_rdt"
 _CALL_THREADS = 8
 _TICK_S = 2.0
+#: Peers whose connection broke and who may have a request that is still served.
+_REMEMBERED_LOSSES = 1024
 
-Handler = Callable[[bytes, dict[str, Any]], dict[str, Any]]
+
+class Reply(NamedTuple):
+    """An answer to a request, and what its thread goes on with once that is on its way."""
+
+    body: dict[str, Any]
+    then: Callable[[], None]
+
+
+Handler = Callable[[bytes, dict[str, Any]], dict[str, Any] | Reply]
 
 
 class CallError(Exception):
@@ -75,6 +87,13 @@ class Session:
         self._told: list[Any] = []
         self._told_lock = threading.Lock()
         self._handlers: dict[str, Handler] = {}
+        # By how a request with such an op begins: the reaper does not read it.
+        self._threads: dict[bytes, ThreadPoolExecutor] = {}
+        # Events are numbered: which told last that a peer is lost, and which brought the request
+        # that a thread serves.
+        self._events = itertools.count(1)
+        self._losses: dict[bytes, int] = {}
+        self._asker = _Asker()
         self._on_released: list[Callable[[list[int]], None]] = []
         self._on_peer_lost: list[Callable[[bytes], None]] = []
         self._on_close: list[Callable[[], None]] = []
@@ -83,13 +102,17 @@ class Session:
         self._reaper = threading.Thread(target=self._reap, name="rdt-reaper", daemon=True)
         self._reaper.start()
 
-    def serve(self, op: str, handler: Handler) -> None:
+    def serve(self, op: str, handler: Handler, threads: ThreadPoolExecutor | None = None) -> None:
         """Answers requests of peers named ``op``.
 
         The handler runs on an ``rdt-call`` thread and may block; an exception of it reaches the
-        caller as a CallError with its text.
+        caller as a CallError with its text. With ``threads`` it runs on one of those, and may go on
+        after its answer (``Reply``) for as long as it likes: where the process's Python is busy,
+        each thread more that took part would have to wait for the GIL.
         """
         self._handlers[op] = handler
+        if threads is not None:
+            self._threads[_request(op, None).partition(b",")[0]] = threads
 
     def call(
         self,
@@ -136,6 +159,13 @@ class Session:
 
         return wait
 
+    def is_asker_lost(self) -> bool:
+        """Whether the connection has broken that brought the request which this thread serves.
+
+        What a handler keeps for a peer until ``on_peer_lost`` it may not keep then: that has been.
+        """
+        return self._losses.get(self._asker.peer_id, 0) > self._asker.event
+
     def on_released(self, callback: Callable[[list[int]], None]) -> None:
         """Calls back with the tokens of regions that nobody reads any more (reaper thread)."""
         self._on_released.append(callback)
@@ -153,7 +183,7 @@ class Session:
         self._on_close.append(callback)
 
     def _send(self, address: bytes, op: str, body: dict[str, Any], repeats: bool) -> Any:
-        return self.agent.call(address, json.dumps({"op": op, "body": body}).encode(), repeats)
+        return self.agent.call(address, _request(op, body), repeats)
 
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
@@ -200,19 +230,30 @@ class Session:
         elif kind == "log":
             logger.log(logging.getLevelName(event[1].upper()), "%s", event[2])
         elif kind == "call":
-            self._callers.submit(self._answer, *event[1:])
+            threads = self._threads.get(event[3].partition(b",")[0], self._callers)
+            _, call_id, peer_id, payload = event
+            threads.submit(self._answer, call_id, peer_id, payload, next(self._events))
         elif kind == "lost":
+            self._losses.pop(event[1], None)
+            self._losses[event[1]] = next(self._events)
+            if len(self._losses) > _REMEMBERED_LOSSES:
+                del self._losses[next(iter(self._losses))]
             for on_peer_lost in self._on_peer_lost:
                 on_peer_lost(event[1])
 
-    def _answer(self, call_id: int, peer_id: bytes, payload: bytes) -> None:
-        """Runs on: an rdt-call thread."""
+    def _answer(self, call_id: int, peer_id: bytes, payload: bytes, event: int = 0) -> None:
+        """Runs on: an rdt-call thread, or one of the op's own."""
+        self._asker.peer_id, self._asker.event = peer_id, event
+        then = None
         try:
             request = json.loads(payload)
             handler = self._handlers.get(request["op"])
             if handler is None:
                 raise CallError(f"this process does not serve {request['op']!r}")
-            answer: dict[str, Any] = {"body": handler(peer_id, request["body"])}
+            body = handler(peer_id, request["body"])
+            if isinstance(body, Reply):
+                body, then = body
+            answer: dict[str, Any] = {"body": body}
         except Exception as error:
             logger.debug("RDT request of a peer failed", exc_info=True)
             answer = {
@@ -220,6 +261,19 @@ class Session:
                 "code": getattr(error, "code", ""),
             }
         self.agent.reply(call_id, json.dumps(answer).encode(), False)
+        if then is not None:
+            _run_logged(then)
+
+
+class _Asker(threading.local):
+    """Whose request the running thread serves, and which of the agent's events brought it."""
+
+    peer_id = b""
+    event = 0
+
+
+def _request(op: str, body: dict[str, Any] | None) -> bytes:
+    return json.dumps({"op": op, "body": body}).encode()
 
 
 def _run_logged(action: Callable[..., None], *args: Any) -> None:

@@ -4,11 +4,11 @@ The consumer makes a link for what it receives and the producer answers, so each
 two processes has its own, and nothing has to be agreed when both begin at once. A link that fails
 is closed and never used again; the next transfer gets a new one.
 
-Threads: each transfer runs on a thread of its own, ``rdt-<backend>``, because gloo's waits can be
-ended neither by Ctrl-C nor, once a message has begun to arrive, by the loss of the peer. The caller
-waits for that thread in slices and leaves it behind if it must; gloo then ends it within
-``peer_timeout_s``. Whoever raises to the caller has ended the process group before, so that no byte
-is written any more.
+Threads: a receive runs on a thread of its own, ``rdt-<backend>``, because gloo's waits can be ended
+neither by Ctrl-C nor, once a message has begun to arrive, by the loss of the peer. The caller waits
+for that thread in slices and leaves it behind if it must; gloo then ends it within
+``peer_timeout_s``. A send runs on its caller's, which is RDT's own and may be late. Whoever raises
+to the caller has ended the process group before, so that no byte is written any more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports import packing
@@ -95,6 +96,14 @@ class Backend(Protocol):
 
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
         """The reverse of ``pack``."""
+
+
+class _UnderWay(NamedTuple):
+    """A message that was posted, how long it may take, and what to do when it is through."""
+
+    work: Any
+    timeout_s: float
+    arrived: Callable[[], None]
 
 
 class _Job:
@@ -207,7 +216,7 @@ class Link:
         header = Header.describing(tag, [b.numel() for b in buffers])
         if refusal:
             header, buffers = Header.refusing(tag, refusal), ()
-        self._run(lambda job: self._send(job, header, buffers, deadline), deadline)
+        self._run(lambda job: self._send(job, header, buffers, deadline), deadline, is_here=True)
 
     def receive(self, tag: int, buffers: Buffers, deadline: float) -> None:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
@@ -223,13 +232,12 @@ class Link:
         self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline)
 
     def _send(self, job: _Job, header: Header, buffers: Buffers, deadline: float) -> None:
-        """Runs on: producer, the transfer's thread."""
+        """Runs on: producer, the caller's thread."""
         import torch
 
         message = self._backend.empty(packing.HEADER_NBYTES)
         message.copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
-        work = self._post(message, header.tag)
-        self._backend.wait(work, _until(deadline) + _HEADER_SLACK_S)
+        header_sent = self._post(message, header.tag)
 
         def post(message: Message, slot: torch.Tensor | None) -> Any:
             if isinstance(message, Packed):
@@ -238,7 +246,9 @@ class Link:
                 return self._post(slot, header.tag)
             return self._post(_part(buffers, message), header.tag)
 
-        self._stream(job, buffers, post, lambda message, slot: None)
+        # Messages follow the header at once: after a wait this thread may get the GIL late.
+        begun = _UnderWay(header_sent, _until(deadline) + _HEADER_SLACK_S, lambda: None)
+        self._stream(job, buffers, post, lambda message, slot: None, begun)
 
     def _receive(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
         """Runs on: consumer, the transfer's thread."""
@@ -267,23 +277,26 @@ class Link:
         buffers: Buffers,
         post: Callable[[Message, torch.Tensor | None], Any],
         arrived: Callable[[Message, torch.Tensor | None], None],
+        *begun: _UnderWay,
     ) -> None:
-        """Moves all messages of a plan, ``WINDOW`` at once, in order."""
+        """Moves all messages of a plan, ``WINDOW`` at once, in order, after what has begun."""
         messages = list(packing.plan([b.numel() for b in buffers]))
         slots = _Slots(self._backend, messages)
-        window: deque[tuple[Any, Message, torch.Tensor | None]] = deque()
+        window = deque(begun)
 
         def retire() -> None:
-            work, message, slot = window.popleft()
-            self._backend.wait(work, settings().peer_timeout_s)
-            job.step(lambda: arrived(message, slot))
+            first = window.popleft()
+            self._backend.wait(first.work, first.timeout_s)
+            job.step(first.arrived)
 
         for message in messages:
             if len(window) == packing.WINDOW:
                 retire()
             job.check()
             slot = slots.take(message)
-            window.append((post(message, slot), message, slot))
+            work = post(message, slot)
+            then = partial(arrived, message, slot)
+            window.append(_UnderWay(work, settings().peer_timeout_s, then))
         while window:
             retire()
 
@@ -297,16 +310,21 @@ class Link:
 
     # Life.
 
-    def _run(self, transfer: Callable[[_Job], None], deadline: float) -> None:
-        """Runs a transfer on a thread of its own and waits for it, interruptibly."""
+    def _run(
+        self, transfer: Callable[[_Job], None], deadline: float, is_here: bool = False
+    ) -> None:
+        """Runs a transfer: here, or on a thread of its own for which it waits interruptibly."""
         job = _Job()
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             self._jobs.add(job)
-        turn = self._backend.turn()
-        name = f"rdt-{self._backend.capabilities.name}"
-        threading.Thread(target=_work, args=(transfer, job, turn), name=name, daemon=True).start()
+        work = partial(_work, transfer, job, self._backend.turn())
+        if is_here:
+            work()
+        else:
+            name = f"rdt-{self._backend.capabilities.name}"
+            threading.Thread(target=work, name=name, daemon=True).start()
         try:
             self._await(job, deadline)
         except TransferRefused:
@@ -398,7 +416,7 @@ def _until(deadline: float) -> float:
 
 
 def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextManager[None]) -> None:
-    """Runs on: the transfer's thread."""
+    """Runs on: the thread of the transfer."""
     try:
         with turn:
             transfer(job)
