@@ -81,11 +81,14 @@ class FakeTwoSided:
 
     capabilities = Capabilities("fake_sends", frozenset({"cpu"}), two_sided=True, same_host=True)
 
-    def __init__(self, session: Any): ...
+    def __init__(self, session: Any):
+        self._pipes: dict[str, int] = {}
 
     def route(self, peer: Peer, deadline: float) -> Route:
         path = os.path.join(tempfile.mkdtemp(prefix="rdt-"), "pipe")
         os.mkfifo(path)
+        # Open from now on: no sender waits for a receiver that has died.
+        self._pipes[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         return {"path": path}
 
     def send(self, route: Route, buffers: Buffers, deadline: float) -> None:
@@ -100,7 +103,7 @@ class FakeTwoSided:
 
     def receive(self, route: Route, buffers: Buffers, deadline: float) -> None:
         path = route["path"]
-        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        pipe = self._pipes.pop(path)
         try:
             play("receive")
             for buffer in buffers:
