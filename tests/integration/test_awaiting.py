@@ -111,6 +111,19 @@ def test_late_argument_leaves_an_async_actor_free(slow: Any, actor: Any) -> None
     assert ray.get(calls, timeout=30) == [2 * LARGE, LARGE, [LARGE]]
 
 
+def test_a_silent_producer_keeps_only_its_own_pulls_waiting(
+    slow: Any, producer: Any, actor: Any
+) -> None:
+    silent, other = slow.make.remote(ones), producer.make.remote(ones)
+    pid = ray.get(slow.pid.remote())
+    ray.wait([silent, other], num_returns=2, fetch_local=False)
+    with stopped(pid):
+        calls = [actor.total.remote(silent) for _ in range(70)]
+        assert ray.get(actor.total.remote(other), timeout=20) == LARGE
+        assert ray.wait(calls, timeout=0) == ([], calls)
+    assert ray.get(calls, timeout=60) == [LARGE] * 70
+
+
 def test_async_actor_takes_late_arguments_in_every_method(producer: Any, actor: Any) -> None:
     ref = producer.make.remote(ones)
     assert ray.get(actor.total.remote(ref, b=ref)) == 2 * LARGE

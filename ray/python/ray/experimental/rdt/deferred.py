@@ -13,9 +13,11 @@ import asyncio
 import inspect
 import threading
 import traceback
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
 
 Tensors = Sequence["torch.Tensor"]
 
-#: Pulls at the same time in one process. More of them wait for their turn.
-_PULL_THREADS = 32
+#: Pulls at the same time in one process, and of them from one producer: one that is silent leaves
+#: the others their turn. More of them wait.
+_PULL_THREADS, _FROM_ONE_PRODUCER = 64, 16
 
 _IO_THREAD = "worker.io"
 
@@ -78,14 +81,49 @@ class Puller:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="rdt-pull")
+        self._lock = threading.Lock()
+        # By producer: pulls that have a thread or will get one, and what waits for its turn.
+        self._begun: Counter[bytes] = Counter()
+        self._waiting: dict[bytes, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
 
-    def defer(self, deserialize: Callable[[Tensors | None], Any]) -> Deferred:
+    def defer(self, deserialize: Callable[[Tensors | None], Any], producer: bytes) -> Deferred:
         """A value that one of the threads will deserialize, into the given tensors if any."""
-        return Deferred(lambda into: self._threads.submit(_value_of, deserialize, into))
+        return Deferred(lambda into: self._submit(producer, partial(_value_of, deserialize, into)))
+
+    def _submit(self, producer: bytes, action: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._begun[producer] < _FROM_ONE_PRODUCER:
+                self._threads.submit(self._work, producer)
+                self._begun[producer] += 1
+            self._waiting.setdefault(producer, deque()).append((future, action))
+        return future
+
+    def _work(self, producer: bytes) -> None:
+        """One pull from a producer. Runs on: an rdt-pull thread."""
+        with self._lock:
+            waiting = self._waiting.get(producer)
+            future, action = waiting.popleft() if waiting else (None, None)
+        if future is not None and action is not None and future.set_running_or_notify_cancel():
+            future.set_result(action())
+        with self._lock:
+            # The next one goes to the end of the queue, behind those of other producers.
+            if self._waiting.get(producer):
+                self._threads.submit(self._work, producer)
+                return
+            self._waiting.pop(producer, None)
+            self._begun[producer] -= 1
+            if not self._begun[producer]:
+                del self._begun[producer]
 
     def close(self) -> None:
         """Ends the threads once their pulls have ended. Runs on: whoever shuts Ray down."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            left, self._waiting = self._waiting, {}
+            self._threads.shutdown(wait=False, cancel_futures=True)
+        for waiting in left.values():
+            for future, _ in waiting:
+                future.cancel()
 
 
 def _outcome(future: Future[Any]) -> Any:

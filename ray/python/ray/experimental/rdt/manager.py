@@ -545,7 +545,9 @@ class RDTManager:
         late: dict[int, Deferred] = {}
         for index, (value, ref) in enumerate(zip(serialized, refs)):
             if self._has_to_move(value[1]):
-                late[index] = self._puller.defer(functools.partial(self._deserialize, value, ref))
+                deserialize = functools.partial(self._deserialize, value, ref)
+                producer = descriptor.decode(value[1]).address
+                late[index] = self._puller.defer(deserialize, producer)
                 at_once[index] = (None, b"", None)
         return self.fetch(at_once, refs) | late
 
