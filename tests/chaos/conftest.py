@@ -9,10 +9,10 @@ import pytest
 
 import ray
 from tests.chaos.faults import assert_exchange
-from tests.integration.conftest import consumer, local_ray, producer, spawn
+from tests.integration.conftest import consumer, local_ray, producer, spawn, users_transports
 from tests.integration.peers import LANES, Peer
 
-__all__ = ["consumer", "local_ray", "producer", "spawn"]
+__all__ = ["consumer", "local_ray", "producer", "spawn", "users_transports"]
 
 
 @pytest.fixture(scope="package")

@@ -123,6 +123,11 @@ def cut_while_pulling(peer: Peer, port: int, times: int) -> int:
     return broken
 
 
+def cut_control(peer: Peer) -> int:
+    """Breaks the connections that this process has made to agents of its host; how many."""
+    return sum(map(_break, _connections(0)))
+
+
 def is_pulling() -> bool:
     return ray.experimental.rdt.stats().get("pulls_live", 0) > 0
 

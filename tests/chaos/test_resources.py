@@ -8,14 +8,17 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import ray
-from tests.chaos.faults import agent_port, cut_while_pulling, fetch, numbers
+from tests.chaos.faults import agent_port, cut_control, cut_while_pulling, fetch, numbers
+from tests.integration import user_transports
 from tests.integration.peers import LARGE, Peer, ones, pulls, total_of_refs
+from tests.support import wait_until
 
 
 def test_connections_that_break_in_a_pull_of_a_gigabyte(
@@ -26,6 +29,23 @@ def test_connections_that_break_in_a_pull_of_a_gigabyte(
     cut = taker.run.remote(cut_while_pulling, port, 4)
     assert ray.get(taker.run.remote(fetch, [huge]), timeout=90) == "right"
     assert ray.get(cut) > 0
+
+
+@pytest.mark.usefixtures("users_transports")
+@pytest.mark.parametrize("name", ["shm", "pipe"])
+def test_a_connection_that_breaks_in_a_transfer_of_a_users(producer: Any, name: str) -> None:
+    """It begins anew. The first try would never have ended."""
+    ref = producer.make.options(tensor_transport=name).remote(numbers, LARGE)
+    called = user_transports.CALLS["receive"]
+    user_transports.SCRIPT["receive"] = "hang once"
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(fetch, None, [ref])  # type: ignore[arg-type]
+        wait_until(
+            lambda: user_transports.CALLS["receive"] == called + 1, "a transfer is under way"
+        )
+        assert cut_control(None) > 0  # type: ignore[arg-type]
+        assert got.result(30) == "right"
+    assert user_transports.CALLS["receive"] == called + 2
 
 
 @contextmanager

@@ -210,6 +210,15 @@ def test_a_failed_send_ends_the_receive_at_once(producer: Any, consumer: Any) ->
     assert ray.get(consumer.run.remote(total, ref), timeout=20) == 45
 
 
+def test_a_send_that_hangs_costs_the_deadline_and_the_next_works(producer: Any, hasty: Any) -> None:
+    ref = make(producer, "pipe", count_up, 10)
+    ray.get(producer.run.remote(script, send="hang once"))
+    with pytest.raises(RayTaskError, match="'pipe'") as raised:
+        ray.get(hasty.run.remote(total, ref), timeout=30)
+    assert isinstance(raised.value.cause, ObjectFetchTimedOutError), raised.value
+    assert ray.get(hasty.run.remote(total, ref), timeout=30) == 45
+
+
 def test_a_failed_receive_ends_the_send(producer: Any, consumer: Any) -> None:
     ref = make(producer, "pipe", count_up, 10)
     ray.get(consumer.run.remote(script, receive="raise"))

@@ -35,6 +35,9 @@ def play(step: str) -> None:
         raise OSError(f"scripted to fail in {step}")
     if SCRIPT.get(step) == "late":
         time.sleep(0.02)
+    if SCRIPT.get(step) == "hang once":
+        del SCRIPT[step]
+        threading.Event().wait()
     if SCRIPT.get(step) == "hang":
         threading.Event().wait()
     if SCRIPT.get(step) == "die":
