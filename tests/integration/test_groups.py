@@ -76,9 +76,10 @@ def test_group_is_connected_used_and_found(trio: list[Any]) -> None:
 
 
 def test_destroyed_group_can_be_made_again_at_once(trio: list[Any]) -> None:
-    for _ in range(3):
-        group = create(trio, "gloo", name="again")
-        send(*trio[:2])
+    for members in (trio, trio[:2], trio[1:]):
+        group = create(members, "gloo", name="again")
+        assert scopes(*members) == [["again"] * 2 * (len(members) - 1)] * len(members)
+        send(*members[:2])
         destroy(group)
         assert find(trio) == []
         assert scopes(*trio) == [[]] * 3
@@ -362,8 +363,15 @@ def test_default_process_group_of_the_user_keeps_working(
     assert ray.get(b.run.remote(lambda peer: torch.distributed.is_initialized())) is False
 
 
-def operate(peer: Any, name: str, rank: int) -> dict[str, list[float]]:
-    """Runs on: each of three members. One of each collective operation."""
+def filled(peer: Any, number: int) -> torch.Tensor:
+    return torch.full((LARGE,), float(number))
+
+
+def operate(peer: Any, name: str, rank: int, received: torch.Tensor) -> dict[str, Any]:
+    """Runs on: each of three members. One of each collective operation.
+
+    ``received`` came as an RDT object, as big as an object has to be to be pulled.
+    """
     from ray.util import collective as operations
     from ray.util.collective.types import ReduceOp
 
@@ -371,6 +379,11 @@ def operate(peer: Any, name: str, rank: int) -> dict[str, list[float]]:
         return torch.full((2,), float(rank + 1))
 
     results = {"ranks": [operations.get_rank(name), operations.get_collective_group_size(name)]}
+    gathered, scattered = [torch.zeros(LARGE) for _ in range(3)], torch.zeros(LARGE)
+    collective.allgather(gathered, received, name)
+    collective.reducescatter(scattered, gathered, name)
+    collective.allreduce(received, name)
+    results["received"] = [float(each[-1]) for each in (*gathered, scattered, received)]
     tensor = mine()
     collective.allreduce(tensor, name)
     results["allreduce"] = tensor.tolist()
@@ -401,9 +414,15 @@ def operate(peer: Any, name: str, rank: int) -> dict[str, list[float]]:
 
 def test_collective_operations_under_the_name_of_the_group(trio: list[Any]) -> None:
     create(trio, "gloo", name="ops")
-    results = ray.get([a.run.remote(operate, "ops", i) for i, a in enumerate(trio)], timeout=60)
+    # Each member has made what the one before it operates on.
+    refs = [
+        trio[i - 2].make.options(tensor_transport="gloo").remote(filled, i + 1) for i in range(3)
+    ]
+    jobs = [a.run.remote(operate, "ops", i, refs[i]) for i, a in enumerate(trio)]
+    results = ray.get(jobs, timeout=60)
     for rank, result in enumerate(results):
         assert result["ranks"] == [rank, 3]
+        assert result["received"] == [1.0, 2.0, 3.0, 3.0 * (rank + 1), 6.0]
         assert result["allreduce"] == [6.0, 6.0]
         assert result["max"] == [3.0, 3.0]
         assert result["allgather"] == [1.0, 2.0, 3.0]

@@ -1,5 +1,6 @@
 """The nixl transport between real actors and the driver."""
 
+import logging
 import sys
 import threading
 import time
@@ -116,3 +117,24 @@ def test_a_missing_library_is_named(producer, spawn):
     with pytest.raises(Exception, match="pip install nixl"):
         ray.get(without.run.remote(total, ref))
     assert torch.equal(ray.get(ref), torch.ones(LARGE))
+    over_gloo = producer.make.options(tensor_transport="gloo").remote(ones)
+    assert ray.get(without.run.remote(total, over_gloo)) == LARGE
+
+
+def listen(peer):
+    block_library(peer)
+    peer.kept["said"] = said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("ray.rdt").addHandler(handler)
+
+
+def test_where_the_library_is_missing_another_lane_serves_and_is_said_once(producer, spawn):
+    without = spawn(runtime_env={"env_vars": {"RAY_RDT_STRICT_TRANSPORT": "0"}})
+    ray.get(without.run.remote(listen))
+    for _ in range(2):
+        assert ray.get(without.run.remote(total, make(producer, ones))) == LARGE
+    said = ray.get(without.run.remote(lambda peer: peer.kept["said"]))
+    (line,) = [line for line in said if "'nixl'" in line]
+    assert "pip install nixl" in line
+    assert "The best other lane is used" in line

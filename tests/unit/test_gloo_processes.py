@@ -74,7 +74,8 @@ def workers():
     made = []
 
     def make(count):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.unit.gloo_peers"])  # torch is imported once
         with ThreadPoolExecutor(count) as pool:
             made.extend(pool.map(lambda _: Worker(context), range(count)))
         return made
@@ -97,13 +98,13 @@ def schedule(rng, workers):
     for producer, who in enumerate(workers):
         for index in range(3):
             sizes = [
-                rng.choice([0, 1, 100, 5_000, 20_000, 300_000, 3 * MB])
-                for _ in range(rng.choice([1, 2, 30]))
+                rng.choice([0, 1, 100, 5_000, 20_000, 300_000, 2 * MB])
+                for _ in range(rng.choice([1, 2, 12]))
             ]
             name, seed = f"{producer}-{index}", rng.randrange(1 << 30)
             who.ask("put", (name, sizes, seed))
             for consumer in range(len(workers)):
-                for _ in range(rng.choice([0, 1, 3])):
+                for _ in range(rng.choice([0, 1, 2])):
                     if consumer != producer:
                         delay_s = rng.choice([0, 0, 0.01, 0.1])
                         job = (who.peer.address, who.peer.agent_id, name, sizes, seed, delay_s)
@@ -115,8 +116,8 @@ def schedule(rng, workers):
 
 @pytest.mark.slow
 def test_random_schedules_between_all_pairs_never_mix_or_hang(workers):
-    members = workers(4)
-    for seed in range(4):
+    members = workers(8)
+    for seed in range(2):
         jobs = schedule(random.Random(seed), members)
         with ThreadPoolExecutor(len(members)) as pool:
             results = list(pool.map(lambda m, j: m.ask("fetch_all", j), members, jobs))

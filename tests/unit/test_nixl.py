@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,6 +278,27 @@ def test_one_pool_of_a_real_size(producer):
     producer.register_pool(10, "cpu")
     with pytest.raises(ValueError, match="already"):
         producer.register_pool(10, "cpu")
+
+
+def test_the_stream_that_was_set_is_waited_for_and_no_device(producer, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
+    stream = SimpleNamespace(
+        device=torch.device("cuda:0"), synchronize=lambda: waited.append("stream")
+    )
+
+    def await_writers(*devices):
+        buffers = [SimpleNamespace(is_cuda=True, device=torch.device(name)) for name in devices]
+        producer._producer._await_writers(buffers, SimpleNamespace(has_device_memory=True))
+
+    await_writers("cuda:1")
+    producer.set_cuda_stream(stream)
+    await_writers("cuda:0")
+    with pytest.raises(ValueError, match=r"stream on cuda:0.*tensors on \['cuda:1'\]"):
+        await_writers("cuda:0", "cuda:1")
+    producer.set_cuda_stream(None)
+    await_writers("cuda:0")
+    assert waited == ["cuda:1", "stream", "cuda:0"]
 
 
 def test_memory_that_nixl_refuses_is_unavailable(fabric, producer, consumer):

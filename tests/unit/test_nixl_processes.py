@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ from ray.experimental.rdt.transports import nixl_consumer
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import NixlTransport
 from ray.experimental.rdt.transports.nixl_engine import NixlError, open_engine
+from ray.experimental.rdt.transports.nixl_plan import Spans
 
 pytest.importorskip("nixl", reason="nixl is not installed")
 
@@ -126,8 +128,22 @@ def test_ten_thousand_tensors(producer, consumer):
 
 @pytest.mark.parametrize("nbytes", [10 * KB, 3 * MB])
 def test_memory_that_was_freed_and_taken_again_is_not_stale(producer, consumer, nbytes):
+    places = set()
     for seed in range(12):
-        assert is_fetched(producer, consumer, "object", (nbytes + seed % 3 * KB,), seed)
+        sizes = (nbytes + seed % 3 * KB,)
+        exposed = producer.ask("put", "object", sizes, seed)
+        places.add(int(Spans.decode(exposed["spans"]).rows[0, 0]))
+        assert same(read(consumer, exposed, sizes), pattern(sizes, seed))
+        producer.ask("free", "object")
+    assert len(places) < 12, "no memory was taken again"
+
+
+def test_the_plugin_in_use_is_logged(caplog):
+    caplog.set_level(logging.INFO, "ray.rdt")
+    transport = make()
+    transport.expose(pattern((10,), 1))
+    transport.close()
+    assert "RDT uses nixl with its UCX backend" in caplog.text
 
 
 def test_freed_memory_is_not_read(producer, consumer):
