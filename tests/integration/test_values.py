@@ -85,6 +85,24 @@ def test_large_tensor_arrives_over_each_transport(
     assert torch.equal(ray.get(ref), expected)
 
 
+def test_the_users_default_device_is_for_the_users_tensors(producer: Any, transport: str) -> None:
+    def make(_: Any) -> list[torch.Tensor]:
+        host = torch.arange(float(LARGE), device="cpu")
+        return [host, host[3:7], torch.empty(0, 2, device="cpu")]
+
+    ref = producer.make.options(tensor_transport=transport).remote(make)
+    with torch.device("meta"):
+        got, targets = ray.get(ref), [tensor.clone() for tensor in make(None)]
+        ray.experimental.set_target_for_ref(ref, targets)
+        assert ray.get(ref)[0] is targets[0]
+        put = ray.put(make(None), _tensor_transport=transport)
+    values.assert_same([got, targets], [make(None)] * 2)
+    assert (
+        ray.get(producer.run.remote(lambda _, got: [str(one.device) for one in got], put))
+        == ["cpu"] * 3
+    )
+
+
 @pytest.mark.parametrize("count", [0, 1, LARGE])
 def test_mixed_python_data_keeps_its_place(
     producer: Any, consumer: Any, transport: str, count: int

@@ -579,7 +579,7 @@ cdef _Kind _kind_of(dtype):
     if kind is None:
         kind = _Kind()
         kind.itemsize = dtype.itemsize
-        kind.is_known = _view(_torch.empty(0, dtype=dtype), &view)
+        kind.is_known = _view(_torch.empty(0, dtype=dtype, device="cpu"), &view)
         if kind.is_known:
             kind.dtype = view.dtype
         _kinds[dtype] = kind
@@ -633,7 +633,7 @@ cdef _make_over_storage(Table table, Row row, tuple where, dict storages):
     nbytes = table.regions[row.region]
     if not nbytes:
         is_away = row.region in table.devices and isinstance(where[0], _torch.Tensor)
-        device = where[0].device if is_away else None
+        device = where[0].device if is_away else "cpu"
         return _torch.empty_strided(shape, stride, dtype=dtype, device=device)
     if row.region not in storages:
         storages[row.region] = _storage_over(where, nbytes)

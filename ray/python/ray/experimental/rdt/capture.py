@@ -333,7 +333,7 @@ def unpack_carriers(table: Table, received: Sequence[torch.Tensor]) -> list[torc
             _, start, dtype, shape, stride, flags = table.rows[index]
             step = contiguous_stride(shape) if stride is None else stride
             if region not in by_region:
-                tensor = torch.empty_strided(shape, step, dtype=dtype)
+                tensor = torch.empty_strided(shape, step, dtype=dtype, device="cpu")
             elif is_alone(table, rows):
                 tensor = by_region[region]
                 _expect(tensor, dtype, shape)

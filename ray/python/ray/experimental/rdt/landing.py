@@ -69,7 +69,7 @@ class Landing:
         if isinstance(buffer, torch.Tensor):
             return buffer
         if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
         return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def deliver(self, table: Table, targets: Targets | None) -> Targets:

@@ -94,7 +94,7 @@ class CudaAccelerator:
         """See ``Accelerator``. torch keeps freed pinned memory for the next that asks."""
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(
         self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device

@@ -90,7 +90,7 @@ class GlooBackend:
         """See ``Backend``."""
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def reject(self, buffers: Buffers) -> str:
         """See ``Backend``."""
