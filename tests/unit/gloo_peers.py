@@ -109,6 +109,8 @@ class Node:
         self.objects: dict[str, list[torch.Tensor]] = {}
         self.send_errors: list[Exception] = []
         self.send_delay_s = 0.0
+        self._senders: list[threading.Thread] = []
+        self._is_ending = threading.Event()
         serve_links(self.session, lambda name: self.transport)
         self.session.serve("send", self._on_send)
         self.session.serve("put", self._on_put)
@@ -131,19 +133,24 @@ class Node:
         self.transport.receive(route, buffers, deadline)
 
     def close(self) -> None:
+        self._is_ending.set()
         self.transport.close()
         self.session.close()
+        for sender in self._senders:  # one that outlived Python would end the process badly
+            sender.join(20)
 
     def _on_put(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         self.objects[body["name"]] = pattern(body["sizes"], body["seed"])
         return {}
 
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        threading.Thread(target=self._send, args=(peer_id, body), daemon=True).start()
+        sender = threading.Thread(target=self._send, args=(peer_id, body), daemon=True)
+        self._senders.append(sender)
+        sender.start()
         return {}
 
     def _send(self, peer_id: bytes, body: dict[str, Any]) -> None:
-        time.sleep(self.send_delay_s)
+        self._is_ending.wait(self.send_delay_s)
         deadline = time.monotonic() + body["timeout_s"]
         try:
             self.transport.send(body["route"], self.objects[body["name"]], deadline)

@@ -134,6 +134,7 @@ def test_deadline_ends_the_transfer_and_the_next_one_works(nodes):
 
 def test_nothing_is_written_after_a_failure(nodes):
     consumer, producer = nodes()
+    round_trip(consumer, producer, [1])  # the link is made
     producer.objects["x"] = [torch.full((256 * MB,), 7, dtype=torch.uint8)]
     buffers = blanks([256 * MB])
     with pytest.raises(TransferTimeout):
