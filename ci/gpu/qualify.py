@@ -59,6 +59,7 @@ def run_steps(transport: str) -> Iterator[tuple[str, Outcome]]:
     """All steps of one transport."""
     yield "fake device", run_tests(LOGIC[transport])
     yield "gpu tests", run_tests(["tests/gpu", "-k", transport])
+    yield "conformance", run_program(["ci/gpu/conformance.py", transport])
     yield "example", run_program([f"examples/{transport}_pass.py"])
     yield "bench", run_program(["ci/gpu/bench.py", transport])
 

@@ -4,7 +4,7 @@
 takes them one by one: each of ``CASES`` is a function of a ``Stage`` and raises where the transport
 does not do what it should.
 
-The tensors are torch's, in host memory.
+The tensors are torch's, in host memory unless another device is asked for.
 """
 
 from __future__ import annotations
@@ -38,21 +38,27 @@ Action = Callable[..., Any]
 class Member:
     """An actor that does what a case gives it; the action gets the member itself first.
 
+    Args:
+        device: Where actions make their tensors.
+
     Attributes:
         kept: What a case wants to find again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.kept: dict[str, Any] = {}
+        self._device = torch.device(device)
 
     @ray.method(tensor_transport="auto")
     def make(self, action: Action, *args: Any) -> Any:
         """The result is an RDT object."""
-        return action(self, *args)
+        with self._device:
+            return action(self, *args)
 
     def run(self, action: Action, *args: Any) -> Any:
         """The result is a plain object."""
-        return action(self, *args)
+        with self._device:
+            return action(self, *args)
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,12 @@ class Stage:
 Case = Callable[[Stage], None]
 
 
-def check(transport: str, cases: Sequence[Case] | None = None) -> None:
+def check(
+    transport: str,
+    cases: Sequence[Case] | None = None,
+    device: str = "cpu",
+    num_gpus: float = 0,
+) -> None:
     """Runs the cases on a transport and prints a line for each.
 
     Its own actors run them, in which any other lane than this transport is forbidden.
@@ -99,15 +110,14 @@ def check(transport: str, cases: Sequence[Case] | None = None) -> None:
     Args:
         transport: Its name, which is known to this job.
         cases: Some of ``CASES``; None for all.
+        device: Where the tensors are, for instance "cuda".
+        num_gpus: What Ray gives to each of the actors, four at a time.
 
     Raises:
         AssertionError: a case failed; names all that did, the first is the cause.
     """
-    options = {
-        "runtime_env": {"env_vars": {"RAY_RDT_STRICT_TRANSPORT": "1", "RAY_RDT_EAGER_BYTES": "0"}}
-    }
     failed: dict[str, Exception] = {}
-    with _members(options) as spawn:
+    with _members(device, num_gpus) as spawn:
         producer, consumer, third = actors = [spawn() for _ in range(3)]
         ray.get([each.run.remote(_same, None) for each in actors])  # they take a while to begin
         stage = Stage(transport, producer, consumer, third, spawn)
@@ -125,11 +135,13 @@ def check(transport: str, cases: Sequence[Case] | None = None) -> None:
 
 
 @contextmanager
-def _members(options: dict[str, Any]) -> Iterator[Callable[[], Any]]:
+def _members(device: str, num_gpus: float) -> Iterator[Callable[[], Any]]:
+    environment = {"RAY_RDT_STRICT_TRANSPORT": "1", "RAY_RDT_EAGER_BYTES": "0"}
+    options: Any = {"num_gpus": num_gpus, "runtime_env": {"env_vars": environment}}
     made = []
 
     def spawn() -> Any:
-        made.append(ray.remote(num_cpus=0, **options)(Member).remote())
+        made.append(ray.remote(num_cpus=0, **options)(Member).remote(device))
         return made[-1]
 
     try:
@@ -268,8 +280,7 @@ def peer_dies(stage: Stage) -> None:
 
 def close_with_pulls_pending(stage: Stage) -> None:
     """A process ends its part in RDT under pulls of its own and of its objects."""
-    closing = stage.spawn()
-    before = stage.stored(stage.producer)
+    closing, before = stage.third, stage.stored(stage.producer)
     theirs = [stage.make(stage.producer, _ones, _HUGE) for _ in range(3)]
     from_it = [
         stage.consumer.run.remote(_total, stage.make(closing, _ones, _HUGE)) for _ in range(3)
