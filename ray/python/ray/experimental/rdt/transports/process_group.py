@@ -45,6 +45,7 @@ logger = logging.getLogger("ray.rdt")
 _OPEN_TIMEOUT_S = 30.0  # the producer may have to import torch first
 _FAILURE_KEPT_S = 10.0  # a peer that could not be reached is not tried again before
 _CLOSE_GRACE_S = 0.2
+_CLOSE_WAIT_S = 2.0  # for links under construction when Ray is shut down
 _MAX_LINKS = 4  # per peer, where a link carries one transfer at a time
 _MAX_DIALS = 16  # links under construction at once
 _SLICE_S = 0.2
@@ -344,6 +345,7 @@ class ProcessGroupTransport:
         """Ends what ``_meet`` began."""
         with self._changed:
             self._meetings.pop(name, None)
+            self._changed.notify_all()
 
     def _meeting(self, name: str, peer_id: bytes) -> _Meeting | None:
         with self._changed:
@@ -397,8 +399,17 @@ class ProcessGroupTransport:
         with self._changed:
             self._is_closed = True
             self._lines.clear()
+            meetings = list(self._meetings.values())
             self._changed.notify_all()
+        for meeting in meetings:
+            meeting.rendezvous.fail("Ray was shut down")
         self._close(self._known(), "Ray was shut down")
+        with self._changed:
+            self._changed.wait_for(self._is_no_link_made, _CLOSE_WAIT_S)
+
+    def _is_no_link_made(self) -> bool:
+        """Whether no thread is in torch any more, where the end of Python would end it badly."""
+        return all(name == meeting.scope for name, meeting in self._meetings.items())
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread, which must not wait."""
