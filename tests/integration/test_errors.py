@@ -219,6 +219,28 @@ def test_cancelled_get_stops_and_the_object_stays(spawn: Any, tmp_path: Path) ->
     assert ray.get(get.remote([ref], begun)) == LARGE
 
 
+@pytest.mark.parametrize("kind", ["task", "actor", "threaded"])
+def test_cancelled_consumer_stops_pulling_its_argument(spawn: Any, kind: str) -> None:
+    @ray.remote(num_cpus=0, max_retries=0)
+    def task(action: Any, tensor: torch.Tensor) -> float:
+        return float(tensor.sum())
+
+    maker = spawn()
+    ref = maker.make.remote(ones)
+    call = task if kind == "task" else spawn(max_concurrency=2 if kind == "threaded" else 1).run
+    assert ray.get(call.remote(total, ref)) == LARGE
+    pid = ray.get(maker.pid.remote())
+    with stopped(pid):
+        waiting = call.remote(total, ref)
+        assert not ray.wait([waiting], timeout=0.5)[0]
+        ray.cancel(waiting)
+        # Before the silent producer is given up.
+        with pytest.raises(RayError) as caught:
+            ray.get(waiting, timeout=8)
+        assert "ancel" in str(caught.value), caught.value
+    assert ray.get(call.remote(total, ref), timeout=30) == LARGE
+
+
 def test_a_lost_object_does_not_spoil_the_others(spawn: Any, producer: Any) -> None:
     maker = spawn()
     lost, kept = maker.make.remote(ones), producer.make.remote(ones)

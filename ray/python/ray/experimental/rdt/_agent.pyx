@@ -3,8 +3,8 @@
 """Python face of the native agent: converts, releases the GIL, maps errors.
 
 Every wait here runs without the GIL in slices of at most 250 ms and looks for
-signals in between: Ray cancels a task with ``_thread.interrupt_main``, which
-sets a flag but does not wake a system call.
+signals and for the cancelling of its task in between: Ray cancels with
+``_thread.interrupt_main``, which sets a flag but does not wake a system call.
 
 A forked child has none of the agent's threads, so there every method raises
 ``AgentError`` with code "stopped", and deallocation frees nothing.
@@ -19,6 +19,8 @@ from cython.operator cimport dereference as deref
 from libc.string cimport memcpy
 from libcpp.utility cimport move
 from posix.unistd cimport getpid
+
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 
 cdef double _SLICE_S = 0.25
 
@@ -100,6 +102,12 @@ cdef double _deadline(timeout_s):
     return float("inf") if timeout_s is None else time.monotonic() + timeout_s
 
 
+cdef _look_around():
+    """Raises what a signal or the cancelling of the task is to raise in a wait."""
+    PyErr_CheckSignals()
+    raise_if_cancelled()
+
+
 cdef double _slice_before(double deadline):
     """Seconds to wait now; 0 once the deadline has passed."""
     return max(0.0, min(_SLICE_S, deadline - time.monotonic()))
@@ -141,7 +149,7 @@ cdef class Pull:
                 is_settled = deref(self._ticket.pull).Wait(left)
             if is_settled:
                 break
-            PyErr_CheckSignals()
+            _look_around()
             if left == 0:
                 raise TimeoutError("the pull did not end in time")
         cdef Status status = deref(self._ticket.pull).status()
@@ -203,7 +211,7 @@ cdef class Call:
                 is_settled = deref(self._ticket.call).Wait(left)
             if is_settled:
                 break
-            PyErr_CheckSignals()
+            _look_around()
             if left == 0:
                 raise TimeoutError("no reply came in time")
         cdef Status status = deref(self._ticket.call).status()

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.cancellation import raise_if_cancelled
+
 if TYPE_CHECKING:
     import torch
 
@@ -221,6 +223,7 @@ class Store:
                     return False
                 # In slices: what cancels a task sets a flag that does not wake a wait.
                 self._changed.wait(_SLICE_S if left is None else min(left, _SLICE_S))
+                raise_if_cancelled()
         return True
 
 

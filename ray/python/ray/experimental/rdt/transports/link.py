@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports import packing
 from ray.experimental.rdt.transports.base import Capabilities, Peer, TransportUnavailable
@@ -342,6 +343,7 @@ class Link:
                 raise TransferTimeout(
                     f"not all bytes came over {self._backend.capabilities.name} in time"
                 )
+            raise_if_cancelled()
         if isinstance(job.error, TransferError):
             raise job.error
         if job.error is not None:

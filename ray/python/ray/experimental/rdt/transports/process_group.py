@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Group, Membership, membership
 from ray.experimental.rdt.transports.base import Peer, Route, TransportUnavailable
@@ -162,6 +163,7 @@ class ProcessGroupTransport:
                 if left <= 0:
                     raise TransportUnavailable("the connection was not made in time")
                 self._changed.wait(min(_SLICE_S, left))
+                raise_if_cancelled()
 
     def _dial_if_needed(self, peer: Peer, scope: str) -> _Lines:
         """Begins to make a link if none is free. Called with the lock held."""

@@ -1,0 +1,22 @@
+"""Ends waits of tasks that have been cancelled.
+
+Ray cancels a normal task by an interrupt, and defers that while it deserializes the task's
+arguments; calls of actors that are no coroutines are not interrupted at all. A pull may take long,
+so every wait for tensors looks for itself, between two slices of its waiting.
+"""
+
+from __future__ import annotations
+
+
+def raise_if_cancelled() -> None:
+    """Raises KeyboardInterrupt, as Ray's own cancelling does, if this thread's task is cancelled.
+
+    Runs on: any thread; those that run no task, and coroutines, which asyncio cancels, go on.
+    """
+    import ray
+
+    worker = ray._private.worker.global_worker
+    if worker.mode != ray.WORKER_MODE or worker.core_worker.current_actor_is_asyncio():
+        return
+    if worker.core_worker.is_canceled():
+        raise KeyboardInterrupt
