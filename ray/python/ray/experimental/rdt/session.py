@@ -187,7 +187,15 @@ class Session:
 
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
-        self._callers.submit(_run_logged, action, *args)
+        self._hand_out(self._callers, _run_logged, action, *args)
+
+    def _hand_out(
+        self, threads: ThreadPoolExecutor, action: Callable[..., None], *args: Any
+    ) -> None:
+        try:
+            threads.submit(action, *args)
+        except RuntimeError:  # the session or the program ends, which peers see by themselves
+            logger.debug("RDT ends and leaves %s", action.__qualname__)
 
     def say_once(self, message: str, level: int = logging.WARNING) -> None:
         """Logs a message unless this session has logged the same before."""
@@ -231,8 +239,7 @@ class Session:
             logger.log(logging.getLevelName(event[1].upper()), "%s", event[2])
         elif kind == "call":
             threads = self._threads.get(event[3].partition(b",")[0], self._callers)
-            _, call_id, peer_id, payload = event
-            threads.submit(self._answer, call_id, peer_id, payload, next(self._events))
+            self._hand_out(threads, self._answer, *event[1:], next(self._events))
         elif kind == "lost":
             self._losses.pop(event[1], None)
             self._losses[event[1]] = next(self._events)
