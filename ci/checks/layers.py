@@ -15,7 +15,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
-    {"accelerators", "config", "descriptor", "errors", "tensor_transport_manager"},
+    {"accelerators", "cancellation", "config", "descriptor", "errors", "tensor_transport_manager"},
     {"_agent", "_tensors"},
     {"session"},
     {"checksums"},
@@ -28,6 +28,7 @@ LAYERS: list[set[str]] = [
         "deferred",
         "device_lanes",
         "directory",
+        "dynamic",
         "fetch",
         "gauges",
         "hints",
@@ -49,7 +50,16 @@ LAYERS: list[set[str]] = [
         "unclaimed",
     },
     {"manager"},
-    {"api", "explain_api", "guarded", "nixl_api", "observe", "util", ""},
+    {
+        "api",
+        "collective_tensor_transport",
+        "explain_api",
+        "guarded",
+        "nixl_api",
+        "observe",
+        "util",
+        "",
+    },
 ]
 
 

@@ -287,6 +287,16 @@ def test_items_of_a_task(name: str, consumer: Any) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:num_returns='dynamic'")
+def test_items_of_dynamic_generators(name: str, shapes: Any, consumer: Any) -> None:
+    made = through(shapes, "items", name, num_returns="dynamic").remote(3)
+    of_task = items_in_task.options(tensor_transport=name, num_returns="dynamic").remote(3)
+    for generator in ray.get([made, of_task]):
+        refs = list(generator)
+        assert ray.get([consumer.run.remote(total, ref) for ref in refs]) == [0, COUNT, 2 * COUNT]
+        assert torch.equal(ray.get(refs[1]), torch.ones(COUNT))
+
+
 def test_puts_everywhere(name: str, producer: Any, consumer: Any) -> None:
     def put(_: Peer, transport: str) -> list[Any]:
         return [ray.put(torch.ones(COUNT), _tensor_transport=transport)]

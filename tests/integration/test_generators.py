@@ -15,6 +15,9 @@ import ray
 from tests.integration.peers import LARGE, SMALL, total
 from tests.support import run_driver, wait_until
 
+#: Ray warns that it is deprecated.
+dynamic = pytest.mark.filterwarnings("ignore:num_returns='dynamic'")
+
 
 @ray.remote(num_cpus=0)
 class Source:
@@ -33,7 +36,9 @@ class Source:
 
     @ray.method(tensor_transport="auto", _num_objects_per_yield=2)
     def pairs(self) -> Iterator[Any]:
-        yield 1, 2
+        yield torch.ones(LARGE), torch.ones(SMALL)
+        yield [torch.ones(LARGE), "text"]
+        yield torch.ones(2)
 
     def failing(self) -> Iterator[torch.Tensor]:
         yield torch.ones(LARGE)
@@ -229,13 +234,52 @@ def test_items_of_a_caller_that_died_are_freed(source: Any, spawn: Any) -> None:
     expect_empty(source)
 
 
-def test_what_cannot_be_a_stream_is_refused_at_the_call(source: Any) -> None:
-    with pytest.raises(ValueError, match='num_returns="streaming"'):
-        source.mixed.options(tensor_transport="auto", num_returns="dynamic").remote()
-    with pytest.raises(ValueError, match="one object at a time"):
-        source.pairs.remote()
-    with pytest.raises(ValueError, match='num_returns="streaming"'):
-        tensors.options(tensor_transport="auto", num_returns="dynamic").remote(1)
+def test_items_that_come_several_at_a_time(source: Any, consumer: Any) -> None:
+    refs = list(source.pairs.remote())
+    assert ray.get(consumer.run.remote(total, *refs[:3])) == 2 * LARGE + SMALL
+    assert ray.get(refs[3]) == "text"
+    with pytest.raises(ValueError, match="must yield a tuple or list"):
+        ray.get(refs[4])
+    del refs
+    expect_empty(source)
+
+
+@dynamic
+def test_dynamic_generator_gives_references(source: Any, consumer: Any) -> None:
+    generator = ray.get(source.items.options(num_returns="dynamic").remote(3))
+    assert isinstance(generator, ray.DynamicObjectRefGenerator)
+    assert len(generator) == 3
+    refs = list(generator)
+    assert float(ray.get(refs[2])[0]) == 2
+    assert ray.get(consumer.run.remote(total, *refs)) == 3 * LARGE
+    del refs, generator
+    expect_empty(source)
+
+
+@dynamic
+def test_dynamic_generators_error_is_its_last_reference(source: Any, tmp_path: Any) -> None:
+    failing = source.failing.options(tensor_transport="auto", num_returns="dynamic")
+    item, error = ray.get(failing.remote())
+    assert float(ray.get(item).sum()) == LARGE
+    with pytest.raises(RuntimeError, match="no more"):
+        ray.get(error)
+    flaky = source.flaky.options(
+        tensor_transport="auto",
+        num_returns="dynamic",
+        max_task_retries=1,
+        retry_exceptions=[ValueError],
+    )
+    refs = list(ray.get(flaky.remote(str(tmp_path / "tried"))))
+    assert [float(tensor[0]) for tensor in ray.get(refs)] == [0, 1, 2, 3]
+    del item, error, refs
+    expect_empty(source)
+
+
+@dynamic
+def test_dynamic_generators_are_no_coroutines(spawn: Any) -> None:
+    items = spawn(AsyncSource).items.options(num_returns="dynamic")
+    with pytest.raises(ValueError, match="must return a generator"):
+        ray.get(items.remote(1))
 
 
 def test_driver_that_ends_in_the_middle_ends(tmp_path: Any) -> None:

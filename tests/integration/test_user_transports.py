@@ -324,6 +324,22 @@ for _ in range(2):
     ], printed
 
 
+def test_class_that_is_pickled_by_value_only_after_it_was_registered(
+    producer: Any, consumer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text(
+        "from tests.integration.user_transports import ShmTransport\n"
+        "class Late(ShmTransport):\n"
+        "    def tensor_transport_backend(self):\n"
+        "        return 'late'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("only_here")
+    register_tensor_transport("late", ["cpu"], module.Late, torch.Tensor)
+    ray.cloudpickle.register_pickle_by_value(module)
+    assert ray.get(consumer.run.remote(total, make(producer, "late", count_up, 10))) == 45
+
+
 def test_items_of_a_generator(local_ray: None) -> None:
     @ray.remote(num_cpus=0, tensor_transport="shm")
     def count() -> Any:

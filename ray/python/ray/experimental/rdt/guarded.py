@@ -14,8 +14,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt import streams
 from ray.experimental.rdt.method_calls import STREAM_KEYWORD
+from ray.experimental.rdt.transports import registered
 
 if TYPE_CHECKING:
     from ray.remote_function import RemoteFunction
@@ -68,6 +68,7 @@ def submit(
     from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
 
     name = normalize_and_validate_tensor_transport(transport)
+    registered.refresh(name)
     num_returns = options.get("num_returns")
     if num_returns is None and inspect.isgeneratorfunction(remote_function._function):
         num_returns = "streaming"
@@ -75,10 +76,13 @@ def submit(
         variant = _variant(remote_function, name, num_returns)
         return _submit(variant, args, kwargs, runtime_env_info, options)
     manager = ray._private.worker.global_worker.rdt_manager
-    stream = manager.open_stream(name, num_returns, options.get("_num_objects_per_yield"))
+    call = manager.open_stream(
+        name, num_returns, options.get("_num_objects_per_yield"), options.get("retry_exceptions")
+    )
     variant = _variant(remote_function, name, num_returns)
-    marked = {**(kwargs or {}), STREAM_KEYWORD: tuple(stream.spec)}
-    return stream.attach(variant._remote(args, marked, runtime_env_info, **options))
+    marked = {**(kwargs or {}), STREAM_KEYWORD: call.spec}
+    options["num_returns"] = call.num_returns
+    return call.attach(variant._remote(args, marked, runtime_env_info, **options))
 
 
 def _submit(
@@ -121,8 +125,8 @@ def _make_variant(
 
 def _guard(function: Function, transport: str, num_returns: Any) -> Function:
     """Wraps a task's function so that each of its returns, or items, is an RDT object."""
-    if num_returns == "streaming":
-        return _guard_items(function)
+    if num_returns in ("streaming", "dynamic"):
+        return _guard_items(function, num_returns)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -131,12 +135,15 @@ def _guard(function: Function, transport: str, num_returns: Any) -> Function:
     return call
 
 
-def _guard_items(function: Function) -> Function:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        spec = streams.StreamSpec(*kwargs.pop(STREAM_KEYWORD))
-        yield from streams.items_of(function(*args, **kwargs), spec)
+def _guard_items(function: Function, num_returns: str) -> Function:
+    def items(*args: Any, **kwargs: Any) -> Any:
+        spec = kwargs.pop(STREAM_KEYWORD)
+        return spec.items_of(function(*args, **kwargs))
 
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        yield from items(*args, **kwargs)
+
+    call = functools.wraps(function)(stream if num_returns == "streaming" else items)
     # Ray checks a call's arguments against the signature.
     signature = inspect.signature(function)
     mark = inspect.Parameter(STREAM_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

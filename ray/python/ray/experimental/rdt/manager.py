@@ -23,7 +23,7 @@ from ray._common.ray_option_utils import task_options
 from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
-from ray.experimental.rdt import arguments, capture, descriptor, session, streams, targets
+from ray.experimental.rdt import arguments, capture, descriptor, session, targets
 from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block
@@ -38,6 +38,7 @@ from ray.experimental.rdt.directory import (
     Row,
     WarnShared,
 )
+from ray.experimental.rdt.dynamic import DynamicCall
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.gauges import Gauges
@@ -54,6 +55,7 @@ from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
 from ray.experimental.rdt.targets import Targets
+from ray.experimental.rdt.transports import registered
 from ray.experimental.rdt.transports.base import Shipment, Transport, TransportUnavailable
 from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.registry import Transports
@@ -140,7 +142,7 @@ class RDTManager:
 
         None where the store has no room for them: the value is to go as a plain one.
         """
-        users = self._users(transport)
+        users = self.users_transport(transport)
         skeleton, captured = capture.take(context, value, _wanted(users))
         if not self._room.is_given(captured):
             return None
@@ -156,10 +158,11 @@ class RDTManager:
         )
         return skeleton, captured, capture.pickle_shipment(context, skeleton, shipment)
 
-    def _users(self, transport: str) -> UserTransport | None:
+    def users_transport(self, transport: str) -> UserTransport | None:
         """The transport of this name if a user wrote it. Raises RDTError if it cannot be had."""
         if transport.upper() in BUILT_IN_TRANSPORTS:
             return None
+        registered.refresh(transport.upper())
         try:
             return self._links().transports.users(transport.lower())
         except TransportUnavailable as error:
@@ -300,6 +303,7 @@ class RDTManager:
         """
         # Before the core's io thread has to carry anything out: a session takes a while to begin.
         self.begin()
+        registered.refresh(transport)
         recipe = None
         if again:
             call = functools.partial(call_method, actor._actor_id, *again)
@@ -355,17 +359,20 @@ class RDTManager:
         return returned
 
     def open_stream(
-        self, transport: str, num_returns: Any, objects_per_yield: int | None = None
-    ) -> Stream:
-        """A stream for a call of a generator.
+        self,
+        transport: str,
+        num_returns: Any,
+        objects_per_yield: int | None = None,
+        retry_exceptions: Any = None,
+    ) -> Stream | DynamicCall:
+        """For a call of a generator: ``num_returns`` is "streaming" or "dynamic".
 
         Runs on: owner, the thread that called ``.remote()``.
-
-        Raises:
-            ValueError: the items of such a call cannot be RDT objects.
         """
-        streams.check(transport, num_returns, objects_per_yield)
-        return self._links().taken.begin(transport)
+        registered.refresh(transport)
+        if num_returns == "dynamic":
+            return DynamicCall(transport, retry_exceptions)
+        return self._links().taken.begin(transport, objects_per_yield or 1)
 
     def adopt(self, ref: Any, head: Descriptor) -> None:
         """Records an item of a stream that this process has put again as its own object.
@@ -719,7 +726,7 @@ class StoreByObjectId:
     def add_object_primary(
         self, object_id: str, tensors: list[torch.Tensor], transport: str
     ) -> Location:
-        users = self._manager._users(transport)
+        users = self._manager.users_transport(transport)
         captured = capture.arrange(tensors, wanted=_wanted(users))
         if users is not None:
             captured.parcel = users.describe(capture.carriers(captured))

@@ -44,25 +44,33 @@ class StreamSpec(NamedTuple):
         stream: Names the stream, in hex.
         transport: How its items travel.
         caller: The address of the caller's agent.
+        objects_per_yield: How many items come in one yield, in a tuple or list if more than one.
     """
 
     stream: str
     transport: str
     caller: bytes
+    objects_per_yield: int = 1
 
+    def items_of(self, generator: Any) -> Any:
+        """A generator of the same kind whose items are RDT objects.
 
-def check(transport: str, num_returns: Any, objects_per_yield: int | None) -> None:
-    """Raises ValueError if the items of such a call cannot be RDT objects."""
-    if num_returns != "streaming":
-        raise ValueError(
-            f"tensor_transport={transport!r} does not go with num_returns={num_returns!r}; for "
-            'generators use num_returns="streaming"'
-        )
-    if objects_per_yield not in (None, 1):
-        raise ValueError(
-            f"tensor_transport={transport!r} is for generators that yield one object at a time, "
-            f"not for _num_objects_per_yield={objects_per_yield}"
-        )
+        Runs on: producer, the thread or event loop of the task. What is no generator is given back:
+        Ray reports that it should have been one.
+        """
+        if inspect.isgenerator(generator):
+            return _items(generator, self)
+        if inspect.isasyncgen(generator):
+            return _async_items(generator, self)
+        return generator
+
+    def wrap(self, value: Any) -> Any:
+        """What was yielded, so that each item in it becomes an RDT object."""
+        if self.objects_per_yield == 1:
+            return StreamItem(value, self)
+        if not isinstance(value, (tuple, list)):
+            return value  # Ray reports that it should be one of them.
+        return tuple(StreamItem(each, self) for each in value)
 
 
 # Producer.
@@ -83,20 +91,7 @@ class StreamItem:
         return manager.serialize_item(context, self._value, self._spec)
 
 
-def items_of(generator: Any, spec: StreamSpec) -> Any:
-    """A generator of the same kind whose items are RDT objects.
-
-    Runs on: producer, the thread or event loop of the task. What is no generator is given back: Ray
-    reports that it should have been one.
-    """
-    if inspect.isgenerator(generator):
-        return _items(generator, spec)
-    if inspect.isasyncgen(generator):
-        return _async_items(generator, spec)
-    return generator
-
-
-def _items(generator: Any, spec: StreamSpec) -> Iterator[StreamItem]:
+def _items(generator: Any, spec: StreamSpec) -> Iterator[Any]:
     with _producing(spec):
         sent = None
         while True:
@@ -104,11 +99,11 @@ def _items(generator: Any, spec: StreamSpec) -> Iterator[StreamItem]:
                 value = generator.send(sent)
             except StopIteration:
                 return
-            sent = yield StreamItem(value, spec)
+            sent = yield spec.wrap(value)
             del value
 
 
-async def _async_items(generator: Any, spec: StreamSpec) -> AsyncIterator[StreamItem]:
+async def _async_items(generator: Any, spec: StreamSpec) -> AsyncIterator[Any]:
     with _producing(spec):
         sent = None
         while True:
@@ -116,7 +111,7 @@ async def _async_items(generator: Any, spec: StreamSpec) -> AsyncIterator[Stream
                 value = await generator.asend(sent)
             except StopAsyncIteration:
                 return
-            sent = yield StreamItem(value, spec)
+            sent = yield spec.wrap(value)
             del value
 
 
@@ -251,10 +246,11 @@ class TakenStreams:
     def __len__(self) -> int:
         return len(self._producers)
 
-    def begin(self, transport: str) -> Stream:
+    def begin(self, transport: str, objects_per_yield: int) -> Stream:
         """A stream for one call. Runs on: caller, the thread that called ``.remote()``."""
         self._close_gone()
-        spec = StreamSpec(os.urandom(16).hex(), transport.lower(), self._session.address)
+        name, caller = os.urandom(16).hex(), self._session.address
+        spec = StreamSpec(name, transport.lower(), caller, objects_per_yield)
         self._producers[spec.stream] = set()
         return Stream(spec, self._gone.append)
 
@@ -292,6 +288,8 @@ class Stream:
             garbage collector runs.
     """
 
+    num_returns = "streaming"
+
     def __init__(self, spec: StreamSpec, on_gone: Callable[[str], None]):
         self.spec = spec
         self._on_gone = on_gone
@@ -301,7 +299,7 @@ class Stream:
 
     def add_to(self, flat_arguments: list[Any]) -> list[Any]:
         """The flattened arguments of the call with the spec as one more keyword."""
-        return [*flat_arguments, STREAM_KEYWORD, tuple(self.spec)]
+        return [*flat_arguments, STREAM_KEYWORD, self.spec]
 
     def attach(self, generator: Any) -> Any:
         """Makes the call's ``ObjectRefGenerator`` adopt its items."""

@@ -43,6 +43,22 @@ def register_tensor_transport(
     )
 
 
+def get_tensor_transport_manager(transport_name: str) -> TensorTransportManager:
+    """This process's instance of a transport of the user's, made if there is none.
+
+    Raises:
+        ValueError: no such transport, or one of RDT's own, which are no such classes.
+    """
+    import ray
+
+    name = normalize_and_validate_tensor_transport(transport_name)
+    users = ray._private.worker.global_worker.rdt_manager.users_transport(name)
+    if users is None:
+        raise ValueError(f"{transport_name!r} is RDT's own transport and no TensorTransportManager")
+    manager: TensorTransportManager = users.manager
+    return manager
+
+
 def normalize_and_validate_tensor_transport(tensor_transport: str) -> str:
     """The upper-case name of a transport.
 

@@ -80,6 +80,8 @@ def _public_name(kind: type) -> tuple[str, str] | None:
 
 _lock = threading.Lock()
 _registered: dict[str, RegisteredTransport] = {}
+#: What was published of those, until it was looked at again.
+_published: dict[str, bytes] = {}
 #: By cluster and job, and name: another job may mean another transport by the same name.
 _found: dict[tuple[Any, str], RegisteredTransport] = {}
 
@@ -106,6 +108,23 @@ def register(entry: RegisteredTransport) -> None:
             with _lock:
                 del _registered[entry.name]
             raise
+
+
+def refresh(name: str) -> None:
+    """Publishes a transport of this process again if its class is pickled otherwise by now.
+
+    A user may have told cloudpickle after ``register`` to pickle the class's module by value. So
+    the first call or put that names the transport looks once more.
+
+    Runs on: the thread that makes the call or put.
+
+    Args:
+        name: In upper case.
+    """
+    entry, published = _registered.get(name), _published.pop(name, None)
+    if entry is None or published is None or (record := _record_of(entry)) == published:
+        return
+    _gcs().internal_kv_put(_key(name), record, True, _NAMESPACE, GCS_TIMEOUT_S)
 
 
 def find(name: str) -> RegisteredTransport | None:
@@ -160,9 +179,10 @@ def _publish_all() -> None:
         _publish(entry)
 
 
-def _publish(entry: RegisteredTransport) -> None:
+def _record_of(entry: RegisteredTransport) -> bytes:
+    """What is published of a transport."""
     try:
-        data = cloudpickle.dumps(entry)
+        data: bytes = cloudpickle.dumps(entry)
     except TypeError as error:
         raise TypeError(
             f"the class of transport {entry.name} cannot be given to other processes: {error}. "
@@ -170,13 +190,18 @@ def _publish(entry: RegisteredTransport) -> None:
         ) from error
     # What it stands for comes first, as text: the class cannot be loaded to compare it, because
     # cloudpickle overwrites a class of this process's own with what it loads.
-    record = str(entry).encode() + b"\n" + data
+    return str(entry).encode() + b"\n" + data
+
+
+def _publish(entry: RegisteredTransport) -> None:
+    record = _record_of(entry)
     _gcs().internal_kv_put(_key(entry.name), record, False, _NAMESPACE, GCS_TIMEOUT_S)
     text, _ = _read(entry.name)
     if text != str(entry):
         raise ValueError(
             f"Transport {entry.name} already registered by another process, as {text}."
         )
+    _published[entry.name] = record
 
 
 def _read(name: str) -> tuple[str, bytes]:

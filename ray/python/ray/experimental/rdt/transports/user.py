@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.session import Session, agent_id_of
 from ray.experimental.rdt.tensor_transport_manager import (
@@ -107,6 +108,7 @@ class _Transfer:
         while not self._ended.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 raise TimeoutError("the transport's own code did not return in time")
+            raise_if_cancelled()
         if self.error is not None:
             raise self.error
         return self._result
@@ -118,12 +120,15 @@ class UserTransport:
     Args:
         session: Reaches the peers.
         entry: What the user registered.
+
+    Attributes:
+        manager: This process's instance of the user's class.
     """
 
     def __init__(self, session: Session, entry: RegisteredTransport):
         self._session = session
         self._entry = entry
-        self._manager: TensorTransportManager = entry.manager_class()
+        self.manager: TensorTransportManager = entry.manager_class()
         self.data_type = entry.data_type
         self.capabilities = Capabilities(
             entry.name.lower(),
@@ -157,7 +162,7 @@ class UserTransport:
         """
         object_id = secrets.token_hex(_OBJECT_ID_BYTES)
         try:
-            metadata = self._manager.extract_tensor_transport_metadata(object_id, tensors)
+            metadata = self.manager.extract_tensor_transport_metadata(object_id, tensors)
         except Exception as error:
             raise RDTError(
                 f"transport {self.capabilities.name!r} could not describe an object: its "
@@ -181,7 +186,7 @@ class UserTransport:
                     communicator = registered.read_note(route["note"])
                 with self._turn(self._sending, deadline):
                     transfer.start(
-                        lambda: self._manager.send_multiple_tensors(
+                        lambda: self.manager.send_multiple_tensors(
                             parcel.tensors, parcel.metadata, communicator
                         )
                     )
@@ -209,7 +214,7 @@ class UserTransport:
         """Runs on: the rdt-user-gc thread, until the transport is closed."""
         for parcel in iter(self._garbage.get, None):
             try:
-                self._manager.garbage_collect(parcel.object_id, parcel.metadata, parcel.tensors)
+                self.manager.garbage_collect(parcel.object_id, parcel.metadata, parcel.tensors)
             except Exception:
                 logger.warning(
                     "transport %r could not give back object %s",
@@ -297,20 +302,20 @@ class UserTransport:
         self, shipment: Shipment, communicator: Any, targets: Sequence[Any] | None, deadline: float
     ) -> Any:
         """Runs on: an rdt-user thread."""
-        request = self._manager.fetch_multiple_tensors(
+        request = self.manager.fetch_multiple_tensors(
             shipment.object_id,
             shipment.metadata,
             communicator,
             None if targets is None else list(targets),
         )
         left = max(0.0, deadline - time.monotonic())
-        return self._manager.wait_fetch_complete(request, left)
+        return self.manager.wait_fetch_complete(request, left)
 
     def _communicator(self, shipment: Shipment) -> Any:
         producer, consumer = _actor(shipment.producer), _own_actor()
-        if consumer is not None and not self._manager.actor_has_tensor_transport(consumer):
+        if consumer is not None and not self.manager.actor_has_tensor_transport(consumer):
             raise TransportUnavailable(f"it says that actor {consumer} cannot use it")
-        return self._manager.get_communicator_metadata(producer, consumer, self._entry.name)
+        return self.manager.get_communicator_metadata(producer, consumer, self._entry.name)
 
     # Both.
 
@@ -336,6 +341,7 @@ class UserTransport:
         while not turn.acquire(timeout=min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 raise TimeoutError("another transfer of this process kept the transport busy")
+            raise_if_cancelled()
         try:
             yield
         finally:
@@ -352,7 +358,7 @@ class UserTransport:
 
     def _abort(self, object_id: str, communicator: Any) -> None:
         abort = _Transfer("", b"")
-        abort.start(lambda: self._manager.abort_transport(object_id, communicator))
+        abort.start(lambda: self.manager.abort_transport(object_id, communicator))
         try:
             abort.wait(time.monotonic() + _END_S)
         except Exception:
