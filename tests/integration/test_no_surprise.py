@@ -1,18 +1,25 @@
-"""Using RDT changes nothing else: threads, signals, environment, pickling, torch, imports."""
+"""Using RDT changes nothing else: threads, signals, environment, pickling, torch, imports.
+
+And without it all is as in stock Ray, which the same program of ordinary calls shows.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import ray
 from tests.integration.peers import LARGE, Peer, ones, total
-from tests.support import MAKER, START, run_driver
+from tests.support import MAKER, ROOT, START, run_driver, run_program
 
 
 @ray.remote(num_cpus=0)
@@ -304,3 +311,36 @@ def test_data_loader_with_forked_workers_in_an_actor(spawn: Any, consumer: Any) 
     assert ray.get(peer.run.remote(load, ref)) == LARGE
     assert ray.get(peer.run.remote(load, ref)) == LARGE
     assert ray.get(peer.run.remote(total, consumer.make.remote(ones))) == LARGE
+
+
+@pytest.fixture
+def stock_ray(tmp_path: Path) -> Path:
+    """A folder with stock Ray, to be put before ours on the path: all else stays the same."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheels = list((ROOT / "build" / "base").glob(f"ray-{ray.__version__}-{tag}-*.whl"))
+    if not wheels:
+        pytest.skip("stock Ray's wheel is not in build/base, where ./build.sh puts it")
+    folder = tmp_path / "stock"
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", folder]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ordinary_calls_are_as_in_stock_ray(stock_ray: Path, tmp_path: Path) -> None:
+    def results(name: str, *folders: Path) -> dict[str, Any]:
+        path = os.pathsep.join(map(str, [*folders, ROOT]))
+        program = ROOT / "tests" / "integration" / "ordinary_calls.py"
+        environment = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+        run_program([program, tmp_path / name], tmp_path, 190, environment)
+        lines = (tmp_path / name).read_text().splitlines()
+        return dict(json.loads(line) for line in lines)
+
+    stock, ours = results("stock.jsonl", stock_ray), results("ours.jsonl")
+    assert stock.pop("where Ray is").startswith(str(stock_ray))
+    assert not ours.pop("where Ray is").startswith(str(stock_ray))
+    assert ours.keys() == stock.keys()
+    for name, expected in stock.items():
+        assert "the check itself failed" not in expected, (name, expected)
+        assert ours[name] == expected, name
