@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 import ray
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total
-from tests.support import wait_until
+from tests.support import stopped, wait_until
 
 
 @ray.remote(num_cpus=0)
@@ -62,6 +62,18 @@ class Several:
     @ray.method(tensor_transport="auto", num_returns=3)
     def mixed(self) -> tuple[Any, ...]:
         return None, torch.ones(LARGE), "text"
+
+
+@ray.remote(num_cpus=0, concurrency_groups={"one": 1, "two": 1})
+class Grouped:
+    """An actor with threads for groups of its methods."""
+
+    @ray.method(tensor_transport="auto")
+    def make(self) -> torch.Tensor:
+        return torch.ones(LARGE)
+
+    def total(self, tensor: torch.Tensor) -> float:
+        return float(tensor.sum())
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -117,6 +129,36 @@ def test_threads_take_and_make_results_at_once(spawn: Any, transport: str) -> No
         for i in range(24)
     ]
     assert ray.get(results) == [float(i * LARGE) for i in range(24)]
+
+
+def test_no_concurrency_group_waits_for_anothers_pull(spawn: Any, producer: Any) -> None:
+    slow, grouped = spawn(), spawn(Grouped)
+    late, here = slow.make.remote(ones), producer.make.remote(ones)
+    ray.wait([late, here], num_returns=2)
+    pid = ray.get(slow.pid.remote())
+    with stopped(pid):
+        waiting = grouped.total.options(concurrency_group="one").remote(late)
+        for group in ("two", None):
+            others = grouped.total.options(concurrency_group=group).remote(here)
+            assert ray.get(others, timeout=30) == LARGE
+        assert not ray.wait([waiting], timeout=0.1)[0]
+    assert ray.get(waiting, timeout=30) == LARGE
+    made = grouped.make.options(concurrency_group="two").remote()
+    assert ray.get(producer.run.remote(total, made)) == LARGE
+
+
+def test_actors_and_tasks_in_a_placement_group(local_ray: None, producer: Any) -> None:
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group([{"CPU": 0.5}, {"CPU": 0.5}])
+    places = [PlacementGroupSchedulingStrategy(group, bundle) for bundle in (0, 1)]
+    one = Peer.options(num_cpus=0.5, scheduling_strategy=places[0]).remote()
+    placed = total_in_task.options(num_cpus=0.5, scheduling_strategy=places[1])
+    assert ray.get(placed.remote(one.make.remote(ones), producer.make.remote(ones))) == 2 * LARGE
+    assert ray.get(one.run.remote(total, producer.make.remote(ones))) == LARGE
+    ray.kill(one)
+    remove_placement_group(group)
 
 
 def test_actors_send_to_each_other_at_once(spawn: Any, transport: str) -> None:
@@ -281,6 +323,36 @@ def test_retry_of_an_exception(spawn: Any, consumer: Any, tmp_path: Any) -> None
     method = maker.make.options(max_task_retries=2, retry_exceptions=True)
     ref = method.remote(make, str(tmp_path / "failed"))
     assert ray.get(consumer.run.remote(total, ref)) == LARGE
+
+
+def test_retry_leaves_nothing_of_the_first_try(spawn: Any, tmp_path: Any) -> None:
+    def make(_: Peer, marker: Any) -> dict[str, Any]:
+        refs = [ray.put(torch.ones(LARGE), _tensor_transport="auto")]
+        if not marker.exists():
+            marker.touch()
+            raise OwnError("once")
+        return {"tensor": torch.ones(LARGE), "refs": refs}
+
+    maker = spawn()
+    method = maker.make.options(max_task_retries=1, retry_exceptions=True)
+    got = ray.get(method.remote(make, tmp_path / "failed"))
+    assert ray.get(got["refs"][0]).sum() == LARGE
+    wait_until(lambda: ray.get(maker.stats.remote())["stored_objects"] < 2, "the first is gone")
+    del got
+    wait_until(lambda: ray.get(maker.stats.remote())["stored_objects"] == 0, "nothing stored")
+
+
+def test_return_that_cannot_be_pickled_spoils_no_other(spawn: Any) -> None:
+    def make(_: Peer) -> Any:
+        return torch.ones(LARGE), (i for i in range(3))
+
+    maker = spawn()
+    good, bad = maker.make.options(num_returns=2).remote(make)
+    assert ray.get(good).sum() == LARGE
+    with pytest.raises(RayTaskError, match="generator"):
+        ray.get(bad)
+    del good, bad
+    wait_until(lambda: ray.get(maker.stats.remote())["stored_objects"] == 0, "nothing stored")
 
 
 def test_cancelled_call_leaves_nothing_behind(spawn: Any) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -105,6 +108,24 @@ def test_rdt_value_may_hold_references(producer: Any, consumer: Any, third: Any)
     assert torch.equal(ray.get(outer["lent"]), torch.ones(LARGE))
 
 
+def test_reference_inside_a_plain_object(producer: Any, consumer: Any) -> None:
+    outer = ray.put({"refs": [producer.make.remote(ones)]})
+    got = consumer.run.remote(lambda peer, value: total_of_refs(peer, value["refs"]), outer)
+    assert ray.get(got) == LARGE
+    assert torch.equal(ray.get(ray.get(outer)["refs"][0]), torch.ones(LARGE))
+
+
+def test_reference_that_a_borrowing_task_returns(producer: Any, consumer: Any) -> None:
+    @ray.remote(num_cpus=1)
+    def give_back(refs: list[Any]) -> Any:
+        return refs[0]
+
+    inner = ray.get(give_back.remote([producer.make.remote(ones)]))
+    assert isinstance(inner, ray.ObjectRef)
+    assert torch.equal(ray.get(inner), torch.ones(LARGE))
+    assert ray.get(consumer.run.remote(total, inner)) == LARGE
+
+
 @SIZES
 def test_same_reference_twice_in_one_call(
     producer: Any, consumer: Any, transport: str, count: int
@@ -187,6 +208,22 @@ def test_dropped_before_during_and_after_its_creation(spawn: Any, consumer: Any)
     after = maker.make.remote(ones)
     assert ray.get(consumer.run.remote(total, after)) == LARGE
     del after
+    assert_stores_nothing(maker)
+
+
+def test_dropped_while_it_is_pulled(spawn: Any, consumer: Any) -> None:
+    maker = spawn()
+    ref, own = maker.make.remote(ones), maker.make.remote(count_up)
+    ray.wait([ref, own], num_returns=2)
+    pid = ray.get(maker.pid.remote())
+    with stopped(pid), ThreadPoolExecutor(1) as threads:
+        used, got = consumer.run.remote(total, ref), threads.submit(ray.get, own)
+        del ref, own
+        assert not ray.wait([used], timeout=0.3)[0]
+        os.kill(pid, signal.SIGCONT)
+        assert torch.equal(got.result(30), torch.arange(LARGE, dtype=torch.float32))
+    assert ray.get(used) == LARGE
+    del got
     assert_stores_nothing(maker)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -173,6 +175,43 @@ def test_tensordict_arrives(producer: Any, consumer: Any, transport: str) -> Non
 
     ref = producer.make.options(tensor_transport=transport).remote(make)
     assert ray.get(consumer.run.remote(check, ref))
+
+
+class Output(OrderedDict[str, Any]):
+    """A dict whose fields are attributes as well, as Hugging Face's model outputs are."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            super().__setitem__(field.name, getattr(self, field.name))
+
+    def __reduce__(self) -> Any:
+        _, _, *rest = super().__reduce__()
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return type(self), tuple(values), *rest
+
+
+@dataclasses.dataclass
+class ModelOutput(Output):
+    loss: Any = None
+    logits: Any = None
+    states: Any = None
+
+
+def test_model_output_arrives(producer: Any, consumer: Any, transport: str) -> None:
+    def make(_: Any) -> ModelOutput:
+        states = (torch.ones(3), torch.zeros(LARGE))
+        return ModelOutput(loss=torch.tensor(1.0), logits=torch.ones(LARGE), states=states)
+
+    def check(_: Any, got: ModelOutput) -> bool:
+        assert type(got) is ModelOutput
+        assert list(got) == ["loss", "logits", "states"]
+        assert got.logits is got["logits"]
+        values.assert_same(dict(got), dict(make(None)))
+        return True
+
+    ref = producer.make.options(tensor_transport=transport).remote(make)
+    assert ray.get(consumer.run.remote(check, ref))
+    assert check(None, ray.get(ref))
 
 
 def test_thousands_of_tensors_arrive(producer: Any, consumer: Any, transport: str) -> None:
