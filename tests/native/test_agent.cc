@@ -99,8 +99,7 @@ TEST("agent: the frees of a burst arrive, also those before the agent's end") {
   auto consumer = MakeAgent();
   Memory memory(1000);
   for (uint8_t i = 0; i < 100; ++i) producer->Register(KeyOf(i), memory.Whole(), i);
-  PullTicket first =
-      consumer->StartPull(producer->address(), KeyOf(0), memory.Whole());
+  PullTicket first = consumer->StartPull(producer->address(), KeyOf(0), memory.Whole());
   CHECK(Outcome(first.pull.get()).ok());
   for (uint8_t i = 0; i < 100; ++i) {
     consumer->Notify(producer->address(), Notice::kFree, KeyOf(i));

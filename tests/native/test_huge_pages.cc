@@ -17,8 +17,12 @@ constexpr size_t kNbytes = 2 * HugePages::kMinSpan;
 class SmallPages {
  public:
   SmallPages()
-      : data_(static_cast<uint8_t *>(mmap(
-            nullptr, kNbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0))) {
+      : data_(static_cast<uint8_t *>(mmap(nullptr,
+                                          kNbytes,
+                                          PROT_READ | PROT_WRITE,
+                                          MAP_PRIVATE | MAP_ANONYMOUS,
+                                          -1,
+                                          0))) {
     madvise(data_, kNbytes, MADV_NOHUGEPAGE);
     for (size_t i = 0; i < kNbytes; ++i) data_[i] = static_cast<uint8_t>(i >> 8 ^ i);
     madvise(data_, kNbytes, MADV_HUGEPAGE);
@@ -74,9 +78,11 @@ TEST("huge pages: memory that is pulled again and again moves there, with its by
   Memory target(kNbytes);
   for (int read = 1; read <= HugePages::kReads; ++read) {
     producer->Register(KeyOf(1), source.Whole(), read);
-    PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
+    PullTicket ticket =
+        consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
     CHECK(Outcome(ticket.pull.get()).ok());
-    if (ticket.pull->lane() != static_cast<int>(LaneKind::kCma)) return;  // forbidden here
+    if (ticket.pull->lane() != static_cast<int>(LaneKind::kCma))
+      return;  // forbidden here
     producer->Release(KeyOf(1));
     if (read == 1) CHECK_EQ(source.HugeBytes(), 0u);
   }
