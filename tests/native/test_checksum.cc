@@ -29,13 +29,20 @@ TEST("checksum: XXH3-64 agrees with the library's own test vectors") {
   CHECK_EQ(Xxh3("", 0, 0), 0x2D06800538D394C2u);
 }
 
-TEST("checksum: wide vectors and narrow ones find the same") {
-  if (!__builtin_cpu_supports("avx2")) return;
+void CheckSameAsPortable(uint64_t (*hash)(const void *, size_t, uint64_t)) {
   Memory memory(kMiB + 3);
   memory.FillRandom(1);
   for (size_t nbytes : {1u, 16u, 240u, 241u, 4096u, 1u << 20}) {
-    CHECK_EQ(Xxh3(memory.data(), nbytes, 7), Xxh3Avx2(memory.data(), nbytes, 7));
+    CHECK_EQ(hash(memory.data(), nbytes, 7), Xxh3Portable(memory.data(), nbytes, 7));
   }
+}
+
+TEST("checksum: wide vectors and narrow ones find the same") {
+  CheckSameAsPortable(Xxh3);
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx2")) CheckSameAsPortable(Xxh3Avx2);
+  if (__builtin_cpu_supports("avx512f")) CheckSameAsPortable(Xxh3Avx512);
+#endif
 }
 
 TEST("checksum: how memory is cut does not matter") {
