@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -94,6 +95,26 @@ def test_after_the_wait_tensors_go_through_rays_object_store(hasty: Any, consume
     totals = ray.get([consumer.run.remote(total, ref) for ref in refs])
     assert totals == [float(i * LARGE) for i in range(6)]
     assert sum(pulls(consumer).values()) == pulled + 2
+
+
+def test_the_log_says_it_once(local_ray: None) -> None:
+    def listen(peer: Peer) -> None:
+        handler, peer.kept["said"] = logging.Handler(), []
+        handler.emit = lambda record: peer.kept["said"].append(record.getMessage())
+        logging.getLogger("ray.rdt").addHandler(handler)
+
+    speaker = Peer.options(runtime_env=limits(0.2)).remote()
+    ray.get(speaker.run.remote(listen))
+    refs = [speaker.make.remote(ones) for _ in range(5)]
+    ray.wait(refs, num_returns=5)
+    (line,) = [
+        line
+        for line in ray.get(speaker.run.remote(lambda peer: peer.kept["said"]))
+        if "object store" in line
+    ]
+    assert "RAY_RDT_STORE_BYTES" in line
+    assert plain(speaker) == 3
+    ray.kill(speaker)
 
 
 def test_once_there_is_room_objects_stay_with_their_producer_again(hasty: Any) -> None:
