@@ -10,12 +10,14 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ray
-from tests.chaos.faults import agent_port, cut_control, cut_while_pulling, fetch, numbers
+from ray.experimental.rdt.errors import RDTFetchError
+from tests.chaos.faults import LONG, agent_port, cut_control, cut_while_pulling, fetch, numbers
 from tests.integration import user_transports
 from tests.integration.peers import LARGE, Peer, ones, pulls, total_of_refs
 from tests.support import wait_until
@@ -62,8 +64,11 @@ def limited(kind: int, limit: int) -> Iterator[None]:
 def starve(peer: Peer, given_s: float) -> threading.Timer:
     """This process may open no file, for so long."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    with pytest.raises(OSError, match="Too many open files"):
+        os.dup(0)
     restore = threading.Timer(given_s, resource.setrlimit, (resource.RLIMIT_NOFILE, (soft, hard)))
     restore.start()
     return restore
@@ -140,3 +145,22 @@ def test_a_full_disk_for_logs_stops_nothing(spawn: Any, producer: Any) -> None:
         assert ray.get(producer.run.remote(total_of_refs, [one]), timeout=60) == LARGE
     new = spawn().make.remote(ones)
     assert ray.get(unlogged.run.remote(total_of_refs, [new]), timeout=60) == LARGE
+
+
+def test_without_memory_a_fetch_says_so_and_the_next_is_served(spawn: Any, producer: Any) -> None:
+    def fetch_limited(peer: Peer, refs: list[Any]) -> str:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        room = LONG * 2  # Half of what the object takes.
+        with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + room):
+            try:
+                ray.get(refs[0])
+            except RDTFetchError as error:
+                return str(error)
+        return "there was memory"
+
+    taker = spawn()
+    ref = producer.make.remote(numbers)
+    said = ray.get(taker.run.remote(fetch_limited, [ref]), timeout=60)
+    assert "memory" in said
+    assert ref.hex() in said
+    assert ray.get(taker.run.remote(fetch, [ref]), timeout=60) == "right"

@@ -1,11 +1,12 @@
 """What happens to the cable between two test hosts while tensors cross it. Runs in the first host.
 
-Frames to a wrong hardware address are lost without a word, as in a switch that fails; ``ss -K``
-resets connections.
+Frames to a wrong hardware address are lost without a word, as in a switch that fails; a token
+bucket delays frames, and loses them; ``ss -K`` resets connections.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,19 @@ class Cable:
         finally:
             for inside, device, ip in self._ends:
                 _run(*inside, "ip", "neigh", "del", ip, "dev", device)
+
+    def congest(self, for_s: float) -> int:
+        """Frames come up to 20 ms late, and what is more than 400 Mbit/s is lost. Says how many."""
+        limits = ["tbf", "rate", "400mbit", "burst", "64kb", "latency", "20ms"]
+        for inside, device, _ in self._ends:
+            _run(*inside, "tc", "qdisc", "add", "dev", device, "root", *limits)
+        time.sleep(for_s)
+        lost = 0
+        for inside, device, _ in self._ends:
+            (seen,) = json.loads(_run(*inside, "tc", "-s", "-j", "qdisc", "show", "dev", device))
+            lost += int(seen["drops"])
+            _run(*inside, "tc", "qdisc", "del", "dev", device, "root")
+        return lost
 
     def reset(self, port: int, *, only_there: bool = False) -> int:
         """Resets the connections to a port of the second host. Says how many."""
@@ -95,6 +109,7 @@ def report(cable: Cable, here: Any, there: Any) -> dict[str, Any]:
         "nothing": during_a_pull(lambda: None),
         "reset": during_a_pull(lambda: cable.reset(port)),
         "stalled": during_a_pull(stall),
+        "congested": during_a_pull(lambda: cable.congest(1)),
         "half_open": during_a_pull(half_open),
     }
     with cable.silent():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,9 +23,14 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": Fa
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """A head node, where the driver is, and two more, each with a resource of its name."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head node, where the driver is, and two more, each with a resource of its name.
+
+    What the GCS knows is on disk, so that another one can take over.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_gcs_storage", "rocksdb")
+        patch.setenv("RAY_gcs_storage_path", str(tmp_path_factory.mktemp("gcs")))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         config.settings.cache_clear()
         nodes = Cluster(initialize_head=True, head_node_args={**NODE, "resources": {"head": 9}})
@@ -193,3 +199,31 @@ def test_stopped_gcs_stops_no_transfer(gcs: int, spawn_on: Any) -> None:
         assert ray.get(one.stats.remote())["stored_objects"] == 0
 
     wait_until(assert_idle, "still in use:")
+
+
+def test_killed_gcs_that_is_started_again_stops_no_transfer(
+    cluster: Cluster, spawn_on: Any
+) -> None:
+    """While it is away as while it is stopped; the new one serves as the old one did."""
+
+    def own(peer: Peer, to: Any) -> None:
+        peer.kept["own"] = to.make.remote(ones)
+        ray.wait([peer.kept["own"]])
+
+    def assert_stored(count: int) -> None:
+        assert ray.get(one.stats.remote())["stored_objects"] == count
+
+    one, two = spawn_on("one"), spawn_on("two")
+    assert ray.get(two.run.remote(total_of_refs, [one.make.remote(ones)])) == LARGE
+    new, owner = spawn_on("head"), spawn_on("two")
+    ray.get([new.pid.remote(), owner.run.remote(own, one)])
+    cluster.head_node.kill_gcs_server()
+    assert ray.get(two.run.remote(total_of_refs, [one.make.remote(ones)])) == LARGE
+    late = new.run.remote(total_of_refs, [one.make.remote(ones)])
+    assert not ray.wait([late], timeout=1)[0]
+    cluster.head_node.start_gcs_server()
+    assert ray.get(late, timeout=60) == LARGE
+    assert ray.get(spawn_on("head").run.remote(total_of_refs, [one.make.remote(ones)])) == LARGE
+    wait_until(lambda: assert_stored(1), "what is in use, and no more:")
+    os.kill(ray.get(owner.pid.remote()), signal.SIGKILL)
+    wait_until(lambda: assert_stored(0), "the dead owner's object:")
