@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ci.build import checks, fuzz, source_tree, venvs
+from ci.build import asan, checks, fuzz, source_tree, venvs
 from ci.build.steps import BUILD, ROOT, BuildError, one_at_a_time, run, say
 from ci.build.wheel import DIST, build_wheel, check_wheel
 
@@ -20,6 +20,7 @@ Usage: ./build.sh [COMMAND]
   test [PYTEST ARGS]    pytest on the installed wheel; without ARGS, first the native tests,
                         plain and under sanitizers, and a short run of the fuzzers
   fuzz [SECONDS]        looks for bytes that break the agent, so long for each target
+  asan [PYTEST ARGS]    some integration tests with the agent under address checks
   check                 linters, types, and the rules for patches, overlay and layers
   format                lays out Python and C++ as check wants it
   bench [ARGS]          measures the wheel against stock Ray, each in its own venv
@@ -73,6 +74,10 @@ def fuzz_for(arguments: list[str], _: Path) -> None:
     fuzz.fuzz_all(python, parser.parse_args(arguments).seconds)
 
 
+def sanitized(arguments: list[str], _: Path) -> None:
+    asan.run_tests(installed(), arguments)
+
+
 def check(_: list[str], __: Path) -> None:
     checks.check_all(installed())
 
@@ -116,6 +121,7 @@ COMMANDS: dict[str, Callable[[list[str], Path], None]] = {
     "demo": demo,
     "test": test,
     "fuzz": fuzz_for,
+    "asan": sanitized,
     "check": check,
     "format": lay_out,
     "bench": bench,
