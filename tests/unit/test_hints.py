@@ -1,4 +1,4 @@
-"""Objects that are pulled before their task asks: within a budget, and given up if it never does."""
+"""Objects that are pulled before their task asks: within a budget, given up if it never does."""
 
 from __future__ import annotations
 
