@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <memory>
 
 #include "fuzz.h"
@@ -137,7 +138,11 @@ class Caller {
  private:
   bool IsReady(short events) const {
     pollfd one{.fd = fd_.get(), .events = events, .revents = 0};
-    return poll(&one, 1, 10'000) == 1;
+    int count;
+    do {  // again where the fuzzer's alarm clock interrupts it
+      count = poll(&one, 1, 10'000);
+    } while (count < 0 && errno == EINTR);
+    return count == 1;
   }
 
   bool Fill(Bytes *frame, size_t from) const {
