@@ -11,23 +11,23 @@
 namespace fixtures {
 namespace {
 
+constexpr size_t kPage = 4096;
 constexpr size_t kNbytes = 2 * HugePages::kMinSpan;
 
-// Anonymous memory of small pages, as torch allocates it.
+// Anonymous memory of small pages, as torch allocates it. The pages around it keep it
+// apart from other mappings in the kernel's books.
 class SmallPages {
  public:
-  SmallPages()
-      : data_(static_cast<uint8_t *>(mmap(nullptr,
-                                          kNbytes,
-                                          PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS,
-                                          -1,
-                                          0))) {
+  SmallPages() {
+    whole_ = static_cast<uint8_t *>(mmap(
+        nullptr, kNbytes + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    data_ = whole_ + kPage;
+    mprotect(data_, kNbytes, PROT_READ | PROT_WRITE);
     madvise(data_, kNbytes, MADV_NOHUGEPAGE);
     for (size_t i = 0; i < kNbytes; ++i) data_[i] = static_cast<uint8_t>(i >> 8 ^ i);
     madvise(data_, kNbytes, MADV_HUGEPAGE);
   }
-  ~SmallPages() { munmap(data_, kNbytes); }
+  ~SmallPages() { munmap(whole_, kNbytes + 2 * kPage); }
 
   std::vector<Span> Whole() const {
     return {{reinterpret_cast<uint64_t>(data_), kNbytes}};
@@ -57,7 +57,8 @@ class SmallPages {
   }
 
  private:
-  uint8_t *const data_;
+  uint8_t *whole_;
+  uint8_t *data_;
 };
 
 bool CanCollapse() {
