@@ -72,7 +72,8 @@ def run_case(console: Console, name: str, args: argparse.Namespace) -> tuple[Mea
             rows = CASES[name](rounds)
         finally:
             workers.stop()
-    show_arms(console, name, (CASES[name].__doc__ or "").strip(), rounds.measured)
+    title = (CASES[name].__doc__ or "").partition("\n")[0]
+    show_arms(console, name, title, rounds.measured)
     return rounds.measured, rows
 
 
