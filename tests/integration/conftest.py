@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -60,6 +61,12 @@ def third(local_ray: None) -> Any:
 def users_transports(producer: Any, consumer: Any) -> None:
     """Registered after the actors, which find them all the same."""
     ray.get([producer.pid.remote(), consumer.pid.remote()])
+    _register_users_transports()
+
+
+@functools.cache
+def _register_users_transports() -> None:
+    """Once in this process: a transport stays registered when Ray is shut down."""
     register_tensor_transport("shm", ["cpu"], ShmTransport, torch.Tensor)
     register_tensor_transport("NumpyShm", ["cpu"], ShmTransport, np.ndarray)
     register_tensor_transport("pipe", ["cpu"], PipeTransport, torch.Tensor)
