@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -83,12 +84,26 @@ class FakeTwoSided:
 
     def __init__(self, session: Any):
         self._pipes: dict[str, int] = {}
+        self._senders: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._is_closed = False
+        session.on_peer_lost(self._on_peer_lost)
+
+    def _on_peer_lost(self, peer_id: bytes) -> None:
+        """Shows the end of the pipe to whoever waits for a sender that will not open it."""
+        for path in [path for path, sender in self._senders.items() if sender == peer_id]:
+            with suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
     def route(self, peer: Peer, deadline: float) -> Route:
-        path = os.path.join(tempfile.mkdtemp(prefix="rdt-"), "pipe")
-        os.mkfifo(path)
-        # Open from now on: no sender waits for a receiver that has died.
-        self._pipes[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with self._lock:
+            if self._is_closed:
+                raise OSError("the transport is closed")
+            path = os.path.join(tempfile.mkdtemp(prefix="rdt-"), "pipe")
+            os.mkfifo(path)
+            # Open from now on: no sender waits for a receiver that has died.
+            self._pipes[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            self._senders[path] = peer.agent_id
         return {"path": path}
 
     def send(self, route: Route, buffers: Buffers, deadline: float) -> None:
@@ -103,7 +118,10 @@ class FakeTwoSided:
 
     def receive(self, route: Route, buffers: Buffers, deadline: float) -> None:
         path = route["path"]
-        pipe = self._pipes.pop(path)
+        with self._lock:
+            if self._is_closed:
+                raise OSError("the transport is closed")
+            pipe = self._pipes.pop(path)
         try:
             play("receive")
             for buffer in buffers:
@@ -111,16 +129,24 @@ class FakeTwoSided:
                 while view:
                     view = view[_read(pipe, view, deadline) :]
         finally:
-            # In this order: a sender that has not opened it yet finds nothing to wait for.
-            os.unlink(path)
-            os.rmdir(os.path.dirname(path))
-            os.close(pipe)
+            self._end(path, pipe)
+
+    def _end(self, path: str, pipe: int) -> None:
+        # In this order: a sender that has not opened it yet finds nothing to wait for.
+        self._senders.pop(path)
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
+        os.close(pipe)
 
     def reset(self, peer_id: bytes) -> None:
         """A transfer ends with its pipe."""
 
     def close(self) -> None:
-        """Nothing outlives a transfer."""
+        """Ends what was never received."""
+        with self._lock:
+            self._is_closed = True
+        while self._pipes:
+            self._end(*self._pipes.popitem())
 
 
 def _read(pipe: int, view: memoryview, deadline: float) -> int:

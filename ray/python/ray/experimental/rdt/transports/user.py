@@ -181,6 +181,8 @@ class UserTransport:
         consumer = base64.b64decode(route["consumer"])
         with self._transfer(route["transfer"], agent_id_of(consumer)) as transfer:
             communicator: Any = CommunicatorMetadata()
+            if self._session.is_asker_lost():  # and was, before there was a transfer to end
+                raise TransferEnded("the connection to the consumer broke", "broken")
             try:
                 if route["note"]:
                     communicator = registered.read_note(route["note"])
