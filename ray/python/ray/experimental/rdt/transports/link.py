@@ -4,11 +4,11 @@ The consumer makes a link for what it receives and the producer answers, so each
 two processes has its own, and nothing has to be agreed when both begin at once. A link that fails
 is closed and never used again; the next transfer gets a new one.
 
-Threads: a receive runs on a thread of its own, ``rdt-<backend>``, because gloo's waits can be ended
-neither by Ctrl-C nor, once a message has begun to arrive, by the loss of the peer. The caller waits
-for that thread in slices and leaves it behind if it must; gloo then ends it within
-``peer_timeout_s``. A send runs on its caller's, which is RDT's own and may be late. Whoever raises
-to the caller has ended the process group before, so that no byte is written any more.
+Threads: each transfer runs on a thread of its own, ``rdt-<backend>``, because gloo's waits can be
+ended neither by Ctrl-C nor, once a message has begun to move, by the loss of the peer. The caller
+waits for that thread in slices and leaves it behind if it must; gloo then ends it within
+``peer_timeout_s``. Whoever raises to the caller has ended the process group before, so that no byte
+is written any more.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Link:
         header = Header.describing(tag, [b.numel() for b in buffers])
         if refusal:
             header, buffers = Header.refusing(tag, refusal), ()
-        self._run(lambda job: self._send(job, header, buffers, deadline), deadline, is_here=True)
+        self._run(lambda job: self._send(job, header, buffers, deadline), deadline)
 
     def receive(self, tag: int, buffers: Buffers, deadline: float) -> None:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
@@ -233,7 +233,7 @@ class Link:
         self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline)
 
     def _send(self, job: _Job, header: Header, buffers: Buffers, deadline: float) -> None:
-        """Runs on: producer, the caller's thread."""
+        """Runs on: producer, the transfer's thread."""
         import torch
 
         message = self._backend.empty(packing.HEADER_NBYTES)
@@ -311,21 +311,16 @@ class Link:
 
     # Life.
 
-    def _run(
-        self, transfer: Callable[[_Job], None], deadline: float, is_here: bool = False
-    ) -> None:
-        """Runs a transfer: here, or on a thread of its own for which it waits interruptibly."""
+    def _run(self, transfer: Callable[[_Job], None], deadline: float) -> None:
+        """Runs a transfer on a thread of its own and waits for it, interruptibly."""
         job = _Job()
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             self._jobs.add(job)
-        work = partial(_work, transfer, job, self._backend.turn())
-        if is_here:
-            work()
-        else:
-            name = f"rdt-{self._backend.capabilities.name}"
-            threading.Thread(target=work, name=name, daemon=True).start()
+        turn = self._backend.turn()
+        name = f"rdt-{self._backend.capabilities.name}"
+        threading.Thread(target=_work, args=(transfer, job, turn), name=name, daemon=True).start()
         try:
             self._await(job, deadline)
         except TransferRefused:
@@ -418,7 +413,7 @@ def _until(deadline: float) -> float:
 
 
 def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextManager[None]) -> None:
-    """Runs on: the thread of the transfer."""
+    """Runs on: the transfer's thread."""
     try:
         with turn:
             transfer(job)
