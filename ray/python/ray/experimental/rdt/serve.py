@@ -4,9 +4,9 @@ The agent's own lanes need none of this; they read registered regions without Py
 
 Requests (JSON, through the session):
 
-* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends, all on one
-  thread: each thread more that takes part would wait for the producer's GIL. A send that fails
-  tells the consumer by its own link, which ends the receive; others are left alone.
+* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends, on the same
+  thread: one that hands over to another waits once more for the producer's GIL. (gloo and nccl
+  have a thread for each transfer all the same: link.py says why.) A send that fails tells the consumer by its own link, which ends the receive; others are left alone.
 * ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
   the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
 * ``rdt.done`` {key}: the consumer has read.
