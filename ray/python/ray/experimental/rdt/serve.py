@@ -6,7 +6,8 @@ Requests (JSON, through the session):
 
 * ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends, on the same
   thread: one that hands over to another waits once more for the producer's GIL. (gloo and nccl
-  have a thread for each transfer all the same: link.py says why.) A send that fails tells the consumer by its own link, which ends the receive; others are left alone.
+  have a thread for each transfer all the same: link.py says why.) A send that fails tells the
+  consumer by its own link, which ends the receive; others are left alone.
 * ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
   the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
 * ``rdt.done`` {key}: the consumer has read.
