@@ -313,7 +313,7 @@ for _ in range(2):
 """,
         tmp_path,
     )
-    lines = [line for line in printed.splitlines() if line[0] in "c34"]
+    lines = [line for line in printed.splitlines() if line.startswith(("c", "3", "4"))]
     assert lines == [
         "3.0",
         "4.0 1",
