@@ -29,6 +29,7 @@ with atheris.instrument_imports(
     from ray.experimental.rdt.store import Store
     from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
     from ray.experimental.rdt.transports.registry import Transports
+    from ray.experimental.rdt.transports.ways import Unnamed
 
 PEER = bytes(16)
 KEY = "00" * 16
@@ -54,7 +55,7 @@ def make_session():
     session.agent = Replies(session.agent)
     transports, produced = Transports(session), ProducedStreams(session)
     Server(session, Store(), transports, produced)
-    HintedPulls(session)
+    HintedPulls(session, Unnamed(session))
     TakenStreams(session)
     return session
 

@@ -10,6 +10,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 import ray
+from ray.experimental.rdt import hints, lanes
 from ray.experimental.rdt.errors import RDTError, RDTFetchError
 from tests.integration import user_transports
 from tests.integration.peers import FAKES, LARGE, Peer, ones, pulls, total
@@ -35,12 +36,20 @@ def lenient(local_ray: None) -> Iterator[Any]:
     ray.kill(actor)
 
 
+@pytest.fixture(scope="module")
+def chooser(local_ray: None) -> Iterator[Any]:
+    """A consumer that is told what to prefer."""
+    actor = Peer.remote()
+    yield actor
+    ray.kill(actor)
+
+
 @pytest.fixture(autouse=True)
-def nothing_goes_wrong(producer: Any, consumer: Any, lenient: Any) -> Iterator[None]:
+def nothing_goes_wrong(producer: Any, consumer: Any, lenient: Any, chooser: Any) -> Iterator[None]:
     """Before the test as well: a process knows the fakes once it has imported this module."""
-    ray.get([each.run.remote(script) for each in (producer, consumer, lenient)])
+    ray.get([each.run.remote(script) for each in (producer, consumer, lenient, chooser)])
     yield
-    ray.get([each.run.remote(script) for each in (producer, consumer, lenient)])
+    ray.get([each.run.remote(script) for each in (producer, consumer, lenient, chooser)])
 
 
 def script(_: Any, **steps: str) -> None:
@@ -67,6 +76,30 @@ def test_a_step_that_fails_is_the_waiters_error_and_the_next_works(
         assert f"scripted to fail in {step}" in str(raised.value)
     ray.get([each.run.remote(script) for each in (producer, consumer)])
     assert ray.get(consumer.run.remote(total, ref), timeout=30) == LARGE
+
+
+def prefer(_: Any, *names: str) -> None:
+    """This process tries the agent's lanes, for what nobody named, only after these."""
+    hints.ways = lanes.ways = lambda named, device_type: [*names] if named == "auto" else [named]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("what", ["raise", "unavailable"])
+def test_a_step_of_a_transport_that_nobody_named(
+    producer: Any, chooser: Any, step: str, what: str
+) -> None:
+    """The next way is taken: first the other fake, then the agent's lanes."""
+    name, side = STEPS[step]
+    other = ONE_SIDED if name == TWO_SIDED else TWO_SIDED
+    before = sum(pulls(chooser).values())
+    ray.get(chooser.run.remote(prefer, name, other))
+    broken = producer if side == "producer" else chooser
+    ray.get(broken.run.remote(script, **{step: what}))
+    assert ray.get(chooser.run.remote(total, make(producer, "auto")), timeout=30) == LARGE
+    assert sum(pulls(chooser).values()) == before
+    ray.get(chooser.run.remote(prefer, name))
+    assert ray.get(chooser.run.remote(total, make(producer, "auto")), timeout=30) == LARGE
+    assert sum(pulls(chooser).values()) == before + 1
 
 
 @pytest.mark.parametrize("step", ["expose", "read", "receive"])

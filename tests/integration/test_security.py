@@ -1,17 +1,24 @@
-"""The cluster's secret and the objects' keys are in no log, no command line and no environment."""
+"""The cluster's secret and the objects' keys are in no log, no command line and no environment.
+
+With TLS on, nothing of RDT's goes in the clear.
+"""
 
 from __future__ import annotations
 
 import base64
 import contextlib
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import ray
-from ray.experimental.rdt import descriptor
-from tests.integration.peers import LARGE, ones, total
+from ray.experimental.rdt import descriptor, explain
+from tests.integration.peers import LARGE, ones, pulls, total
 from tests.support import START, run_driver
 
 
@@ -81,3 +88,52 @@ def look_everywhere() -> None:
     assert said, "no log has a line of RDT's: nothing was looked at"
     for file in Path("/dev/shm").glob("*rdt*"):
         assert not stat.S_IMODE(file.stat().st_mode) & 0o077, file
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> dict[str, str]:
+    """What turns Ray's TLS on, with a certificate for this machine."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the openssl command is not installed")
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    names = f"subjectAltName=DNS:localhost,IP:127.0.0.1,IP:{ray.util.get_node_ip_address()}"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    make += ["-subj", "/CN=ray", "-addext", names, "-keyout", key, "-out", certificate]
+    subprocess.run(make, check=True, capture_output=True)
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_RDT_STRICT_TRANSPORT": "0",
+        "RAY_TLS_SERVER_CERT": certificate,
+        "RAY_TLS_SERVER_KEY": key,
+        "RAY_TLS_CA_CERT": certificate,
+    }
+
+
+def test_a_cluster_with_tls(tmp_path: Path, tls: dict[str, str]) -> None:
+    run_driver(
+        START
+        + """
+from tests.integration.test_security import stay_on_the_host
+
+start()
+stay_on_the_host()
+""",
+        tmp_path,
+        environment=tls,
+    )
+
+
+def stay_on_the_host() -> None:
+    """Runs on: the driver of a session with TLS."""
+    from tests.integration.peers import Peer
+
+    maker, taker = Peer.remote(), Peer.remote()
+    for transport in ("auto", "gloo", "nixl"):
+        ref = maker.make.options(tensor_transport=transport).remote(ones)
+        assert ray.get(taker.run.remote(total, ref)) == LARGE
+        told = explain((maker, taker), transport=transport)
+        reasons = {way.name: way.reason for way in told.ways["cpu"]}
+        assert told.used() == "cma"
+        assert "TLS" in reasons["tcp"]
+        assert transport == "auto" or "TLS" in reasons[transport]
+    assert pulls(taker) == {"cma": 3, "shm": 0, "tcp": 0}

@@ -13,9 +13,9 @@ import torch
 
 from ray.experimental.rdt import capture
 from ray.experimental.rdt.capture import Captured, lay_out
-from ray.experimental.rdt.device_lanes import ways
 from ray.experimental.rdt.landing import allocate_on_devices, direct_targets
 from ray.experimental.rdt.serve import await_writers, flat_buffers
+from ray.experimental.rdt.transports.ways import ways
 from tests import fake_device
 from tests.fake_device import TYPE, accelerator, launch
 from tests.unit.test_capture import Context
@@ -171,7 +171,7 @@ def test_side_copies_come_after_the_current_stream():
 
 
 def test_order_of_ways():
-    assert ways("auto", "cpu") == []
+    assert ways("auto", "cpu") == ["nixl"]
     assert ways("gloo", "cpu") == ["gloo"]
     assert ways("auto", TYPE) == [f"{TYPE}_ipc", "staged"]
     assert ways("nixl", TYPE) == ["nixl", f"{TYPE}_ipc", "staged"]

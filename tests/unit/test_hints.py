@@ -29,7 +29,9 @@ class World:
         session = SimpleNamespace(
             agent=consumer, serve=self._handlers.__setitem__, on_close=lambda _: None
         )
-        self.hinted = HintedPulls(session)
+        self.obstacle = "the lanes are best"
+        unnamed = SimpleNamespace(obstacle=lambda name, address: self.obstacle)
+        self.hinted = HintedPulls(session, unnamed)
 
     def hint(self, number):
         """Returns the object's key."""
@@ -65,6 +67,14 @@ def make_world(monkeypatch):
         world.stop()
     monkeypatch.undo()
     config.settings.cache_clear()
+
+
+def test_hints_are_let_go_where_a_transport_comes_before_the_lanes(make_world):
+    world = make_world()
+    world.obstacle = ""
+    key = world.hint(1)
+    assert world.hinted.nbytes == 0
+    assert world.hinted.take(key) is None
 
 
 def test_hinted_objects_keep_within_their_budget(make_world):

@@ -77,6 +77,20 @@ def nodes():
         node.close()
 
 
+class Keys(dict):
+    """The keys of a rendezvous at which all ranks have arrived."""
+
+    set, get = dict.__setitem__, dict.__getitem__
+
+
+def test_ranks_on_one_gpu_are_refused():
+    """NCCL connects different ones only."""
+    make = NcclBackend(accelerator, DEVICE)._check_gpus_differ
+    make(Keys({"gpu/0": b"fake-1"}), 1, 2)
+    with pytest.raises(TransportUnavailable, match="ranks 0 and 1 are on one GPU, fake-0"):
+        make(Keys({"gpu/0": b"fake-0"}), 1, 2)
+
+
 def on_device(buffers):
     return [buffer.to(DEVICE) for buffer in buffers]
 

@@ -15,7 +15,9 @@ from typing import TypeVar
 from ray._common.utils import get_system_memory
 from ray._private import ray_constants
 
-LANES = ("inproc", "cma", "shm", "tcp")
+#: The agent's own, and the transports that may be taken although nobody named them.
+AGENT_LANES = ("inproc", "cma", "shm", "tcp")
+LANES = (*AGENT_LANES, "cuda_ipc", "nixl", "nccl")
 
 _T = TypeVar("_T")
 

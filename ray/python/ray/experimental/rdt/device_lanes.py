@@ -8,29 +8,16 @@ goes through host memory and serves every pair.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.landing import Landing, Targets, allocate_on_devices, direct_targets
-from ray.experimental.rdt.lanes import (
-    AgentPull,
-    Exchange,
-    check_carries,
-    describe_peer,
-    fall_back,
-    say_used,
-)
+from ray.experimental.rdt.lanes import AgentPull, Exchanges
 from ray.experimental.rdt.targets import Target
-from ray.experimental.rdt.transports.base import TransportUnavailable
 
 if TYPE_CHECKING:
     from ray.experimental.rdt.links import Links
-
-#: Through host memory: the last way, and the only one that is not tried but relied on.
-STAGED = "staged"
 
 
 class PerDevice:
@@ -87,7 +74,7 @@ class PerDevice:
 class _Share:
     """The regions of one object that are on one type of device at the producer.
 
-    Begins the first way that can be begun; ``finish`` goes on to the next where one cannot serve.
+    Those in its host memory have the agent's lanes after the transports.
     """
 
     def __init__(
@@ -98,67 +85,26 @@ class _Share:
         device_type: str,
         deadline: float,
     ):
-        self._links = links
+        self._session = links.session
         self._head = head
         self._landing = landing
-        self._device_type = device_type
-        self._ways = ways(head.transport, device_type)
-        self._under_way: AgentPull | Exchange
-        self._begin_next(deadline)
+        self._exchanges = Exchanges(links, head, device_type, deadline)
+        self._pull = None if self._exchanges.current is not None else self._begin_pull()
 
     @property
     def lane(self) -> str:
-        return self._under_way.lane
+        under_way = self._exchanges.current or self._pull
+        return under_way.lane if under_way is not None else ""
 
     def finish(self, deadline: float) -> None:
-        while isinstance(self._under_way, Exchange):
-            try:
-                self._under_way.move(self._landing, deadline)
-                say_used(self._links.session, self._head, self.lane, self._device_type)
-                return
-            except TransportUnavailable as error:
-                self._under_way.abandon()
-                self._pass_over(self._under_way.lane, error)
-            self._begin_next(deadline)
-        self._under_way.wait(deadline)
+        if not self._exchanges.move(self._landing, deadline):
+            self._pull = self._pull or self._begin_pull()
+            self._pull.wait(deadline)
 
     def abandon(self) -> None:
-        self._under_way.abandon()
+        self._exchanges.abandon()
+        if self._pull is not None:
+            self._pull.abandon()
 
-    def _begin_next(self, deadline: float) -> None:
-        while self._ways:
-            name = self._ways.pop(0)
-            try:
-                transport = self._links.transports.get(name)
-                if name != STAGED:
-                    check_carries(transport, self._device_type)
-                self._under_way = Exchange(
-                    self._links.session, transport, self._head, deadline, self._device_type
-                )
-                return
-            except TransportUnavailable as error:
-                self._pass_over(name, error)
-        session = self._links.session
-        self._under_way = AgentPull(session, self._head.address, self._head.key, self._landing)
-
-    def _pass_over(self, name: str, error: TransportUnavailable) -> None:
-        if name == STAGED:
-            raise error
-        if name == self._head.transport:
-            fall_back(self._links.session, self._head, error)
-        else:
-            why = f"RDT lane {name} does not serve {describe_peer(self._head)}: {error}"
-            self._links.session.say_once(why, logging.INFO)
-
-
-def ways(named: str, device_type: str) -> list[str]:
-    """The transports to try for memory of one device type, best first.
-
-    Host memory has the agent's lanes after these.
-    """
-    own = [] if named == "auto" else [named]
-    if device_type == "cpu":
-        return own
-    accelerator = accelerators.usable(device_type)
-    others = accelerator.transports if accelerator is not None else ()
-    return [*own, *(name for name in others if name != named), STAGED]
+    def _begin_pull(self) -> AgentPull:
+        return AgentPull(self._session, self._head.address, self._head.key, self._landing)

@@ -24,6 +24,7 @@ from ray.experimental.rdt.directory import Location
 from ray.experimental.rdt.landing import allocate
 from ray.experimental.rdt.lanes import AgentPull
 from ray.experimental.rdt.session import KV_NAMESPACE, Session
+from ray.experimental.rdt.transports.ways import Unnamed, ways
 
 logger = logging.getLogger("ray.rdt")
 
@@ -86,10 +87,12 @@ class HintedPulls:
 
     Args:
         session: Brings the hints and pulls.
+        unnamed: Says where the agent's lanes are not the first choice: there, hints are let go.
     """
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, unnamed: Unnamed):
         self._session = session
+        self._unnamed = unnamed
         self._lock = threading.Lock()
         self._pulls: dict[bytes, _Hinted] = {}
         self._asked: OrderedDict[bytes, None] = OrderedDict()
@@ -132,6 +135,8 @@ class HintedPulls:
         """Runs on: an rdt-call thread."""
         key = bytes.fromhex(body["key"])
         address = base64.b64decode(body["address"])
+        if not all(self._unnamed.obstacle(name, address) for name in ways("auto", "cpu")):
+            return {}
         regions = array("Q", body["regions"])
         nbytes = sum(regions)
         with self._lock:

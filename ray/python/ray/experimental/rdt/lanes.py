@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
+from ray.exceptions import RayError
+
 from ray import cloudpickle
 from ray.experimental.rdt import checksums
 from ray.experimental.rdt._tensors import Table, build_tensors
@@ -32,6 +34,7 @@ from ray.experimental.rdt.transports.base import (
     TransportUnavailable,
     TwoSided,
 )
+from ray.experimental.rdt.transports.ways import STAGED, ways
 
 if TYPE_CHECKING:
     import torch
@@ -150,13 +153,17 @@ class Exchange:
 
     def __init__(
         self,
-        session: Session,
-        transport: Transport,
+        links: Links,
+        name: str,
         head: Descriptor,
         deadline: float,
         device_type: str = "cpu",
     ):
-        self.lane = transport.capabilities.name
+        session = links.session
+        transport = links.transports.get(name)
+        if name != STAGED:
+            check_carries(transport, device_type)
+        self.lane = name
         self._session = session
         self._transport = transport
         self._head = head
@@ -211,43 +218,153 @@ class Exchange:
             self._session.tell(self._peer.address, "rdt.done", body, repeats=False)
 
 
-class TransportPull:
-    """A named transport moves the bytes of an object in host memory; if it cannot, the agent does.
+class _RuledOut(TransportUnavailable):
+    """Nothing was tried."""
+
+
+class Exchanges:
+    """The transports that are tried for the regions on one type of device, one after the other.
+
+    The first that can be begun is. One that fails although nobody named it is passed over, as one
+    that cannot serve is; the error of a named one is the object's.
+
+    Attributes:
+        current: The one under way, None if there is none: the agent's lanes are left.
 
     Args:
         links: This process's parts.
-        exchange: With the named transport.
+        head: The object.
+        device_type: The regions that are meant.
+        deadline: When the fetch gives up.
+
+    Raises:
+        RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
+    """
+
+    def __init__(self, links: Links, head: Descriptor, device_type: str, deadline: float):
+        self._links = links
+        self._head = head
+        self._device_type = device_type
+        self._left = ways(head.transport, device_type)
+        self.current: Exchange | None = None
+        self._begin_next(deadline)
+
+    def move(self, landing: Landing, deadline: float) -> bool:
+        """Waits for the bytes. False: no transport serves, the agent's lanes have to."""
+        while self.current is not None:
+            lane, until = self.current.lane, self._until(self.current.lane, deadline)
+            try:
+                self.current.move(landing, until)
+            except Exception as error:
+                if not self._may_pass_over(lane, error, deadline):
+                    raise
+                self.current.abandon()
+                self._pass_over(lane, error)
+            else:
+                say_used(self._links.session, self._head, lane, self._device_type)
+                return True
+            self._begin_next(deadline)
+        return False
+
+    def abandon(self) -> None:
+        """Gives up the one under way."""
+        if self.current is not None:
+            self.current.abandon()
+
+    def _begin_next(self, deadline: float) -> None:
+        self.current = None
+        while self._left and self.current is None:
+            name = self._left.pop(0)
+            try:
+                self._check_allowed(name)
+                self.current = Exchange(
+                    self._links, name, self._head, self._until(name, deadline), self._device_type
+                )
+            except TransportUnavailable as error:
+                if name == STAGED:
+                    raise
+                self._pass_over(name, error)
+
+    def _is_unnamed(self, name: str) -> bool:
+        return name not in (self._head.transport, STAGED)
+
+    def _check_allowed(self, name: str) -> None:
+        obstacle = ""
+        if self._is_unnamed(name):
+            obstacle = self._links.unnamed.obstacle(name, self._head.address)
+        if obstacle:
+            raise _RuledOut(obstacle)
+
+    def _until(self, name: str, deadline: float) -> float:
+        """One that nobody named leaves half of the time to those after it."""
+        now = time.monotonic()
+        return now + (deadline - now) / 2 if self._is_unnamed(name) else deadline
+
+    def _may_pass_over(self, lane: str, error: Exception, deadline: float) -> bool:
+        if lane == STAGED:
+            return False
+        if isinstance(error, TransportUnavailable):
+            return True
+        if not self._is_unnamed(lane) or time.monotonic() >= deadline:
+            return False
+        is_final = isinstance(error, (MemoryError, RayError, ChecksumMismatch))
+        is_gone = getattr(error, "code", "") == "not_found"
+        may_write = getattr(error, "may_still_write", False)
+        return not (is_final or is_gone or may_write)
+
+    def _pass_over(self, name: str, error: Exception) -> None:
+        if not self._is_unnamed(name):
+            fall_back(self._links.session, self._head, error)
+            return
+        is_ruled_out = isinstance(error, _RuledOut)
+        if not is_ruled_out:
+            self._links.unnamed.failed(name, self._head.address, error)
+        if not is_ruled_out or self._device_type != "cpu":
+            why = f"RDT lane {name} does not serve {describe_peer(self._head)}: {error}"
+            self._links.session.say_once(why, logging.INFO)
+
+
+class TransportPull:
+    """A transport moves the bytes of an object in host memory; if none can, the agent does.
+
+    Args:
+        links: This process's parts.
+        exchanges: With the transports that are tried.
         envelope: The object.
         targets: The user's.
     """
 
     def __init__(
-        self, links: Links, exchange: Exchange, envelope: Envelope, targets: Targets | None
+        self, links: Links, exchanges: Exchanges, envelope: Envelope, targets: Targets | None
     ):
-        self.lane = exchange.lane
-        self.abandon = exchange.abandon
+        self.abandon = exchanges.abandon
         self._links = links
-        self._exchange = exchange
+        self._exchanges = exchanges
         self._envelope = envelope
         self._targets = targets
+
+    @property
+    def lane(self) -> str:
+        under_way = self._exchanges.current
+        return under_way.lane if under_way is not None else ""
 
     def finish(self, deadline: float) -> Targets:
         try:
             with waiting():
-                return self._move(deadline)
-        except TransportUnavailable as error:
-            fall_back(self._links.session, self._envelope.head, error)
+                tensors = self._move(deadline)
+            if tensors is not None:
+                return tensors
         except ChecksumMismatch as error:
             pull_again(self._links.session, self.lane, error)
-        self.abandon()
+            self.abandon()
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
-    def _move(self, deadline: float) -> Targets:
+    def _move(self, deadline: float) -> Targets | None:
         table = self._envelope.table
         direct = direct_targets(table, self._targets)
         landing = allocate(self._links.session, table.regions, direct)
-        self._exchange.move(landing, deadline)
-        say_used(self._links.session, self._envelope.head, self.lane)
+        if not self._exchanges.move(landing, deadline):
+            return None
         return landing.deliver(table, self._targets)
 
 
@@ -374,18 +491,17 @@ def choose(
     Raises:
         RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
-    name = envelope.head.transport
-    if name != "auto" and (envelope.head.nbytes or not envelope.table.rows):
-        try:
-            if envelope.head.is_users:
-                return UserPull(links, envelope, targets)
-            transport = links.transports.get(name)
-            check_carries(transport, "cpu")
-            exchange = Exchange(links.session, transport, envelope.head, deadline)
-            return TransportPull(links, exchange, envelope, targets)
-        except TransportUnavailable as error:
-            fall_back(links.session, envelope.head, error)
-    return FromAgent(_agent_pull(links, envelope, targets), envelope.table, targets)
+    head, table = envelope.head, envelope.table
+    if head.is_users and (head.nbytes or not table.rows):
+        return UserPull(links, envelope, targets)
+    hinted = links.hinted.take(head.key)
+    if hinted is not None:
+        return FromAgent(hinted, table, targets)
+    if head.nbytes:
+        exchanges = Exchanges(links, head, "cpu", deadline)
+        if exchanges.current is not None:
+            return TransportPull(links, exchanges, envelope, targets)
+    return FromAgent(_agent_pull(links, envelope, targets), table, targets)
 
 
 def _finish_on_agent(
@@ -407,14 +523,11 @@ def check_carries(transport: Transport, device_type: str) -> None:
 
 def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> AgentPull:
     head, table = envelope.head, envelope.table
-    hinted = links.hinted.take(head.key)
-    if hinted is not None:
-        return hinted
     landing = allocate(links.session, table.regions, direct_targets(table, targets))
     return AgentPull(links.session, head.address, head.key, landing)
 
 
-def fall_back(session: Session, head: Descriptor, error: TransportUnavailable) -> None:
+def fall_back(session: Session, head: Descriptor, error: Exception) -> None:
     """Says once why another lane than the named transport is used.
 
     Raises:

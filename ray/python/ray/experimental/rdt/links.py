@@ -10,6 +10,7 @@ from ray.experimental.rdt.serve import Server
 from ray.experimental.rdt.session import Session
 from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
 from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.transports.ways import Unnamed
 from ray.experimental.rdt.unclaimed import ClaimWatch
 
 
@@ -20,6 +21,7 @@ class Links:
     Attributes:
         session: The agent and its threads.
         transports: The named transports.
+        unnamed: Which of them may be taken although nobody named them.
         server: Sends and exposes this process's objects.
         hints: Hints objects to consumers.
         hinted: Objects that owners hinted to this process.
@@ -31,6 +33,7 @@ class Links:
 
     session: Session
     transports: Transports
+    unnamed: Unnamed
     server: Server
     hints: HintSender
     hinted: HintedPulls

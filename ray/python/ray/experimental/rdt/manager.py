@@ -60,6 +60,7 @@ from ray.experimental.rdt.transports.base import Shipment, Transport, TransportU
 from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.user import UserTransport, own_actor_handle
+from ray.experimental.rdt.transports.ways import Unnamed
 from ray.experimental.rdt.unclaimed import ClaimWatch
 
 if TYPE_CHECKING:
@@ -643,11 +644,13 @@ class RDTManager:
         transports = Transports(current)
         produced, taken = ProducedStreams(current), TakenStreams(current)
         server = Server(current, self.store, transports, produced)
-        hints, hinted = HintSender(current), HintedPulls(current)
-        explainer = Explainer(current, transports)
+        unnamed = Unnamed(current)
+        hints, hinted = HintSender(current), HintedPulls(current, unnamed)
+        explainer = Explainer(current, transports, unnamed)
         claims = ClaimWatch(current, self._is_stored, self._may_own)
         links = Links(
-            current, transports, server, hints, hinted, produced, taken, explainer, claims
+            *(current, transports, unnamed, server, hints, hinted, produced, taken),
+            *(explainer, claims),
         )
         # Bound to this session's server: a release may come while the session ends.
         current.on_released(lambda tokens: self._on_released(links, tokens))

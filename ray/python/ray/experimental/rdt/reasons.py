@@ -4,7 +4,7 @@ A consumer judges each way as the fetch does, from what its agent knows of the p
 what the producer answers to one request:
 
 * ``rdt.offers`` {transport, devices}: for each type of device (null: all that it has) the
-  transports of ``device_lanes.ways``, each with what is in its way there, "" for nothing.
+  transports of ``ways.ways``, each with what is in its way there, "" for nothing.
 * ``rdt.explain`` {question}: a third process asks a consumer; the answer is an explanation.
 
 Neither handler waits for another process's Python. Nothing is moved.
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.device_lanes import STAGED, ways
 from ray.experimental.rdt.lanes import check_carries
 from ray.experimental.rdt.session import agent_id_of
 from ray.experimental.rdt.transports.base import TransportUnavailable
+from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
 from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS
+from ray.experimental.rdt.transports.ways import STAGED, Unnamed, ways
 
 if TYPE_CHECKING:
     from ray.experimental.rdt.session import Session
@@ -119,12 +120,14 @@ class Explainer:
     Args:
         session: Brings the requests.
         transports: This process's.
+        unnamed: Rules out those that nobody named.
     """
 
-    def __init__(self, session: Session, transports: Transports):
+    def __init__(self, session: Session, transports: Transports, unnamed: Unnamed):
         self.address = session.address
         self._session = session
         self._transports = transports
+        self._unnamed = unnamed
         session.serve("rdt.offers", self._on_offers)
         session.serve("rdt.explain", self._on_explain)
 
@@ -200,7 +203,7 @@ class Explainer:
     ) -> list[Way]:
         tried = [self._same_process(question), _in_value(question)]
         for name, obstacle in obstacles.items():
-            tried.append(self._transport(name, device_type, obstacle))
+            tried.append(self._transport(question, name, device_type, obstacle))
         if device_type == "cpu" and question.is_foreign:
             tried += [Way(lane, False, "moves torch tensors only") for lane in _LANES]
         elif device_type == "cpu":
@@ -219,7 +222,14 @@ class Explainer:
             return Way("inproc", True, "the consumer made it: it gets the very tensors")
         return Way("inproc", False, "the producer is another process")
 
-    def _transport(self, name: str, device_type: str, producers_obstacle: str) -> Way:
+    def _transport(
+        self, question: Question, name: str, device_type: str, producers_obstacle: str
+    ) -> Way:
+        obstacle = ""
+        if name not in (question.transport, STAGED):
+            obstacle = self._unnamed.obstacle(name, question.address)
+        if obstacle:
+            return Way(name, False, obstacle)
         obstacle = self._obstacle(name, device_type)
         if obstacle:
             return Way(name, False, f"at the consumer: {obstacle}")
@@ -233,6 +243,8 @@ class Explainer:
             transport = self._transports.get(name)
             if name != STAGED:
                 check_carries(transport, device_type)
+            if isinstance(transport, ProcessGroupTransport):
+                transport.check_available()
         except TransportUnavailable as error:
             return str(error)
         return ""

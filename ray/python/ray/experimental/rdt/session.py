@@ -21,7 +21,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.config import AGENT_LANES, settings
 
 logger = logging.getLogger("ray.rdt")
 
@@ -71,7 +71,7 @@ class Session:
         self.agent = Agent(
             secret=secret,
             bind_ip=bind_ip,
-            lanes=options.lanes,
+            lanes=options.lanes.intersection(AGENT_LANES),
             copy_threads=options.copy_threads,
             tcp_streams=options.tcp_streams,
             pool_bytes=options.pool_bytes,
@@ -293,6 +293,11 @@ def _run_logged(action: Callable[..., None], *args: Any) -> None:
 def agent_id_of(address: bytes) -> bytes:
     """The id of the agent at an address: 16 bytes after a mark (4) and a version (2)."""
     return address[6:22]
+
+
+def boot_id_of(address: bytes) -> bytes:
+    """What tells the running kernel of the agent at an address from others: the next 16 bytes."""
+    return address[22:38]
 
 
 _lock = threading.Lock()

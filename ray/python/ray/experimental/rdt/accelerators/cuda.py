@@ -57,7 +57,7 @@ class CudaAccelerator:
     """See ``Accelerator``. Each device has one side stream, made at its first copy."""
 
     device_type = "cuda"
-    transports = ("cuda_ipc",)
+    transports = ("cuda_ipc", "nixl", "nccl")
 
     def __init__(self) -> None:
         self.sharing = CudaSharing()

@@ -132,7 +132,8 @@ class OneSided(Protocol):
         """Fills flat uint8 ``buffers``, which match the exposed ones one to one.
 
         Runs on: consumer, the fetching thread; may block until ``deadline`` (``time.monotonic``).
-        Returns only once all bytes are in place; after an error none is written any more.
+        Returns only once all bytes are in place; after an error none is written any more, unless
+        it says so in an attribute ``may_still_write``.
 
         Raises:
             TransportUnavailable: nothing was sent, another lane may be tried.

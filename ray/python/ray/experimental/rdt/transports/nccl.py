@@ -21,7 +21,7 @@ from ray.experimental.rdt.accelerators.base import Accelerator
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
-from ray.experimental.rdt.transports.base import Capabilities
+from ray.experimental.rdt.transports.base import Capabilities, TransportUnavailable
 from ray.experimental.rdt.transports.link import Buffers
 from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
 
@@ -70,12 +70,32 @@ class NcclBackend:
         return ""
 
     def make(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
-        """See ``Backend``. The communicator itself is made by the first operation."""
+        """See ``Backend``. The communicator itself is made by the first operation.
+
+        Raises:
+            TransportUnavailable: two ranks are on one GPU, which NCCL cannot connect.
+        """
         from torch.distributed import ProcessGroupNCCL
 
+        self._check_gpus_differ(store, rank, size)
         options = ProcessGroupNCCL.Options()
         options._timeout = _NEVER
         return ProcessGroupNCCL(store, rank, size, options)
+
+    def _check_gpus_differ(self, store: Any, rank: int, size: int) -> None:
+        sharing = self._accelerator.sharing
+        if sharing is None:
+            return
+        store.set(f"gpu/{rank}", sharing.identity(self._device).encode())
+        ranks: dict[bytes, int] = {}
+        for other in range(size):
+            identity = store.get(f"gpu/{other}")
+            if identity in ranks:
+                raise TransportUnavailable(
+                    f"ranks {ranks[identity]} and {other} are on one GPU, {identity.decode()}, "
+                    "and NCCL connects different ones only"
+                )
+            ranks[identity] = other
 
     def kill(self, group: Any) -> None:
         """See ``Backend``. The abort ends the kernels that are running."""

@@ -74,8 +74,11 @@ class Consumer:
             exposure = Exposure(*(exposed[name] for name in names))
             with endpoint.remotes.reading(exposure, deadline):
                 _run(endpoint.engine, batches, exposure.agent, under_way, deadline)
-        finally:
+        except BaseException as error:
             _settle(under_way, time.monotonic() + _GRACE_S)
+            error.may_still_write = bool(under_way)  # type: ignore[attr-defined]
+            raise
+        finally:
             self._end(endpoint, _Hung(under_way, lease, tuple(buffers)))
 
     def _look_after_hung(self, endpoint: Endpoint) -> None:

@@ -144,8 +144,12 @@ def find_reach(sysfs: Path = Path("/sys/class"), proc: Path = Path("/proc")) -> 
     """The host (more exactly: where processes can read each other), and RDMA if it has a device."""
     boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
     processes = (proc / "self/ns/pid").stat().st_ino
-    has_rdma = any(sysfs.glob("infiniband/*"))
-    return f"{boot_id}/{processes}" + (" rdma" if has_rdma else "")
+    return f"{boot_id}/{processes}" + (" rdma" if has_rdma(sysfs) else "")
+
+
+def has_rdma(sysfs: Path = Path("/sys/class")) -> bool:
+    """Whether this host has an RDMA device."""
+    return any(sysfs.glob("infiniband/*"))
 
 
 def is_direct(reach: str, other: str) -> bool:
