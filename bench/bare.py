@@ -97,9 +97,11 @@ class RawGloo:
 
     Args:
         nbytes: Bytes of the tensor.
+        count: Transfers in one sample.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, count: int) -> None:
+        self._count = count
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rdt-bench-gloo-"))
             stack.enter_context(contextlib.closing(SecondProcess("gloo", folder, str(nbytes))))
@@ -109,11 +111,14 @@ class RawGloo:
             self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
-        """Seconds until the second process says that all has come in."""
+        """Seconds of each transfer, until the second process says that all has come in."""
+        return [self._send() for _ in range(self._count)]
+
+    def _send(self) -> float:
         start = time.perf_counter()
         torch.distributed.send(self._tensor, dst=1)
         torch.distributed.recv(self._receipt, src=1)
-        return [time.perf_counter() - start]
+        return time.perf_counter() - start
 
 
 def receive_over_gloo(folder: str, nbytes: str) -> None:

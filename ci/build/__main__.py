@@ -33,6 +33,9 @@ All is for the Python that runs it: PYTHON=python3.12 ./build.sh names another.
 Steps that were done for the same input are not done again.
 """
 
+#: Two files of tests at a time, in their order: tests wait for processes most of the time.
+TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+
 
 def wheel(_: list[str], __: Path) -> None:
     with one_at_a_time():
@@ -62,6 +65,7 @@ def test(arguments: list[str], _: Path) -> None:
     if not arguments:
         checks.native_tests()
         fuzz.fuzz_all(python, fuzz.SHORT_S)
+        arguments = TWO_AT_ONCE
     done = subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT, check=False)
     raise SystemExit(done.returncode)
 

@@ -355,7 +355,7 @@ class TransportPull:
             if tensors is not None:
                 return tensors
         except ChecksumMismatch as error:
-            pull_again(self._links.session, self.lane, error)
+            pull_again(self._links.session, self._envelope.head, self.lane, error)
             self.abandon()
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
@@ -390,7 +390,7 @@ class UserPull:
                 raise
             fall_back(self._links.session, self._envelope.head, error)
         except ChecksumMismatch as error:
-            pull_again(self._links.session, self.lane, error)
+            pull_again(self._links.session, self._envelope.head, self.lane, error)
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
     def _move(self, shipment: Shipment, deadline: float) -> Targets:
@@ -555,13 +555,13 @@ def say_used(session: Session, head: Descriptor, lane: str, device_type: str = "
     session.say_once(f"{what}: lane {lane} ({why})", logging.INFO)
 
 
-def pull_again(session: Session, way: str, error: ChecksumMismatch) -> None:
-    """Says why the agent's lanes bring an object that a named transport has brought.
+def pull_again(session: Session, head: Descriptor, way: str, error: ChecksumMismatch) -> None:
+    """Says why the agent's lanes bring an object that a transport has brought.
 
     Raises:
-        ChecksumMismatch: ``RAY_RDT_STRICT_TRANSPORT=1`` forbids that.
+        ChecksumMismatch: it is the named one, and ``RAY_RDT_STRICT_TRANSPORT=1`` forbids others.
     """
-    if settings().strict_transport:
+    if settings().strict_transport and way == head.transport:
         raise error
     checksums.say_again(session, way, error)
 
