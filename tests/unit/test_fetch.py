@@ -101,7 +101,8 @@ class World:
         self.link_uses += 1
         session = SimpleNamespace(agent=self.agent)
         hinted = SimpleNamespace(take=lambda key: None)
-        return SimpleNamespace(session=session, hinted=hinted, transports=None)
+        unnamed = SimpleNamespace(obstacle=lambda name, address: "the lanes are best")
+        return SimpleNamespace(session=session, hinted=hinted, transports=None, unnamed=unnamed)
 
     def send(self, value: Any, *, outcome: Any = None, eager: bool = False) -> Envelope:
         """What arrives of a value; its pull ends with ``outcome``, or with its bytes."""
