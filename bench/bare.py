@@ -240,9 +240,11 @@ class AgentOverTcp:
     Args:
         nbytes: Bytes of one pull.
         streams: TCP streams.
+        seconds: How long one sample pulls, as iperf3 does.
     """
 
-    def __init__(self, nbytes: int, streams: int) -> None:
+    def __init__(self, nbytes: int, streams: int, seconds: float = 2) -> None:
+        self._seconds = seconds
         if importlib.util.find_spec("ray.experimental.rdt._agent") is None:
             raise Skip("this Ray has no agent")
         shape = str(nbytes), str(streams)
@@ -259,9 +261,12 @@ class AgentOverTcp:
             self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
-        """Seconds of one pull."""
-        self._puller.tell("pull")
-        return [float(self._puller.hear_after("seconds"))]
+        """Seconds of a pull, on average over those that follow each other for a while."""
+        took: list[float] = []
+        while sum(took) < self._seconds:
+            self._puller.tell("pull")
+            took.append(float(self._puller.hear_after("seconds")))
+        return [sum(took) / len(took)]
 
 
 AGENT_SECRET = bytes(32)
