@@ -103,7 +103,9 @@ def test_async_and_dead_actors(producer: Any, spawn: Any) -> None:
     ends = os.pidfd_open(ray.get(dead.pid.remote()))  # Ray calls an actor dead before it ends
     ray.wait([lost])
     ray.kill(dead)
-    assert select.select([ends], [], [], 30)[0]
+    poller = select.poll()
+    poller.register(ends, select.POLLIN)
+    assert poller.poll(30_000)
     os.close(ends)
     with pytest.raises(RayActorError):
         explain((dead, producer))
