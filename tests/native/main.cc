@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr unsigned kTestTimeoutS = 120;
+constexpr unsigned kTestTimeoutS = 300;
 
 bool Passes(const check::Test &test) {
   auto start = std::chrono::steady_clock::now();
