@@ -213,8 +213,20 @@ def test_the_gil_is_free_while_waiting(agent, producer):
     assert turns > 20
 
 
+def test_what_is_noted_as_pulled_must_be_spans(agent):
+    data = bytearray(100)
+    agent.note_pulled(*spans(data))
+    with pytest.raises(ValueError, match="length"):
+        agent.note_pulled(array("Q", [1, 2]), array("Q", [1]))
+    with pytest.raises(ValueError, match="overflow"):
+        agent.note_pulled(array("Q", [1]), array("Q", [2**64 - 1]))
+    agent.stop()
+    agent.note_pulled(*spans(data))
+
+
 def test_a_forked_child_cannot_use_the_agent(agent, producer):
     block, pull = pull_block(agent, producer.address)
+    gc.collect()  # what other tests left behind is not the child's to end
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -225,7 +237,7 @@ def test_a_forked_child_cannot_use_the_agent(agent, producer):
         del block, pull, agent
         gc.collect()
         os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     pull.wait(LONG_S)
     assert bytes(block) == bytes(contents()[:SIZE])
 

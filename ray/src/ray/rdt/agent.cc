@@ -65,14 +65,21 @@ Agent::Agent(std::string secret, const Settings &settings)
       self_(DescribeThisProcess(identity_.agent)),
       loop_("rdt-loop"),
       copies_(settings.copy_threads),
-      service_(&loop_, &copies_, &regions_, &events_, &log_, &counters_) {
+      huge_pages_(&copies_),
+      service_(&loop_, &copies_, &huge_pages_, &regions_, &events_, &log_, &counters_) {
   Open();
   address_bytes_ = Pack(self_);
-  auto self = std::make_shared<SelfPeer>(
-      Workplace{
-          &loop_, &copies_, &events_, &log_, &counters_, &settings_, &identity_, &self_},
-      &regions_,
-      &service_);
+  auto self = std::make_shared<SelfPeer>(Workplace{&loop_,
+                                                   &copies_,
+                                                   &huge_pages_,
+                                                   &events_,
+                                                   &log_,
+                                                   &counters_,
+                                                   &settings_,
+                                                   &identity_,
+                                                   &self_},
+                                         &regions_,
+                                         &service_);
   peers_[identity_.agent] = std::move(self);
   loop_.After(kTickS, [this] { TickAll(); });
   copies_.Start();
@@ -133,6 +140,11 @@ void Agent::Cancel(const PullTicket &ticket) {
   if (ticket.pull->is_settled()) return;
   ticket.pull->Cancel();
   loop_.Post([peer = ticket.peer, id = ticket.pull->id] { peer->ForgetPull(id); });
+}
+
+void Agent::NotePulled(const std::vector<Span> &spans) {
+  SpanList memory = CheckedSpans(spans);
+  loop_.Post([this, memory] { huge_pages_.NotePulled(memory, nullptr); });
 }
 
 CallTicket Agent::StartCall(ByteView address, Bytes payload, bool repeats) {
@@ -256,6 +268,7 @@ std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
   if (!peer) {
     peer = std::make_shared<RemotePeer>(Workplace{&loop_,
                                                   &copies_,
+                                                  &huge_pages_,
                                                   &events_,
                                                   &log_,
                                                   &counters_,

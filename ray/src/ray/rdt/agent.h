@@ -58,6 +58,8 @@ class Agent {
                        bool is_summed = false);
   // When it returns, nobody writes to the destination.
   void Cancel(const PullTicket &ticket);
+  // Something else has moved bytes out of or into this memory of ours.
+  void NotePulled(const std::vector<Span> &spans);
 
   CallTicket StartCall(ByteView address, Bytes payload, bool repeats = false);
   // Asks for an object's checksum; the reply is a SumAnswer.
@@ -95,6 +97,7 @@ class Agent {
   Bytes address_bytes_;
   Loop loop_;
   CopyPool copies_;
+  HugePages huge_pages_;
   Service service_;
   std::unique_ptr<Door> door_;
   mutable std::mutex mutex_;

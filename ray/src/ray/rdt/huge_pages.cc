@@ -3,8 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
-#include <memory>
 
 #include "ray/rdt/pool.h"
 
@@ -18,11 +18,11 @@ namespace {
 // A turn on a copy thread: a few milliseconds.
 constexpr uint64_t kPiece = 8 << 20;
 
-// What lies wholly within a span, piece by piece. Holds the pin: the memory stays.
+// What lies wholly within a span, piece by piece.
 class CollapseJob {
  public:
-  CollapseJob(Pin pin, const Span &span)
-      : pin_(std::move(pin)),
+  CollapseJob(std::shared_ptr<const void> keep, const Span &span)
+      : keep_(std::move(keep)),
         next_((span.address + Pool::kHugePage - 1) / Pool::kHugePage * Pool::kHugePage),
         end_((span.address + span.nbytes) / Pool::kHugePage * Pool::kHugePage) {}
 
@@ -36,19 +36,24 @@ class CollapseJob {
   }
 
  private:
-  const Pin pin_;
+  const std::shared_ptr<const void> keep_;
   uint64_t next_;
   const uint64_t end_;
 };
 
+// 3, 6, 12, 24 ...
+bool IsTurn(unsigned pulls) {
+  return pulls % HugePages::kPulls == 0 && std::has_single_bit(pulls / HugePages::kPulls);
+}
+
 }  // namespace
 
-void HugePages::NoteRead(const Pin &pin) {
-  for (const Span &span : pin->memory.spans()) {
+void HugePages::NotePulled(const SpanList &memory, std::shared_ptr<const void> keep) {
+  for (const Span &span : memory.spans()) {
     if (span.nbytes < kMinSpan) continue;
-    if (reads_.size() >= kMaxSpans) reads_.clear();
-    if (++reads_[{span.address, span.nbytes}] != kReads) continue;
-    auto job = std::make_shared<CollapseJob>(pin, span);
+    if (pulls_.size() >= kMaxSpans) pulls_.clear();
+    if (!IsTurn(++pulls_[{span.address, span.nbytes}])) continue;
+    auto job = std::make_shared<CollapseJob>(keep, span);
     copies_->Add([job] { return job->Step(); }, 1);
   }
 }

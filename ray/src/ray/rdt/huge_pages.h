@@ -1,18 +1,20 @@
-// Moves memory that consumers read again and again to huge pages.
+// Moves memory that is pulled out of or into again and again to huge pages.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <utility>
 
 #include "ray/rdt/copy_pool.h"
-#include "ray/rdt/region.h"
+#include "ray/rdt/spans.h"
 
 namespace ray::rdt {
 
-// For a read from another process the kernel pins each page on its own, which costs
-// about as much as copying 4 KiB. So memory of small pages that has been read often
-// enough is collapsed (MADV_COLLAPSE, Linux 6.1) by a copy thread, once. The system
+// Over pages of 4 KiB a copy costs up to several times what it costs over huge ones:
+// the kernel pins each page on its own to read another process's memory, and a
+// virtual machine translates each address twice. So memory that has been pulled
+// often enough is collapsed (MADV_COLLAPSE, Linux 6.1) by a copy thread. The system
 // may not want to; then it stays as it is. Contents and addresses do not change.
 //
 // Runs on: the agent's loop; the collapsing, on a copy thread.
@@ -20,10 +22,14 @@ class HugePages {
  public:
   explicit HugePages(CopyPool *copies) : copies_(copies) {}
 
-  // A consumer has read this out of our memory.
-  void NoteRead(const Pin &pin);
+  // A pull has ended that read or wrote this memory of ours. `keep` holds it until
+  // the collapsing has ended; without it the memory may go at any time, and what
+  // comes to lie there instead is collapsed.
+  void NotePulled(const SpanList &memory, std::shared_ptr<const void> keep);
 
-  static constexpr int kReads = 3;
+  // Collapsed after so many pulls, and again after each doubling: what is in use at
+  // that moment is left out.
+  static constexpr unsigned kPulls = 3;
   static constexpr uint64_t kMinSpan = 16 << 20;
 
  private:
@@ -31,7 +37,7 @@ class HugePages {
   static constexpr size_t kMaxSpans = 1024;
 
   CopyPool *const copies_;
-  std::map<std::pair<uint64_t, uint64_t>, int> reads_;  // by address and length
+  std::map<std::pair<uint64_t, uint64_t>, unsigned> pulls_;  // by address and length
 };
 
 }  // namespace ray::rdt

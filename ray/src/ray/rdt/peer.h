@@ -9,6 +9,7 @@
 #include "ray/rdt/counters.h"
 #include "ray/rdt/dial.h"
 #include "ray/rdt/events.h"
+#include "ray/rdt/huge_pages.h"
 #include "ray/rdt/lanes/lane_kind.h"
 #include "ray/rdt/pull.h"
 
@@ -30,6 +31,7 @@ struct Settings {
 struct Workplace {
   Loop *loop;
   CopyPool *copies;
+  HugePages *huge_pages;
   EventQueue *events;
   Log *log;
   Counters *counters;

@@ -533,6 +533,7 @@ void RemotePeer::FinishPull(uint64_t id, const Status &status) {
   if (status.ok()) {
     work_.counters->CountPull(asked.lane, asked.pull->destination.total());
     asked.pull->Complete();
+    work_.huge_pages->NotePulled(asked.pull->destination, nullptr);
   } else {
     asked.pull->Fail(status);
   }

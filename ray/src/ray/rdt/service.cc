@@ -97,7 +97,7 @@ class Service::Guest : public Channel::Handler {
     } else {
       if (request->with_spans) grant.spans = pin->memory.spans();
       service_->pins_->Add(agent_, id, this, pin);
-      pulls_[id] = {std::move(pin), request->with_spans != 0};
+      pulls_[id] = std::move(pin);
     }
     service_->counters_->bytes_granted += grant.total;
     channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
@@ -111,7 +111,7 @@ class Service::Guest : public Channel::Handler {
   bool OnFill(uint64_t id, const std::optional<Fill> &fill) {
     auto found = pulls_.find(id);
     return fill &&
-           shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second.pin);
+           shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second);
   }
 
   void RefusePull(uint64_t id, Code code, const std::string &text) {
@@ -121,9 +121,8 @@ class Service::Guest : public Channel::Handler {
 
   void NoteDone(uint64_t id) {
     auto found = pulls_.find(id);
-    if (found != pulls_.end() && found->second.reads_memory) {
-      service_->huge_pages_.NoteRead(found->second.pin);
-    }
+    if (found == pulls_.end()) return;
+    service_->huge_pages_->NotePulled(found->second->memory, found->second);
   }
 
   void Unpin(uint64_t id) {
@@ -166,27 +165,24 @@ class Service::Guest : public Channel::Handler {
   const std::shared_ptr<Channel> channel_;
   const AgentId agent_;
   ShmSource shm_;
-  struct Granted {
-    Pin pin;
-    bool reads_memory;  // the consumer does, by itself
-  };
-  std::map<uint64_t, Granted> pulls_;
+  std::map<uint64_t, Pin> pulls_;
   std::set<uint64_t> calls_;  // keys of answers_ that are ours
 };
 
 Service::Service(Loop *loop,
                  CopyPool *copies,
+                 HugePages *huge_pages,
                  RegionTable *regions,
                  EventQueue *events,
                  Log *log,
                  Counters *counters)
     : loop_(loop),
       copies_(copies),
+      huge_pages_(huge_pages),
       regions_(regions),
       events_(events),
       log_(log),
-      counters_(counters),
-      huge_pages_(copies) {}
+      counters_(counters) {}
 
 Service::~Service() = default;
 

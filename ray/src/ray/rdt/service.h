@@ -22,6 +22,7 @@ class Service {
 
   Service(Loop *loop,
           CopyPool *copies,
+          HugePages *huge_pages,
           RegionTable *regions,
           EventQueue *events,
           Log *log,
@@ -50,11 +51,11 @@ class Service {
 
   Loop *const loop_;
   CopyPool *const copies_;
+  HugePages *const huge_pages_;
   RegionTable *const regions_;
   EventQueue *const events_;
   Log *const log_;
   Counters *const counters_;
-  HugePages huge_pages_;
   const std::shared_ptr<PinTable> pins_ = std::make_shared<PinTable>();
   uint64_t next_source_ = 0;
   std::map<Guest *, std::unique_ptr<Guest>> guests_;

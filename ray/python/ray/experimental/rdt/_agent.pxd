@@ -117,6 +117,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         PullTicket StartPull(
             ByteView address, const Key &key, const vector[Span] &to, bool is_summed) except +
         void Cancel(const PullTicket &ticket)
+        void NotePulled(const vector[Span] &spans) except +
         CallTicket StartCall(ByteView address, Bytes payload, bool repeats) except +
         CallTicket StartSum(ByteView address, const Key &key) except +
         void CancelCall "Cancel"(const CallTicket &ticket)

@@ -401,6 +401,17 @@ cdef class Agent:
         pull._agent = self
         return pull
 
+    def note_pulled(self, addrs, lens):
+        """Counts a pull of this memory that went without the agent, as `pull` counts its own.
+
+        What is pulled often moves to huge pages: its contents and addresses stay.
+
+        Args:
+            addrs, lens: As in register; the memory may go at any time.
+        """
+        _check_process(self._pid)
+        self._native.NotePulled(_spans(addrs, lens))
+
     def ask_checksum(self, address, bytes key):
         """Asks the agent at `address` for the checksum of `key`: a Call.
 

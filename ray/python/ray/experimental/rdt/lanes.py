@@ -186,6 +186,8 @@ class Exchange:
         if self._device_type == "cpu":
             expected = checksums.expected(self._session, head.address, head.key)
         self._move(landing.flat(self._device_type), deadline)
+        if self._device_type == "cpu":
+            self._session.agent.note_pulled(landing.addresses, landing.lengths)
         if expected is not None:
             expected.check_memory(landing.addresses, landing.lengths, deadline)
 

@@ -126,6 +126,8 @@ class Server:
             else:
                 await_writers(stored, device_type, deadline)
                 transport.send(route, flat_buffers(stored, device_type), deadline)
+                if device_type == "cpu":
+                    self._session.agent.note_pulled(*stored.captured.host_spans())
         except Exception as error:
             name = transport.capabilities.name
             logger.warning(
