@@ -116,6 +116,10 @@ def plain(text: str) -> str:
     text = re.sub(r"pid[=:] ?\d+|\b\d+\.\d+\.\d+\.\d+(:\d+)?|0x[0-9a-f]+", "...", text)
     text = re.sub(r'File "[^"]*/([^/"]+)", line \d+', r'File "\1"', text)
     text = text.replace("'tensor_transport', ", "")  # what RDT adds to the options of tasks
+    # Of the connection's end and the news of the restart, either may come first.
+    text = re.sub(
+        r"(?<=temporarily unavailable: )(IOError|RpcError): .*?\.(?= The task)", "...", text
+    )
     return re.sub(r"\d{4}-\d\d-\d\d [\d:,.]+|port \d+", "...", text)
 
 
