@@ -39,7 +39,7 @@ class FakeEngine:
         registered: By handle: kind and rows.
         known: By peer: what it has described.
         log: Calls of attach and detach, and what was posted.
-        refusal: What ``register`` and ``attach`` raise, if anything.
+        refusal: What ``register``, ``describe`` and ``attach`` raise, if anything.
     """
 
     def __init__(self, fabric: Fabric, name: str):
@@ -64,6 +64,8 @@ class FakeEngine:
         del self.registered[handle]
 
     def describe(self, kind: str, rows: Any) -> bytes:
+        if self.refusal is not None:
+            raise self.refusal
         return pickle.dumps((self.name, kind, rows))
 
     def attach(self, metadata: bytes) -> None:

@@ -257,6 +257,21 @@ def test_a_pool_that_stays_full_lets_another_lane_be_taken(producer, monkeypatch
         producer.expose(pattern(1))
 
 
+def test_what_cannot_be_exposed_leaves_no_copy_in_the_pool(fabric, producer, monkeypatch):
+    class Short:
+        fetch_timeout_s = 0.02
+
+    monkeypatch.setattr(nixl_producer, "settings", lambda: Short)
+    producer.register_pool(128, "cpu")
+    engine = fabric.engines["engine-0"]
+    engine.refusal = NixlError("on purpose")
+    with pytest.raises(TransportUnavailable, match="on purpose"):
+        producer.expose(pattern(128))
+    engine.refusal = None
+    producer.withdraw(producer.expose(pattern(128)))
+    assert producer.expose(pattern(128))["spans"]
+
+
 def test_large_and_registered_objects_pass_the_pool_by(producer, consumer):
     producer.register_pool(128, "cpu")
     mine = pattern(50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import threading
 import time
@@ -58,13 +59,18 @@ class Producer:
         copies = self._copy_into_pool(endpoint, buffers, spans)
         if copies is not None:
             spans = copies.spans
+        number = next(self._numbers)
         try:
-            lease = endpoint.registrations.acquire(spans, buffers)
-            number = next(self._numbers)
-            self._exposed[number] = _Exposed(lease, copies)
-            return _describe(endpoint.engine, number, lease)
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._free, copies)
+                lease = endpoint.registrations.acquire(spans, buffers)
+                undo.callback(endpoint.registrations.release, lease)
+                described = _describe(endpoint.engine, number, lease)
+                undo.pop_all()
         except NixlError as error:
             raise TransportUnavailable(f"nixl cannot expose this memory: {error}") from error
+        self._exposed[number] = _Exposed(lease, copies)
+        return described
 
     def withdraw(self, exposed: Route) -> None:
         """See ``NixlTransport``. Runs on: producer, the reaper thread."""
@@ -73,8 +79,7 @@ class Producer:
         if ended is None or endpoint is None:
             return
         endpoint.registrations.release(ended.lease)
-        if ended.copies is not None and self._pool is not None:
-            self._pool.free(ended.copies)
+        self._free(ended.copies)
 
     def register_memory(self, tensor: torch.Tensor) -> None:
         """See ``NixlTransport``. Runs on: any thread of the user's."""
@@ -103,6 +108,10 @@ class Producer:
         self._exposed.clear()
         if pool is not None:
             pool.close()
+
+    def _free(self, copies: Copies | None) -> None:
+        if copies is not None and self._pool is not None:
+            self._pool.free(copies)
 
     def _copy_into_pool(
         self, endpoint: Endpoint, buffers: Sequence[torch.Tensor], spans: Spans
