@@ -188,16 +188,19 @@ def _nixl_agent(name: str) -> Any:
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
 
 
+#: How long one sample of the tcp case takes.
+TCP_SAMPLE_S = 2
+
+
 class Iperf:
     """iperf3 from one test host to the other.
 
     Args:
         nbytes: What the rate is turned into: the seconds for so many bytes.
         streams: TCP streams.
-        seconds: How long iperf3 measures for one sample.
     """
 
-    def __init__(self, nbytes: int, streams: int, seconds: int = 2) -> None:
+    def __init__(self, nbytes: int, streams: int) -> None:
         if shutil.which("iperf3") is None:
             raise Skip("iperf3 is missing (Debian: apt-get install iperf3)")
         self._nbytes = nbytes
@@ -208,7 +211,7 @@ class Iperf:
             self._client = [
                 *hosts.inside(1),
                 *("iperf3", "--client", hosts.address(0), "--reverse", "--json"),
-                *("--parallel", str(streams), "--time", str(seconds)),
+                *("--parallel", str(streams), "--time", str(TCP_SAMPLE_S)),
             ]
             self._wait_for_server()
             self.close = stack.pop_all().close
@@ -240,11 +243,9 @@ class AgentOverTcp:
     Args:
         nbytes: Bytes of one pull.
         streams: TCP streams.
-        seconds: How long one sample pulls, as iperf3 does.
     """
 
-    def __init__(self, nbytes: int, streams: int, seconds: float = 2) -> None:
-        self._seconds = seconds
+    def __init__(self, nbytes: int, streams: int) -> None:
         if importlib.util.find_spec("ray.experimental.rdt._agent") is None:
             raise Skip("this Ray has no agent")
         shape = str(nbytes), str(streams)
@@ -263,7 +264,7 @@ class AgentOverTcp:
     def sample(self) -> list[float]:
         """Seconds of a pull, on average over those that follow each other for a while."""
         took: list[float] = []
-        while sum(took) < self._seconds:
+        while sum(took) < TCP_SAMPLE_S:
             self._puller.tell("pull")
             took.append(float(self._puller.hear_after("seconds")))
         return [sum(took) / len(took)]

@@ -135,8 +135,8 @@ def repeated(rounds: Rounds) -> list[Row]:
     arms = _arms("hop", sides, **IN_A_ROW) | {"memcpy": Arm(BARE, "memcpy", IN_A_ROW)}
     found = rounds.measure(arms, rounds=12)
     return [
-        _large_row("repeated, auto, against one-thread memcpy", found, "ours auto", "memcpy", 0.6),
-        _large_row("repeated, auto, against stock gloo", found, "ours auto", "stock gloo", 6),
+        _large_row("auto, against one-thread memcpy", found, "ours auto", "memcpy", 0.6),
+        _large_row("auto, against stock gloo", found, "ours auto", "stock gloo", 6),
     ]
 
 
@@ -146,7 +146,7 @@ def gloo_large(rounds: Rounds) -> list[Row]:
     sides = {"ours gloo": (OURS, "gloo"), "stock gloo": (STOCK, "gloo")}
     arms = _arms("hop", sides, **IN_A_ROW) | {"torch gloo": Arm(BARE, "raw_gloo", IN_A_ROW)}
     found = rounds.measure(arms, rounds=12)
-    against = "repeated, gloo, against torch.distributed gloo"
+    against = "gloo, against torch.distributed gloo"
     return [_large_row(against, found, "ours gloo", "torch gloo", 0.9)]
 
 
@@ -154,7 +154,7 @@ def _large_row(
     measure: str, found: dict[str, Samples], ours: str, against: str, limit: float
 ) -> Row:
     return Row(
-        f"256 MiB {measure}",
+        f"256 MiB repeated, {measure}",
         found[ours],
         found[against],
         against,

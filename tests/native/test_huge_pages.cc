@@ -77,14 +77,15 @@ bool CanTell() {
 }
 
 // Pulls from `source` into `target` until both are to move to huge pages.
-void PullOften(const SmallPages &source, const SmallPages &target, LaneSet lanes) {
+void PullOften(const SmallPages &source, const SmallPages &target, LaneKind lane) {
   auto producer = MakeAgent();
-  auto consumer = MakeAgent(lanes);
+  auto consumer = MakeAgent(LaneBit(lane));
   for (unsigned pull = 1; pull <= HugePages::kPulls; ++pull) {
     producer->Register(KeyOf(1), source.Whole(), pull);
     PullTicket ticket =
         consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
     CHECK(Outcome(ticket.pull.get()).ok());
+    CHECK_EQ(ticket.pull->lane(), static_cast<int>(lane));
     producer->Release(KeyOf(1));
     if (pull > 1) continue;
     CHECK_EQ(source.HugeBytes(), 0u);
@@ -103,11 +104,10 @@ void PullOften(const SmallPages &source, const SmallPages &target, LaneSet lanes
 
 TEST("huge pages: what is pulled again and again moves there at both ends, each lane") {
   if (!CanTell()) return;
-  constexpr LaneSet kCmaFirst = 0b1111, kShmFirst = 0b1100, kTcpOnly = 0b1000;
-  for (LaneSet lanes : {kCmaFirst, kShmFirst, kTcpOnly}) {
+  for (LaneKind lane : {LaneKind::kCma, LaneKind::kShm, LaneKind::kTcp}) {
     SmallPages source, target;
     source.Fill();
-    PullOften(source, target, lanes);
+    PullOften(source, target, lane);
   }
 }
 

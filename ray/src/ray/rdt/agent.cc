@@ -69,17 +69,7 @@ Agent::Agent(std::string secret, const Settings &settings)
       service_(&loop_, &copies_, &huge_pages_, &regions_, &events_, &log_, &counters_) {
   Open();
   address_bytes_ = Pack(self_);
-  auto self = std::make_shared<SelfPeer>(Workplace{&loop_,
-                                                   &copies_,
-                                                   &huge_pages_,
-                                                   &events_,
-                                                   &log_,
-                                                   &counters_,
-                                                   &settings_,
-                                                   &identity_,
-                                                   &self_},
-                                         &regions_,
-                                         &service_);
+  auto self = std::make_shared<SelfPeer>(MakeWorkplace(), &regions_, &service_);
   peers_[identity_.agent] = std::move(self);
   loop_.After(kTickS, [this] { TickAll(); });
   copies_.Start();
@@ -263,19 +253,22 @@ void Agent::TickAll() {
   });
 }
 
+Workplace Agent::MakeWorkplace() {
+  return {&loop_,
+          &copies_,
+          &huge_pages_,
+          &events_,
+          &log_,
+          &counters_,
+          &settings_,
+          &identity_,
+          &self_};
+}
+
 std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
   std::shared_ptr<Peer> &peer = peers_[address.agent];
   if (!peer) {
-    peer = std::make_shared<RemotePeer>(Workplace{&loop_,
-                                                  &copies_,
-                                                  &huge_pages_,
-                                                  &events_,
-                                                  &log_,
-                                                  &counters_,
-                                                  &settings_,
-                                                  &identity_,
-                                                  &self_},
-                                        address);
+    peer = std::make_shared<RemotePeer>(MakeWorkplace(), address);
   }
   return peer;
 }

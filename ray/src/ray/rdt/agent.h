@@ -82,6 +82,7 @@ class Agent {
   void TickAll();
   void CloseAll();
   CallTicket StartRequest(ByteView address, FrameType kind, Bytes payload, bool repeats);
+  Workplace MakeWorkplace();
   std::shared_ptr<Peer> PeerLocked(const Address &address);
   Status WithPeer(ByteView address, const UsePeer &use);
 
