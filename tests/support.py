@@ -88,25 +88,27 @@ def run_program(
 ) -> str:
     """Runs a Python program in another folder; returns what it printed, fails if it fails.
 
-    It runs in a process group of its own, so that its Ray processes end with it at the limit.
+    First come its logs and warnings, then its output: a line of one never falls into a line of
+    the other. It runs in a process group of its own, so that its Ray processes end with it at
+    the limit.
     """
     program = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     try:
-        printed, _ = program.communicate(timeout=limit_s)
+        output, logs = program.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
         os.killpg(program.pid, signal.SIGKILL)
-        printed, _ = program.communicate()
-        pytest.fail(f"still running after {limit_s:g} s; it printed:\n{printed}")
-    assert program.returncode == 0, printed
-    return printed
+        output, logs = program.communicate()
+        pytest.fail(f"still running after {limit_s:g} s; it printed:\n{logs}{output}")
+    assert program.returncode == 0, logs + output
+    return logs + output
 
 
 def run_driver(source: str, folder: Path, **options: Any) -> str:

@@ -251,6 +251,7 @@ def test_exit_without_shutdown_is_quiet(tmp_path: Path) -> None:
         START
         + MAKER
         + """
+os.dup2(1, 2)  # so that what is logged at the end comes after what is printed before
 start()
 import torch
 maker = Maker.remote()
