@@ -15,10 +15,12 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,15 +45,41 @@ SODIUM_FLAGS = (
     "-DHAVE_EXPLICIT_BZERO=1",
     "-D_DEFAULT_SOURCE",  # declares explicit_bzero
 )
+#: Of aws-checksums and aws-c-common, what CRC-64 needs on every machine.
+CRC_FILES = (
+    "aws-checksums/source/crc64.c",
+    "aws-checksums/source/crc64_sw.c",
+    "aws-checksums/source/crc_util.c",
+)
+#: What it needs on one kind of machine, with the options of each file. The library itself looks
+#: whether the CPU has such instructions, before it uses them.
+CRC_FILES_OF = {
+    "x86_64": {
+        "aws-c-common/source/arch/intel/cpuid.c": (),
+        "aws-c-common/source/arch/intel/asm/cpuid.c": (),
+        "aws-checksums/source/intel/intrin/crc64nvme_clmul.c": ("-mpclmul", "-msse4.2"),
+        "aws-checksums/source/intel/intrin/crc64nvme_avx512.c": (
+            *("-mavx512f", "-mavx512vl", "-mvpclmulqdq"),
+            *("-mpclmul", "-msse4.2"),
+        ),
+    },
+    "aarch64": {
+        "aws-c-common/source/arch/arm/auxv/cpuid.c": (),
+        "aws-checksums/source/arm/crc64_arm.c": ("-march=armv8-a+crc+crypto",),
+    },
+}
+#: What the library's own build would find out about compiler and machine.
+CRC_CONFIG = {
+    "x86_64": (
+        *("AWS_ARCH_INTEL", "AWS_ARCH_INTEL_X64", "AWS_HAVE_CLMUL"),
+        *("AWS_HAVE_AVX2_INTRINSICS", "AWS_HAVE_AVX512_INTRINSICS"),
+    ),
+    "aarch64": ("AWS_ARCH_ARM64", "AWS_HAVE_ARMv8_1"),
+}
 
 SANITIZERS = {
     "address": "-fsanitize=address,undefined",
     "thread": "-fsanitize=thread",
-}
-WIDE_VECTORS = {
-    "xxh3_avx2": ("-mavx2",),
-    # GCC 12 warns of its own intrinsics, which leave a register undefined on purpose.
-    "xxh3_avx512": ("-mavx512f", "-Wno-maybe-uninitialized"),
 }
 # Fields that an initializer does not name take their defaults: that is meant.
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers")
@@ -67,15 +95,16 @@ class Library:
     package: str
     archive: str
     sha256: str
-    prefix: str  # of the folder that is unpacked
-    sources: str  # the folder in it that is used
+    root: str  # the folder in it that holds the parts
+    parts: tuple[str, ...]  # the files and folders that are unpacked
+    licence: str
 
     def fetch(self) -> Path:
-        """The folder of the sources; downloaded once and verified."""
+        """The folder that holds the parts; downloaded once and verified."""
         folder = CACHE / self.package.partition("==")[0].lower()
-        sources = folder / self.prefix / self.sources
-        if sources.is_dir():
-            return sources
+        root = folder / self.root
+        if all((root / part).exists() for part in self.parts):
+            return root
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / self.archive
         if not archive.exists():
@@ -85,26 +114,42 @@ class Library:
         if found != self.sha256:
             archive.unlink()
             raise SystemExit(f"{self.archive}: sha256 is {found}, not {self.sha256}")
-        with tarfile.open(archive) as package:
-            wanted = [m for m in package.getmembers() if m.name.startswith(self.prefix + "/")]
-            package.extractall(folder, members=wanted)
-        return sources
+        wanted = tuple(f"{self.root}/{part}" for part in self.parts)
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked, tarfile.open(archive) as package:
+            package.extractall(
+                unpacked, [m for m in package.getmembers() if m.name.startswith(wanted)]
+            )
+            shutil.rmtree(root, ignore_errors=True)
+            root.parent.mkdir(parents=True, exist_ok=True)
+            (Path(unpacked) / self.root).rename(root)
+        return root
 
 
 SODIUM = Library(
     package="PyNaCl==1.5.0",
     archive="PyNaCl-1.5.0.tar.gz",
     sha256="8ac7448f09ab85811607bdd21ec2464495ac8b7c66d146bf545b0f08fb9220ba",
-    prefix="PyNaCl-1.5.0/src/libsodium/src",
-    sources="libsodium",
+    root="PyNaCl-1.5.0/src/libsodium",
+    parts=("src/libsodium", "LICENSE"),
+    licence="LICENSE",
 )
-XXHASH = Library(
-    package="xxhash==3.5.0",
-    archive="xxhash-3.5.0.tar.gz",
-    sha256="84f2caddf951c9cbf8dc2e22a89d4ccf5d86391ac6418fe81e3c67d0cf60b45f",
-    prefix="xxhash-3.5.0/deps",
-    sources="xxhash",
+AWS_CRT = Library(
+    package="awscrt==0.38.1",
+    archive="awscrt-0.38.1.tar.gz",
+    sha256="0dcebfaa70cf079133cd2352119e3d05e9b8ca1d1621736cfb54c03f3d5fef0f",
+    root="awscrt-0.38.1/crt",
+    parts=("aws-checksums", "aws-c-common"),
+    licence="aws-checksums/LICENSE",
 )
+
+
+def licences() -> dict[str, bytes]:
+    """Of the libraries that are linked into the agent, by name: they want to go with it."""
+    libraries = {"libsodium": SODIUM, "aws-checksums": AWS_CRT}
+    return {
+        name: (library.fetch() / library.licence).read_bytes()
+        for name, library in libraries.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -158,7 +203,8 @@ def _compile_extension(style: Flavour, name: str, others: list[_Unit], out_dir: 
 def build_native_tests(sanitize: str | None = None) -> Path:
     """Builds tests/native into one program; returns its path."""
     style = flavour(sanitize)
-    tests = [_Unit(path) for path in sorted((ROOT / "tests" / "native").glob("*.cc"))]
+    files = sorted((ROOT / "tests" / "native").glob("*.cc"))
+    tests = [_Unit(path, *_crc_headers()) for path in files]
     objects = _compile(style, [*_core_units(), *tests])
     target = style.folder / "rdt_native_tests"
     _link(style, objects, target)
@@ -198,25 +244,43 @@ class _Unit:
 
 
 def _core_units() -> list[_Unit]:
-    sodium = SODIUM.fetch()
+    sodium = SODIUM.fetch() / "src" / "libsodium"
     include = sodium / "include"
-    # As headers of the system, so that our warnings are not held against them.
-    others = f"-isystem{XXHASH.fetch()}"
-    ours = sorted((SOURCE / "ray" / "rdt").rglob("*.cc"))
     theirs = [
         _Unit(sodium / name, *SODIUM_FLAGS, f"-I{include / 'sodium'}", warnings=("-w",))
         for name in SODIUM_FILES
     ]
-    flags = (f"-I{include}", others, "-DSODIUM_STATIC")
-    return [_Unit(path, *flags, *_vector_flags(path)) for path in ours] + theirs
+    flags = (f"-I{include}", "-DSODIUM_STATIC", *_crc_headers())
+    ours = sorted((SOURCE / "ray" / "rdt").rglob("*.cc"))
+    return [*(_Unit(path, *flags) for path in ours), *theirs, *_crc_units()]
 
 
-def _vector_flags(path: Path) -> tuple[str, ...]:
-    """Of a file that hashes. Who calls it has looked whether the CPU has such vectors."""
-    if not path.stem.startswith("xxh3_"):
-        return ()
-    wide = WIDE_VECTORS.get(path.stem, ()) if platform.machine() == "x86_64" else ()
-    return ("-O3", *wide)
+def _crc_units() -> list[_Unit]:
+    library, headers = AWS_CRT.fetch(), _crc_headers()
+    files = {**dict.fromkeys(CRC_FILES, ()), **CRC_FILES_OF.get(platform.machine(), {})}
+    return [
+        _Unit(library / name, *options, *headers, warnings=("-w",))
+        for name, options in files.items()
+    ]
+
+
+def _crc_headers() -> tuple[str, ...]:
+    """Options to find them: as headers of the system, our warnings are not held against them."""
+    library, config = AWS_CRT.fetch(), CACHE / "config"
+    names = [
+        *CRC_CONFIG.get(platform.machine(), ()),
+        *("AWS_USE_CPU_EXTENSIONS", "AWS_HAVE_GCC_INLINE_ASM"),
+        "AWS_HAVE_GCC_OVERFLOW_MATH_EXTENSIONS",
+    ]
+    text = "".join(f"#define {name}\n" for name in names)
+    header = config / "aws" / "common" / "config.h"
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return (
+        *(f"-isystem{library / name / 'include'}" for name in AWS_CRT.parts),
+        f"-isystem{config}",
+    )
 
 
 def _compile(style: Flavour, units: list[_Unit]) -> list[Path]:

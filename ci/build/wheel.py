@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ci.build import base, overlay
-from ci.build.native import compile_extensions
+from ci.build.native import compile_extensions, licences
 from ci.build.steps import BUILD, ROOT, BuildError, capture, digest, is_done, mark_done, say
 
 DIST = ROOT / "dist"
@@ -83,6 +83,7 @@ def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
         tag=f"{base.python_tag()}-{base.python_tag()}-{platform_tag(base_wheel, extensions, work)}",
     )
     info[CHANGES_FILE] = describe_changes(changes).encode()
+    info |= {f"licenses/{name}.txt": text for name, text in licences().items()}
     return pack(names, base_wheel, members, info, work, dist)
 
 

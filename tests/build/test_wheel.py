@@ -62,7 +62,7 @@ def test_two_clones_build_the_same_bytes(tmp_path: Path) -> None:
     shutil.copytree(ROOT, clone, ignore=lambda at, _: made if Path(at) == ROOT else set())
     built = Path(shutil.copy2(build(ROOT), tmp_path))
     tools = f"tools-{base.python_tag()}"
-    for cached in (tools, "base", "native/pynacl", "native/xxhash"):
+    for cached in (tools, "base", "native/pynacl", "native/awscrt"):
         (clone / "build" / cached).parent.mkdir(parents=True, exist_ok=True)
         (clone / "build" / cached).symlink_to(ROOT / "build" / cached)
     again = build(clone)
@@ -88,6 +88,8 @@ def test_names_and_tags(built: Path) -> None:
         assert f"Version: {version}\n" in archive.read(f"{info}/METADATA").decode()
         assert f"Tag: {python}-{abi}-{platform}\n" in archive.read(f"{info}/WHEEL").decode()
         assert not [n for n in names if n.startswith("ray-") and not n.startswith(info)]
+        assert b"Apache License" in archive.read(f"{info}/licenses/aws-checksums.txt")
+        assert b"ISC License" in archive.read(f"{info}/licenses/libsodium.txt")
         ours = [n for n in names if n.startswith("ray/experimental/rdt/")]
         assert {n.rpartition(".")[2] for n in ours} == {"py", "pyi", "so"}
         assert {member.date_time for member in archive.infolist()} == {wheel.timestamp()}

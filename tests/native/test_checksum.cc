@@ -1,9 +1,12 @@
+#include <aws/checksums/crc.h>
+#include <aws/checksums/private/crc64_priv.h>
+
 #include <atomic>
+#include <string>
 #include <thread>
 
 #include "fixtures.h"
 #include "ray/rdt/checksum.h"
-#include "ray/rdt/xxh3.h"
 
 namespace fixtures {
 namespace {
@@ -24,25 +27,28 @@ uint64_t AskedSum(Agent *consumer, const Agent &producer) {
   return answer->sum;
 }
 
-TEST("checksum: XXH3-64 agrees with the library's own test vectors") {
-  CHECK_EQ(Xxh3(nullptr, 0, 0), 0x2D06800538D394C2u);
-  CHECK_EQ(Xxh3("", 0, 0), 0x2D06800538D394C2u);
+TEST("checksum: of one block it is the CRC-64/NVME that its catalogue gives") {
+  std::string text = "123456789";
+  CHECK_EQ(SumOf({{reinterpret_cast<uint64_t>(text.data()), text.size()}}),
+           0xAE8B14860A799888u);
 }
 
-void CheckSameAsPortable(uint64_t (*hash)(const void *, size_t, uint64_t)) {
+TEST("checksum: each CPU's instructions find what the portable code finds") {
   Memory memory(kMiB + 3);
   memory.FillRandom(1);
-  for (size_t nbytes : {1u, 16u, 240u, 241u, 4096u, 1u << 20}) {
-    CHECK_EQ(hash(memory.data(), nbytes, 7), Xxh3Portable(memory.data(), nbytes, 7));
-  }
-}
-
-TEST("checksum: wide vectors and narrow ones find the same") {
-  CheckSameAsPortable(Xxh3);
+  auto *data = reinterpret_cast<const uint8_t *>(memory.data());
+  for (int nbytes : {1, 15, 16, 240, 255, 256, 4096, 4099, 1 << 20}) {
+    for (int offset : {0, 3}) {
+      const uint8_t *part = data + offset;
+      uint64_t expected = aws_checksums_crc64nvme_sw(part, nbytes, 0);
+      CHECK_EQ(aws_checksums_crc64nvme(part, nbytes, 0), expected);
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2")) CheckSameAsPortable(Xxh3Avx2);
-  if (__builtin_cpu_supports("avx512f")) CheckSameAsPortable(Xxh3Avx512);
+      if (__builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.2")) {
+        CHECK_EQ(aws_checksums_crc64nvme_intel_clmul(part, nbytes, 0), expected);
+      }
 #endif
+    }
+  }
 }
 
 TEST("checksum: how memory is cut does not matter") {

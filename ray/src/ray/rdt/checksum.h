@@ -1,9 +1,9 @@
 // Checksums of objects, for consumers that verify what they pull.
 //
-// An object's checksum is the sum, modulo 2^64, of XXH3-64 over each block of
-// its bytes, seeded with the block's number. So the blocks can be hashed in any
-// order by any thread, each while it is still in the cache. It finds accidents,
-// not forgers.
+// An object's checksum is the sum, modulo 2^64, of the CRC-64/NVME of each block of
+// its bytes, times 2n + 1 for block number n. So the blocks can be read in any order
+// by any thread, each while it is still in the cache. An odd factor loses nothing of
+// a CRC, and makes exchanged blocks another sum. It finds accidents, not forgers.
 //
 // Runs on: any thread.
 #pragma once
