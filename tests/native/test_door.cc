@@ -1,12 +1,15 @@
 // What a stranger, and a peer that knows the secret and no key, get from an agent.
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <future>
 
 #include "fixtures.h"
+#include "ray/rdt/dial.h"
 #include "ray/rdt/net.h"
 
 namespace fixtures {
@@ -17,11 +20,11 @@ constexpr size_t kObjectBytes = 3 << 20;
 // One socket to an agent, used without an agent.
 class Caller {
  public:
-  explicit Caller(const Agent &agent) {
+  explicit Caller(const Agent &agent, bool over_unix = true) {
     auto address = ParseAddress(agent.address());
     CHECK(address.has_value());
     agent_ = address->agent;
-    fd_ = DialUnix(agent_);
+    fd_ = over_unix ? DialUnix(agent_) : DialTcp(address->ip, address->port);
     CHECK(static_cast<bool>(fd_));
   }
 
@@ -39,8 +42,8 @@ class Caller {
   }
   bool IsClosed() { return Take(1).empty(); }
 
-  // Finishes a handshake in the name of an agent.
-  void Prove(Purpose purpose, uint8_t name) {
+  // Finishes a handshake in the name of an agent. `more` goes with the PROOF.
+  void Prove(Purpose purpose, uint8_t name, const Bytes &more = {}) {
     Identity self;
     self.agent.fill(name);
     self.secret = "secret";
@@ -50,8 +53,10 @@ class Caller {
     while (client.state() == Handshake::State::kRunning) {
       Bytes frame = Receive();
       CHECK(!frame.empty());
-      Send(client.OnFrame(DecodeHeader(frame.data()),
-                          ByteView(frame).subspan(sizeof(FrameHeader))));
+      Bytes answer = client.OnFrame(DecodeHeader(frame.data()),
+                                    ByteView(frame).subspan(sizeof(FrameHeader)));
+      answer.insert(answer.end(), more.begin(), more.end());
+      if (client.state() == Handshake::State::kRunning) Send(answer);
     }
     CHECK(client.state() == Handshake::State::kDone);
   }
@@ -94,6 +99,13 @@ M MessageOf(const Bytes &frame) {
   return *message;
 }
 
+void CheckServes(const Agent &agent) {
+  Caller next(agent);
+  next.Prove(Purpose::kControl, 7);
+  next.Send(EncodeFrame(FrameType::kPing, 1));
+  CHECK(TypeOf(next.Receive()) == FrameType::kPong);
+}
+
 TEST("door: without a proof every request is answered by an error and the end") {
   Served served;
   for (FrameType type : {FrameType::kPull,
@@ -132,8 +144,58 @@ TEST("door: of too many who do not prove themselves the oldest goes") {
     others.push_back(std::make_unique<Caller>(*served.agent));
   }
   CHECK(oldest.IsClosed());
-  Caller honest(*served.agent);
-  honest.Prove(Purpose::kControl, 7);
+  CheckServes(*served.agent);
+}
+
+TEST("door: a crowd over TCP is not in the way of who comes over Unix") {
+  Served served;
+  Caller slow(*served.agent);
+  std::vector<std::unique_ptr<Caller>> crowd;
+  for (size_t i = 0; i < Door::kMaxUnproved + 2; ++i) {
+    crowd.push_back(std::make_unique<Caller>(*served.agent, false));
+  }
+  CHECK(crowd[1]->IsClosed());
+  slow.Prove(Purpose::kControl, 7);
+}
+
+// How a dial ends whose first connections, `drops` many, are closed unheard.
+Status DialDropped(int drops) {
+  Loop loop("test");
+  EventQueue events;
+  Log log(&events);
+  Identity self{.secret = "secret", .lanes = kAllLanes};
+  self.agent.fill(5);
+  Door door(
+      &loop, self, &log, [](const std::shared_ptr<Channel> &, const PeerFacts &) {});
+  Fd listener = ListenUnix(self.agent);
+  Loop::Id watch = loop.Watch(listener.get(), EPOLLIN, [&](uint32_t) {
+    if (--drops >= 0) return AcceptOne(listener.get()).Reset();
+    loop.Unwatch(watch);
+    door.ListenOn(std::move(listener), true, 5);
+  });
+  std::promise<Status> result;
+  Dial dial(
+      &loop,
+      self,
+      DescribeThisProcess(self.agent),
+      {.over_unix = true},
+      [&](const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &) {
+        if (channel) channel->Close();
+        result.set_value(status);
+      });
+  loop.Start();
+  Status status = result.get_future().get();
+  loop.Stop();
+  return status;
+}
+
+TEST("door: who is dropped before the proof knocks again, but not for ever") {
+  CHECK_EQ(DialDropped(6).text, "");
+  auto began = Clock::now();
+  Status status = DialDropped(1000);
+  CHECK(Clock::now() - began > std::chrono::seconds(1));  // a crowd may be gone by then
+  CHECK(status.code == Code::kUnreachable);
+  CHECK(status.text.find("the handshake did not finish") != std::string::npos);
 }
 
 TEST("door: who proves nothing for five seconds is sent away") {
@@ -203,6 +265,25 @@ TEST("door: a data connection reads what its agent was granted, within its bound
   CHECK_EQ(read(&other, 1, {.offset = 0, .nbytes = 100}), 0u);
 }
 
+TEST("door: a data connection that asks before it is welcome ends, and only that") {
+  Served served;
+  Caller hasty(*served.agent);
+  hasty.Prove(Purpose::kData, 7, EncodeFrame(FrameType::kRead, 1, Read{.nbytes = 1}));
+  CHECK(hasty.IsClosed());
+  CheckServes(*served.agent);
+}
+
+TEST("door: who gave no ring has none filled, not even with nothing") {
+  Served served;
+  Caller peer(*served.agent);
+  peer.Prove(Purpose::kControl, 7);
+  peer.Send(EncodeFrame(FrameType::kPull, 1, PullRequest{.key = KeyOf(1)}));
+  CHECK(TypeOf(peer.Receive()) == FrameType::kGrant);
+  peer.Send(EncodeFrame(FrameType::kFill, 1, Fill{}));
+  CHECK(peer.IsClosed());
+  CheckServes(*served.agent);
+}
+
 TEST("door: nobody guesses the pulls of another") {
   Served served;
   auto consumer = MakeAgent();
@@ -226,10 +307,7 @@ TEST("door: a peer that sends nonsense loses its connection, and only that") {
   peer.Prove(Purpose::kControl, 7);
   peer.Send(EncodeFrame(FrameType::kPull, 1, ByteView()));
   CHECK(peer.IsClosed());
-  Caller next(*served.agent);
-  next.Prove(Purpose::kControl, 7);
-  next.Send(EncodeFrame(FrameType::kPing, 1));
-  CHECK(TypeOf(next.Receive()) == FrameType::kPong);
+  CheckServes(*served.agent);
 }
 
 }  // namespace

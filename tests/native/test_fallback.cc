@@ -20,13 +20,12 @@
 namespace fixtures {
 namespace {
 
-// From here on process_vm_readv fails with EPERM in this process, as it does in
-// containers that forbid it.
-bool ForbidCma() {
+// From here on that system call fails in this process.
+bool Forbid(uint32_t call, uint32_t error) {
   sock_filter filter[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_process_vm_readv, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
       BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
   };
   sock_fprog program{.len = sizeof(filter) / sizeof(filter[0]), .filter = filter};
@@ -35,6 +34,9 @@ bool ForbidCma() {
                                                                 SECCOMP_FILTER_FLAG_TSYNC,
                                                                 &program) == 0;
 }
+
+// As in containers that forbid it.
+bool ForbidCma() { return Forbid(SYS_process_vm_readv, EPERM); }
 
 constexpr size_t kBytes = 3 << 20;
 
@@ -288,6 +290,22 @@ TEST("fallback: without a free descriptor a pull waits for one, then says so") {
     Status status = Outcome(ticket.pull.get());
     return status.code == Code::kIo &&
            status.text.find("Too many open files") != std::string::npos;
+  }));
+}
+
+TEST("fallback: without a way to watch its connection a pull says so") {
+  Producer producer(1000, kAllLanes);
+  CHECK(InChild([&] {
+    Settings settings = TestSettings();
+    settings.connect_timeout_s = 0.3;
+    Agent consumer("secret", settings);
+    Memory destination(1000);
+    if (!Forbid(SYS_epoll_ctl, ENOSPC)) return false;
+    PullTicket ticket =
+        consumer.StartPull(producer.address(), KeyOf(1), destination.Whole());
+    Status status = Outcome(ticket.pull.get());
+    return status.code == Code::kIo &&
+           status.text.find("No space left") != std::string::npos;
   }));
 }
 

@@ -1,8 +1,15 @@
+#include <sys/epoll.h>
+#include <sys/resource.h>
+
 #include <cstring>
+#include <future>
 #include <thread>
 
 #include "fixtures.h"
 #include "ray/rdt/lanes/ring.h"
+#include "ray/rdt/lanes/shm.h"
+#include "ray/rdt/lanes/tcp.h"
+#include "ray/rdt/net.h"
 
 namespace fixtures {
 namespace {
@@ -158,7 +165,9 @@ TEST("lanes: a producer killed in a pull fails it at once") {
     producer.Kill();
     for (PullTicket &ticket : tickets) {
       Status status = Outcome(ticket.pull.get(), 5);
-      bool is_expected = status.ok() || status.code == Code::kPeerLost;
+      // What breaks first says it: the control connection, or a new one for data.
+      bool is_expected = status.ok() || status.code == Code::kPeerLost ||
+                         status.code == Code::kUnreachable;
       CHECK_EQ(is_expected ? "" : status.text, "");
     }
     CHECK(AwaitEvent(consumer.get(), Event::Kind::kLost));
@@ -203,6 +212,79 @@ TEST("lanes: the shm ring refuses what is no ring") {
   CHECK(RingMemory::Open(fd.get(), 1 << 20) != nullptr);
   CHECK(RingMemory::Open(fd.get(), 2 << 20) == nullptr);
   CHECK(RingMemory::Open(0, 1 << 20) == nullptr);
+}
+
+TEST("lanes: shm that found no memory to share refuses from then on") {
+  Loop loop("test");
+  CopyPool copies(1);
+  ShmLane lane(&loop, &copies, std::make_shared<Channel>(&loop, Fd()));
+  std::atomic<int64_t> live{0};
+  bool is_refused = false;
+  auto start = [&] {
+    is_refused = false;
+    lane.Start(std::make_shared<Pull>(1, KeyOf(1), SpanList(), &live),
+               {},
+               [&](const Status &status) { is_refused = status.code == Code::kRefused; });
+    return is_refused;
+  };
+  rlimit limit{};
+  getrlimit(RLIMIT_NOFILE, &limit);
+  rlimit none{.rlim_cur = 0, .rlim_max = limit.rlim_max};
+  setrlimit(RLIMIT_NOFILE, &none);
+  bool is_first_refused = start();
+  setrlimit(RLIMIT_NOFILE, &limit);
+  CHECK(is_first_refused);
+  CHECK(start());
+}
+
+// The producer's end of a data connection, which talks before it is asked.
+class Hasty : public Channel::Handler {
+ public:
+  Hasty(Loop *loop, const Identity &self, Fd fd)
+      : channel_(std::make_shared<Channel>(loop, std::move(fd))),
+        handshake_(Handshake::Server(self)) {
+    channel_->Start(this);
+  }
+
+  void OnFrame(const FrameHeader &header, ByteView payload, Fd * /*fd*/) override {
+    Bytes answer = handshake_.OnFrame(header, payload);
+    Bytes more = EncodeFrame(FrameType::kData, 1);
+    bool is_welcome = handshake_.state() == Handshake::State::kDone;
+    if (is_welcome) answer.insert(answer.end(), more.begin(), more.end());
+    channel_->Send(std::move(answer));
+  }
+  void OnClosed(const Status & /*why*/) override {}
+
+ private:
+  const std::shared_ptr<Channel> channel_;
+  Handshake handshake_;
+};
+
+TEST("lanes: a producer that sends over tcp before it is asked fails the pull") {
+  Loop loop("test");
+  CopyPool copies(1);
+  Identity self{.secret = "secret", .lanes = kAllLanes};
+  Address address = DescribeThisProcess(self.agent);
+  address.ip = "127.0.0.1";
+  Fd listener = ListenTcp(address.ip, &address.port);
+  std::vector<std::unique_ptr<Hasty>> ends;
+  loop.Watch(listener.get(), EPOLLIN, [&](uint32_t) {
+    ends.push_back(std::make_unique<Hasty>(&loop, self, AcceptOne(listener.get())));
+  });
+  Memory memory(1);
+  std::atomic<int64_t> live{0};
+  std::promise<Status> result;
+  TcpLane lane(&loop, &copies, self, address, {});
+  lane.Start(std::make_shared<Pull>(1, KeyOf(1), SpanList(memory.Whole()), &live),
+             {.total = 1},
+             [&](const Status &status) { result.set_value(status); });
+  copies.Start();
+  loop.Start();
+  Status status = result.get_future().get();
+  loop.Stop();
+  copies.Stop();
+  CHECK(status.code == Code::kIo);
+  CHECK_EQ(ends.size(), 1u);  // the next would be no better
 }
 
 TEST("lanes: thousands of pulls at once") {

@@ -182,7 +182,15 @@ def test_killed_producer_is_lost(agent, producer):
     assert next_event(agent, "lost") == ("lost", producer.agent_id)
 
 
-def test_wait_ends_on_an_interrupt_flag(agent, producer):
+@pytest.fixture
+def interruptible():
+    """A program that a shell starts in the background ignores SIGINT, and this one with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_wait_ends_on_an_interrupt_flag(agent, producer, interruptible):
     """What Ray does to cancel a task: no signal, only a flag."""
     threading.Timer(0.2, _thread.interrupt_main).start()
     start = time.monotonic()
@@ -191,7 +199,7 @@ def test_wait_ends_on_an_interrupt_flag(agent, producer):
     assert time.monotonic() - start < 5
 
 
-def test_wait_ends_on_a_signal(agent, producer):
+def test_wait_ends_on_a_signal(agent, producer, interruptible):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         agent.call(producer.address, b"ignore").wait(LONG_S)

@@ -24,6 +24,11 @@ void Channel::Start(Handler *handler) {
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [weak = weak_from_this()](uint32_t events) {
     if (auto self = weak.lock()) self->OnReady(events);
   });
+  if (watch_ != 0) return;
+  // Posted: nobody expects the end from within Start.
+  loop_->Post([weak = weak_from_this(), text = WithErrno("cannot be watched", errno)] {
+    if (auto self = weak.lock()) self->Fail(Code::kIo, text);
+  });
 }
 
 void Channel::Send(Bytes frame, Fd attached) {
@@ -44,8 +49,9 @@ void Channel::Close() {
 Fd Channel::Release() {
   handler_ = nullptr;
   loop_->Unwatch(watch_);
+  Fd fd = std::move(fd_);
   bool is_clean = begin_ == end_ && out_.empty();
-  return is_clean ? std::move(fd_) : Fd();
+  return is_clean ? std::move(fd) : Fd();
 }
 
 void Channel::OnReady(uint32_t events) {

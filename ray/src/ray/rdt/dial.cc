@@ -12,11 +12,6 @@ namespace {
 // Nobody tells when what is missing is there again.
 constexpr double kRetryS = 0.01;
 
-// This process has no descriptor or memory left for a connection.
-bool IsShortage(int error) {
-  return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
-}
-
 }  // namespace
 
 Dial::Dial(Loop *loop,
@@ -55,6 +50,10 @@ void Dial::Connect() {
   }
   if (!connecting_) return Finish({Code::kUnreachable, WithErrno("connect", errno)});
   watch_ = loop_->Watch(connecting_.get(), EPOLLOUT, [this](uint32_t) { OnWritable(); });
+  if (watch_ != 0) return;
+  shortage_ = errno;
+  connecting_.Reset();
+  retry_ = loop_->After(kRetryS, [this] { Connect(); });
 }
 
 void Dial::OnWritable() {
@@ -82,12 +81,13 @@ void Dial::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
   if (handshake_.state() != Handshake::State::kRunning) Finish(handshake_.status());
 }
 
-// Who is gone refuses the next attempt; a network that broke this one may not.
+// Who is gone refuses the next attempt; a network that broke this one may not, nor a
+// crowd that had this one dropped. Each attempt waits twice as long as the last.
 void Dial::OnClosed(const Status &why) {
   if (++broken_ < kMaxBroken) {
     channel_.reset();
     handshake_ = Greeting();
-    retry_ = loop_->After(kRetryS, [this] { Connect(); });
+    retry_ = loop_->After(kRetryS * (1 << (broken_ - 1)), [this] { Connect(); });
     return;
   }
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});

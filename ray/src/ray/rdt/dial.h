@@ -43,7 +43,8 @@ class Dial : private Channel::Handler {
   void OnClosed(const Status &why) override;
   void Finish(Status status);
 
-  static constexpr int kMaxBroken = 3;
+  // Over a second and more: a crowd at the other's door is let in by then.
+  static constexpr int kMaxBroken = 8;
 
   Loop *const loop_;
   const Identity self_;

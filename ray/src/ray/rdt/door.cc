@@ -12,8 +12,9 @@ namespace ray::rdt {
 // One connection that has not proved itself.
 class Door::Knock : public Channel::Handler {
  public:
-  Knock(Door *door, std::shared_ptr<Channel> channel)
+  Knock(Door *door, Listener *listener, std::shared_ptr<Channel> channel)
       : door_(door),
+        listener_(listener),
         channel_(std::move(channel)),
         handshake_(Handshake::Server(door->self_)) {
     deadline_ = door_->loop_->After(kProofDeadlineS, [this] {
@@ -35,11 +36,13 @@ class Door::Knock : public Channel::Handler {
 
   void OnClosed(const Status &why) override { door_->Drop(this, why); }
 
+  Listener *listener() const { return listener_; }
   std::shared_ptr<Channel> channel() const { return channel_; }
   const PeerFacts &peer() const { return handshake_.peer(); }
 
  private:
   Door *const door_;
+  Listener *const listener_;
   const std::shared_ptr<Channel> channel_;
   Handshake handshake_;
   Loop::Id deadline_;
@@ -54,34 +57,43 @@ Door::~Door() {
 }
 
 void Door::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
-  listeners_.push_back({std::move(listener), is_unix, peer_timeout_s, 0});
+  listeners_.push_back(
+      {.fd = std::move(listener), .is_unix = is_unix, .peer_timeout_s = peer_timeout_s});
   Open(&listeners_.back());
 }
 
 void Door::Open(Listener *listener) {
   listener->watch = loop_->Watch(
       listener->fd.get(), EPOLLIN, [this, listener](uint32_t) { Accept(listener); });
+  if (listener->watch == 0) RestFrom(listener, errno);
 }
 
 void Door::Accept(Listener *listener) {
   Fd fd = AcceptOne(listener->fd.get());
-  if (!fd) return Pause(listener);
+  if (!fd) {
+    if (IsShortage(errno)) RestFrom(listener, errno);
+    return;  // else the other side went away again
+  }
   if (listener->is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
     return log_->Warning("door", "RDT refused a connection from another user");
   }
   if (!listener->is_unix) TuneTcp(fd.get(), listener->peer_timeout_s);
-  if (knocks_.size() == kMaxUnproved) {
-    Drop(knocks_.front().get(), {Code::kRefused, "too many connections without proof"});
+  auto &knocks = listener->knocks;
+  if (knocks.size() == kMaxUnproved) {
+    Drop(knocks.front().get(), {Code::kRefused, "too many connections without proof"});
   }
   auto channel = std::make_shared<Channel>(loop_, std::move(fd));
-  knocks_.push_back(std::make_unique<Knock>(this, std::move(channel)));
+  knocks.push_back(std::make_unique<Knock>(this, listener, std::move(channel)));
 }
 
-void Door::Pause(Listener *listener) {
-  bool is_out_of =
-      errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM;
-  if (!is_out_of) return;  // the other side went away again
-  log_->Warning("door", WithErrno("RDT cannot take connections for now", errno));
+size_t Door::unproved() const {
+  size_t count = 0;
+  for (const Listener &listener : listeners_) count += listener.knocks.size();
+  return count;
+}
+
+void Door::RestFrom(Listener *listener, int shortage) {
+  log_->Warning("door", WithErrno("RDT cannot take connections for now", shortage));
   loop_->Unwatch(listener->watch);
   pauses_.push_back(loop_->After(kPauseS, [this, listener] {
     pauses_.pop_front();
@@ -104,7 +116,8 @@ void Door::Drop(Knock *knock, const Status &why) {
 }
 
 void Door::Remove(Knock *knock) {
-  knocks_.remove_if([knock](const auto &one) { return one.get() == knock; });
+  knock->listener()->knocks.remove_if(
+      [knock](const auto &one) { return one.get() == knock; });
 }
 
 }  // namespace ray::rdt

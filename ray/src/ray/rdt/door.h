@@ -17,8 +17,10 @@ class Door {
  public:
   using OnEntered = std::function<void(std::shared_ptr<Channel>, const PeerFacts &)>;
 
-  // More than this many connections without proof, and the oldest is dropped:
-  // an honest one proves itself in milliseconds, so a flood delays nobody.
+  // More than this many connections without proof at one listener, and its oldest
+  // is dropped: an honest one proves itself in milliseconds, and tries again if it
+  // was dropped (see Dial), so a flood keeps nobody out. A flood over TCP is not in
+  // the way of the processes of this host.
   static constexpr size_t kMaxUnproved = 64;
   static constexpr double kProofDeadlineS = 5.0;
 
@@ -26,7 +28,7 @@ class Door {
   ~Door();
 
   void ListenOn(Fd listener, bool is_unix, double peer_timeout_s);
-  size_t unproved() const { return knocks_.size(); }
+  size_t unproved() const;
 
  private:
   class Knock;
@@ -35,16 +37,17 @@ class Door {
     Fd fd;
     bool is_unix;
     double peer_timeout_s;
-    Loop::Id watch;
+    Loop::Id watch = 0;
+    std::list<std::unique_ptr<Knock>> knocks;  // oldest first
   };
 
-  // After a failure for want of descriptors or memory: the waiting connection
+  // After a failure for want of descriptors or memory: a waiting connection
   // keeps the listener ready, so trying again at once would take all the CPU.
   static constexpr double kPauseS = 0.1;
 
   void Open(Listener *listener);
   void Accept(Listener *listener);
-  void Pause(Listener *listener);
+  void RestFrom(Listener *listener, int shortage);
   void Enter(Knock *knock);
   void Drop(Knock *knock, const Status &why);
   void Remove(Knock *knock);
@@ -55,7 +58,6 @@ class Door {
   const OnEntered on_entered_;
   std::list<Listener> listeners_;
   std::list<Loop::Id> pauses_;
-  std::list<std::unique_ptr<Knock>> knocks_;  // oldest first
 };
 
 }  // namespace ray::rdt

@@ -70,15 +70,17 @@ void Loop::Post(Task task) {
 
 Loop::Id Loop::Watch(int fd, uint32_t events, OnReady ready) {
   Id id = next_id_++;
-  watched_[id] = {fd, std::make_shared<OnReady>(std::move(ready))};
   epoll_event event{.events = events, .data = {.u64 = id}};
-  Checked(epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event), "epoll_ctl");
+  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) return 0;
+  watched_[id] = {fd, std::make_shared<OnReady>(std::move(ready))};
   return id;
 }
 
 void Loop::Rearm(Id watch, uint32_t events) {
+  auto found = watched_.find(watch);
+  if (found == watched_.end()) return;
   epoll_event event{.events = events, .data = {.u64 = watch}};
-  epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, watched_.at(watch).fd, &event);
+  epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, found->second.fd, &event);
 }
 
 void Loop::Unwatch(Id watch) {

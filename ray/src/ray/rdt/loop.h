@@ -41,7 +41,8 @@ class Loop {
 
   // Calls `ready` while `fd` has one of `events` (level-triggered). The id is
   // never reused, so an event that was already fetched for a watch that has
-  // since ended is dropped instead of reaching a new owner of the same fd.
+  // since ended is dropped instead of reaching a new owner of the same fd. 0, which
+  // Unwatch and Rearm pass over, and errno, when the system watches no more.
   Id Watch(int fd, uint32_t events, OnReady ready);
   void Rearm(Id watch, uint32_t events);
   void Unwatch(Id watch);

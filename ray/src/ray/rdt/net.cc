@@ -146,6 +146,10 @@ Credentials PeerCredentials(int unix_fd) {
 
 Fd OpenPidFd(pid_t pid) { return Fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))); }
 
+bool IsShortage(int error) {
+  return error == EMFILE || error == ENFILE || error == ENOBUFS || error == ENOMEM;
+}
+
 bool IsReadable(int fd) { return (PollNow(fd, POLLIN) & POLLIN) != 0; }
 
 bool IsHungUp(int fd) {

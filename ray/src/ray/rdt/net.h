@@ -35,6 +35,9 @@ Credentials PeerCredentials(int unix_fd);
 // Becomes readable when the process ends; empty where the kernel has none.
 Fd OpenPidFd(pid_t pid);
 
+// Of an errno: there is no descriptor or memory left for a connection.
+bool IsShortage(int error);
+
 bool IsReadable(int fd);
 // True when the other end of a stream is closed.
 bool IsHungUp(int fd);

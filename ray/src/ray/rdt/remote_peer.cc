@@ -368,6 +368,8 @@ void RemotePeer::SendPull(uint64_t id, Asked *asked) {
 
 void RemotePeer::SendCall(uint64_t id, Called *called) {
   if (std::exchange(called->is_sent, true)) return;
+  // A request may end what the notices before it keep.
+  if (HasNotices()) FlushNotices();
   channel_->Send(EncodeFrame(called->call->kind, id, ByteView(called->payload)));
   if (!called->call->repeats) called->payload = {};
 }

@@ -114,7 +114,7 @@ cdef double _slice_before(double deadline):
 
 
 @cython.final
-@cython.no_gc_clear
+@cython.no_gc  # what `keep` holds must not be taken apart before the pull has ended
 cdef class Pull:
     """One fetch under way, made by Agent.pull. Deallocation cancels it.
 
@@ -169,15 +169,18 @@ cdef class Pull:
 
     @property
     def done(self):
+        _check_process(self._agent._pid)
         return deref(self._ticket.pull).is_settled()
 
     @property
     def checksum(self):
         """Of what has landed, if Agent.pull was told to find it; whole once done."""
+        _check_process(self._agent._pid)
         return deref(self._ticket.pull).sum()
 
     @property
     def lane(self):
+        _check_process(self._agent._pid)
         cdef int lane = deref(self._ticket.pull).lane()
         return LANES[lane] if lane >= 0 else None
 
@@ -191,7 +194,8 @@ cdef class Call:
 
     def __dealloc__(self):
         if self._agent is not None and self._agent._pid == getpid():
-            self._agent._native.CancelCall(self._ticket)
+            with nogil:
+                self._agent._native.CancelCall(self._ticket)
 
     def wait(self, timeout_s=None):
         """The reply's payload, which can be taken once.
@@ -221,7 +225,8 @@ cdef class Call:
 
     def cancel(self):
         _check_process(self._agent._pid)
-        self._agent._native.CancelCall(self._ticket)
+        with nogil:
+            self._agent._native.CancelCall(self._ticket)
 
     def fileno(self):
         """A descriptor that is readable once the call has ended."""
@@ -230,6 +235,7 @@ cdef class Call:
 
     @property
     def done(self):
+        _check_process(self._agent._pid)
         return deref(self._ticket.call).is_settled()
 
 
@@ -348,16 +354,21 @@ cdef class Agent:
 
         Only queued here; never raises for a peer that is gone.
         """
-        _check_process(self._pid)
-        self._native.Notify(_view(address), Notice.kFree, _key(key))
+        self._notify(address, Notice.kFree, key)
 
     def own(self, address, bytes key):
         """Tells the agent at `address` that this process owns `key`.
 
         Only queued here; never raises for a peer that is gone.
         """
+        self._notify(address, Notice.kOwn, key)
+
+    cdef _notify(self, address, Notice notice, bytes key):
+        cdef ByteView where = _view(address)
+        cdef Key native_key = _key(key)
         _check_process(self._pid)
-        self._native.Notify(_view(address), Notice.kOwn, _key(key))
+        with nogil:
+            self._native.Notify(where, notice, native_key)
 
     def owned(self, bytes agent_id):
         """How many keys of this agent the agent of another process owns."""
@@ -394,10 +405,13 @@ cdef class Agent:
         cdef uint64_t nbytes = 0
         _check_process(self._pid)
         cdef vector[Span] spans = _spans(addrs, lens)
+        cdef ByteView where = _view(address)
+        cdef Key native_key = _key(key)
         for span in spans:
             nbytes += span.nbytes
         pull.nbytes = nbytes
-        pull._ticket = self._native.StartPull(_view(address), _key(key), spans, is_summed)
+        with nogil:
+            pull._ticket = self._native.StartPull(where, native_key, spans, is_summed)
         pull._agent = self
         return pull
 
@@ -420,7 +434,10 @@ cdef class Agent:
         """
         cdef Call call = Call.__new__(Call)
         _check_process(self._pid)
-        call._ticket = self._native.StartSum(_view(address), _key(key))
+        cdef ByteView where = _view(address)
+        cdef Key native_key = _key(key)
+        with nogil:
+            call._ticket = self._native.StartSum(where, native_key)
         call._agent = self
         return call
 
@@ -432,7 +449,10 @@ cdef class Agent:
         """
         cdef Call call = Call.__new__(Call)
         _check_process(self._pid)
-        call._ticket = self._native.StartCall(_view(address), _copy_in(payload), repeats)
+        cdef ByteView where = _view(address)
+        cdef Bytes copied = _copy_in(payload)
+        with nogil:
+            call._ticket = self._native.StartCall(where, copied, repeats)
         call._agent = self
         return call
 
@@ -475,7 +495,10 @@ cdef class Agent:
     def explain(self, address):
         """For each lane "ok", or why it does not serve the agent at `address`."""
         _check_process(self._pid)
-        cdef LaneReasons reasons = self._native.Explain(_view(address))
+        cdef ByteView where = _view(address)
+        cdef LaneReasons reasons
+        with nogil:
+            reasons = self._native.Explain(where)
         return {LANES[i]: reasons[i].decode() for i in range(kLaneCount)}
 
     def stats(self):

@@ -29,9 +29,10 @@ ShmLane::ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
     : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
 
 void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report report) {
-  if (!ring_ && !OpenRing()) {
-    return report({Code::kRefused, WithErrno("no memory to share", errno)});
+  if (!ring_ && refusal_.ok() && !OpenRing()) {
+    refusal_ = {Code::kRefused, WithErrno("no memory to share", errno)};
   }
+  if (!refusal_.ok()) return report(refusal_);
   uint64_t attempt = pull->attempt();
   jobs_.push_back(std::make_shared<Job>(std::move(pull), std::move(report), attempt));
   Pump();
@@ -127,8 +128,10 @@ bool ShmSource::OnRing(const Ring &ring, const Fd &fd) {
 }
 
 bool ShmSource::OnFill(uint64_t pull, const Fill &fill, Pin pin) {
-  uint64_t ring_bytes = ring_ ? ring_->nbytes() : 0;
-  if (fill.nbytes > ring_bytes || fill.position > ring_bytes - fill.nbytes) return false;
+  if (!ring_ || fill.nbytes > ring_->nbytes() ||
+      fill.position > ring_->nbytes() - fill.nbytes) {
+    return false;
+  }
   if (!pin) {
     channel_->Send(FilledFrame(pull, fill.position, false));
     return true;

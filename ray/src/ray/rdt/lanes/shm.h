@@ -51,6 +51,7 @@ class ShmLane : public Lane {
   CopyPool *const copies_;
   const std::shared_ptr<Channel> channel_;
   std::shared_ptr<RingMemory> ring_;
+  Status refusal_;  // for good: who hears of it gives the lane up, later
   std::vector<Slot> slots_{kSlots};
   std::deque<std::shared_ptr<Job>> jobs_;  // with bytes left to ask for; in turns
   // Lets a copy step find out that the lane is gone.

@@ -53,10 +53,12 @@ void TcpLane::OnOpened(uint64_t id,
                        const Status &status,
                        std::shared_ptr<Channel> channel) {
   dials_.erase(id);
-  if (!status.ok()) {
+  Fd fd = status.ok() ? channel->Release() : Fd();
+  if (!fd) {
     // Other streams, if there are any, do the work.
-    if (streams_.empty() && dials_.empty()) FailWaiting(status);
-    return;
+    if (!streams_.empty() || !dials_.empty()) return;
+    return FailWaiting(
+        status.ok() ? Status{Code::kIo, "the producer sent what is no data"} : status);
   }
   Loop *loop = copies_->loop(id);
   auto on_broken = [agent_loop = loop_, weak = std::weak_ptr(alive_), id] {
@@ -64,7 +66,7 @@ void TcpLane::OnOpened(uint64_t id,
       if (auto lane = weak.lock()) (*lane)->OnBroken(id);
     });
   };
-  auto stream = std::make_shared<TcpStream>(loop, channel->Release(), queue_, on_broken);
+  auto stream = std::make_shared<TcpStream>(loop, std::move(fd), queue_, on_broken);
   streams_[id] = {loop, stream};
   loop->Post([stream] { stream->Start(); });
 }

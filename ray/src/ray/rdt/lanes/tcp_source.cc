@@ -24,6 +24,7 @@ void TcpSource::Start() {
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [self = shared_from_this()](uint32_t events) {
     self->OnReady(events);
   });
+  if (watch_ == 0) Close();
 }
 
 void TcpSource::OnReady(uint32_t events) {

@@ -73,6 +73,7 @@ void TcpStream::Start() {
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [self = shared_from_this()](uint32_t events) {
     self->OnReady(events);
   });
+  if (watch_ == 0) return Break();
   Pump();
 }
 
