@@ -325,8 +325,13 @@ class FakeAccelerator:
     @contextlib.contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
         before, self._local.stream = self.stream(), stream
-        yield
-        self._local.stream = before
+        try:
+            yield
+        finally:
+            self._local.stream = before
+
+    def new_stream(self, device: torch.device) -> Stream:
+        return Stream()
 
     def unavailable(self) -> str:
         return self.missing

@@ -15,7 +15,15 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
-    {"accelerators", "cancellation", "config", "descriptor", "errors", "tensor_transport_manager"},
+    {
+        "accelerators",
+        "cancellation",
+        "config",
+        "daemon_threads",
+        "descriptor",
+        "errors",
+        "tensor_transport_manager",
+    },
     {"_agent", "_tensors"},
     {"session"},
     {"checksums"},

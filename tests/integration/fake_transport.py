@@ -116,6 +116,12 @@ class FakeTwoSided:
                 while view:
                     view = view[pipe.write(view) :]
 
+    def give_up(self, route: Route, may_send: bool) -> None:
+        with self._lock:
+            pipe = self._pipes.pop(route["path"], None)
+        if pipe is not None:
+            os.close(pipe)
+
     def receive(self, route: Route, buffers: Buffers, deadline: float) -> None:
         path = route["path"]
         with self._lock:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from ray.experimental.rdt.transports import cuda_ipc
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import CudaIpcTransport, DeviceIpcTransport
 from tests.fake_device import TYPE, Sharing, accelerator
@@ -154,6 +157,47 @@ def test_deadline_while_the_device_is_busy(sides, monkeypatch):
     with pytest.raises(TimeoutError):
         read(sides, exposed, bytes_on(TYPE), timeout_s=0.2)
     assert time.monotonic() - started < 3
+
+
+def test_failure_keeps_open_what_a_copy_still_reads(sides, sharing, monkeypatch):
+    monkeypatch.setattr(cuda_ipc, "_GRACE_S", 0.3)
+    exposed = sides[0].transport.expose([bytes_on(f"{TYPE}:{i % 2}") for i in range(4)])
+    ended, begun, copy = threading.Event(), [], accelerator.copy
+
+    class Copy:
+        def wait(self, timeout_s):
+            if not ended.wait(timeout_s):
+                raise TimeoutError("not this one")
+
+    def slow_then_broken(pairs, device):
+        if begun:
+            raise ValueError("the device broke")
+        begun.append(Copy())
+        return begun[0]
+
+    monkeypatch.setattr(accelerator, "copy", slow_then_broken)
+    with pytest.raises(ValueError, match="the device broke") as failure:
+        read(sides, exposed, *[bytes_on(TYPE) for _ in range(4)])
+    assert failure.value.may_still_write
+    assert sharing.live == 4
+    assert sides[0].transport._shares
+    ended.set()
+    monkeypatch.setattr(accelerator, "copy", copy)
+    del failure
+    read(sides, exposed, *[bytes_on(TYPE) for _ in range(4)])
+    assert sharing.live == 0
+    wait_until(lambda: not sides[0].transport._shares, "the producer is told that it was closed")
+
+
+def test_failure_whose_copies_end_leaves_nothing_open(sides, sharing, monkeypatch):
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    monkeypatch.setattr(accelerator, "_side", Busy(accelerator._side, 0.6))
+    with pytest.raises(TimeoutError) as failure:
+        read(sides, exposed, bytes_on(TYPE), timeout_s=0.2)
+    assert failure.value.may_still_write is False
+    del failure
+    gc.collect()
+    assert sharing.live == 0
 
 
 class Busy:

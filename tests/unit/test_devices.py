@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from ray.experimental.rdt import capture
+from ray.experimental.rdt.accelerators.base import have_ended
+from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.capture import Captured, lay_out
 from ray.experimental.rdt.landing import allocate_on_devices, direct_targets
 from ray.experimental.rdt.serve import await_writers, flat_buffers
@@ -168,6 +171,57 @@ def test_side_copies_come_after_the_current_stream():
     gate.set()
     copied.wait(5)
     assert target.tolist() == [5] * 4
+
+
+@pytest.mark.parametrize("on_gpu", [(True, True), (True, False), (False, True)])
+def test_memory_of_a_queued_cuda_copy_is_not_given_out_again(monkeypatch, on_gpu):
+    """A copy runs on a side stream, of which torch's allocator knows nothing by itself."""
+    calls = []
+    side = SimpleNamespace(wait_stream=lambda stream: calls.append(("after", stream)))
+    event = SimpleNamespace(record=lambda stream: calls.append(("event", stream)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+
+    class Tensor:
+        def __init__(self, is_cuda):
+            self.is_cuda = is_cuda
+
+        def record_stream(self, stream):
+            assert self.is_cuda
+            calls.append(("used on", stream, self))
+
+        def copy_(self, source, non_blocking):
+            calls.append(("copy", self, source))
+
+    target, source = map(Tensor, on_gpu)
+    CudaAccelerator().copy([(target, source)], torch.device("cuda", 0))
+    used = [("used on", side, tensor) for tensor in (target, source) if tensor.is_cuda]
+    assert calls == [("after", "current"), *used, ("copy", target, source), ("event", side)]
+
+
+def test_events_have_one_period_to_end_together():
+    class Ended:
+        def wait(self, timeout_s):
+            pass
+
+    class Never:
+        def wait(self, timeout_s):
+            time.sleep(timeout_s)
+            raise TimeoutError
+
+    class Broken:
+        def wait(self, timeout_s):
+            raise RuntimeError("the device failed")
+
+    assert have_ended([], 0)
+    assert have_ended([Ended(), Ended()], 0)
+    assert not have_ended([Broken(), Ended()], 0)
+    started = time.monotonic()
+    assert not have_ended([Never(), Never(), Ended(), Never()], 0.2)
+    assert time.monotonic() - started < 0.4
 
 
 def test_order_of_ways():

@@ -22,6 +22,8 @@ from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTFetchError, RDTProducerDiedError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request
+from ray.experimental.rdt.landing import allocate
+from ray.experimental.rdt.lanes import AgentPull
 from ray.experimental.rdt.store import Store
 from ray.experimental.rdt.targets import Target, Targets
 from tests.unit.test_capture import Context
@@ -95,12 +97,13 @@ class World:
         self.store = Store()
         self.link_uses = 0
         self.kept: list[Any] = []
+        self.hints: dict[bytes, AgentPull] = {}
         self.fetcher = Fetcher(self.store, self.links)
 
     def links(self) -> Any:
         self.link_uses += 1
         session = SimpleNamespace(agent=self.agent)
-        hinted = SimpleNamespace(take=lambda key: None)
+        hinted = SimpleNamespace(take=lambda key: self.hints.pop(key, None))
         unnamed = SimpleNamespace(obstacle=lambda name, address: "the lanes are best")
         return SimpleNamespace(session=session, hinted=hinted, transports=None, unnamed=unnamed)
 
@@ -167,6 +170,33 @@ def test_large_and_small_regions_land_together(world: World):
     tensors = [torch.arange(1 << 19), torch.arange(7), torch.empty(0), torch.arange(1 << 18)]
     got = value_of(*world.fetch(world.send(tensors)))
     assert all(torch.equal(one, other) for one, other in zip(got, tensors, strict=True))
+
+
+def test_failed_hint_is_pulled_anew(world: World):
+    """It may have failed long ago, for a reason that has passed."""
+    envelope = world.send([torch.arange(5)], outcome=AgentError("peer_lost"))
+    key, session = envelope.head.key, world.links().session
+    world.hints[key] = AgentPull(session, ADDRESS, key, allocate(session, envelope.table.regions))
+    world.agent.held[key] = world.kept[0].regions
+    assert value_of(*world.fetch(envelope))[0].tolist() == [0, 1, 2, 3, 4]
+    assert len(world.agent.pulls) == 2
+
+
+def test_what_has_begun_is_given_up_when_the_next_cannot_begin(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    sent = [world.send([torch.arange(5)]) for _ in range(2)]
+    pull = world.agent.pull
+
+    def interrupt(*args: Any) -> Any:
+        if world.agent.pulls:
+            raise KeyboardInterrupt
+        return pull(*args)
+
+    monkeypatch.setattr(world.agent, "pull", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        world.fetch(*sent)
+    assert world.agent.pulls[0].cancelled
 
 
 @pytest.mark.parametrize("eager", [True, False])

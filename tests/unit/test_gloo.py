@@ -17,6 +17,7 @@ from ray.experimental.rdt.transports.link import (
     TransferRefused,
     TransferTimeout,
 )
+from tests.support import wait_until
 from tests.unit.gloo_peers import Node, blanks, pattern, same
 
 KB, MB = 1 << 10, 1 << 20
@@ -111,6 +112,47 @@ def test_refusal_reaches_the_consumer_and_keeps_the_link(nodes):
     assert list(consumer.transport._links) == [link]
 
 
+def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
+    consumer, producer = nodes()
+    producer.objects["x"] = pattern([4], 1)
+    with pytest.raises(TransferRefused, match="CPU tensors only") as refused:
+        consumer.fetch(producer.peer, "x", [torch.empty(4, dtype=torch.uint8, device="meta")])
+    assert isinstance(refused.value, TransportUnavailable)
+    assert not refused.value.is_stale
+    wait_until(lambda: not consumer.transport._links, "the producer must not send for long")
+    round_trip(consumer, producer, [4])
+
+
+def test_route_that_the_producer_refused_gives_the_link_back(nodes):
+    consumer, producer = nodes()
+    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    consumer.transport.give_up(route, may_send=False)
+    assert [link.leased_until for link in consumer.transport._links.values()] == [0.0]
+    round_trip(consumer, producer, [4])
+    assert list(consumer.transport._links) == [route["link"]]
+
+
+def test_route_that_is_given_up_ends_the_send(nodes):
+    consumer, producer = nodes()
+    producer.objects["x"] = pattern([MB], 1)
+    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    body = {"name": "x", "route": route, "timeout_s": 20}
+    consumer.session.call(producer.peer.address, "send", body, 20)
+    consumer.transport.give_up(route, may_send=True)
+    wait_until(lambda: bool(producer.send_errors), "the send ends", 5)
+    assert "gave a transfer up" in str(producer.send_errors[0])
+    round_trip(consumer, producer, [4])
+
+
+@pytest.mark.parametrize("may_send", [False, True])
+def test_route_whose_link_is_gone_can_be_given_up(nodes, may_send):
+    consumer, producer = nodes()
+    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    consumer.transport.reset(producer.peer.agent_id)
+    consumer.transport.give_up(route, may_send)
+    assert not consumer.transport._links
+
+
 def test_other_sizes_are_an_error_and_nobody_dies(nodes):
     consumer, producer = nodes()
     producer.objects["x"] = pattern([MB], 1)
@@ -142,6 +184,45 @@ def test_nothing_is_written_after_a_failure(nodes):
     before = buffers[0].clone()
     time.sleep(0.3)
     assert torch.equal(before, buffers[0])
+
+
+def test_who_closes_a_link_second_waits_until_nothing_is_written(nodes, monkeypatch):
+    """The deadline of a transfer passes while another thread closes its link."""
+    consumer, producer = nodes()
+    producer.objects["x"] = pattern([MB], 1)
+    producer.send_delay_s = 30.0
+    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    link = consumer.transport._find(route)
+    killing, gate, ends = threading.Event(), threading.Event(), []
+    kill = link._backend.kill
+
+    def slow_kill(group):
+        killing.set()
+        gate.wait(10)
+        kill(group)
+
+    def receive():
+        try:
+            consumer.transport.receive(route, blanks([MB]), time.monotonic() + 0.3)
+        except TransferError as error:
+            ends.append((error, gate.is_set()))
+
+    monkeypatch.setattr(link._backend, "kill", slow_kill)
+    threads = [
+        threading.Thread(target=link.close, args=("the first",)),
+        threading.Thread(target=receive),
+    ]
+    for thread in reversed(threads):
+        thread.start()
+        wait_until(lambda: bool(link._jobs), "the transfer is under way")
+    assert killing.wait(5)
+    threads[1].join(1)
+    gate.set()
+    for thread in threads:
+        thread.join(5)
+    ((error, was_over),) = ends
+    assert isinstance(error, TransferTimeout)
+    assert was_over
 
 
 def test_loss_of_the_connection_fails_its_waiters_at_once(nodes):

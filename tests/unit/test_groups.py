@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from ray.experimental.rdt.groups import collectives
-from ray.experimental.rdt.groups.membership import Member
+from ray.experimental.rdt.groups import collectives, ray_group
+from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.groups.service import GroupService, MemberFailed
+from tests.support import wait_until
 from tests.unit.gloo_peers import Node, blanks, pattern, same
 
 
@@ -157,3 +158,100 @@ def test_report_of_a_stranger_is_ignored(nodes):
     tell.start()
     with pytest.raises(MemberFailed, match="in time"):
         form(creator, members, timeout_s=1.5)
+
+
+class RayCollective:
+    """What is used of ``ray.util.collective``: groups by name, made and ended under one lock."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.groups = {}
+
+    def init_collective_group(self, size, rank, backend, name):
+        with self.lock:
+            if name in self.groups:
+                raise RuntimeError("Trying to initialize a group a second time.")
+            self.groups[name] = ray_group.RDTGroup(size, rank, name)
+
+    def is_group_initialized(self, name):
+        with self.lock:
+            return name in self.groups
+
+    def destroy_collective_group(self, name):
+        with self.lock:
+            self.groups.pop(name).destroy_group()
+
+
+@pytest.fixture
+def ray_collective(monkeypatch):
+    made = RayCollective()
+    monkeypatch.setattr(collectives, "_ray_collective", lambda: made)
+    monkeypatch.setattr(collectives, "_entered", {})
+    monkeypatch.setattr(ray_group, "_TIMEOUT_S", 15.0)
+    return made
+
+
+_enter = collectives.enter
+
+
+def only_one_enters(monkeypatch, node):
+    """Ray's collectives are one per process, and take each name once."""
+
+    def enter(group, transport):
+        if transport is node.transport:
+            _enter(group, transport)
+
+    monkeypatch.setattr(collectives, "enter", enter)
+
+
+def test_member_that_waits_in_its_first_collective_leaves_at_once(
+    nodes, ray_collective, monkeypatch
+):
+    creator, *members = nodes(3)
+    only_one_enters(monkeypatch, members[0])
+    form(creator, members)
+    entered, errors = ray_collective.groups["one"], []
+
+    def wait_for_the_other():
+        try:
+            entered.barrier()
+        except Exception as error:
+            errors.append(error)
+
+    waiting = threading.Thread(target=wait_for_the_other, daemon=True)
+    waiting.start()
+    wait_until(entered._lock.locked, "the member waits")
+    started = time.monotonic()
+    creator.service.dissolve("1", members_of(members), "destroyed")
+    assert time.monotonic() - started < 3
+    assert not ray_collective.groups
+    waiting.join(5)
+    assert "destroyed" in str(errors[0])
+
+
+def test_name_that_is_taken_stays_with_the_user(nodes, ray_collective):
+    (node,) = nodes(1)
+    group = Group("1", "one", "gloo", 0, tuple(members_of([node])))
+    ray_collective.groups["one"] = users = object()
+    with pytest.raises(RuntimeError, match="second time"):
+        _enter(group, node.transport)
+    collectives.leave(group)
+    assert ray_collective.groups == {"one": users}
+
+
+def test_group_that_is_left_before_it_is_entered_leaves_its_name_free(
+    nodes, ray_collective, monkeypatch
+):
+    creator, member = nodes(2)
+    only_one_enters(monkeypatch, member)
+    connect = member.transport.connect
+
+    def connect_and_leave(group, deadline):
+        connect(group, deadline)
+        creator.service.dissolve("1", members_of([member]), "destroyed")
+
+    monkeypatch.setattr(member.transport, "connect", connect_and_leave)
+    with pytest.raises(MemberFailed, match="destroyed meanwhile"):
+        form(creator, [member])
+    assert not ray_collective.groups
+    assert not collectives._entered

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,34 +26,41 @@ DEVICE = torch.device(TYPE, 0)
 
 
 class Group:
-    """A gloo process group that takes device tensors, as NCCL does."""
+    """A gloo process group that takes device tensors in the order of the stream, as NCCL does."""
 
     def __init__(self, inner):
         self.inner = inner
 
     def send(self, tensors, rank, tag):
-        return Work(self.inner.send([on_host(t) for t in tensors], rank, 0))
+        return Work(lambda: self.inner.send([on_host(t) for t in tensors], rank, 0))
 
     def recv(self, tensors, rank, tag):
-        return Work(self.inner.recv([on_host(t) for t in tensors], rank, 0))
+        return Work(lambda: self.inner.recv([on_host(t) for t in tensors], rank, 0))
 
 
 class Work:
-    """The current stream waits for it, not the thread."""
+    """Begins when the current stream has come so far; the stream waits for it, not the thread."""
 
-    def __init__(self, inner):
-        self.inner = inner
+    def __init__(self, post):
+        self._post = post
+        self._inner = None
+        accelerator.stream().give(self._begin)
 
     def wait(self):
         accelerator.stream().give(self._wait)
 
+    def _begin(self):
+        with contextlib.suppress(RuntimeError):  # the group was killed
+            self._inner = self._post()
+
     def _wait(self):
         with contextlib.suppress(RuntimeError):
-            self.inner.wait()
+            if self._inner is not None:
+                self._inner.wait()
 
 
 class Backend(NcclBackend):
-    """NCCL's, but for the process group and torch.cuda."""
+    """NCCL's, but for the process group and the device."""
 
     def __init__(self):
         super().__init__(accelerator, DEVICE)
@@ -64,9 +74,6 @@ class Backend(NcclBackend):
 
     def kill(self, group):
         self.gloo.kill(group.inner)
-
-    def turn(self):
-        return accelerator.on(Stream())
 
 
 @pytest.fixture
@@ -89,6 +96,38 @@ def test_ranks_on_one_gpu_are_refused():
     make(Keys({"gpu/0": b"fake-1"}), 1, 2)
     with pytest.raises(TransportUnavailable, match="ranks 0 and 1 are on one GPU, fake-0"):
         make(Keys({"gpu/0": b"fake-0"}), 1, 2)
+
+
+@pytest.mark.parametrize("was", [None, "1"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_failed_communicator_does_not_end_the_process(monkeypatch, was, fails):
+    """Torch reads in the constructor whether its watchdog may; the user's groups are left alone."""
+    names = [
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+        "TORCH_NCCL_ENABLE_MONITORING",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    ]
+    for name in names:
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+        if was is not None:
+            monkeypatch.setenv(name, was)
+    before, seen = dict(os.environ), []
+
+    class ProcessGroupNCCL:
+        Options = SimpleNamespace
+
+        def __init__(self, store, rank, size, options):
+            seen.append({name: os.environ[name] for name in names})
+            if fails:
+                raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", ProcessGroupNCCL, raising=False)
+    keys = Keys({"gpu/1": b"fake-1"})
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        NcclBackend(accelerator, DEVICE).make(keys, 0, 2, 5)
+    assert seen == [dict.fromkeys(names, "0")]
+    assert dict(os.environ) == before
 
 
 def on_device(buffers):
@@ -135,7 +174,7 @@ def test_memory_elsewhere_is_refused_and_the_consumer_told(nodes, device):
 def test_consumer_whose_memory_is_elsewhere_may_take_another_lane(nodes):
     consumer, producer = nodes
     producer.objects["x"] = on_device([torch.ones(4, dtype=torch.uint8)])
-    with pytest.raises(TransportUnavailable, match=f"nccl links are on {DEVICE}.*cpu"):
+    with pytest.raises(TransferRefused, match=f"nccl links are on {DEVICE}.*cpu"):
         consumer.fetch(producer.peer, "x", [torch.zeros(4, dtype=torch.uint8)])
     round_trip(consumer, producer, [4])
 
@@ -155,6 +194,95 @@ def test_wait_ends_with_the_stream_and_not_before():
 class Done:
     def wait(self):
         """At once."""
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """The stream that all threads share has work, which ends when the gate is opened."""
+    monkeypatch.setattr(accelerator, "_default", Stream())
+    gate, memory = threading.Event(), torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+    launch(memory, 3, gate)
+    yield SimpleNamespace(gate=gate, memory=memory)
+    gate.set()
+
+
+class Receiving:
+    """A consumer that has agreed on a transfer and waits for it, on a thread of its own."""
+
+    def __init__(self, nodes, target, stream=None):
+        consumer, producer = nodes
+        self._stream = stream or accelerator.stream()
+        self._route = consumer.transport.route(producer.peer, time.monotonic() + 10)
+        self._producer = producer
+        self._error = None
+        arguments = (consumer.transport, target)
+        self.thread = threading.Thread(target=self._receive, args=arguments, daemon=True)
+        self.thread.start()
+
+    def _receive(self, transport, target):
+        try:
+            with accelerator.on(self._stream):
+                transport.receive(self._route, [target], time.monotonic() + 10)
+        except Exception as error:
+            self._error = error
+
+    def send(self, value):
+        sent = on_device([torch.full((4,), value, dtype=torch.uint8)])
+        self._producer.transport.send(self._route, sent, time.monotonic() + 10)
+
+    def finish(self):
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        assert self._error is None
+
+
+def test_a_receive_keeps_nothing_of_its_caller_waiting(nodes):
+    """Neither the user's work nor a send, which shares the default stream with it."""
+    target = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+    receiving = Receiving(nodes, target)
+    receiving.thread.join(0.2)
+    assert receiving.thread.is_alive()
+    accelerator.record(DEVICE).wait(2)
+    receiving.send(1)
+    receiving.finish()
+    assert target.tolist() == [1] * 4
+
+
+def test_a_send_and_the_proof_of_a_link_do_not_wait_for_their_callers_stream(nodes, busy):
+    target = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+    receiving = Receiving(nodes, target, stream=Stream())
+    receiving.send(1)
+    receiving.finish()
+    assert target.tolist() == [1] * 4
+    assert busy.memory.tolist() == [0] * 4
+
+
+def test_memory_is_received_into_after_what_its_caller_does_with_it(nodes, busy):
+    receiving = Receiving(nodes, busy.memory)
+    sender = threading.Thread(target=receiving.send, args=(1,), daemon=True)
+    sender.start()
+    receiving.thread.join(0.3)
+    assert receiving.thread.is_alive()
+    busy.gate.set()
+    receiving.finish()
+    sender.join(10)
+    assert busy.memory.tolist() == [1] * 4
+
+
+def test_streams_are_used_again_but_not_after_an_error():
+    backend = Backend()
+    seen = []
+    for error in (None, None, ValueError, None):
+        with contextlib.suppress(ValueError), backend.turn(after_caller=False):
+            seen.append(accelerator.stream())
+            if error is not None:
+                raise error
+    assert seen[0] is seen[1] is seen[2]
+    assert seen[3] is not seen[2]
+    with backend.turn(after_caller=False):
+        seen.append(accelerator.stream())
+        with backend.turn(after_caller=False):
+            assert accelerator.stream() not in seen
 
 
 def test_tls_without_permission_is_refused(monkeypatch):

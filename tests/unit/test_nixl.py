@@ -116,7 +116,7 @@ def test_a_read_that_hangs_keeps_its_memory_until_it_ends(fabric, producer, cons
     storage = weakref.ref(received[0].untyped_storage())
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        read(consumer, exposed, received, 0.05)
+        read(consumer, exposed, received, 0.5)
     assert time.monotonic() - began < 5
     assert not any(received[0])
     del received
@@ -295,16 +295,41 @@ def test_one_pool_of_a_real_size(producer):
         producer.register_pool(10, "cpu")
 
 
-def test_the_stream_that_was_set_is_waited_for_and_no_device(producer, monkeypatch):
-    waited = []
+ON_DEVICE = SimpleNamespace(has_device_memory=True)
+
+
+def gpu_buffers(*devices):
+    return [SimpleNamespace(is_cuda=True, device=torch.device(name)) for name in devices]
+
+
+class CudaEvent:
+    """Of a stream that ends its work when it is told to."""
+
+    def record(self, stream):
+        self._stream = stream
+
+    def query(self):
+        self._stream.waited.append("stream")
+        return self._stream.is_done
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", CudaEvent)
+    return SimpleNamespace(device=torch.device("cuda:0"), is_done=True, waited=[])
+
+
+@pytest.fixture
+def short_fetch(monkeypatch):
+    monkeypatch.setattr(nixl_producer, "settings", lambda: SimpleNamespace(fetch_timeout_s=0.4))
+
+
+def test_the_stream_that_was_set_is_waited_for_and_no_device(producer, stream, monkeypatch):
+    waited = stream.waited
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
-    stream = SimpleNamespace(
-        device=torch.device("cuda:0"), synchronize=lambda: waited.append("stream")
-    )
 
     def await_writers(*devices):
-        buffers = [SimpleNamespace(is_cuda=True, device=torch.device(name)) for name in devices]
-        producer._producer._await_writers(buffers, SimpleNamespace(has_device_memory=True))
+        producer._producer._await_writers(gpu_buffers(*devices), ON_DEVICE)
 
     await_writers("cuda:1")
     producer.set_cuda_stream(stream)
@@ -314,6 +339,67 @@ def test_the_stream_that_was_set_is_waited_for_and_no_device(producer, monkeypat
     producer.set_cuda_stream(None)
     await_writers("cuda:0")
     assert waited == ["cuda:1", "stream", "cuda:0"]
+
+
+def test_a_device_that_does_not_finish_makes_it_unavailable(producer, short_fetch, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: ended.wait(10))
+    started = time.monotonic()
+    with pytest.raises(TransportUnavailable, match=r"cuda:0 did not.*set_nixl_cuda_stream"):
+        producer._producer._await_writers(gpu_buffers("cuda:1", "cuda:0"), ON_DEVICE)
+    assert time.monotonic() - started < 3
+    ended.set()
+
+
+def test_a_device_that_fails_says_so(producer, monkeypatch):
+    def fail(device):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        producer._producer._await_writers(gpu_buffers("cuda:0"), ON_DEVICE)
+
+
+def test_a_named_stream_that_does_not_finish_makes_it_unavailable(producer, stream, short_fetch):
+    stream.is_done = False
+    producer.set_cuda_stream(stream)
+    started = time.monotonic()
+    with pytest.raises(TransportUnavailable, match=r"set_nixl_cuda_stream is not done: cuda:0 did"):
+        producer._producer._await_writers(gpu_buffers("cuda:0"), ON_DEVICE)
+    assert time.monotonic() - started < 3
+
+
+def test_a_read_waits_for_its_gpu_until_its_deadline(stream, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    await_owners = nixl_consumer._await_owners
+    await_owners(gpu_buffers("cuda:0"), ON_DEVICE, time.monotonic() + 5)
+    stream.is_done = False
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="cuda:0"):
+        await_owners(gpu_buffers("cuda:0"), ON_DEVICE, started + 0.2)
+    assert time.monotonic() - started < 3
+
+
+def test_a_read_whose_task_is_cancelled_ends(fabric, producer, consumer, monkeypatch):
+    fabric.looks = None
+    asked = []
+
+    def cancelled_at_the_second_look():
+        asked.append(time.monotonic())
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(nixl_consumer, "raise_if_cancelled", cancelled_at_the_second_look)
+    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.3)
+    sent = pattern(100)
+    exposed = expose(producer, sent)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt) as cancelled:
+        read(consumer, exposed, blanks(sent))
+    assert cancelled.value.may_still_write
+    assert time.monotonic() - started < 5
+    assert len(asked) == 2  # not while it settles
+    assert asked[1] - asked[0] >= 0.2
 
 
 def test_memory_that_nixl_refuses_is_unavailable(fabric, producer, consumer):

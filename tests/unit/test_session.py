@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Reply, Session
 from tests.support import wait_until
 
@@ -58,12 +58,13 @@ def test_a_request_with_threads_of_its_own_goes_on_after_its_answer(
         names.append(threading.current_thread().name)
         return Reply({"n": body["n"] + 1}, note)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="own") as threads:
-        asked.serve("count", handle, threads)
-        assert asker.call(asked.address, "count", {"n": 1}, 20) == {"n": 2}
-        assert names == ["own_0"]
-        gate.set()
-        wait_until(lambda: names == ["own_0", "own_0"], "it goes on, on the same thread")
+    threads = DaemonThreads(1, "own")
+    asked.serve("count", handle, threads)
+    assert asker.call(asked.address, "count", {"n": 1}, 20) == {"n": 2}
+    assert names == ["own_0"]
+    gate.set()
+    wait_until(lambda: names == ["own_0", "own_0"], "it goes on, on the same thread")
+    threads.close()
 
 
 @pytest.mark.parametrize("payload", [b"", b"{", b'{"op": "no such"}', b'{"op": []}', b"[" * 9999])

@@ -146,6 +146,35 @@ def test_deadline_while_the_producers_device_is_busy(sides):
     read(sides, exposed, [torch.zeros(CHUNK, dtype=torch.uint8)])
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_failure_waits_once_for_all_copies_and_says_if_one_goes_on(sides, monkeypatch, is_late):
+    monkeypatch.setattr(staged, "_GRACE_S", 0.5)
+    exposed = sides[0].transport.expose(sources(5 * CHUNK))
+    begun, ended, copy = [], threading.Event(), accelerator.copy
+
+    class Copy:
+        def wait(self, timeout_s):
+            if not ended.wait(timeout_s):
+                raise TimeoutError("not this one")
+
+    def slow_then_broken(pairs, device):
+        if pairs[0][0].is_cpu:  # the producer's
+            return copy(pairs, device)
+        if len(begun) == 3:
+            if not is_late:
+                ended.set()
+            raise ValueError("the device broke")
+        begun.append(Copy())
+        return begun[-1]
+
+    monkeypatch.setattr(accelerator, "copy", slow_then_broken)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="the device broke") as failure:
+        read(sides, exposed, [torch.zeros(5 * CHUNK, dtype=torch.uint8, device=TYPE)])
+    assert failure.value.may_still_write is is_late
+    assert time.monotonic() - started < 1.4
+
+
 def test_chunks_of_a_lost_reader_are_released(sides):
     producer, consumer = sides
     exposed = producer.transport.expose(sources(CHUNK))
@@ -154,6 +183,19 @@ def test_chunks_of_a_lost_reader_are_released(sides):
     assert served(producer) == 1
     consumer.session.close()
     wait_until(lambda: not producer.transport._chunks and not served(producer), "released")
+
+
+def test_chunks_are_released_when_their_reader_has_given_up(sides, monkeypatch):
+    producer, consumer = sides
+    monkeypatch.setattr(staged, "_READER_SLACK_S", 0.1)
+    exposed = producer.transport.expose(sources(CHUNK))
+    for timeout_s in (0.5, 60):
+        body = {"exposure": exposed["exposure"], "start": 0, "stop": CHUNK, "timeout_s": timeout_s}
+        consumer.session.call(producer.peer.address, "rdt.staged.chunk", body, 5)
+    assert served(producer) == 2
+    wait_until(lambda: len(producer.transport._chunks) == served(producer) == 1, "released")
+    (kept,) = producer.transport._chunks.values()
+    assert kept.until > time.monotonic()
 
 
 def test_withdraw_releases_what_nobody_took(sides):

@@ -15,13 +15,15 @@ import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError, RaySystemError, RayTaskError
+
+from ray.experimental.rdt.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +82,7 @@ class Puller:
     """The rdt-pull threads of one process."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="rdt-pull")
+        self._threads = DaemonThreads(_PULL_THREADS, "rdt-pull")
         self._lock = threading.Lock()
         # By producer: pulls that have a thread or will get one, and what waits for its turn.
         self._begun: Counter[bytes] = Counter()
@@ -120,7 +122,7 @@ class Puller:
         """Ends the threads once their pulls have ended. Runs on: whoever shuts Ray down."""
         with self._lock:
             left, self._waiting = self._waiting, {}
-            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads.close()
         for waiting in left.values():
             for future, _ in waiting:
                 future.cancel()

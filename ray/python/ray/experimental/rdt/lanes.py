@@ -6,6 +6,7 @@ thread that deserializes.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import time
 from array import array
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.rdt")
 
+_ALIGNMENT = 64
 _TRIES = 4  # of a transfer whose way ends and whose producer lives
 
 _Moved = TypeVar("_Moved")
@@ -90,12 +92,16 @@ class Eager:
         self._targets = targets
 
     def finish(self, deadline: float) -> Targets:
-        table = self._envelope.table
-        memory = bytearray(self._envelope.eager or b"")
-        places, at = [], 0
+        table, bytes_ = self._envelope.table, memoryview(self._envelope.eager or b"")
+        # Each region begins where any dtype may: vector instructions fault elsewhere.
+        memory = bytearray(len(bytes_) + (len(table.regions) + 1) * _ALIGNMENT)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        places, at, to = [], 0, -start % _ALIGNMENT
         for nbytes in table.regions:
-            places.append((memory, at))
+            memory[to : to + nbytes] = bytes_[at : at + nbytes]
+            places.append((memory, to))
             at += nbytes
+            to += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         tensors = build_tensors(table, places)
         return tensors if self._targets is None else fill(self._targets, tensors)
 
@@ -141,6 +147,36 @@ class FromAgent:
     def finish(self, deadline: float) -> Targets:
         self._pull.wait(deadline)
         return self._pull.landing.deliver(self._table, self._targets)
+
+
+class FromHint:
+    """The object comes by a pull that began before its task asked for it.
+
+    That one may have failed long ago, for a reason that has passed: then another is made.
+    """
+
+    def __init__(
+        self, links: Links, hinted: AgentPull, envelope: Envelope, targets: Targets | None
+    ):
+        self._links = links
+        self._envelope = envelope
+        self._targets = targets
+        self._hinted = hinted
+        self.abandon = hinted.abandon
+
+    @property
+    def lane(self) -> str:
+        return self._hinted.lane
+
+    def finish(self, deadline: float) -> Targets:
+        try:
+            self._hinted.wait(deadline)
+        except TimeoutError:
+            raise
+        except Exception:
+            logger.debug("RDT pulls an object anew whose hinted pull failed", exc_info=True)
+            return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
+        return self._hinted.landing.deliver(self._envelope.table, self._targets)
 
 
 class Exchange:
@@ -202,7 +238,12 @@ class Exchange:
     def _receive(self, buffers: list[torch.Tensor], deadline: float) -> None:
         transport = cast(TwoSided, self._transport)
         route = transport.route(self._peer, deadline)
-        _answer_of(self._ask("rdt.send", route, deadline), deadline)
+        try:
+            _answer_of(self._ask("rdt.send", route, deadline), deadline)
+        except BaseException as error:
+            is_refused = isinstance(error, (CallError, TransportUnavailable))
+            transport.give_up(route, may_send=not is_refused)
+            raise
         transport.receive(route, buffers, deadline)
 
     def _await_exposed(self, asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
@@ -498,7 +539,7 @@ def choose(
         return UserPull(links, envelope, targets)
     hinted = links.hinted.take(head.key)
     if hinted is not None:
-        return FromAgent(hinted, table, targets)
+        return FromHint(links, hinted, envelope, targets)
     if head.nbytes:
         exchanges = Exchanges(links, head, "cpu", deadline)
         if exchanges.current is not None:

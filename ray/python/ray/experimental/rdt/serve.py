@@ -23,11 +23,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ray.experimental.rdt.capture import region_bytes, tenants
+from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Reply, Session
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.rdt")
 
 _SEND_THREADS = 8
+_EXPOSE_THREADS = 8
 #: A reader gives up at its deadline. What was borrowed for it may stay for so much longer, if the
 #: word that it has is lost with a connection.
 _READER_SLACK_S = 5.0
@@ -67,13 +69,19 @@ class Server:
         self._exposed: dict[tuple[bytes, str, str], Future[dict[str, Any]]] = {}
         # By consumer and key, the deadline of each reader.
         self._readers: defaultdict[tuple[bytes, bytes], list[float]] = defaultdict(list)
-        self._senders = ThreadPoolExecutor(_SEND_THREADS, thread_name_prefix="rdt-send")
+        self._senders = DaemonThreads(_SEND_THREADS, "rdt-send")
         session.serve("rdt.send", self._on_send, self._senders)
-        session.serve("rdt.expose", self._on_expose)
+        # Exposing may wait, for devices or for room: what makes room comes on other threads.
+        self._exposers = DaemonThreads(_EXPOSE_THREADS, "rdt-expose")
+        session.serve("rdt.expose", self._on_expose, self._exposers)
         session.serve("rdt.done", self._on_done)
         session.on_peer_lost(self._on_peer_lost)
         session.on_tick(self._drop_late_readers)
-        session.on_close(lambda: self._senders.shutdown(wait=False, cancel_futures=True))
+        session.on_close(self._end_threads)
+
+    def _end_threads(self) -> None:
+        for threads in (self._senders, self._exposers):
+            threads.close()
 
     @property
     def exposed(self) -> int:
@@ -122,6 +130,7 @@ class Server:
         try:
             parcel = stored.captured.parcel
             if parcel is not None and transport.capabilities.is_users:
+                await_events(stored, deadline)
                 cast(UserTransport, transport).send(route, parcel, deadline)
             else:
                 await_writers(stored, device_type, deadline)
@@ -143,8 +152,11 @@ class Server:
         stored = self._borrow(body)
         try:
             # A user's transport has described the object when it was made.
-            is_ready = transport.capabilities.is_users
-            exposed = {} if is_ready else self._expose_once(transport, stored, body, deadline)
+            if transport.capabilities.is_users:
+                await_events(stored, deadline)
+                exposed: dict[str, Any] = {}
+            else:
+                exposed = self._expose_once(transport, stored, body, deadline)
         except BaseException:
             self._give_back(stored.key)
             raise
@@ -220,10 +232,15 @@ class Server:
 
 
 def await_writers(stored: StoredObject, device_type: str, deadline: float) -> None:
-    """Waits until devices have finished what makes an object's tensors. Raises TimeoutError."""
+    """Waits for what writes an object's tensors on such devices. Raises TimeoutError."""
     if device_type != "cpu":
-        for event in stored.captured.events:
-            event.wait(max(0.0, deadline - time.monotonic()))
+        await_events(stored, deadline)
+
+
+def await_events(stored: StoredObject, deadline: float) -> None:
+    """Waits until devices have finished what makes an object's tensors. Raises TimeoutError."""
+    for event in stored.captured.events:
+        event.wait(max(0.0, deadline - time.monotonic()))
 
 
 def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.Tensor]:

@@ -18,10 +18,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from ray.experimental.rdt.config import AGENT_LANES, settings
+from ray.experimental.rdt.daemon_threads import DaemonThreads
 
 logger = logging.getLogger("ray.rdt")
 
@@ -88,7 +88,7 @@ class Session:
         self._told_lock = threading.Lock()
         self._handlers: dict[str, Handler] = {}
         # By how a request with such an op begins: the reaper does not read it.
-        self._threads: dict[bytes, ThreadPoolExecutor] = {}
+        self._threads: dict[bytes, DaemonThreads] = {}
         # Events are numbered: which told last that a peer is lost, and which brought the request
         # that a thread serves.
         self._events = itertools.count(1)
@@ -98,11 +98,11 @@ class Session:
         self._on_peer_lost: list[Callable[[bytes], None]] = []
         self._on_close: list[Callable[[], None]] = []
         self._on_tick: list[Callable[[], None]] = []
-        self._callers = ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="rdt-call")
+        self._callers = DaemonThreads(_CALL_THREADS, "rdt-call")
         self._reaper = threading.Thread(target=self._reap, name="rdt-reaper", daemon=True)
         self._reaper.start()
 
-    def serve(self, op: str, handler: Handler, threads: ThreadPoolExecutor | None = None) -> None:
+    def serve(self, op: str, handler: Handler, threads: DaemonThreads | None = None) -> None:
         """Answers requests of peers named ``op``.
 
         The handler runs on an ``rdt-call`` thread and may block; an exception of it reaches the
@@ -189,12 +189,10 @@ class Session:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
         self._hand_out(self._callers, _run_logged, action, *args)
 
-    def _hand_out(
-        self, threads: ThreadPoolExecutor, action: Callable[..., None], *args: Any
-    ) -> None:
+    def _hand_out(self, threads: DaemonThreads, action: Callable[..., None], *args: Any) -> None:
         try:
             threads.submit(action, *args)
-        except RuntimeError:  # the session or the program ends, which peers see by themselves
+        except RuntimeError:  # the session ends, which peers see by themselves
             logger.debug("RDT ends and leaves %s", action.__qualname__)
 
     def say_once(self, message: str, level: int = logging.WARNING) -> None:
@@ -209,7 +207,7 @@ class Session:
         for callback in reversed(callbacks):
             callback()
         self.agent.stop()
-        self._callers.shutdown(wait=False, cancel_futures=True)
+        self._callers.close()
         if threading.current_thread() is not self._reaper:
             self._reaper.join(timeout=5)
 

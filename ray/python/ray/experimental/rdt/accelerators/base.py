@@ -7,7 +7,9 @@ a whole. All methods may be called from any thread; those that block hold no GIL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -25,6 +27,20 @@ class Event(Protocol):
 
     def order(self) -> None:
         """What this thread's current stream is given from now on runs after the event."""
+
+
+def have_ended(events: Iterable[Event], timeout_s: float) -> bool:
+    """Whether all are reached within ``timeout_s``; one whose device fails is not known to be.
+
+    For what has to be waited for after a failure. Runs on: any thread; blocks.
+    """
+    deadline, ended = time.monotonic() + timeout_s, True
+    for event in events:
+        try:
+            event.wait(max(0.0, deadline - time.monotonic()))
+        except Exception:  # the failure that led here is the one to report
+            ended = False
+    return ended
 
 
 class Sharing(Protocol):
@@ -82,6 +98,12 @@ class Accelerator(Protocol):
 
     def record(self, device: torch.device) -> Event:
         """An event at the end of what this thread's current stream on ``device`` has so far."""
+
+    def new_stream(self, device: torch.device) -> Any:
+        """A stream of ``device`` that nothing waits for yet, for ``on``."""
+
+    def on(self, stream: Any) -> AbstractContextManager[None]:
+        """Makes a stream the current one of the thread that enters it, until it leaves."""
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Flat uint8 memory on a device, for use on this thread's current stream."""

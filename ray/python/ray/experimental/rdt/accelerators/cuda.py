@@ -5,9 +5,10 @@ Not run on a GPU so far: written from the documentation of torch and CUDA.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.base import Event
@@ -82,7 +83,23 @@ class CudaAccelerator:
         """See ``Accelerator``."""
         import torch
 
-        return _recorded(torch.cuda.current_stream(device), device)
+        return recorded(torch.cuda.current_stream(device), device)
+
+    def new_stream(self, device: torch.device) -> torch.cuda.Stream:
+        """See ``Accelerator``. torch has 32 for each device and gives them out in turns."""
+        import torch
+
+        make: Any = torch.cuda.Stream
+        stream: torch.cuda.Stream = make(device)
+        return stream
+
+    @contextlib.contextmanager
+    def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """See ``Accelerator``."""
+        import torch
+
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+            yield
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """See ``Accelerator``."""
@@ -106,8 +123,13 @@ class CudaAccelerator:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
             for target, source in pairs:
+                # A copy may outlast the wait for it: memory that is freed then is not given out
+                # again before the copy has run.
+                for tensor in (target, source):
+                    if tensor.is_cuda:
+                        tensor.record_stream(side)
                 target.copy_(source, non_blocking=True)
-        return _recorded(side, device)
+        return recorded(side, device)
 
     def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
         import torch
@@ -115,12 +137,12 @@ class CudaAccelerator:
         index = torch.cuda.current_device() if device.index is None else device.index
         with self._lock:
             if index not in self._side_streams:
-                make: Any = torch.cuda.Stream
-                self._side_streams[index] = make(index)
+                self._side_streams[index] = self.new_stream(torch.device("cuda", index))
             return self._side_streams[index]
 
 
-def _recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
+def recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
+    """An event at the end of what a stream of ``device`` has so far. Runs on: any thread."""
     import torch
 
     make: Any = torch.cuda.Event

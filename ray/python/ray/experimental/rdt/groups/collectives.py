@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.groups.membership import Group
@@ -19,6 +20,8 @@ logger = logging.getLogger("ray.rdt")
 
 BACKEND = "RDT"
 
+#: Held while a group is entered or left, so that neither sees the other half done.
+_lock = threading.Lock()
 _entered: dict[str, tuple[Group, ProcessGroupTransport]] = {}
 
 
@@ -31,18 +34,29 @@ def enter(group: Group, transport: ProcessGroupTransport) -> None:
     ray_collective = _ray_collective()
     if ray_collective is None:
         return
-    _entered[group.name] = (group, transport)
-    ray_collective.init_collective_group(len(group.members), group.rank, BACKEND, group.name)
+    with _lock:
+        _entered[group.name] = (group, transport)
+        try:
+            size = len(group.members)
+            ray_collective.init_collective_group(size, group.rank, BACKEND, group.name)
+        except BaseException:
+            del _entered[group.name]  # the name is not ours, so it must never be destroyed by us
+            raise
 
 
 def leave(group: Group) -> None:
-    """The reverse of ``enter``, also for a group that was never entered. Runs on: any thread."""
-    if group.name not in _entered or entered(group.name)[0] != group:
-        return
-    ray_collective = _ray_collective()
-    if ray_collective.is_group_initialized(group.name):
-        ray_collective.destroy_collective_group(group.name)
-    del _entered[group.name]
+    """The reverse of ``enter``, also for a group that was never entered.
+
+    Runs on: any thread, after the transport was disconnected from the group: a collective that
+    waits for another member keeps the group busy until then.
+    """
+    with _lock:
+        if group.name not in _entered or entered(group.name)[0] != group:
+            return
+        ray_collective = _ray_collective()
+        if ray_collective.is_group_initialized(group.name):
+            ray_collective.destroy_collective_group(group.name)
+        del _entered[group.name]
 
 
 def entered(name: str) -> tuple[Group, ProcessGroupTransport]:

@@ -279,7 +279,7 @@ class GroupService:
         error = ""
         try:
             self._transport(group.backend).connect(group, deadline)
-            collectives.enter(group, self._transport(group.backend))
+            self._enter(group)
         except Exception as failure:  # told to the creator
             error = str(failure)
         report = {"id": group.id, "rank": group.rank, "error": error}
@@ -288,11 +288,19 @@ class GroupService:
         except Exception:  # the creator is gone; whoever destroys the group finds it recorded
             logger.debug("RDT could not tell who made group %r", group.name, exc_info=True)
 
+    def _enter(self, group: Group) -> None:
+        """Registers a group for collectives unless it was left meanwhile."""
+        collectives.enter(group, self._transport(group.backend))
+        if self._groups.get(group.id) is None:
+            collectives.leave(group)  # whoever left the group may have come before it was entered
+            raise LookupError("the group was destroyed meanwhile")
+
     def _on_leave(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         group = self._groups.remove(body["id"])
         if group is not None:
-            collectives.leave(group)
+            # First what ends the wait of a member in its first collective: leaving waits for it.
             self._transport(group.backend).disconnect(group.id, body["reason"])
+            collectives.leave(group)
         return {}
 
 

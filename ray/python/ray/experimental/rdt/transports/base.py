@@ -175,6 +175,20 @@ class TwoSided(Protocol):
         Runs on: consumer, the fetching thread. After an error none is written any more.
         """
 
+    def give_up(self, route: Route, may_send: bool) -> None:
+        """Gives back a ``route`` along which ``receive`` will not be called.
+
+        Runs on: consumer, the fetching thread; blocks briefly. Never raises, also for a route whose
+        connection is gone.
+
+        Args:
+            route: What ``route`` gave.
+            may_send: Whether the producer may have been told to send along it. False where it was
+                not asked or has refused: the connection serves the next transfer. True where it was
+                asked and its answer is not known: the connection is closed, which ends its
+                ``send``.
+        """
+
     def reset(self, peer_id: bytes) -> None:
         """Tears down what is shared with a peer after a failure; the next ``route`` makes it anew.
 

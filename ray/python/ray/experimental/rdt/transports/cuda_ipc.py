@@ -22,12 +22,18 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import Accelerator, Event, Handle, Sharing
+from ray.experimental.rdt.accelerators.base import (
+    Accelerator,
+    Event,
+    Handle,
+    Sharing,
+    have_ended,
+)
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 
@@ -49,6 +55,23 @@ class _Share:
     reader: bytes
     handles: list[Handle]
     kept: list[Any]
+
+
+@dataclass
+class _Reading:
+    """What one read has opened of the producer's, and the copies out of it.
+
+    Attributes:
+        producer: The address of its agent.
+        share: The producer's number for the handles.
+        pairs: The user's buffers, and the producer's that were opened for them.
+        copies: Those that were begun and not waited for.
+    """
+
+    producer: bytes
+    share: int
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    copies: list[Event] = field(default_factory=list)
 
 
 class DeviceIpcTransport:
@@ -79,6 +102,7 @@ class DeviceIpcTransport:
         self._numbers = itertools.count(1)
         self._exposed: dict[int, Buffers] = {}
         self._shares: dict[int, _Share] = {}
+        self._hung: list[_Reading] = []
         session.serve(f"rdt.{name}.share", self._on_share)
         session.serve(f"rdt.{name}.close", self._on_close)
         session.on_peer_lost(self._on_peer_lost)
@@ -157,7 +181,8 @@ class DeviceIpcTransport:
     # Consumer.
 
     def read(self, peer: Peer, exposed: Route, buffers: Buffers, deadline: float) -> None:
-        """See ``OneSided``."""
+        """See ``OneSided``. A copy that outlasts the read is looked after by later ones."""
+        self._look_after_hung()
         sources = self._sources(exposed, buffers)
         name = f"rdt.{self.capabilities.name}"
         body = {"exposure": exposed["exposure"]}
@@ -167,15 +192,33 @@ class DeviceIpcTransport:
             if error.code == TransportUnavailable.code:
                 raise TransportUnavailable(str(error)) from error
             raise
-        opened: list[torch.Tensor] = []
+        reading = _Reading(peer.address, answer["share"])
         try:
-            pairs = self._open(answer["handles"], sources, buffers, opened)
-            self._copy(pairs, deadline)
+            self._open(answer["handles"], sources, buffers, reading)
+            self._copy(reading, deadline)
+        except BaseException as error:
+            has_ended = have_ended(reading.copies, _GRACE_S)
+            error.may_still_write = not has_ended  # type: ignore[attr-defined]
+            raise
         finally:
-            done = {"share": answer["share"], "opened": len(opened)}
-            pairs = []  # what is opened is closed when nothing names it any more
-            opened.clear()
-            self._session.tell(peer.address, f"{name}.close", done)
+            self._end(reading)
+
+    def _look_after_hung(self) -> None:
+        """Ends the reads whose copies have come to their end since."""
+        with self._lock:
+            hung, self._hung = self._hung, []
+        for reading in hung:
+            self._end(reading)
+
+    def _end(self, reading: _Reading) -> None:
+        """Closes what was opened, unless a copy still reads it."""
+        if not have_ended(reading.copies, 0):
+            with self._lock:
+                self._hung.append(reading)
+            return
+        done = {"share": reading.share, "opened": len(reading.pairs)}
+        reading.pairs.clear()  # what is opened is closed when nothing names it any more
+        self._session.tell(reading.producer, f"rdt.{self.capabilities.name}.close", done)
 
     def _sources(self, exposed: Route, buffers: Buffers) -> list[torch.device]:
         """The producer's devices as this process sees them. Raises TransportUnavailable."""
@@ -202,32 +245,24 @@ class DeviceIpcTransport:
         handles: Sequence[Handle | None],
         sources: Sequence[torch.device],
         buffers: Buffers,
-        opened: list[torch.Tensor],
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        pairs = []
+        reading: _Reading,
+    ) -> None:
         for handle, source, buffer in zip(handles, sources, buffers):
             if handle is not None:
                 try:
-                    opened.append(self._sharing.open(handle, source))
+                    reading.pairs.append((buffer, self._sharing.open(handle, source)))
                 except RuntimeError as error:
                     raise TransportUnavailable(
                         f"the producer's memory cannot be opened: {error}"
                     ) from error
-                pairs.append((buffer, opened[-1]))
-        return pairs
 
-    def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], deadline: float) -> None:
-        begun: list[Event] = []
-        try:
-            for source in {source.device for _, source in pairs}:
-                here = [pair for pair in pairs if pair[1].device == source]
-                begun.append(self._accelerator.copy(here, source))
-            while begun:
-                begun[0].wait(_left(deadline))
-                begun.pop(0)
-        finally:
-            for event in begun:
-                event.wait(_GRACE_S)
+    def _copy(self, reading: _Reading, deadline: float) -> None:
+        for source in {source.device for _, source in reading.pairs}:
+            here = [pair for pair in reading.pairs if pair[1].device == source]
+            reading.copies.append(self._accelerator.copy(here, source))
+        while reading.copies:
+            reading.copies[0].wait(_left(deadline))
+            reading.copies.pop(0)
 
 
 class CudaIpcTransport(DeviceIpcTransport):

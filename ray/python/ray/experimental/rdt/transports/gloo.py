@@ -82,7 +82,7 @@ class GlooBackend:
         """See ``Backend``."""
         work.wait(timedelta(seconds=timeout_s))
 
-    def turn(self) -> AbstractContextManager[None]:
+    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
         """See ``Backend``."""
         return contextlib.nullcontext()
 

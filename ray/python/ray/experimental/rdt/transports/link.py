@@ -61,7 +61,10 @@ class LinkClosed(TransferError, TransportUnavailable):
 
 
 class TransferRefused(TransferError, TransportUnavailable):
-    """The producer said that it will not send, and why. The link stays good."""
+    """One end refused these buffers and said why; another lane may serve.
+
+    The link stays good if that was the producer, which then has sent nothing.
+    """
 
 
 class Backend(Protocol):
@@ -83,8 +86,13 @@ class Backend(Protocol):
     def wait(self, work: Any, timeout_s: float) -> None:
         """Waits for a send or receive, without the GIL. Raises on failure and timeout."""
 
-    def turn(self) -> AbstractContextManager[None]:
-        """Made on the caller's thread, entered on the transfer's: carries the caller's stream."""
+    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
+        """Made on the caller's thread, entered on the transfer's: orders the work of devices.
+
+        Args:
+            after_caller: Whether the transfer comes after what the caller's thread has given its
+                device so far.
+        """
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Memory for messages."""
@@ -176,6 +184,7 @@ class Link:
         self._lock = threading.Lock()
         self._closed = ""
         self._ended = threading.Event()
+        self._killed = threading.Event()
         self._jobs: set[_Job] = set()
         self._tag = _PROOF_TAG
 
@@ -223,14 +232,18 @@ class Link:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
 
         Raises:
-            LinkClosed: the backend cannot write these buffers; the producer has been stopped.
+            TransferRefused: the producer does not send these buffers, or the backend cannot write
+                them; the producer has then been stopped by closing the link.
             TransferError: it failed; no byte is written any more.
         """
         refusal = self._backend.reject(buffers)
         if refusal:
             self.close(refusal)
-            raise LinkClosed(refusal)
-        self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline)
+            raise TransferRefused(refusal)
+        # The caller's device may still use the memory for what was in it before.
+        self._run(
+            lambda job: self._receive(job, tag, buffers, deadline), deadline, after_caller=True
+        )
 
     def _send(self, job: _Job, header: Header, buffers: Buffers, deadline: float) -> None:
         """Runs on: producer, the transfer's thread."""
@@ -311,14 +324,16 @@ class Link:
 
     # Life.
 
-    def _run(self, transfer: Callable[[_Job], None], deadline: float) -> None:
+    def _run(
+        self, transfer: Callable[[_Job], None], deadline: float, after_caller: bool = False
+    ) -> None:
         """Runs a transfer on a thread of its own and waits for it, interruptibly."""
         job = _Job()
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             self._jobs.add(job)
-        turn = self._backend.turn()
+        turn = self._backend.turn(after_caller)
         name = f"rdt-{self._backend.capabilities.name}"
         threading.Thread(target=_work, args=(transfer, job, turn), name=name, daemon=True).start()
         try:
@@ -353,26 +368,36 @@ class Link:
     def close(self, reason: str, grace_s: float = 0.0) -> None:
         """Ends the link; transfers in progress fail with the reason. Idempotent.
 
-        Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little.
+        When it returns, no byte is written any more, also for those who come second: they may be
+        about to report the failure to the user, whose memory it is.
+
+        Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little, or for
+        as long as another thread that is closing the link.
 
         Args:
             reason: For people.
             grace_s: How long messages that are half through may take to end.
         """
         with self._lock:
-            if self._closed:
-                return
-            self._closed = reason
-            self._ended.set()
+            is_first = not self._closed
+            if is_first:
+                self._closed = reason
+                self._ended.set()
             jobs = list(self._jobs)
+        if not is_first:
+            self._killed.wait(settings().peer_timeout_s)
+            return
         error = self._closed_error()
         for job in jobs:
             job.stop(error)
         _await_all(jobs, grace_s)
         group, self._group = self._group, None
-        self._backend.kill(group)
-        for job in jobs:
-            job.finish(error)
+        try:
+            self._backend.kill(group)
+            for job in jobs:
+                job.finish(error)
+        finally:
+            self._killed.set()
         self._on_close(self, reason)
 
 

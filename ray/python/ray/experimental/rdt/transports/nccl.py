@@ -13,11 +13,14 @@ lane.
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
@@ -36,6 +39,15 @@ _NEVER = timedelta(days=365)
 
 _DEVICE = "cuda:0"
 
+#: What keeps torch from ending the process when a communicator fails, which only ends a link here:
+#: by its watchdog at once, or by what monitors that, eight minutes later.
+_SPARE_THE_PROCESS = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+_environment_lock = threading.Lock()
+
 
 class NcclBackend:
     """NCCL process groups on the first GPU that the process sees.
@@ -51,6 +63,8 @@ class NcclBackend:
     def __init__(self, accelerator: Accelerator, device: torch.device):
         self._accelerator = accelerator
         self._device = device
+        self._lock = threading.Lock()
+        self._idle_streams: list[Any] = []
 
     def unavailable(self) -> str:
         """See ``Backend``."""
@@ -72,6 +86,11 @@ class NcclBackend:
     def make(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
         """See ``Backend``. The communicator itself is made by the first operation.
 
+        The constructor reads ``_SPARE_THE_PROCESS`` from the environment, where they are only as
+        long as it runs; nothing else of the environment changes, and process groups of the user's
+        keep what the user has set. (With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` or
+        ``TORCH_NCCL_DESYNC_DEBUG=1`` torch does not heed the first.)
+
         Raises:
             TransportUnavailable: two ranks are on one GPU, which NCCL cannot connect.
         """
@@ -80,7 +99,8 @@ class NcclBackend:
         self._check_gpus_differ(store, rank, size)
         options = ProcessGroupNCCL.Options()
         options._timeout = _NEVER
-        return ProcessGroupNCCL(store, rank, size, options)
+        with _environment(_SPARE_THE_PROCESS):
+            return ProcessGroupNCCL(store, rank, size, options)
 
     def _check_gpus_differ(self, store: Any, rank: int, size: int) -> None:
         sharing = self._accelerator.sharing
@@ -105,17 +125,36 @@ class NcclBackend:
     def wait(self, work: Any, timeout_s: float) -> None:
         """See ``Backend``.
 
-        An event on the caller's stream (see ``turn``) tells the end: torch's own wait with a
+        An event on the transfer's stream (see ``turn``) tells the end: torch's own wait with a
         timeout would leave the process to its watchdog.
         """
         work.wait()  # the stream waits from here on, not this thread
         self._accelerator.record(self._device).wait(timeout_s)
 
-    def turn(self) -> AbstractContextManager[None]:
-        """See ``Backend``. The transfer's thread works on the stream of its caller."""
-        import torch
+    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
+        """See ``Backend``. Each transfer has a stream that no other uses meanwhile.
 
-        return _on_stream(torch.cuda.current_stream(self._device))
+        ``wait`` makes a stream wait for the other end. On a stream that others use, the default
+        one for instance, their work would stand still with it: two processes that pull from each
+        other would each send only after they had received.
+        """
+        caller = self._accelerator.record(self._device) if after_caller else None
+        return self._on_own_stream(caller)
+
+    @contextlib.contextmanager
+    def _on_own_stream(self, caller: Event | None) -> Iterator[None]:
+        """Runs on: the transfer's thread."""
+        with self._lock:
+            idle = self._idle_streams.pop() if self._idle_streams else None
+        stream = idle if idle is not None else self._accelerator.new_stream(self._device)
+        with self._accelerator.on(stream):
+            if caller is not None:
+                caller.order()
+            yield
+        # Used again, because torch's allocator keeps freed memory for each stream apart. Not after
+        # an error: the stream may wait for a message that never comes.
+        with self._lock:
+            self._idle_streams.append(stream)
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """See ``Backend``."""
@@ -143,6 +182,22 @@ class NcclBackend:
         self._accelerator.record(self._device).wait(settings().peer_timeout_s)
 
 
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables, and what they were before at the end. Runs on: any thread."""
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
 class NcclTransport(ProcessGroupTransport):
     """The transport that users name "nccl".
 
@@ -156,11 +211,3 @@ class NcclTransport(ProcessGroupTransport):
 
         backend = NcclBackend(CudaAccelerator(), torch.device(_DEVICE))
         super().__init__(backend, session, groups)
-
-
-@contextlib.contextmanager
-def _on_stream(stream: torch.cuda.Stream) -> Any:
-    import torch
-
-    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-        yield

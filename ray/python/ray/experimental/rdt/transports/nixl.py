@@ -63,7 +63,9 @@ class NixlTransport:
         self._consumer = Consumer(self._endpoint)
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
-        """See ``OneSided``. Blocks while a memory pool is full, half the fetch timeout at most.
+        """See ``OneSided``. Blocks while GPUs write or a memory pool is full.
+
+        Each for half the fetch timeout at most.
 
         Raises:
             ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
@@ -80,7 +82,7 @@ class NixlTransport:
         late byte lands where nobody looks, unless the user has given the tensor to receive into.
 
         Raises:
-            TimeoutError: not all bytes came by the deadline.
+            TimeoutError: not all bytes came by the deadline, or a GPU still used the buffers.
             NixlError: the transfer failed; its ``code`` is "peer_lost" if the connection broke.
         """
         self._consumer.read(exposed, buffers, deadline)

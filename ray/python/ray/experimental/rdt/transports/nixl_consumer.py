@@ -6,10 +6,12 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.accelerators.cuda import recorded
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _BATCH_NBYTES = 16 << 20
 _BATCH_ROWS = 4096
 _WINDOW = 4  # requests under way at once in one read
+_SLICE_S = 0.2  # how often a read looks whether its task was cancelled
 
 #: How long a failed read waits for its requests that are still under way.
 _GRACE_S = 1.0
@@ -62,7 +65,7 @@ class Consumer:
         endpoint = self._endpoint.get()
         _check_way(endpoint.engine, exposed["reach"])
         self._look_after_hung(endpoint)
-        _await_owners(buffers, local)
+        _await_owners(buffers, local, deadline)
         try:
             lease = endpoint.registrations.acquire(local, buffers)
         except NixlError as error:
@@ -106,36 +109,59 @@ def _check_way(engine: Engine, reach: str) -> None:
         )
 
 
-def _await_owners(buffers: Sequence[torch.Tensor], spans: Spans) -> None:
-    """Waits until what a GPU still does with memory that torch has handed out again is done."""
+def _await_owners(buffers: Sequence[torch.Tensor], spans: Spans, deadline: float) -> None:
+    """Waits until what a GPU still does with memory that torch has handed out again is done.
+
+    Raises:
+        TimeoutError: it was not by the deadline.
+    """
     if not spans.has_device_memory:
         return
     import torch
 
     for device in {buffer.device for buffer in buffers if buffer.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+        event = recorded(torch.cuda.current_stream(device), device)
+        event.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _run(
     engine: Engine, batches: Iterable[Batch], name: str, under_way: deque[Read], deadline: float
 ) -> None:
     """Reads all batches, a few at once; after an error some may be left in ``under_way``."""
+    between_looks = _each_slice(raise_if_cancelled)
     for batch in batches:
         if time.monotonic() >= deadline:
             raise TimeoutError("the deadline passed while nixl was reading")
         under_way.append(engine.post(batch, name))
         while len(under_way) >= _WINDOW or (under_way and under_way[0].is_done()):
-            _finish_first(under_way, deadline)
+            _finish_first(under_way, deadline, between_looks)
     while under_way:
-        _finish_first(under_way, deadline)
+        _finish_first(under_way, deadline, between_looks)
 
 
-def _finish_first(under_way: deque[Read], deadline: float) -> None:
+def _each_slice(action: Callable[[], None]) -> Callable[[], None]:
+    """What runs an action, but once in a slice of time however often it is called."""
+    due = time.monotonic() + _SLICE_S
+
+    def run() -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due:
+            due = now + _SLICE_S
+            action()
+
+    return run
+
+
+def _finish_first(
+    under_way: deque[Read], deadline: float, between_looks: Callable[[], None] = lambda: None
+) -> None:
     for pause in _pauses():
         if under_way[0].is_done():
             break
         if time.monotonic() >= deadline:
             raise TimeoutError("the deadline passed while nixl was reading")
+        between_looks()
         time.sleep(pause)
     under_way.popleft().release()
 

@@ -8,9 +8,11 @@ import itertools
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.accelerators.cuda import recorded
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
@@ -128,23 +130,65 @@ class Producer:
             ) from error
 
     def _await_writers(self, buffers: Sequence[torch.Tensor], spans: Spans) -> None:
-        """Waits until GPUs have written what is to be read: nixl does not see their streams."""
+        """Waits until GPUs have written what is to be read: nixl does not see their streams.
+
+        Half of the fetch's time at most: they may have been given what waits for the consumer.
+
+        Raises:
+            TransportUnavailable: one has not finished by then; names it.
+        """
         if not spans.has_device_memory:
             return
-        import torch
-
+        deadline = time.monotonic() + settings().fetch_timeout_s / 2
         devices = {buffer.device for buffer in buffers if buffer.is_cuda}
-        if self.stream is None:
-            for device in devices:
-                torch.cuda.synchronize(device)
+        stream = self.stream
+        if stream is None:
+            for device in sorted(devices, key=str):
+                _await_device(device, deadline)
             return
-        others = sorted(str(device) for device in devices - {self.stream.device})
+        others = sorted(str(device) for device in devices - {stream.device})
         if others:
             raise ValueError(
-                f"set_nixl_cuda_stream was given a stream on {self.stream.device}, but the object "
+                f"set_nixl_cuda_stream was given a stream on {stream.device}, but the object "
                 f"has tensors on {others}"
             )
-        self.stream.synchronize()
+        try:
+            recorded(stream, stream.device).wait(_left(deadline))
+        except TimeoutError as error:
+            raise TransportUnavailable(
+                f"the stream given to set_nixl_cuda_stream is not done: {error}"
+            ) from error
+
+
+def _await_device(device: torch.device, deadline: float) -> None:
+    """Waits for all streams of a GPU. CUDA has no such wait with a deadline.
+
+    So a thread does it, ``rdt-nixl-sync``, which is left behind at the deadline and ends when the
+    GPU has done its work.
+    """
+    import torch
+
+    done: Future[None] = Future()
+
+    def synchronize() -> None:
+        try:
+            torch.cuda.synchronize(device)
+        except Exception as error:  # stored for the caller, who waits for it
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=synchronize, name="rdt-nixl-sync", daemon=True).start()
+    if not wait([done], _left(deadline)).done:
+        raise TransportUnavailable(
+            f"{device} did not finish in time what it was given; set_nixl_cuda_stream narrows what "
+            "is waited for to one stream"
+        )
+    done.result()
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
 
 
 def _describe(engine: Engine, number: int, lease: Lease) -> Route:

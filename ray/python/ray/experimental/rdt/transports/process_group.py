@@ -122,6 +122,17 @@ class ProcessGroupTransport:
         finally:
             self._release(link)
 
+    def give_up(self, route: Route, may_send: bool) -> None:
+        """See ``TwoSided.give_up``."""
+        with self._changed:
+            link = self._links.get(route["link"])
+        if link is None:
+            return
+        if may_send:
+            self._close([link], "the consumer gave a transfer up before it received")
+        else:
+            self._release(link)
+
     def join(self, group: Group) -> None:
         """Begins to collect what the members set for the collectives of a group.
 

@@ -12,7 +12,8 @@ Request (JSON, through the session):
 
 * ``rdt.staged.chunk`` {exposure, start, stop, timeout_s}: copies bytes ``start`` to ``stop`` of the
   exposed buffers, taken one after the other, and answers with the key to pull them by. The consumer
-  frees the key at the producer's agent when it has them.
+  frees the key at the producer's agent when it has them; the producer itself does so soon after
+  ``timeout_s``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt import checksums
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import Accelerator, Event
+from ray.experimental.rdt.accelerators.base import Accelerator, Event, have_ended
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 
@@ -42,6 +43,10 @@ _WINDOW = 3
 
 #: How long a failed read waits for a device that still writes.
 _GRACE_S = 5.0
+
+#: A reader gives up at its deadline. A chunk that was copied for it may stay for so much longer, if
+#: it could not say so.
+_READER_SLACK_S = 5.0
 
 Buffers = Sequence["torch.Tensor"]
 
@@ -61,11 +66,20 @@ class _Exposed:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A copy in host memory, kept while the agent serves it."""
+    """A copy in host memory, kept while the agent serves it.
+
+    Attributes:
+        memory: The copy.
+        key: What the agent serves it by.
+        reader: The agent of the consumer that asked for it.
+        until: When that will have given up.
+        exposed: The object.
+    """
 
     memory: torch.Tensor
     key: bytes
     reader: bytes
+    until: float
     exposed: _Exposed
 
 
@@ -89,6 +103,7 @@ class StagedTransport:
         session.serve("rdt.staged.chunk", self._on_chunk)
         session.on_released(self._on_released)
         session.on_peer_lost(self._on_peer_lost)
+        session.on_tick(self._release_overdue)
 
     # Producer.
 
@@ -118,8 +133,9 @@ class StagedTransport:
             exposed = self._exposed.get(body["exposure"])
         if exposed is None:
             raise CallError("the object is not exposed here any more", "not_found")
+        until = time.monotonic() + float(body["timeout_s"]) + _READER_SLACK_S
         memory = _to_host(exposed.buffers, body["start"], body["stop"], body["timeout_s"])
-        chunk = _Chunk(memory, os.urandom(16), peer_id, exposed)
+        chunk = _Chunk(memory, os.urandom(16), peer_id, until, exposed)
         with self._lock:
             token = next(self._tokens)
             self._chunks[token] = chunk
@@ -138,9 +154,17 @@ class StagedTransport:
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: producer, the reaper thread."""
+        self._release(lambda chunk: chunk.reader == peer_id)
+
+    def _release_overdue(self) -> None:
+        """Runs on: producer, the reaper thread."""
+        now = time.monotonic()
+        self._release(lambda chunk: chunk.until < now)
+
+    def _release(self, is_over: Callable[[_Chunk], bool]) -> None:
         with self._lock:
-            lost = [chunk.key for chunk in self._chunks.values() if chunk.reader == peer_id]
-        for key in lost:
+            keys = [chunk.key for chunk in self._chunks.values() if is_over(chunk)]
+        for key in keys:
             self._session.agent.release(key)
 
     # Consumer.
@@ -150,8 +174,9 @@ class StagedTransport:
         reading = _Reading(self._session, peer, exposed["exposure"], buffers, deadline)
         try:
             reading.run()
-        finally:
-            reading.end()
+        except BaseException as error:
+            error.may_still_write = not reading.has_ended()  # type: ignore[attr-defined]
+            raise
 
 
 class _Reading:
@@ -181,10 +206,9 @@ class _Reading:
         while self._copies:
             self._copies.popleft()[0].wait(self._left())
 
-    def end(self) -> None:
-        """After a failure: nothing is written any more when it returns."""
-        while self._copies:
-            self._copies.popleft()[0].wait(_GRACE_S)
+    def has_ended(self) -> bool:
+        """After a failure: waits a while; whether nothing is written any more."""
+        return have_ended([copy for copy, _ in self._copies], _GRACE_S)
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
