@@ -282,6 +282,36 @@ def test_dynamic_generators_are_no_coroutines(spawn: Any) -> None:
         ray.get(items.remote(1))
 
 
+def test_adopted_items_outlive_their_stream(spawn: Any) -> None:
+    """Also small ones whose bytes do not come with the value: nobody may think them unowned."""
+    environment = {"env_vars": {"RAY_RDT_EAGER_BYTES": "0"}}
+    source = spawn(Source, runtime_env=environment)
+    for nbytes in (SMALL, LARGE):
+        for _ in range(5):
+            refs = list(source.items.remote(3, nbytes))
+            again = source.items.remote(1, nbytes)  # has the stream before closed
+            assert [float(tensor[0]) for tensor in ray.get(refs)] == [0, 1, 2]
+            del refs, again
+    expect_empty(source)
+
+
+def test_cancelled_next_loses_no_item(source: Any) -> None:
+    async def take() -> list[float]:
+        generator, got = source.items.remote(5), []
+        while True:
+            try:
+                item = await asyncio.wait_for(anext(generator), 0.001)
+            except asyncio.TimeoutError:
+                continue
+            except StopAsyncIteration:
+                return got
+            got.append(float((await item)[0]))
+
+    assert asyncio.run(asyncio.wait_for(take(), 60)) == [0, 1, 2, 3, 4]
+    gc.collect()
+    expect_empty(source)
+
+
 def test_driver_that_ends_in_the_middle_ends(tmp_path: Any) -> None:
     printed = run_driver(
         """

@@ -266,6 +266,28 @@ print("end of the driver", flush=True)
     assert printed.rstrip().endswith("end of the driver"), printed
 
 
+def test_exit_while_a_pull_waits_for_a_silent_producer(tmp_path: Path) -> None:
+    """It would end only with the fetch timeout, a minute later."""
+    source = (
+        START
+        + MAKER
+        + """
+import signal
+start()
+maker = Maker.remote()
+pid = ray.get(maker.__ray_call__.remote(lambda self: os.getpid()))
+ref = maker.make.remote(1 << 20)
+ray.wait([ref], fetch_local=False)
+os.kill(pid, signal.SIGSTOP)
+future = ref.future()
+time.sleep(1)
+assert not future.done()
+print("end of the driver")
+"""
+    )
+    assert "end of the driver" in run_driver(source, tmp_path, limit_s=45)
+
+
 def test_fork_after_use_of_rdt(tmp_path: Path) -> None:
     source = (
         START

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import ray
+from ray.experimental import set_target_for_ref
 from ray.experimental.rdt import receive_into
-from tests.integration.peers import LARGE, SMALL, Peer
+from tests.integration.peers import LARGE, SMALL, Peer, ones
 
 SIZES = pytest.mark.parametrize("count", [SMALL, LARGE], ids=["small", "large"])
 
@@ -180,6 +181,49 @@ def test_a_function_of_the_drivers_own(producer: Any) -> None:
         return tensor is held and bool(held.sum() == LARGE)
 
     assert ray.get(take.remote(producer.make.remote(lambda _: torch.ones(LARGE))))
+
+
+@ray.remote(num_cpus=0)
+class Pair:
+    """Holds a tensor for each of two parameters."""
+
+    def __init__(self, count: int) -> None:
+        self.held = [torch.zeros(count), torch.zeros(count)]
+
+    @receive_into(one=lambda self: self.held[:1], two=lambda self: self.held[1:])
+    def take(self, one: torch.Tensor, other: torch.Tensor, two: torch.Tensor) -> Any:
+        is_apart = other.data_ptr() not in [held.data_ptr() for held in self.held]
+        sums = [float(tensor.sum()) for tensor in (one, other, two)]
+        return one is self.held[0], two is self.held[1], is_apart, sums
+
+
+@SIZES
+def test_one_object_for_two_parameters(producer: Any, count: int) -> None:
+    """Each receives it into its own tensor; a third that declares nothing shares with neither."""
+    ref = producer.make.remote(ones, count)
+    pair = Pair.remote(count)
+    assert ray.get(pair.take.remote(ref, ref, two=ref)) == (True, True, True, [float(count)] * 3)
+
+
+def test_beside_a_target_of_another_object(producer: Any) -> None:
+    """What a user wants of one object is nothing to the labels of a call's arguments."""
+
+    @ray.remote(num_cpus=0)
+    class Taker:
+        def __init__(self) -> None:
+            self.held, self.other = torch.zeros(LARGE), torch.zeros(LARGE)
+
+        def get(self, refs: list[Any]) -> None:
+            set_target_for_ref(refs[0], [self.other])
+            ray.get(refs[0])
+
+        @receive_into(tensor=lambda self: [self.held])
+        def take(self, *, tensor: Any) -> bool:
+            return tensor is self.held
+
+    taker = Taker.remote()
+    ray.get(taker.get.remote([producer.make.remote(ones)]))
+    assert ray.get(taker.take.remote(tensor=producer.make.remote(ones)))
 
 
 def test_declarations_that_cannot_be() -> None:

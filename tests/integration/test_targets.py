@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import weakref
 from collections.abc import Callable
@@ -282,3 +283,33 @@ def test_a_device_that_is_not_there_is_the_objects_error(producer: Any) -> None:
         ray.get(ref)
     set_target_device_for_ref(ref, "cpu")
     assert_filled(ray.get(ref), LARGE)
+
+
+@SIZES
+@pytest.mark.parametrize("view", [torch.conj, torch._neg_view], ids=["conj", "neg"])
+def test_targets_that_are_lazy_views(producer: Any, count: int, view: Callable[..., Any]) -> None:
+    """Their memory holds other numbers than they show."""
+
+    def make(_: Peer, count: int) -> torch.Tensor:
+        return torch.arange(count).to(torch.complex64) * (1 + 2j)
+
+    ref = producer.make.remote(make, count)
+    target = view(torch.zeros(count, dtype=torch.complex64))
+    assert target.is_conj() or target.is_neg()
+    set_target_for_ref(ref, [target])
+    assert ray.get(ref) is target
+    assert torch.equal(target, make(None, count))  # type: ignore[arg-type]
+
+
+def test_awaited_objects_whose_targets_do_not_fit(producer: Any) -> None:
+    """The error comes to who awaits; a value beside it comes as well."""
+    small, plain = producer.make.remote(two_tensors, SMALL), ray.put([torch.ones(2)])
+
+    async def take(ref: Any) -> Any:
+        return await asyncio.wait_for(asyncio.wrap_future(ref.future()), 30)
+
+    for ref, expected in ((small, "target"), (plain, "is not an RDT object")):
+        set_target_for_ref(ref, [torch.ones(2)])
+        with pytest.raises(ValueError, match=expected):
+            asyncio.run(take(ref))
+    assert_filled(ray.get(small), SMALL)

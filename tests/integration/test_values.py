@@ -284,3 +284,17 @@ def test_a_stopped_producer_does_not_block_other_gets(spawn: Any) -> None:
         ray.get(taker.run.remote(start_get, [ref]))
         assert ray.get(taker.run.remote(plain_get, ray.put(torch.ones(3))), timeout=20)
     assert ray.get(taker.run.remote(join)) == LARGE
+
+
+def test_small_tensors_begin_where_any_dtype_may(producer: Any) -> None:
+    """Vector instructions fault on complex numbers that do not begin at a multiple of 16."""
+
+    def make(_: Peer, count: int) -> list[torch.Tensor]:
+        kinds = [torch.int8, torch.complex128, torch.float64, torch.complex64]
+        return [torch.arange(count + i, dtype=torch.int8).to(kind) for i, kind in enumerate(kinds)]
+
+    for count in range(1, 40):
+        got = ray.get(producer.make.remote(make, count))
+        assert [tensor.data_ptr() % 64 for tensor in got] == [0, 0, 0, 0]
+        for tensor, expected in zip(got, make(None, count), strict=True):  # type: ignore[arg-type]
+            assert torch.equal(tensor.clone(), expected)

@@ -141,7 +141,7 @@ def _labels(worker: Any, serialized: Sequence[Any]) -> Iterator[tuple[int, int |
             yield index + 1, position
             position += 1
         else:
-            yield index + 1, worker.deserialize_objects([serialized[index]], [None])[0]
+            yield index + 1, worker.deserialize_objects([serialized[index]], [None], {})[0]
 
 
 def _tensors(give: Callable[..., Any], owner: Sequence[Any]) -> list[torch.Tensor] | None:

@@ -90,8 +90,10 @@ class Fetcher:
             GetTimeoutError: the user's timeout passed first.
         """
         patience = _patience(timeout_s)
-        transfers = [self._begin(request, patience) for request in requests]
+        transfers: list[lanes.Transfer | RayError] = []
         try:
+            for request in requests:
+                transfers.append(self._begin(request, patience))
             return [
                 self._finish(request, transfer, patience)
                 for request, transfer in zip(requests, transfers)

@@ -151,6 +151,7 @@ def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Ten
         target, row = targets[first], table.rows[first]
         is_exact = row[4] is None and target.nbytes == table.regions[region]
         is_plain = target.is_contiguous() and not row[5] & ~1
+        is_plain = is_plain and not (target.is_conj() or target.is_neg())
         is_near = target.is_cpu or target.device.type == table.devices.get(region)
         if not others and is_exact and is_plain and is_near:
             direct[region] = target

@@ -12,6 +12,7 @@ import pickle
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -157,7 +158,11 @@ class RDTManager:
             own_actor_handle(),
             bool(captured.addresses),
         )
-        return skeleton, captured, capture.pickle_shipment(context, skeleton, shipment)
+        try:
+            return skeleton, captured, capture.pickle_shipment(context, skeleton, shipment)
+        except BaseException:
+            users.withdraw(parcel)
+            raise
 
     def users_transport(self, transport: str) -> UserTransport | None:
         """The transport of this name if a user wrote it. Raises RDTError if it cannot be had."""
@@ -385,6 +390,8 @@ class RDTManager:
             self._directory.submitted(ref.hex(), None, head.transport)
             todo = self._directory.created(ref.hex(), location)
         self._carry_out(todo)
+        # Also of a small one at once: a stream that closes frees what nobody owns.
+        self._session().agent.own(location.address, location.key)
 
     def note_arguments(self, actor: Any, args: Iterable[Any]) -> None:
         """Notes which RDT objects go to an actor.
@@ -503,9 +510,10 @@ class RDTManager:
                 moved.
         """
         began = time.monotonic()
-        requests: dict[bytes, Request] = {}
-        sources: dict[bytes, Any] = {}
-        keys: dict[int, bytes] = {}
+        # One request for each object, and one more for each that has targets of its own.
+        requests: dict[_Slot, Request] = {}
+        sources: dict[_Slot, Any] = {}
+        keys: dict[int, _Slot] = {}
         results: dict[int, Result] = {}
         for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
             object_id = "" if ref is None or ref.is_nil() else ref.hex()
@@ -516,8 +524,8 @@ class RDTManager:
                     head = descriptor.decode(metadata)
                     results[index] = as_fetch_error(object_id, head, error)
                     continue
-                keys[index] = request.envelope.head.key
-                if index in into or keys[index] not in requests:
+                keys[index] = request.envelope.head.key, index if index in into else None
+                if keys[index] not in requests:
                     requests[keys[index]] = request
                     sources[keys[index]] = ref
             elif metadata in _PLAIN_METADATA:
@@ -557,7 +565,27 @@ class RDTManager:
                 producer = descriptor.decode(value[1]).address
                 late[index] = self._puller.defer(deserialize, producer)
                 at_once[index] = (None, b"", None)
-        return self.fetch(at_once, refs) | late
+        return self._fetch_each(at_once, refs) | late
+
+    def _fetch_each(self, serialized: Sequence[Any], refs: Sequence[Any]) -> dict[int, Result]:
+        """As ``fetch`` of what is here; a target that does not fit becomes the value.
+
+        Nobody hears what is raised here.
+
+        Runs on: Ray's io thread, or an event loop.
+        """
+        results: dict[int, Result] = {}
+        for index, (value, ref) in enumerate(zip(serialized, refs)):
+            found = self._fetch_or_fail(value, ref)
+            if found:
+                results[index] = found[0]
+        return results
+
+    def _fetch_or_fail(self, value: Any, ref: Any) -> Mapping[int, Result]:
+        try:
+            return self.fetch([value], [ref])
+        except ValueError as error:
+            return {0: RayTaskError("ray.get", traceback.format_exc(), error)}
 
     def _has_to_move(self, metadata: bytes) -> bool:
         if not descriptor.is_rdt(metadata):
@@ -698,6 +726,9 @@ class RDTManager:
         self.store.clear()
         self._targets.clear()
 
+
+#: Of a request in a batch: the object's key, and the position that has targets of its own, if any.
+_Slot = tuple[bytes, int | None]
 
 _making = threading.Lock()
 

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from ray.exceptions import GetTimeoutError, RayError
 
 from ray.experimental.rdt import capture, descriptor, lineage, targets
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import waiting
 from ray.experimental.rdt.errors import RDTProducerDiedError
@@ -25,6 +26,7 @@ from ray.experimental.rdt.session import Session
 #: Ray's GCS tells nobody of a worker's end, so it is asked again. It knows of a killed process in
 #: milliseconds, of a dead node in a while.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 1.0
+_FIRST_WAIT_S = 0.5
 
 #: How long it is asked at least.
 _LEAST_S = 2.0
@@ -156,13 +158,15 @@ class Remakes:
             if outcome.state != ALIVE:
                 return outcome
             if time.monotonic() > give_up:
-                return Outcome(ALIVE, reason="Ray counts the process that made it as alive")
+                reason = outcome.reason or "Ray counts the process that made it as alive"
+                return Outcome(ALIVE, reason=reason)
             if deadline is not None and time.monotonic() > deadline:
                 raise GetTimeoutError(
                     f"ray.get timed out before Ray knew what became of {one.error.context.peer}, "
                     f"which made object {one.request.object_id}"
                 )
             time.sleep(pause)
+            raise_if_cancelled()
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def _ask(self, one: _Lost) -> Outcome:
@@ -174,14 +178,16 @@ class Remakes:
         owner = None if one.ref is None or one.ref.is_nil() else lineage.owner_of(one.ref)
         agents = [address for address in known_agents(owner) if address != session.address]
         body = {"object_id": one.object_id, "key": key.hex(), "busy": busy}
-        reason = "no process says that it owns it"
+        reason, state = "no process says that it owns it", UNKNOWN
         for _, answer in ask_all(session, agents, "rdt.remake", body, _ANSWER_S):
             if isinstance(answer, Exception):
+                if owner is not None and isinstance(answer, TimeoutError):
+                    state = ALIVE  # the owner's Python is busy
                 reason = f"no process says that it owns it, and one did not answer ({answer})"
             elif answer["state"] != UNKNOWN:
                 ref = lineage.borrow(answer) if answer["state"] == MADE else None
                 return Outcome(answer["state"], ref, answer["reason"])
-        return Outcome(UNKNOWN, reason=reason)
+        return Outcome(state, reason=reason)
 
     def _values(self, refs: list[Any], deadline: float | None) -> list[Any]:
         """What Ray has for the objects: waits, as ``ray.get`` does, until they are made."""
@@ -189,10 +195,20 @@ class Remakes:
 
         if not refs:
             return []
-        left = _left(deadline)
-        with waiting():
-            core_worker = ray._private.worker.global_worker.core_worker
-            return list(core_worker.get_objects(refs, -1 if left is None else int(1e3 * left)))
+        core_worker = ray._private.worker.global_worker.core_worker
+        # A wait that ends gives up what the core has begun to bring, so each is longer.
+        patience_s = _FIRST_WAIT_S
+        while True:
+            left = _left(deadline)
+            wait_s = patience_s if left is None else min(patience_s, left)
+            try:
+                with waiting():
+                    return list(core_worker.get_objects(refs, int(1e3 * wait_s)))
+            except GetTimeoutError:
+                if wait_s == left:
+                    raise
+            raise_if_cancelled()
+            patience_s *= 2
 
 
 def _busy_actor() -> str:

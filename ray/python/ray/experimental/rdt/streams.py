@@ -304,7 +304,7 @@ class Stream:
     def attach(self, generator: Any) -> Any:
         """Makes the call's ``ObjectRefGenerator`` adopt its items."""
         generator.__class__ = RDTObjectRefGenerator
-        generator._rdt_stream = self
+        generator._rdt_stream, generator._rdt_left = self, deque()
         return generator
 
 
@@ -312,6 +312,8 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
     """Ray's generator of references, each of which the caller has adopted."""
 
     _rdt_stream: Stream
+    # Items on their way to a caller that was cancelled: the next call takes them first.
+    _rdt_left: deque[asyncio.Future[Any]]
 
     def _next_sync(self, timeout_s: float | None = None) -> Any:
         return _adopt(super()._next_sync(timeout_s), self._rdt_stream.spec.transport)
@@ -321,9 +323,20 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
         await ref._ready()
 
     async def _next_async(self, timeout_s: float | None = None) -> Any:
-        ref = await super()._next_async(timeout_s)
-        # The value may be in a store that has to be asked, so not on the event loop.
-        return await asyncio.to_thread(_adopt, ref, self._rdt_stream.spec.transport)
+        if self._rdt_left:
+            adopting = self._rdt_left.popleft()
+        else:
+            ref = await super()._next_async(timeout_s)
+            # The value may be in a store that has to be asked, so not on the event loop.
+            adopt = asyncio.to_thread(_adopt, ref, self._rdt_stream.spec.transport)
+            adopting = asyncio.ensure_future(adopt)
+        try:
+            return await asyncio.shield(adopting)
+        except asyncio.CancelledError:
+            self._rdt_left.appendleft(adopting)
+            raise
+        finally:
+            del adopting  # the frame lives as long as an error that passed through it
 
 
 def _adopt(item: Any, transport: str) -> Any:

@@ -77,8 +77,14 @@ class ClaimWatch:
         """Runs on: an rdt-call thread; one at a time."""
         if not self._asking.acquire(blocking=False):
             return
+        old: list[Unclaimed] = []
         try:
-            orphans = self._ask(self._old())
+            old = self._old()
+            orphans = self._ask(old)
+        except BaseException:  # nobody could be asked: they are asked about again
+            now = time.monotonic()
+            self._young.extend(one._replace(since=now) for one in old)
+            raise
         finally:
             self._asking.release()
         count = self._session.agent.release_unowned([one.key for one in orphans])
