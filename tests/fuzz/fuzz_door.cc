@@ -119,7 +119,8 @@ class Caller {
     return all;
   }
 
-  bool Prove(const Served &served, Purpose purpose) {
+  // `early` goes out with the proof, before the agent has let anybody in.
+  bool Prove(const Served &served, Purpose purpose, ByteView early) {
     Identity self;
     self.agent.fill(7);
     self.secret = kSecret;
@@ -129,8 +130,10 @@ class Caller {
     while (client.state() == Handshake::State::kRunning) {
       Bytes frame = Receive();
       if (frame.empty()) return false;
-      Send(client.OnFrame(DecodeHeader(frame.data()),
-                          ByteView(frame).subspan(sizeof(FrameHeader))));
+      Bytes answer = client.OnFrame(DecodeHeader(frame.data()),
+                                    ByteView(frame).subspan(sizeof(FrameHeader)));
+      if (!answer.empty()) answer.insert(answer.end(), early.begin(), early.end());
+      Send(answer);
     }
     return client.state() == Handshake::State::kDone;
   }
@@ -163,7 +166,15 @@ bool HoldsTreasure(const Bytes &bytes) {
   return std::search(bytes.begin(), bytes.end(), run.begin(), run.end()) != bytes.end();
 }
 
-enum Mode : uint8_t { kRawUnix, kRawTcp, kControl, kData, kModes };
+enum Mode : uint8_t {
+  kRawUnix,
+  kRawTcp,
+  kControl,
+  kData,
+  kEarlyControl,
+  kEarlyData,
+  kModes
+};
 
 void SendFrames(Caller *caller, Script *script) {
   while (!script->at_end()) {
@@ -177,20 +188,29 @@ void SendFrames(Caller *caller, Script *script) {
   }
 }
 
+Bytes OneFrame(Script *script) {
+  uint8_t type = script->Number();
+  uint8_t request = script->Number();
+  return EncodeFrame(static_cast<FrameType>(type), request, script->Some());
+}
+
 void Run(Served *served, Script *script, bool has_key) {
   Mode mode = static_cast<Mode>(script->Number() % kModes);
-  Caller caller(*served, mode != kRawTcp && mode != kData);
+  bool is_control = mode == kControl || mode == kEarlyControl;
+  bool is_early = mode == kEarlyControl || mode == kEarlyData;
+  Caller caller(*served, mode == kRawUnix || is_control);
   bool has_proved = false;
-  if (mode == kControl || mode == kData) {
-    Purpose purpose = mode == kControl ? Purpose::kControl : Purpose::kData;
-    has_proved = caller.Prove(*served, purpose);
-    Require(has_proved, "who knows the secret gets in");
+  if (mode != kRawUnix && mode != kRawTcp) {
+    Purpose purpose = is_control ? Purpose::kControl : Purpose::kData;
+    Bytes early = is_early ? OneFrame(script) : Bytes();
+    has_proved = caller.Prove(*served, purpose, early);
+    Require(has_proved || is_early, "who knows the secret gets in");
     SendFrames(&caller, script);
   } else {
     caller.Send(script->Rest());
   }
   Bytes heard = caller.ReceiveAll();
-  Require((has_proved && has_key) || !HoldsTreasure(heard),
+  Require(((has_proved || is_early) && has_key) || !HoldsTreasure(heard),
           "no byte of an object without its key");
   Require(has_proved || heard.size() < 512, "a stranger is told little");
   served->agent.NextEvents(0);
@@ -226,7 +246,9 @@ std::vector<Bytes> Seeds() {
           Join({{kRawTcp}, hello, hello}),
           Join({{kControl}, pull, {0xff, 16}, fill, keys, free, sum}),
           Join({{kControl, 22, 1, 5, 'h', 'e', 'l', 'l', 'o'}, {20, 1, 0}, {27, 1, 0}}),
-          Join({{kData}, read, read})};
+          Join({{kData}, read, read}),
+          Join({{kEarlyControl}, pull, fill}),
+          Join({{kEarlyData}, read, read})};
 }
 
 }  // namespace fuzz

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -209,6 +210,22 @@ def test_dropped_before_during_and_after_its_creation(spawn: Any, consumer: Any)
     assert ray.get(consumer.run.remote(total, after)) == LARGE
     del after
     assert_stores_nothing(maker)
+
+
+def test_who_has_no_patience_gets_it_in_the_end(producer: Any) -> None:
+    """Each try takes up what the one before has begun."""
+    ref = producer.make.remote(ones, 64 * LARGE)
+    ray.wait([ref], fetch_local=False)
+    got = []
+
+    def get() -> bool:
+        with suppress(ray.exceptions.GetTimeoutError):
+            got.append(ray.get(ref, timeout=0))
+        return bool(got)
+
+    wait_until(get, "the tensor is here")
+    assert float(got[0].sum()) == 64 * LARGE
+    assert ray.experimental.rdt.stats()["hinted_bytes"] == 0
 
 
 def test_dropped_while_it_is_pulled(spawn: Any, consumer: Any) -> None:

@@ -98,14 +98,20 @@ class World:
         self.link_uses = 0
         self.kept: list[Any] = []
         self.hints: dict[bytes, AgentPull] = {}
+        self.has_room = True
         self.fetcher = Fetcher(self.store, self.links)
 
     def links(self) -> Any:
         self.link_uses += 1
         session = SimpleNamespace(agent=self.agent)
-        hinted = SimpleNamespace(take=lambda key: self.hints.pop(key, None))
+        hinted = SimpleNamespace(take=lambda key: self.hints.pop(key, None), park=self.park)
         unnamed = SimpleNamespace(obstacle=lambda name, address: "the lanes are best")
         return SimpleNamespace(session=session, hinted=hinted, transports=None, unnamed=unnamed)
+
+    def park(self, key: bytes, pull: AgentPull, nbytes: int) -> bool:
+        if self.has_room:
+            self.hints[key] = pull
+        return self.has_room
 
     def send(self, value: Any, *, outcome: Any = None, eager: bool = False) -> Envelope:
         """What arrives of a value; its pull ends with ``outcome``, or with its bytes."""
@@ -180,6 +186,26 @@ def test_failed_hint_is_pulled_anew(world: World):
     world.agent.held[key] = world.kept[0].regions
     assert value_of(*world.fetch(envelope))[0].tolist() == [0, 1, 2, 3, 4]
     assert len(world.agent.pulls) == 2
+
+
+def test_pull_goes_on_when_only_the_users_time_is_over(world: World):
+    envelope = world.send([torch.arange(5)], outcome=TimeoutError())
+    for _ in range(3):
+        with pytest.raises(GetTimeoutError):
+            world.fetch(envelope, timeout_s=0)
+    (pull,) = world.agent.pulls
+    assert not pull.cancelled
+    pull.outcome = world.kept[0].regions
+    assert value_of(*world.fetch(envelope, timeout_s=0))[0].tolist() == [0, 1, 2, 3, 4]
+    assert not world.hints
+
+
+def test_pull_into_the_users_memory_ends_with_the_users_time(world: World):
+    envelope, target = world.send([torch.ones(5)], outcome=TimeoutError()), torch.zeros(5)
+    with pytest.raises(GetTimeoutError):
+        world.fetch(envelope, timeout_s=0, tensors=[target])
+    assert world.agent.pulls[0].cancelled
+    assert not world.hints
 
 
 def test_what_has_begun_is_given_up_when_the_next_cannot_begin(
@@ -266,11 +292,19 @@ def test_one_failure_leaves_the_others_alone(world: World):
     assert isinstance(second, RDTProducerDiedError)
 
 
-def test_users_timeout_is_raised_and_everything_is_given_up(world: World):
+@pytest.mark.parametrize("has_room", [True, False])
+def test_users_timeout_is_raised_and_pulls_go_on_where_there_is_room(world: World, has_room: bool):
+    world.has_room = has_room
     sent = [world.send([torch.ones(5)], outcome=TimeoutError()) for _ in range(3)]
     with pytest.raises(GetTimeoutError, match="id0"):
         world.fetch(*sent, timeout_s=0.01)
-    assert [pull.cancelled for pull in world.agent.pulls] == [True] * 3
+    assert [pull.cancelled for pull in world.agent.pulls] == [not has_room] * 3
+
+
+def test_what_no_time_would_bring_is_said_also_to_the_impatient(world: World):
+    sent = world.send([torch.ones(5)], outcome=AgentError("not_found"))
+    (error,) = world.fetch(sent, timeout_s=0)
+    assert isinstance(error, RDTFetchError)
 
 
 def test_users_timeout_is_raised_whatever_a_transport_made_of_it(world: World):

@@ -175,6 +175,24 @@ def test_failure_waits_once_for_all_copies_and_says_if_one_goes_on(sides, monkey
     assert time.monotonic() - started < 1.4
 
 
+def test_deadline_while_the_last_copy_runs_says_that_it_goes_on(sides, monkeypatch):
+    monkeypatch.setattr(staged, "_GRACE_S", 0.1)
+    exposed = sides[0].transport.expose(sources(5))
+    copy = accelerator.copy
+
+    class Copy:
+        def wait(self, timeout_s):
+            raise TimeoutError("the device is busy")
+
+    def endless(pairs, device):
+        return copy(pairs, device) if pairs[0][0].is_cpu else Copy()
+
+    monkeypatch.setattr(accelerator, "copy", endless)
+    with pytest.raises(TimeoutError, match="busy") as failure:
+        read(sides, exposed, [torch.zeros(5, dtype=torch.uint8, device=TYPE)])
+    assert failure.value.may_still_write
+
+
 def test_chunks_of_a_lost_reader_are_released(sides):
     producer, consumer = sides
     exposed = producer.transport.expose(sources(CHUNK))

@@ -62,6 +62,10 @@ class Arrival:
         return self.envelope.restore(self.tensors)
 
 
+#: What an error says of an object that more time would not bring either.
+_FINAL = {"not_found", "peer_lost", "unreachable"}
+
+
 class Fetcher:
     """Fetches for one process.
 
@@ -98,6 +102,12 @@ class Fetcher:
                 self._finish(request, transfer, patience)
                 for request, transfer in zip(requests, transfers)
             ]
+        except GetTimeoutError:
+            # As in plain Ray, what is on its way goes on: the user may ask again.
+            for request, transfer in zip(requests, transfers):
+                if isinstance(transfer, lanes.FromAgent):
+                    transfer.leave_to(self._links().hinted, request.envelope.head)
+            raise
         finally:
             for transfer in transfers:
                 if not isinstance(transfer, RayError):
@@ -144,7 +154,7 @@ class _Patience:
     def is_over(self, error: Exception) -> bool:
         """Whether the user's time ended a step that failed like this."""
         is_late = isinstance(error, TimeoutError) or time.monotonic() >= self.deadline
-        return self.is_users and is_late
+        return self.is_users and is_late and not _codes(error) & _FINAL
 
 
 def _patience(timeout_s: float | None) -> _Patience:

@@ -116,6 +116,22 @@ class HintedPulls:
             hinted = self._pulls.pop(key, None)
         return hinted.pull if hinted is not None else None
 
+    def park(self, key: bytes, pull: AgentPull, nbytes: int) -> bool:
+        """Keeps a pull whose user has run out of patience, for the next who asks.
+
+        Runs on: consumer, the fetching thread.
+
+        Returns:
+            Whether there was room for it.
+        """
+        until = time.monotonic() + settings().fetch_timeout_s
+        with self._lock:
+            has_room = self.nbytes + nbytes <= settings().hint_bytes
+            if has_room and key not in self._pulls:
+                self._pulls[key] = _Hinted(pull, nbytes, until)
+                return True
+        return False
+
     def clear(self) -> None:
         """Gives all up. Runs on: whoever shuts Ray down."""
         self._drop(list(self._pulls))

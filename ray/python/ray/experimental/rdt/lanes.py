@@ -40,6 +40,7 @@ from ray.experimental.rdt.transports.ways import STAGED, ways
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.hints import HintedPulls
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
     from ray.experimental.rdt.transports.user import UserTransport
@@ -138,7 +139,7 @@ class FromAgent:
         self._pull = pull
         self._table = table
         self._targets = targets
-        self.abandon = pull.abandon
+        self._is_left = False
 
     @property
     def lane(self) -> str:
@@ -148,35 +149,35 @@ class FromAgent:
         self._pull.wait(deadline)
         return self._pull.landing.deliver(self._table, self._targets)
 
+    def leave_to(self, hinted: HintedPulls, head: Descriptor) -> None:
+        """Lets the pull go on for whoever asks next; one into tensors of the user's ends here."""
+        if not self._pull.landing.direct:
+            self._is_left = hinted.park(head.key, self._pull, head.nbytes)
 
-class FromHint:
-    """The object comes by a pull that began before its task asked for it.
+    def abandon(self) -> None:
+        if not self._is_left:
+            self._pull.abandon()
+
+
+class FromHint(FromAgent):
+    """The object comes by a pull that began before it was asked for.
 
     That one may have failed long ago, for a reason that has passed: then another is made.
     """
 
-    def __init__(
-        self, links: Links, hinted: AgentPull, envelope: Envelope, targets: Targets | None
-    ):
+    def __init__(self, links: Links, pull: AgentPull, envelope: Envelope, targets: Targets | None):
+        super().__init__(pull, envelope.table, targets)
         self._links = links
         self._envelope = envelope
-        self._targets = targets
-        self._hinted = hinted
-        self.abandon = hinted.abandon
-
-    @property
-    def lane(self) -> str:
-        return self._hinted.lane
 
     def finish(self, deadline: float) -> Targets:
         try:
-            self._hinted.wait(deadline)
-        except TimeoutError:
-            raise
-        except Exception:
-            logger.debug("RDT pulls an object anew whose hinted pull failed", exc_info=True)
+            return super().finish(deadline)
+        except Exception as error:
+            if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
+                raise
+            logger.debug("RDT pulls an object anew whose earlier pull failed", exc_info=True)
             return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
-        return self._hinted.landing.deliver(self._envelope.table, self._targets)
 
 
 class Exchange:

@@ -204,7 +204,8 @@ class _Reading:
         while asked:
             self._take(*asked.popleft())
         while self._copies:
-            self._copies.popleft()[0].wait(self._left())
+            self._copies[0][0].wait(self._left())
+            self._copies.popleft()
 
     def has_ended(self) -> bool:
         """After a failure: waits a while; whether nothing is written any more."""
