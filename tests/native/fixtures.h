@@ -40,6 +40,15 @@ class Memory {
   std::vector<uint8_t> bytes_;
 };
 
+// What a Door and a Dial are made of, without an agent. The test starts the loop.
+struct Bench {
+  Bench() { self.agent.fill(5); }
+  Loop loop{"test"};
+  EventQueue events;
+  Log log{&events};
+  Identity self{.secret = "secret", .lanes = kAllLanes};
+};
+
 // Waits, fails the test if it takes long, and gives the result.
 Status Outcome(Completion *completion, double timeout_s = kLong);
 // Collects events until one of that kind came; none if it did not in time.

@@ -160,13 +160,12 @@ TEST("door: a crowd over TCP is not in the way of who comes over Unix") {
 
 // How a dial ends whose first connections, `drops` many, are closed unheard.
 Status DialDropped(int drops) {
-  Loop loop("test");
-  EventQueue events;
-  Log log(&events);
-  Identity self{.secret = "secret", .lanes = kAllLanes};
-  self.agent.fill(5);
+  Bench bench;
+  auto &loop = bench.loop;
+  const Identity &self = bench.self;
   Door door(
-      &loop, self, &log, [](const std::shared_ptr<Channel> &, const PeerFacts &) {});
+      &loop, self, &bench.log, [](const std::shared_ptr<Channel> &, const PeerFacts &) {
+      });
   Fd listener = ListenUnix(self.agent);
   Loop::Id watch = loop.Watch(listener.get(), EPOLLIN, [&](uint32_t) {
     if (--drops >= 0) return AcceptOne(listener.get()).Reset();

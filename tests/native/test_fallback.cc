@@ -101,11 +101,8 @@ TEST("fallback: an object in too many pieces for cma takes another lane") {
 }
 
 TEST("fallback: a connection that breaks before the grant is made a few times more") {
-  Loop loop("test");
-  EventQueue events;
-  Log log(&events);
-  Identity identity{.secret = "secret", .lanes = kAllLanes};
-  identity.agent.fill(5);
+  Bench bench;
+  auto &[loop, events, log, identity] = bench;
   Address address = DescribeThisProcess(identity.agent);
   std::atomic<int> entered{0};
   Door door(
@@ -227,11 +224,8 @@ class Clerk : public Channel::Handler {
 };
 
 TEST("fallback: a free that is lost with its connection is sent again, and then not") {
-  Loop loop("test");
-  EventQueue events;
-  Log log(&events);
-  Identity identity{.secret = "secret", .lanes = kAllLanes};
-  identity.agent.fill(6);
+  Bench bench;
+  auto &[loop, events, log, identity] = bench;
   Address address = DescribeThisProcess(identity.agent);
   Clerk clerk;
   std::atomic<int> entered{0};

@@ -54,11 +54,8 @@ TEST("loop: a channel that cannot be watched ends after its start") {
 }
 
 TEST("loop: a door that cannot be watched says so and opens later") {
-  Loop loop("test");
-  EventQueue events;
-  Log log(&events);
-  Identity self{.secret = "secret", .lanes = kAllLanes};
-  self.agent.fill(5);
+  Bench bench;
+  auto &[loop, events, log, self] = bench;
   Door door(
       &loop, self, &log, [](const std::shared_ptr<Channel> &, const PeerFacts &) {});
   Fd fd = Unwatchable();
