@@ -437,3 +437,75 @@ def test_collective_operations_under_the_name_of_the_group(trio: list[Any]) -> N
         return bool(ray.util.collective.is_group_initialized("ops"))
 
     assert ray.get([actor.run.remote(is_known) for actor in trio]) == [False] * 3
+
+
+def operate_in(peer: Any, name: str, rank: int, size: int) -> dict[str, list[float]]:
+    """Runs on: each member of a group of any size."""
+    from ray.util import collective as operations
+
+    def mine() -> torch.Tensor:
+        return torch.full((2,), float(rank + 1))
+
+    reduced, sent, gathered = mine(), mine(), [torch.zeros(2) for _ in range(size)]
+    scattered = torch.zeros(2)
+    operations.allreduce(reduced, name)
+    operations.barrier(name)
+    operations.broadcast(sent, size - 1, name)
+    operations.allgather(gathered, mine(), name)
+    operations.reducescatter(scattered, [mine() for _ in range(size)], name)
+    to_first = mine()
+    operations.reduce(to_first, 0, name)
+    return {
+        "sums": [float(each[0]) for each in (reduced, scattered)],
+        "broadcast": sent.tolist(),
+        "allgather": [float(each[0]) for each in gathered],
+        "reduce": to_first.tolist(),
+    }
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_collective_operations_in_groups_of_every_size(
+    trio: list[Any], spawn: Callable[..., Any], size: int
+) -> None:
+    members = [*trio, spawn()][:size] if size > 3 else trio[:size]
+    create(members, "gloo", name="sized")
+    jobs = [a.run.remote(operate_in, "sized", rank, size) for rank, a in enumerate(members)]
+    results = ray.get(jobs, timeout=30)
+    total_of_all = float(sum(range(size + 1)))
+    for rank, result in enumerate(results):
+        assert result == {
+            "sums": [total_of_all] * 2,
+            "broadcast": [float(size)] * 2,
+            "allgather": [float(each + 1) for each in range(size)],
+            "reduce": [total_of_all if rank == 0 else rank + 1.0] * 2,
+        }
+
+
+def exchange(peer: Any, name: str, rank: int, source: int, destination: int) -> list[float]:
+    from ray.util import collective as operations
+
+    tensor = torch.full((2,), float(rank))
+    if rank == source:
+        operations.send(tensor, destination, name)
+    else:
+        operations.recv(tensor, source, name)
+    return tensor.tolist()
+
+
+def allreduce(peer: Any, name: str) -> list[float]:
+    tensor = torch.ones(2)
+    ray.util.collective.allreduce(tensor, name)
+    return tensor.tolist()
+
+
+def test_send_and_recv_take_two_members(trio: list[Any]) -> None:
+    """They may be the first operations of a group, and the others need not do anything."""
+    create(trio, "gloo", name="pairs")
+    for source, destination in ((0, 1), (1, 0), (1, 2), (2, 0)):
+        jobs = [
+            trio[rank].run.remote(exchange, "pairs", rank, source, destination)
+            for rank in (source, destination)
+        ]
+        assert ray.get(jobs, timeout=15) == [[float(source)] * 2] * 2
+    everybody = [actor.run.remote(allreduce, "pairs") for actor in trio]
+    assert ray.get(everybody, timeout=15) == [[3.0] * 2] * 3

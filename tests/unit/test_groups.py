@@ -220,7 +220,7 @@ def test_member_that_waits_in_its_first_collective_leaves_at_once(
 
     waiting = threading.Thread(target=wait_for_the_other, daemon=True)
     waiting.start()
-    wait_until(entered._lock.locked, "the member waits")
+    wait_until(entered._of_all._lock.locked, "the member waits")
     started = time.monotonic()
     creator.service.dissolve("1", members_of(members), "destroyed")
     assert time.monotonic() - started < 3

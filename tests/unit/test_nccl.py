@@ -69,8 +69,8 @@ class Backend(NcclBackend):
     def unavailable(self):
         return ""
 
-    def make(self, store, rank, size, timeout_s):
-        return Group(self.gloo.make(store, rank, size, timeout_s))
+    def make(self, store, rank, size, timeout_s, has_collectives):
+        return Group(self.gloo.make(store, rank, size, timeout_s, has_collectives))
 
     def kill(self, group):
         self.gloo.kill(group.inner)
@@ -125,7 +125,7 @@ def test_a_failed_communicator_does_not_end_the_process(monkeypatch, was, fails)
     monkeypatch.setattr(torch.distributed, "ProcessGroupNCCL", ProcessGroupNCCL, raising=False)
     keys = Keys({"gpu/1": b"fake-1"})
     with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
-        NcclBackend(accelerator, DEVICE).make(keys, 0, 2, 5)
+        NcclBackend(accelerator, DEVICE).make(keys, 0, 2, 5, has_collectives=False)
     assert seen == [dict.fromkeys(names, "0")]
     assert dict(os.environ) == before
 

@@ -58,6 +58,10 @@ class Group:
         """The members that are not this process."""
         return tuple(m for rank, m in enumerate(self.members) if rank != self.rank)
 
+    def pair_name(self, rank: int) -> str:
+        """Names this process and the member of another rank, the same at both."""
+        return f"{self.id}/{min(rank, self.rank)}-{max(rank, self.rank)}"
+
     def has(self, agent_id: bytes) -> bool:
         """Whether another process of this group has this agent."""
         return any(m.agent_id == agent_id for m in self.others)

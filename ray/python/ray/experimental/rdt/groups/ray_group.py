@@ -1,13 +1,16 @@
 """A group as ``ray.util.collective`` sees it. Importing this imports ``ray.util.collective``.
 
-Its process group of all members is made by the first operation, since most groups only move RDT
-objects. All methods run on the user's threads and block; every member has to call the same ones.
+Its process groups, one of all members and one of each two, are made by the first operation that
+needs them, since most groups only move RDT objects. All methods run on the user's threads and
+block. Every member has to call the same collective operations; ``send`` and ``recv`` are between
+two members, and the others need not take part.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.util.collective import types
@@ -29,8 +32,10 @@ class RDTGroup(BaseGroup):
     def __init__(self, world_size: int, rank: int, group_name: str):
         super().__init__(world_size, rank, group_name)
         self._group, self._transport = collectives.entered(group_name)
-        self._lock = threading.Lock()
-        self._made: tuple[Any, Any] | None = None
+        self._of_all = _ProcessGroup(self._make_group_of_all)
+        self._pairs = [
+            _ProcessGroup(functools.partial(self._make_pair, other)) for other in range(world_size)
+        ]
 
     @classmethod
     def backend(cls) -> str:
@@ -44,10 +49,8 @@ class RDTGroup(BaseGroup):
 
     def destroy_group(self) -> None:
         """See BaseGroup."""
-        with self._lock:
-            made, self._made = self._made, None
-        if made is not None:
-            self._transport.end_group(made[0])
+        for each in (self._of_all, *self._pairs):
+            each.end(self._transport.end_group)
 
     def allreduce(self, tensor: _Tensors, allreduce_options: Any = types.AllReduceOptions) -> None:
         """See BaseGroup."""
@@ -55,11 +58,11 @@ class RDTGroup(BaseGroup):
 
         options = AllreduceOptions()
         options.reduceOp = _torch_op(allreduce_options.reduceOp)
-        self._process_group().allreduce([_only(tensor)], options).wait()
+        self._of_all.get().allreduce([_only(tensor)], options).wait()
 
     def barrier(self, barrier_options: Any = types.BarrierOptions) -> None:
         """See BaseGroup. A reduction of one byte, which needs no device to be named."""
-        self._process_group().allreduce([self._transport.byte()]).wait()
+        self._of_all.get().allreduce([self._transport.byte()]).wait()
 
     def reduce(self, tensor: _Tensors, reduce_options: Any = types.ReduceOptions) -> None:
         """See BaseGroup. Only the root's tensor changes."""
@@ -75,7 +78,7 @@ class RDTGroup(BaseGroup):
         allgather_options: Any = types.AllGatherOptions,
     ) -> None:
         """See BaseGroup."""
-        self._process_group().allgather([_list(tensor_list)], [_only(tensor)]).wait()
+        self._of_all.get().allgather([_list(tensor_list)], [_only(tensor)]).wait()
 
     def broadcast(self, tensor: _Tensors, broadcast_options: Any = types.BroadcastOptions) -> None:
         """See BaseGroup."""
@@ -84,7 +87,7 @@ class RDTGroup(BaseGroup):
         options = BroadcastOptions()
         options.rootRank = broadcast_options.root_rank
         options.rootTensor = 0
-        self._process_group().broadcast([_only(tensor)], options).wait()
+        self._of_all.get().broadcast([_only(tensor)], options).wait()
 
     def reducescatter(
         self,
@@ -108,11 +111,11 @@ class RDTGroup(BaseGroup):
 
     def send(self, tensor: _Tensors, send_options: types.SendOptions) -> None:
         """See BaseGroup."""
-        self._process_group().send([_only(tensor)], send_options.dst_rank, 0).wait()
+        self._exchange("send", tensor, send_options.dst_rank)
 
     def recv(self, tensor: _Tensors, recv_options: types.RecvOptions) -> None:
         """See BaseGroup."""
-        self._process_group().recv([_only(tensor)], recv_options.src_rank, 0).wait()
+        self._exchange("recv", tensor, recv_options.src_rank)
 
     def _reduce(self, tensor: torch.Tensor, root: int, operation: types.ReduceOp) -> None:
         from torch.distributed import ReduceOptions
@@ -121,15 +124,49 @@ class RDTGroup(BaseGroup):
         options.rootRank = root
         options.rootTensor = 0
         options.reduceOp = _torch_op(operation)
-        self._process_group().reduce([tensor], options).wait()
+        self._of_all.get().reduce([tensor], options).wait()
 
-    def _process_group(self) -> Any:
+    def _exchange(self, operation: str, tensor: _Tensors, other: int) -> None:
+        """Sends to another rank or receives from it."""
+        pair = self._pairs[other].get()
+        getattr(pair, operation)([_only(tensor)], int(other > self._rank), 0).wait()
+
+    def _make_group_of_all(self) -> tuple[Any, Any]:
+        return self._transport.make_group(
+            self._group.id, self._rank, self._world_size, _TIMEOUT_S, has_collectives=True
+        )
+
+    def _make_pair(self, other: int) -> tuple[Any, Any]:
+        """The lower rank of the group is rank 0 of the pair."""
+        name, rank = self._group.pair_name(other), int(self._rank > other)
+        return self._transport.make_group(name, rank, 2, _TIMEOUT_S, has_collectives=False)
+
+
+class _ProcessGroup:
+    """A process group that is made by its first use.
+
+    Args:
+        make: Makes it; the second of what it returns has to live as long.
+    """
+
+    def __init__(self, make: Callable[[], tuple[Any, Any]]):
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: tuple[Any, Any] | None = None
+
+    def get(self) -> Any:
+        """The process group. Blocks until the other ranks ask for it, too."""
         with self._lock:
             if self._made is None:
-                self._made = self._transport.make_group(
-                    self._group.id, self._rank, self._world_size, _TIMEOUT_S
-                )
+                self._made = self._make()
             return self._made[0]
+
+    def end(self, end_group: Callable[[Any], None]) -> None:
+        """Ends it if it was ever used."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None:
+            end_group(made[0])
 
 
 def _torch_op(operation: types.ReduceOp) -> Any:

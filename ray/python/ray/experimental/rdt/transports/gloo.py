@@ -55,15 +55,17 @@ class GlooBackend:
             return "this build of torch has no gloo"
         return ""
 
-    def make(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    def make(
+        self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
+    ) -> Any:
         """See ``Backend``."""
         from torch.distributed import ProcessGroupGloo
 
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
         options._devices = [self._shared_device()]
-        if size == 2:
-            options._threads = 0  # they run collectives; send and receive need none
+        if not has_collectives:
+            options._threads = 0  # send and receive need none
         return ProcessGroupGloo(store, rank, size, options)
 
     def kill(self, group: Any) -> None:

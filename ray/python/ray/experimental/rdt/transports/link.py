@@ -77,8 +77,18 @@ class Backend(Protocol):
     def unavailable(self) -> str:
         """Why this process cannot use the backend; "" if it can."""
 
-    def make(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
-        """Makes a process group; blocks until all ranks are connected, without the GIL."""
+    def make(
+        self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
+    ) -> Any:
+        """Makes a process group; blocks until all ranks are connected, without the GIL.
+
+        Args:
+            store: Where its ranks meet.
+            rank: This process's rank.
+            size: How many ranks there are.
+            timeout_s: How long to wait for the other ranks, and for each operation.
+            has_collectives: Whether it runs more than send and receive.
+        """
 
     def kill(self, group: Any) -> None:
         """Ends a process group for good: when this returns, no byte is written any more."""

@@ -83,7 +83,9 @@ class NcclBackend:
             return "this build of torch has no NCCL"
         return ""
 
-    def make(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    def make(
+        self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
+    ) -> Any:
         """See ``Backend``. The communicator itself is made by the first operation.
 
         The constructor reads ``_SPARE_THE_PROCESS`` from the environment, where they are only as

@@ -71,11 +71,13 @@ class _Meeting:
         rendezvous: What its ranks set.
         peers: The processes that take part beside this one.
         scope: The id of the collective group it belongs to, "" for none.
+        is_link: Whether it is a link, and not for the operations of a collective group.
     """
 
     rendezvous: Rendezvous
     peers: tuple[Peer, ...]
     scope: str
+    is_link: bool
 
 
 class ProcessGroupTransport:
@@ -134,11 +136,16 @@ class ProcessGroupTransport:
             self._release(link)
 
     def join(self, group: Group) -> None:
-        """Begins to collect what the members set for the collectives of a group.
+        """Begins to collect what the members set for the operations of a group.
 
         Runs on: member, any thread, before ``connect`` is called at any member.
         """
-        self._meet(group.id, tuple(Peer(m.address, m.agent_id) for m in group.others), group.id)
+        peers = {m.agent_id: Peer(m.address, m.agent_id) for m in group.others}
+        self._meet(group.id, tuple(peers.values()), group.id, is_link=False)
+        for rank, member in enumerate(group.members):
+            if rank != group.rank:
+                pair = (peers[member.agent_id],)
+                self._meet(group.pair_name(rank), pair, group.id, is_link=False)
 
     def connect(self, group: Group, deadline: float) -> None:
         """Makes the links of a group from all its other members to this process.
@@ -309,7 +316,7 @@ class ProcessGroupTransport:
 
     def _join(self, link_id: str, peer: Peer, scope: str, rank: int) -> Link:
         timeout_s = 2 * settings().connect_timeout_s
-        group, store = self.make_group(link_id, rank, 2, timeout_s)
+        group, store = self.make_group(link_id, rank, 2, timeout_s, False)
         link = Link(link_id, peer, scope, rank, self._backend, group, store, self._on_link_closed)
         # Known before it is proven: either end may close it meanwhile, and the consumer uses it at
         # once when the proof has come.
@@ -323,18 +330,32 @@ class ProcessGroupTransport:
             raise
         return link
 
-    def make_group(self, name: str, rank: int, size: int, timeout_s: float) -> tuple[Any, Any]:
+    def make_group(
+        self, name: str, rank: int, size: int, timeout_s: float, has_collectives: bool
+    ) -> tuple[Any, Any]:
         """Joins a process group whose ranks meet under ``name``.
 
         Runs on: any thread but an rdt-call one; blocks until all ranks are there, without the GIL.
 
+        Args:
+            name: A link's id, a collective group's id, or the name of a pair of its members.
+            rank: This process's rank.
+            size: How many ranks there are.
+            timeout_s: How long to wait for the other ranks.
+            has_collectives: Whether it runs more than send and receive.
+
         Returns:
             The process group, and the store that has to live as long.
+
+        Raises:
+            TransportUnavailable: the other ranks did not come, or the group was destroyed.
         """
         with self._changed:
-            meeting = self._meetings[name]
+            meeting = self._meetings.get(name)
+        if meeting is None:
+            raise TransportUnavailable("the collective group was destroyed")
         store = as_store(meeting.rendezvous, timeout_s)
-        return self._backend.make(store, rank, size, timeout_s), store
+        return self._backend.make(store, rank, size, timeout_s, has_collectives), store
 
     def end_group(self, group: Any) -> None:
         """Ends what ``make_group`` made. Runs on: any thread."""
@@ -344,7 +365,7 @@ class ProcessGroupTransport:
         """One byte of memory that the backend can carry."""
         return self._backend.empty(1)
 
-    def _meet(self, name: str, peers: tuple[Peer, ...], scope: str) -> None:
+    def _meet(self, name: str, peers: tuple[Peer, ...], scope: str, is_link: bool = True) -> None:
         """Begins to collect what the other ranks of a process group set."""
 
         def publish(key: str, value: bytes) -> None:
@@ -352,7 +373,7 @@ class ProcessGroupTransport:
             self._tell(peers, "rdt.link.set", name, key=key, value=text)
 
         with self._changed:
-            self._meetings[name] = _Meeting(Rendezvous(publish), peers, scope)
+            self._meetings[name] = _Meeting(Rendezvous(publish), peers, scope, is_link)
 
     def _part(self, name: str) -> None:
         """Ends what ``_meet`` began."""
@@ -394,8 +415,11 @@ class ProcessGroupTransport:
         """Closes the links of a collective group. Runs on: member, any thread; blocks briefly."""
         self._close([link for link in self._known() if link.scope == scope], reason)
         with self._changed:
-            meetings = [m for m in self._meetings.values() if m.scope == scope]
-            self._meetings.pop(scope, None)
+            names = [name for name, m in self._meetings.items() if m.scope == scope]
+            meetings = [self._meetings[name] for name in names]
+            for name, meeting in zip(names, meetings):
+                if not meeting.is_link:  # what makes a link takes its own away
+                    del self._meetings[name]
             for key in [key for key in self._lines if key[0] == scope]:
                 del self._lines[key]
             self._changed.notify_all()
@@ -422,7 +446,7 @@ class ProcessGroupTransport:
 
     def _is_no_link_made(self) -> bool:
         """Whether no thread is in torch any more, where the end of Python would end it badly."""
-        return all(name == meeting.scope for name, meeting in self._meetings.items())
+        return not any(meeting.is_link for meeting in self._meetings.values())
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread, which must not wait."""
