@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -90,3 +91,28 @@ def test_tensors_of_a_tasks_returns_are_freed(local_ray: None) -> None:
 def test_unknown_transport_is_an_error_at_the_call(local_ray: None) -> None:
     with pytest.raises(ValueError, match="auto"):
         ones.options(tensor_transport="carrier_pigeon").remote(1)
+
+
+def test_task_knows_its_own_name(local_ray: None) -> None:
+    """As in plain Ray; functions of a driver's own file are called after the file."""
+
+    def names() -> tuple[str, str]:
+        context = ray.get_runtime_context()
+        return context.get_task_function_name(), context.get_task_name()
+
+    def named_items() -> Iterator[tuple[str, str]]:
+        yield names()
+
+    for module in ("__main__", "another"):
+        names.__module__ = named_items.__module__ = module
+        task, items = ray.remote(names), ray.remote(named_items)
+        plain = ray.get([task.remote(), next(items.remote())])
+        with_transport = ray.get(
+            [
+                task.options(tensor_transport="auto").remote(),
+                next(items.options(tensor_transport="auto").remote()),
+            ]
+        )
+        assert with_transport == plain
+        file = "test_tasks" if module == "__main__" else module
+        assert plain[0][0].startswith(f"{file}.")

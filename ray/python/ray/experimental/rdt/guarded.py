@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.method_calls import STREAM_KEYWORD
@@ -82,7 +83,7 @@ def submit(
     variant = _variant(remote_function, name, num_returns)
     marked = {**(kwargs or {}), STREAM_KEYWORD: call.spec}
     options["num_returns"] = call.num_returns
-    return call.attach(variant._remote(args, marked, runtime_env_info, **options))
+    return call.attach(_begin(variant, args, marked, runtime_env_info, options))
 
 
 def _submit(
@@ -95,13 +96,28 @@ def _submit(
     import ray
 
     def call(args: Any, kwargs: Any) -> Any:
-        return variant._remote(args, kwargs, runtime_env_info, **options)
+        return _begin(variant, args, kwargs, runtime_env_info, options)
 
     def call_again(args: Any, kwargs: Any) -> Any:
         return _submit(variant, args, kwargs, runtime_env_info, options)
 
     manager = ray._private.worker.global_worker.rdt_manager
     return manager.submit_task(call, call_again, args, kwargs, options.get("max_retries"))
+
+
+def _begin(
+    variant: RemoteFunction,
+    args: Any,
+    kwargs: Any,
+    runtime_env_info: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Submits a task as ``variant._remote`` does, but in the trace span that has begun already.
+
+    Where Ray traces, ``kwargs`` has the context of the user's ``.remote()`` call.
+    """
+    submit_untraced = inspect.unwrap(type(variant)._remote)
+    return submit_untraced(variant, args, kwargs, runtime_env_info, **options)
 
 
 def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:
@@ -116,11 +132,26 @@ def _make_variant(
     remote_function: RemoteFunction, transport: str, num_returns: Any
 ) -> RemoteFunction:
     from ray.remote_function import RemoteFunction
+    from ray.util.tracing.tracing_helper import _is_tracing_enabled
 
     options = dict(remote_function._default_options)
     options.pop("tensor_transport", None)
-    function = _guard(remote_function._function, transport, num_returns)
-    return RemoteFunction(remote_function._language, function, None, options)
+    user_function = remote_function._function
+    function = _guard(user_function, transport, num_returns)
+    if not _is_tracing_enabled():  # a traced function's descriptor names Ray's own file
+        function.__module__ = _module_of(user_function)
+    variant = RemoteFunction(remote_function._language, function, None, options)
+    variant._function_name = remote_function._function_name
+    return variant
+
+
+def _module_of(function: Function) -> str:
+    """The module that Ray's descriptor of a function names: a driver's is called as its file is."""
+    name = None
+    if function.__module__ == "__main__":
+        with suppress(TypeError):  # what is no function of Python's is in no file
+            name = inspect.getmodulename(inspect.getfile(function))
+    return name or function.__module__
 
 
 def _guard(function: Function, transport: str, num_returns: Any) -> Function:
