@@ -139,6 +139,33 @@ def test_many_pulls_at_once_in_one_async_actor(producer: Any, actor: Any) -> Non
     assert ray.get(actor.await_all.remote(refs)) == expected
 
 
+class Resolving:
+    """Gets what it refers to while it is unpickled."""
+
+    def __init__(self, ref: Any):
+        self.ref, self.tensor = ref, torch.ones(LARGE)
+
+    def __reduce__(self) -> Any:
+        return _resolve, (self.ref, self.tensor)
+
+
+def _resolve(ref: Any, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + ray.get(ref)
+
+
+def test_values_that_call_get_while_they_are_unpickled(
+    producer: Any, third: Any, spawn: Any
+) -> None:
+    inner = [producer.make.remote(ones) for _ in range(12)]
+    refs = [third.make.remote(lambda _, refs: Resolving(refs[0]), [ref]) for ref in inner]
+    taker = spawn(Async, max_concurrency=100)
+    totals = [taker.total.remote(ref) for ref in refs]
+    assert ray.get([*totals, taker.await_all.remote(refs)], timeout=30) == [
+        *([2 * LARGE] * len(refs)),
+        [2 * LARGE] * len(refs),
+    ]
+
+
 def test_failed_late_argument_fails_the_call(actor: Any) -> None:
     lost = Peer.remote()
     ref, pid = lost.make.remote(ones), ray.get(lost.pid.remote())

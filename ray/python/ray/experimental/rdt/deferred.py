@@ -147,22 +147,28 @@ def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None
             _thread.has_turn = False
 
 
-#: Held by the one rdt-pull thread that runs Python. Many that want the GIL at once would keep it
-#: from the event loop for long.
+#: Held by the one rdt-pull thread that runs RDT's own Python. Many that want the GIL at once would
+#: keep it from the event loop for long.
 _turn = threading.Lock()
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Around a wait for tensors: lets another rdt-pull thread run meanwhile."""
+def without_turn() -> Iterator[None]:
+    """Around waits and the user's code: lets another rdt-pull thread run meanwhile.
+
+    The user's code runs under Ray's deserialization lock and may fetch objects itself, which then
+    waits for no turn.
+    """
     if not _thread.has_turn:
         yield
         return
+    _thread.has_turn = False
     _turn.release()
     try:
         yield
     finally:
         _turn.acquire()
+        _thread.has_turn = True
 
 
 class _Thread(threading.local):

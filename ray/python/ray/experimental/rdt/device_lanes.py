@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.capture import Envelope
-from ray.experimental.rdt.deferred import waiting
+from ray.experimental.rdt.deferred import without_turn
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.landing import Landing, Targets, allocate_on_devices, direct_targets
 from ray.experimental.rdt.lanes import AgentPull, Exchanges
@@ -98,7 +98,7 @@ class _Share:
         return under_way.lane if under_way is not None else ""
 
     def finish(self, deadline: float) -> None:
-        with waiting():
+        with without_turn():
             has_moved = self._exchanges.move(self._landing, deadline)
         if not has_moved:
             self._pull = self._pull or self._begin_pull()

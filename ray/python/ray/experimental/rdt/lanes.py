@@ -21,7 +21,7 @@ from ray.experimental.rdt._tensors import Table, build_tensors
 from ray.experimental.rdt.capture import Envelope, unpack_carriers
 from ray.experimental.rdt.checksums import ChecksumMismatch
 from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.deferred import waiting
+from ray.experimental.rdt.deferred import without_turn
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
@@ -124,7 +124,7 @@ class AgentPull:
         return self._pull.lane or ""
 
     def wait(self, deadline: float) -> None:
-        with waiting():
+        with without_turn():
             self._pull.wait(max(0.0, deadline - time.monotonic()))
 
     def abandon(self) -> None:
@@ -394,7 +394,7 @@ class TransportPull:
 
     def finish(self, deadline: float) -> Targets:
         try:
-            with waiting():
+            with without_turn():
                 tensors = self._move(deadline)
             if tensors is not None:
                 return tensors
@@ -425,9 +425,10 @@ class UserPull:
         self._is_reading = False
 
     def finish(self, deadline: float) -> Targets:
-        shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
+        with without_turn():  # what runs here is the user's code
+            shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
         try:
-            with waiting():
+            with without_turn():
                 return retry_stale(lambda: self._move(shipment, deadline), deadline)
         except TransportUnavailable as error:
             if not shipment.has_regions:

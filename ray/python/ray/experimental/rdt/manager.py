@@ -27,7 +27,7 @@ from ray.exceptions import RayTaskError
 from ray.experimental.rdt import arguments, capture, descriptor, session, targets
 from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block
+from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block, without_turn
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.directory import (
     Directory,
@@ -600,7 +600,8 @@ class RDTManager:
 
         worker = ray._private.worker.global_worker
         arrived = self.fetch([value], [ref], into={} if into is None else {0: into})
-        return worker.deserialize_objects([value], [ref], arrived)[0]
+        with without_turn():
+            return worker.deserialize_objects([value], [ref], arrived)[0]
 
     def _request(
         self, object_id: str, metadata: bytes, data: Any, into: Sequence[torch.Tensor] | None

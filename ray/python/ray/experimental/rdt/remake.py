@@ -16,7 +16,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental.rdt import capture, descriptor, lineage, targets
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.deferred import waiting
+from ray.experimental.rdt.deferred import without_turn
 from ray.experimental.rdt.errors import RDTProducerDiedError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request
 from ray.experimental.rdt.lineage import ALIVE, MADE, UNKNOWN, Lineage, Outcome
@@ -129,7 +129,7 @@ class Remakes:
         give_up = max(began + settings().fetch_timeout_s, time.monotonic() + _LEAST_S)
         made: dict[int, Any] = {}
         for index, one in lost.items():
-            with waiting():
+            with without_turn():
                 outcome = self._made_again(one, give_up, deadline)
             if outcome.state == MADE:
                 made[index] = outcome.ref
@@ -202,7 +202,7 @@ class Remakes:
             left = _left(deadline)
             wait_s = patience_s if left is None else min(patience_s, left)
             try:
-                with waiting():
+                with without_turn():
                     return list(core_worker.get_objects(refs, int(1e3 * wait_s)))
             except GetTimeoutError:
                 if wait_s == left:
@@ -240,7 +240,8 @@ def _whole(one: _Lost, value: Any) -> Whole | RayError:
     import ray
 
     worker = ray._private.worker.global_worker
-    got = worker.deserialize_objects([value], [one.ref], {})[0]
+    with without_turn():
+        got = worker.deserialize_objects([value], [one.ref], {})[0]
     if isinstance(got, RayError):
         return got
     if one.request.target.tensors is not None:
