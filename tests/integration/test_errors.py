@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import signal
@@ -22,6 +23,8 @@ from ray.exceptions import (
 )
 
 import ray
+from ray.experimental.rdt.errors import RDTFetchError
+from tests.integration.conftest import needs_nixl
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
 from tests.support import BUSY_S, KNOWN_WITHIN_S, MAKER, START, run_driver, stopped, wait_until
 
@@ -182,6 +185,39 @@ def test_freed_object_says_so(spawn: Any) -> None:
         ray.get(ref)
     assert not isinstance(caught.value, ActorDiedError)
     assert ref.hex() in str(caught.value)
+
+
+def spoil(peer: Peer, module: str, name: str) -> None:
+    """Makes a function of RDT fail in this process."""
+
+    def fail(*args: Any) -> Any:
+        raise OSError("spoilt by the test")
+
+    setattr(importlib.import_module(f"ray.experimental.rdt.{module}"), name, fail)
+
+
+@pytest.mark.usefixtures("users_transports")
+@pytest.mark.parametrize(
+    ("name", "module", "function"),
+    [
+        ("gloo", "serve", "flat_buffers"),
+        ("gloo", "transports.packing", "plan"),
+        pytest.param("nixl", "serve", "flat_buffers", marks=needs_nixl()),
+        ("pipe", "serve", "await_events"),
+        ("pipe", "transports.registered", "read_note"),
+        ("shm", "serve", "await_events"),
+    ],
+)
+def test_consumer_hears_at_once_why_the_producer_cannot_send(
+    spawn: Any, consumer: Any, name: str, module: str, function: str
+) -> None:
+    maker = spawn()
+    ref = maker.make.options(tensor_transport=name).remote(ones)
+    ray.get(maker.run.remote(spoil, module, function))
+    with pytest.raises(RayError, match="spoilt by the test") as caught:
+        ray.get(consumer.run.remote(total, ref), timeout=15)
+    assert isinstance(cause_of(caught.value), RDTFetchError), caught.value
+    assert not isinstance(cause_of(caught.value), ObjectFetchTimedOutError)
 
 
 def test_silent_producer_is_given_up_in_time(spawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:

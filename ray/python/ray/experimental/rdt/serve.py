@@ -4,10 +4,11 @@ The agent's own lanes need none of this; they read registered regions without Py
 
 Requests (JSON, through the session):
 
-* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, answers, then sends, on the same
-  thread: one that hands over to another waits once more for the producer's GIL. (gloo and nccl
-  have a thread for each transfer all the same: link.py says why.) A send that fails tells the
-  consumer by its own link, which ends the receive; others are left alone.
+* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, waits until the memory is
+  written, answers, then sends, on the same thread: one that hands over to another waits once more
+  for the producer's GIL. (gloo and nccl have a thread for each transfer all the same: link.py says
+  why.) What fails before the answer is the answer. A send that fails afterwards ends the consumer's
+  receive through the transport's own connection; others are left alone.
 * ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
   the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
 * ``rdt.done`` {key}: the consumer has read.
@@ -110,35 +111,43 @@ class Server:
                 one_sided.withdraw(exposed.result())
 
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> Reply:
-        """Runs on: producer, an rdt-send thread."""
+        """Runs on: producer, an rdt-send thread. What fails here is the consumer's answer."""
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = time.monotonic() + float(body["timeout_s"])
         stored = self._borrow(body)
-        sending = (body["device"], body["route"], deadline)
-        return Reply({}, partial(self._send, transport, peer_id, stored, *sending))
+        try:
+            send = self._prepare(transport, stored, body, deadline)
+        except BaseException:
+            self._give_back(stored.key)
+            raise
+        return Reply({}, partial(self._send, send, stored, transport.capabilities.name, peer_id))
+
+    def _prepare(
+        self, transport: TwoSided, stored: StoredObject, body: dict[str, Any], deadline: float
+    ) -> Callable[[], None]:
+        """Waits until an object's memory is written; returns what sends it."""
+        device_type, route = body["device"], body["route"]
+        parcel = stored.captured.parcel
+        if parcel is not None and transport.capabilities.is_users:
+            await_events(stored, deadline)
+            return partial(cast(UserTransport, transport).send, route, parcel, deadline)
+        await_writers(stored, device_type, deadline)
+        buffers = flat_buffers(stored, device_type)
+
+        def send() -> None:
+            transport.send(route, buffers, deadline)
+            if device_type == "cpu":
+                self._session.agent.note_pulled(*stored.captured.host_spans())
+
+        return send
 
     def _send(
-        self,
-        transport: TwoSided,
-        peer_id: bytes,
-        stored: StoredObject,
-        device_type: str,
-        route: dict[str, Any],
-        deadline: float,
+        self, send: Callable[[], None], stored: StoredObject, name: str, peer_id: bytes
     ) -> None:
-        """Runs on: an rdt-send thread."""
+        """Runs on: an rdt-send thread. A transport tells the consumer of a send that fails."""
         try:
-            parcel = stored.captured.parcel
-            if parcel is not None and transport.capabilities.is_users:
-                await_events(stored, deadline)
-                cast(UserTransport, transport).send(route, parcel, deadline)
-            else:
-                await_writers(stored, device_type, deadline)
-                transport.send(route, flat_buffers(stored, device_type), deadline)
-                if device_type == "cpu":
-                    self._session.agent.note_pulled(*stored.captured.host_spans())
+            send()
         except Exception as error:
-            name = transport.capabilities.name
             logger.warning(
                 "RDT object %s could not be sent over %s to agent %s: %s",
                 *(stored.object_id, name, peer_id.hex()[:8], error),

@@ -259,7 +259,7 @@ class Session:
             if isinstance(body, Reply):
                 body, then = body
             answer: dict[str, Any] = {"body": body}
-        except Exception as error:
+        except BaseException as error:  # its caller waits for it
             logger.debug("RDT request of a peer failed", exc_info=True)
             answer = {
                 "error": f"{type(error).__name__}: {error}",

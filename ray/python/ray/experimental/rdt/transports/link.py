@@ -38,7 +38,9 @@ _PROOF_TAG = 0
 MAX_TAG = 2**31 - 1  # gloo takes a C int
 _SLICE_S = 0.2
 _HEADER_SLACK_S = 1.0
-_REASON_S = 0.1
+#: How long to wait for the other end's reason once a connection has broken. The consumer reports it;
+#: the consumer waits for the producer to tell.
+_REASON_S = {CONSUMER: 1.0, PRODUCER: 0.1}
 
 Buffers = Sequence["torch.Tensor"]
 
@@ -232,11 +234,7 @@ class Link:
         Raises:
             TransferError: it failed; the link is closed.
         """
-        refusal = self._backend.reject(buffers)
-        header = Header.describing(tag, [b.numel() for b in buffers])
-        if refusal:
-            header, buffers = Header.refusing(tag, refusal), ()
-        self._run(lambda job: self._send(job, header, buffers, deadline), deadline)
+        self._run(lambda job: self._send(job, tag, buffers, deadline), deadline)
 
     def receive(self, tag: int, buffers: Buffers, deadline: float) -> None:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
@@ -255,10 +253,14 @@ class Link:
             lambda job: self._receive(job, tag, buffers, deadline), deadline, after_caller=True
         )
 
-    def _send(self, job: _Job, header: Header, buffers: Buffers, deadline: float) -> None:
+    def _send(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
         """Runs on: producer, the transfer's thread."""
         import torch
 
+        refusal = self._backend.reject(buffers)
+        header = Header.describing(tag, [b.numel() for b in buffers])
+        if refusal:
+            header, buffers = Header.refusing(tag, refusal), ()
         message = self._backend.empty(packing.HEADER_NBYTES)
         message.copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
         header_sent = self._post(message, header.tag)
@@ -343,10 +345,10 @@ class Link:
             if self._closed:
                 raise self._closed_error()
             self._jobs.add(job)
-        turn = self._backend.turn(after_caller)
         name = f"rdt-{self._backend.capabilities.name}"
-        threading.Thread(target=_work, args=(transfer, job, turn), name=name, daemon=True).start()
         try:
+            arguments = (transfer, job, self._backend.turn(after_caller))
+            threading.Thread(target=_work, args=arguments, name=name, daemon=True).start()
             self._await(job, deadline)
         except TransferRefused:
             raise
@@ -368,7 +370,7 @@ class Link:
             raise job.error
         if job.error is not None:
             # A broken connection is often the end of a link whose reason is still on its way.
-            if self._ended.wait(_REASON_S):
+            if self._ended.wait(_REASON_S[1 - self._other]):
                 raise self._closed_error() from job.error
             raise LinkClosed(_in_short(job.error)) from job.error
 
@@ -452,7 +454,7 @@ def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextMana
     try:
         with turn:
             transfer(job)
-    except Exception as error:  # stored for the caller, who waits for it
+    except BaseException as error:  # stored for the caller, who waits for it
         job.finish(error)
     else:
         job.finish(None)
