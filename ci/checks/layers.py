@@ -52,6 +52,7 @@ LAYERS: list[set[str]] = [
         "room",
         "serialized",
         "serve",
+        "snapshots",
         "store",
         "streams",
         "targets",

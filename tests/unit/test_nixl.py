@@ -24,6 +24,7 @@ from ray.experimental.rdt.transports.nixl_engine import (
     find_reach,
     is_direct,
 )
+from ray.experimental.rdt.transports.nixl_pool import MemoryPool
 from ray.experimental.rdt.transports.nixl_registration import LARGE_NBYTES
 from tests.unit.nixl_fakes import Fabric
 
@@ -221,78 +222,30 @@ def test_reads_at_once_do_not_mix(fabric, producer, consumer):
     assert results == dict.fromkeys(range(len(objects)), True)
 
 
-def test_objects_go_through_the_pool(fabric, producer, consumer):
-    producer.register_pool(1000, "cpu")
+def test_copies_in_a_registered_pool_need_no_registration(fabric, producer, consumer):
+    pool = MemoryPool(1000, "cpu")
+    producer.register_memory(pool.memory)
     sent = pattern(100, 0, 200)
-    exposed = expose(producer, sent)
-    expected = [buffer.clone() for buffer in sent]
-    for buffer in sent:
-        buffer.zero_()
-    received = blanks(sent)
+    copies = pool.take([buffer.numel() for buffer in sent], 0)
+    for copy, buffer in zip(copies.buffers, sent, strict=True):
+        copy.copy_(buffer)
+    exposed, received = expose(producer, copies.buffers), blanks(sent)
     read(consumer, exposed, received)
-    assert same(expected, received)
+    assert same(sent, received)
     assert len(fabric.engines["engine-0"].registered) == 1
     producer.withdraw(exposed)
-    assert expose(producer, pattern(1000))["spans"]
 
 
-def test_a_full_pool_waits_until_an_object_is_withdrawn(producer, consumer):
-    producer.register_pool(128, "cpu")
-    exposed = expose(producer, pattern(128))
-    threading.Timer(0.05, producer.withdraw, [exposed]).start()
-    sent = pattern(100)
-    received = blanks(sent)
-    read(consumer, expose(producer, sent), received)
-    assert same(sent, received)
-
-
-def test_a_pool_that_stays_full_lets_another_lane_be_taken(producer, monkeypatch):
-    class Short:
-        fetch_timeout_s = 0.02
-
-    producer.register_pool(128, "cpu")
-    producer.expose(pattern(128))
-    monkeypatch.setattr(nixl_producer, "settings", lambda: Short)
-    with pytest.raises(TransportUnavailable, match="register a larger pool"):
-        producer.expose(pattern(1))
-
-
-def test_what_cannot_be_exposed_leaves_no_copy_in_the_pool(fabric, producer, monkeypatch):
-    class Short:
-        fetch_timeout_s = 0.02
-
-    monkeypatch.setattr(nixl_producer, "settings", lambda: Short)
-    producer.register_pool(128, "cpu")
-    engine = fabric.engines["engine-0"]
-    engine.refusal = NixlError("on purpose")
-    with pytest.raises(TransportUnavailable, match="on purpose"):
-        producer.expose(pattern(128))
-    engine.refusal = None
-    producer.withdraw(producer.expose(pattern(128)))
-    assert producer.expose(pattern(128))["spans"]
-
-
-def test_large_and_registered_objects_pass_the_pool_by(producer, consumer):
-    producer.register_pool(128, "cpu")
+def test_what_a_user_has_registered_is_known(producer):
     mine = pattern(50)
+    assert not producer.has_registered(mine)
     producer.register_memory(mine[0])
-    for sent in (pattern(129), mine):
-        received = blanks(sent)
-        exposed = expose(producer, sent)
-        sent[0][0] = 77
-        read(consumer, exposed, received)
-        assert received[0][0] == 77
+    assert producer.has_registered([*pattern(3), mine[0][5:]])
+    assert not producer.has_registered(pattern(3))
     producer.deregister_memory(mine[0])
+    assert not producer.has_registered(mine)
     with pytest.raises(ValueError, match="not registered"):
         producer.deregister_memory(mine[0])
-
-
-def test_one_pool_of_a_real_size(producer):
-    with pytest.raises(ValueError, match="above 0"):
-        producer.register_pool(0, "cpu")
-    producer.register_pool(10, "cpu")
-    with pytest.raises(ValueError, match="already"):
-        producer.register_pool(10, "cpu")
 
 
 ON_DEVICE = SimpleNamespace(has_device_memory=True)

@@ -50,8 +50,6 @@ def produce(pipe, options):
         elif name == "free":
             transport.withdraw(exposed.pop(args[0]))
             del objects[args[0]]
-        elif name == "pool":
-            transport.register_pool(args[0], "cpu")
         elif name == "cpu":
             answer = time.process_time()
         pipe.send(answer)

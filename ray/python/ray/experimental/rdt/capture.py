@@ -54,6 +54,8 @@ from ray.experimental.rdt.transports.base import Parcel, Shipment
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.transports.nixl_pool import Copies
+
 #: One span of memory that a pull moves: its address at the producer and its bytes.
 Region = tuple[int, int]
 
@@ -69,6 +71,8 @@ class Captured:
         table: Their layout; no rows where they are no torch tensors.
         events: For each device, the end of the work that makes the tensors on it.
         parcel: What a transport of the user's moves, None for any other.
+        copies: The regions as they were when the object was made; None where nobody asked for such
+            a copy, and the regions are the user's memory.
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
@@ -77,6 +81,7 @@ class Captured:
     table: Table = field(default_factory=Table)
     events: Sequence[Event] = ()
     parcel: Parcel | None = None
+    copies: Copies | None = None
 
     def __bool__(self) -> bool:
         return bool(self.tensors)
@@ -303,10 +308,12 @@ def is_alone(table: Table, rows: list[int]) -> bool:
 
 
 def region_bytes(captured: Captured, index: int) -> torch.Tensor:
-    """The region of a tensor as a flat uint8 tensor that shares the tensor's storage."""
+    """The region of a tensor as a flat uint8 tensor that shares the memory that is sent."""
     import torch
 
     tensor, row = captured.tensors[index], captured.table.rows[index]
+    if captured.copies is not None:
+        return captured.copies.buffers[row[0]]
     nbytes = captured.table.regions[row[0]]
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     if not nbytes:

@@ -1,4 +1,4 @@
-"""What a fetch raises. One small tree below ``ray.exceptions.RayError``.
+"""What RDT raises. One small tree below ``ray.exceptions.RayError``.
 
 An error says what happened, to which object, between whom, over which lane, and what can be done.
 """
@@ -34,6 +34,10 @@ class FetchContext:
 
 class RDTError(RayError):
     """Something about tensor transport, other than a fetch, cannot be done."""
+
+
+class NixlOutOfMemoryError(RDTError, RuntimeError):
+    """The pool of ``register_nixl_memory_pool`` has no room, and there is no other way."""
 
 
 class RDTFetchError(ObjectLostError):

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray._common.ray_option_utils import task_options
 from ray._private import ray_constants
@@ -53,6 +53,7 @@ from ray.experimental.rdt.reasons import Explainer
 from ray.experimental.rdt.remake import Remakes, Result
 from ray.experimental.rdt.room import Room
 from ray.experimental.rdt.serve import Server
+from ray.experimental.rdt.snapshots import Snapshots
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
 from ray.experimental.rdt.targets import Targets
@@ -66,6 +67,8 @@ from ray.experimental.rdt.unclaimed import ClaimWatch
 
 if TYPE_CHECKING:
     import torch
+
+    from ray.experimental.rdt.transports.nixl import NixlTransport
 
 #: Of values that are no RDT objects, and no errors.
 _PLAIN_METADATA = (
@@ -101,6 +104,7 @@ class RDTManager:
         self.store = Store()
         self.rdt_store = StoreByObjectId(self)
         self._room = Room(self.store)
+        self._snapshots = Snapshots(self._room, self._find_nixl)
         self._directory = Directory()
         self._directory_lock = threading.Lock()
         self._small_to_own: deque[Own] = deque()
@@ -142,11 +146,13 @@ class RDTManager:
     ) -> tuple[Skeleton, Captured, bytes] | None:
         """Takes the tensors out; the last is what a user's transport sends along, else b"".
 
-        None where the store has no room for them: the value is to go as a plain one.
+        None where there is no room for them: the value is to go as a plain one.
         """
         users = self.users_transport(transport)
         skeleton, captured = capture.take(context, value, _wanted(users))
         if not self._room.is_given(captured):
+            return None
+        if transport.upper() == "NIXL" and not self._snapshots.take(captured):
             return None
         if users is None or not captured:
             return skeleton, captured, b""
@@ -651,6 +657,18 @@ class RDTManager:
         """A transport of this process by its lower-case name. Raises TransportUnavailable."""
         return self._links().transports.get(name)
 
+    def make_nixl_pool(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Makes the pool that objects over nixl are copied into; returns its memory.
+
+        Raises:
+            ValueError: there is one, or the size is not above 0.
+        """
+        return self._snapshots.make_pool(nbytes, device)
+
+    def _find_nixl(self) -> NixlTransport | None:
+        links = self._known_links
+        return cast("NixlTransport | None", links and links.transports.peek("nixl"))
+
     def explainer(self) -> Explainer:
         """Tells which way tensors take from and to this process."""
         return self._links().explainer
@@ -725,6 +743,7 @@ class RDTManager:
             self._carry_out(frees)
         session.end()
         self.store.clear()
+        self._snapshots.drop_pool()
         self._targets.clear()
 
 

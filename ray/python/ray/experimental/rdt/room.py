@@ -32,7 +32,7 @@ class Room:
         self.refused = 0
         self._store = store
         self._lock = threading.Lock()
-        self._is_said = False
+        self._said: set[type[RDTError]] = set()
 
     def is_given(self, captured: Captured) -> bool:
         """Whether an object may be stored; waits for it.
@@ -53,36 +53,47 @@ class Room:
         # Most often this is all: which memory it shares is not even looked for.
         if self._store.nbytes + nbytes <= options.store_bytes:
             return True
-        patience_s = options.store_wait_s if _may_wait() else 0.0
+        patience_s = options.store_wait_s if may_wait() else 0.0
         if self._store.await_room(captured, options.store_bytes, patience_s):
             return True
-        self._refuse(nbytes, patience_s)
-        return False
-
-    def _refuse(self, nbytes: int, patience_s: float) -> None:
-        limit = settings().store_bytes
         full = (
             f"RDT objects keep {self._store.nbytes} bytes of this process, another {nbytes} do not "
-            f"fit below RAY_RDT_STORE_BYTES={limit}, and too little was freed within "
+            f"fit below RAY_RDT_STORE_BYTES={options.store_bytes}, and too little was freed within "
             f"{patience_s:g} s (RAY_RDT_STORE_WAIT_S)"
         )
+        self.refuse(full, "Drop ObjectRefs sooner, or raise the limit.")
+        return False
+
+    def refuse(self, full: str, advice: str, kind: type[RDTError] = RDTError) -> None:
+        """Notes that an object goes through Ray's object store; says it once of each kind.
+
+        Args:
+            full: What had no room for it.
+            advice: What the user can do.
+            kind: The error, where nothing else may serve.
+
+        Raises:
+            RDTError: ``RAY_RDT_STRICT_TRANSPORT=1`` forbids that.
+        """
         if settings().strict_transport:
-            raise RDTError(
+            raise kind(
                 f"{full}; RAY_RDT_STRICT_TRANSPORT=1 forbids the way through Ray's object store. "
-                "Drop ObjectRefs sooner, or raise the limit."
+                f"{advice}"
             )
         with self._lock:
             self.refused += 1
-            is_first, self._is_said = not self._is_said, True
+            is_first = kind not in self._said
+            self._said.add(kind)
         if is_first:
             logger.warning(
-                "%s: such objects go through Ray's object store. Said once; "
+                "%s: such objects go through Ray's object store. %s Said once; "
                 "ray.experimental.rdt.stats() counts them as plain_objects.",
-                full,
+                *(full, advice),
             )
 
 
-def _may_wait() -> bool:
+def may_wait() -> bool:
+    """Whether the thread of the running task may wait for others to free something."""
     import ray
 
     worker = ray._private.worker.global_worker

@@ -28,12 +28,13 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import region_bytes, tenants
 from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Reply, Session
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams
-from ray.experimental.rdt.transports.base import OneSided, TwoSided
+from ray.experimental.rdt.transports.base import OneSided, Transport, TwoSided
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.user import UserTransport
 
@@ -132,7 +133,7 @@ class Server:
             await_events(stored, deadline)
             return partial(cast(UserTransport, transport).send, route, parcel, deadline)
         await_writers(stored, device_type, deadline)
-        buffers = flat_buffers(stored, device_type)
+        buffers = buffers_for(transport, stored, device_type, deadline)
 
         def send() -> None:
             transport.send(route, buffers, deadline)
@@ -190,7 +191,8 @@ class Server:
         if known is mine:
             try:
                 await_writers(stored, device_type, deadline)
-                mine.set_result(transport.expose(flat_buffers(stored, device_type)))
+                buffers = buffers_for(transport, stored, device_type, deadline)
+                mine.set_result(transport.expose(buffers))
             except BaseException as error:
                 with self._lock:
                     del self._exposed[entry]
@@ -264,3 +266,32 @@ def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.T
         for region, rows in sorted(tenants(table).items())
         if table.devices.get(region, "cpu") == device_type
     ]
+
+
+def buffers_for(
+    transport: Transport, stored: StoredObject, device_type: str, deadline: float
+) -> list[torch.Tensor]:
+    """``flat_buffers`` as a transport takes them.
+
+    nixl sends what was copied from a device to the host from there. The others get it back on the
+    device. May block.
+    """
+    buffers = flat_buffers(stored, device_type)
+    if transport.capabilities.name == "nixl" or not any(_is_away(b, device_type) for b in buffers):
+        return buffers
+    captured, accelerator = stored.captured, accelerators.of(device_type)
+    assert accelerator is not None, f"RDT took a tensor on a device of type {device_type}"
+    homes = [
+        captured.tensors[rows[0]].device
+        for region, rows in sorted(tenants(captured.table).items())
+        if captured.table.devices.get(region) == device_type
+    ]
+    returned = [accelerator.empty(b.numel(), home) for b, home in zip(buffers, homes)]
+    for home in set(homes):
+        pairs = [pair for pair in zip(returned, buffers) if pair[0].device == home]
+        accelerator.copy(pairs, home).wait(max(0.0, deadline - time.monotonic()))
+    return returned
+
+
+def _is_away(buffer: torch.Tensor, device_type: str) -> bool:
+    return buffer.device.type != device_type

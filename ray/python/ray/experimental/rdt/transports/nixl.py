@@ -63,9 +63,7 @@ class NixlTransport:
         self._consumer = Consumer(self._endpoint)
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
-        """See ``OneSided``. Blocks while GPUs write or a memory pool is full.
-
-        Each for half the fetch timeout at most.
+        """See ``OneSided``. Blocks while GPUs write, for half the fetch timeout at most.
 
         Raises:
             ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
@@ -99,13 +97,14 @@ class NixlTransport:
         """Undoes one ``register_memory``. Raises ValueError if there is none to undo."""
         self._producer.deregister_memory(tensor)
 
-    def register_pool(self, nbytes: int, device: torch.device | str) -> None:
-        """Makes the pool that exposed objects are copied into.
+    def has_registered(self, buffers: Sequence[torch.Tensor]) -> bool:
+        """Whether any of this memory is registered by ``register_memory``."""
+        return self._producer.has_registered(buffers)
 
-        Raises:
-            ValueError: there is one, or the size is not above 0.
-        """
-        self._producer.register_pool(nbytes, device)
+    @property
+    def cuda_stream(self) -> torch.cuda.Stream | None:
+        """What ``set_cuda_stream`` was given."""
+        return self._producer.stream
 
     def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
         """The stream that ``expose`` waits for; None for all streams of the tensors' devices."""

@@ -1,24 +1,27 @@
-"""Memory registered with nixl once, which exposed objects are copied into."""
+"""Memory that objects are copied into when they are made, to be registered with nixl once."""
 
 from __future__ import annotations
 
 import threading
 import time
 from bisect import insort
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.transports.nixl_plan import Spans, spans_of
+from ray.experimental.rdt.cancellation import raise_if_cancelled
 
 if TYPE_CHECKING:
     import torch
 
 _ALIGNMENT = 64
+_SLICE_S = 0.25
 
+#: What an object takes up of the pool: offset and bytes of each part.
+_Parts = list[tuple[int, int]]
 
-#: The offsets of an object's buffers in the pool, and what it takes up: offset and bytes.
-_Place = tuple[list[int], list[tuple[int, int]]]
+#: The offsets of an object's buffers in the pool, and its parts.
+_Place = tuple[list[int], _Parts]
 
 
 class FreeList:
@@ -61,21 +64,26 @@ class FreeList:
         self._free = joined
 
 
-@dataclass(frozen=True)
 class Copies:
-    """Copies of buffers in the pool.
+    """Room for the copies of one object's buffers. It is free again when this dies.
 
-    Attributes:
-        spans: Their memory.
-        parts: What they take up of the pool: offset and bytes.
+    Args:
+        buffers: The room of each, flat uint8.
+        parts: What they take up of the pool.
+        free: Takes the parts back. Runs on: any thread, also within a call of the pool.
     """
 
-    spans: Spans
-    parts: list[tuple[int, int]]
+    def __init__(self, buffers: list[torch.Tensor], parts: _Parts, free: Callable[[_Parts], None]):
+        self.buffers = buffers
+        self._parts = parts
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free(self._parts)
 
 
 class MemoryPool:
-    """A stretch of memory, and copies in it. Thread-safe.
+    """A stretch of memory that is given out in parts. Thread-safe.
 
     Args:
         nbytes: Its size.
@@ -88,65 +96,56 @@ class MemoryPool:
     def __init__(self, nbytes: int, device: torch.device | str):
         import torch
 
-        self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        # Written by threads in any mode, which could not write an inference tensor.
+        with torch.inference_mode(False):
+            self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._freed = threading.Condition()
         self._free = FreeList(nbytes)
-        self._is_closed = False
+        self._returned: deque[_Parts] = deque()
+        self._full_since: float | None = None
 
-    def can_hold(self, buffers: Sequence[torch.Tensor]) -> bool:
-        """Whether the buffers fit when all else is gone, and may come to this device."""
-        is_near = self.memory.device.type == "cpu" or all(
-            buffer.device == self.memory.device for buffer in buffers
-        )
-        return is_near and sum(_size(buffer) for buffer in buffers) <= self.memory.numel()
+    def take(self, sizes: Sequence[int], patience_s: float) -> Copies | None:
+        """Room for buffers of these sizes; those that are freed wake who waits for it.
 
-    def copy(self, buffers: Sequence[torch.Tensor], deadline: float) -> Copies:
-        """Copies flat uint8 buffers into the pool; waits while it is full.
+        The patience is counted from when the pool was first found full after the last room came
+        back: a pool that nothing comes back to holds up one object, not each of many in turn.
 
-        Raises:
-            TimeoutError: it was full until the deadline.
+        Runs on: producer, the thread of the task; blocks without the GIL.
+
+        Args:
+            sizes: Their bytes.
+            patience_s: How long to wait, 0 to look only.
+
+        Returns:
+            None if there was no room.
         """
-        offsets, parts = self._wait_for([_size(buffer) for buffer in buffers], deadline)
-        copies = Copies(self._spans(offsets, buffers), parts)
-        try:
-            for buffer, offset in zip(buffers, offsets, strict=True):
-                self.memory[offset : offset + buffer.numel()].copy_(buffer)
-            self._settle()
-        except BaseException:
-            self.free(copies)
-            raise
-        return copies
-
-    def free(self, copies: Copies) -> None:
-        """Frees copies and wakes those who wait for room."""
+        rounded = [_round_up(size) for size in sizes]
         with self._freed:
-            for part in copies.parts:
+            while (place := self._find(rounded)) is None:
+                if self._full_since is None:
+                    self._full_since = time.monotonic()
+                left = self._full_since + patience_s - time.monotonic()
+                if left <= 0 or sum(rounded) > self.memory.numel():
+                    return None
+                # In slices: what cancels a task sets a flag that does not wake a wait.
+                self._freed.wait(min(left, _SLICE_S))
+                raise_if_cancelled()
+        offsets, parts = place
+        buffers = [self.memory[start : start + size] for start, size in zip(offsets, sizes)]
+        return Copies(buffers, parts, self._give_back)
+
+    def _give_back(self, parts: _Parts) -> None:
+        # The collector may come here from within ``take``: so that one takes them in.
+        self._returned.append(parts)
+        with self._freed:
+            self._freed.notify_all()
+
+    def _find(self, sizes: Sequence[int]) -> _Place | None:
+        while self._returned:
+            for part in self._returned.popleft():
                 self._free.give_back(*part)
-            self._freed.notify_all()
-
-    def close(self) -> None:
-        """Sends those away who wait for room."""
-        with self._freed:
-            self._is_closed = True
-            self._freed.notify_all()
-
-    def _spans(self, offsets: list[int], buffers: Sequence[torch.Tensor]) -> Spans:
-        whole = spans_of([self.memory])
-        rows = whole.rows.repeat(len(offsets), axis=0)
-        rows[:, 0] = [self.memory.data_ptr() + offset for offset in offsets]
-        rows[:, 1] = [buffer.numel() for buffer in buffers]
-        return Spans(whole.kinds.repeat(len(offsets)), rows)
-
-    def _wait_for(self, sizes: Sequence[int], deadline: float) -> _Place:
-        with self._freed:
-            while (place := self._place(sizes)) is None:
-                left = deadline - time.monotonic()
-                if self._is_closed or not self._freed.wait(max(0.0, left)):
-                    raise TimeoutError(
-                        f"the nixl memory pool had no room for {sum(sizes)} bytes in time "
-                        f"({self._free.nbytes} of {self.memory.numel()} are free)"
-                    )
-            return place
+            self._full_since = None
+        return self._place(sizes)
 
     def _place(self, sizes: Sequence[int]) -> _Place | None:
         """Room for all buffers: in one part where there is one, else each in its own."""
@@ -156,7 +155,7 @@ class MemoryPool:
             for size in sizes[:-1]:
                 offsets.append(offsets[-1] + size)
             return offsets, [(whole, sum(sizes))]
-        parts: list[tuple[int, int]] = []
+        parts: _Parts = []
         for size in sizes:
             offset = self._free.take(size)
             if offset is None:
@@ -166,13 +165,6 @@ class MemoryPool:
             parts.append((offset, size))
         return [offset for offset, _ in parts], parts
 
-    def _settle(self) -> None:
-        """Waits until a device has carried out the copies: nixl does not see its streams."""
-        import torch
 
-        if self.memory.is_cuda:
-            torch.cuda.current_stream(self.memory.device).synchronize()
-
-
-def _size(buffer: torch.Tensor) -> int:
-    return -(-buffer.numel() // _ALIGNMENT) * _ALIGNMENT
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

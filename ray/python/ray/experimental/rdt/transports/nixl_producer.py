@@ -9,28 +9,18 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators.cuda import recorded
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
-from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
+from ray.experimental.rdt.transports.nixl_endpoint import LazyEndpoint
 from ray.experimental.rdt.transports.nixl_engine import Engine, NixlError
 from ray.experimental.rdt.transports.nixl_plan import KINDS, Spans, spans_of
-from ray.experimental.rdt.transports.nixl_pool import Copies, MemoryPool
 from ray.experimental.rdt.transports.nixl_registration import Lease
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class _Exposed:
-    """What is kept of one exposure: its memory, and its copies if it is in the pool."""
-
-    lease: Lease
-    copies: Copies | None
 
 
 class Producer:
@@ -46,10 +36,8 @@ class Producer:
     def __init__(self, endpoint: LazyEndpoint):
         self.stream: torch.cuda.Stream | None = None
         self._endpoint = endpoint
-        self._lock = threading.Lock()
-        self._exposed: dict[int, _Exposed] = {}
+        self._exposed: dict[int, Lease] = {}
         self._numbers = itertools.count(1)
-        self._pool: MemoryPool | None = None
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
         """See ``NixlTransport``. Runs on: producer, an rdt-call thread."""
@@ -58,20 +46,16 @@ class Producer:
             return {"spans": spans.encode()}
         endpoint = self._endpoint.get()
         self._await_writers(buffers, spans)
-        copies = self._copy_into_pool(endpoint, buffers, spans)
-        if copies is not None:
-            spans = copies.spans
         number = next(self._numbers)
         try:
             with contextlib.ExitStack() as undo:
-                undo.callback(self._free, copies)
                 lease = endpoint.registrations.acquire(spans, buffers)
                 undo.callback(endpoint.registrations.release, lease)
                 described = _describe(endpoint.engine, number, lease)
                 undo.pop_all()
         except NixlError as error:
             raise TransportUnavailable(f"nixl cannot expose this memory: {error}") from error
-        self._exposed[number] = _Exposed(lease, copies)
+        self._exposed[number] = lease
         return described
 
     def withdraw(self, exposed: Route) -> None:
@@ -80,8 +64,7 @@ class Producer:
         endpoint = self._endpoint.peek()
         if ended is None or endpoint is None:
             return
-        endpoint.registrations.release(ended.lease)
-        self._free(ended.copies)
+        endpoint.registrations.release(ended)
 
     def register_memory(self, tensor: torch.Tensor) -> None:
         """See ``NixlTransport``. Runs on: any thread of the user's."""
@@ -91,43 +74,14 @@ class Producer:
         """See ``NixlTransport``. Runs on: any thread of the user's."""
         self._endpoint.get().registrations.unpin(tensor)
 
-    def register_pool(self, nbytes: int, device: torch.device | str) -> None:
-        """See ``NixlTransport``. Runs on: any thread of the user's."""
-        if nbytes <= 0:
-            raise ValueError(f"a nixl memory pool needs a size above 0, not {nbytes}")
-        registrations = self._endpoint.get().registrations
-        with self._lock:
-            if self._pool is not None:
-                raise ValueError("this process has a nixl memory pool already; it can have one")
-            pool = MemoryPool(nbytes, device)
-            registrations.pin(pool.memory)
-            self._pool = pool
+    def has_registered(self, buffers: Sequence[torch.Tensor]) -> bool:
+        """See ``NixlTransport``. Runs on: any thread."""
+        endpoint = self._endpoint.peek()
+        return endpoint is not None and endpoint.registrations.has_pinned(spans_of(buffers))
 
     def close(self) -> None:
         """See ``NixlTransport``. The endpoint is closed apart."""
-        with self._lock:
-            pool, self._pool = self._pool, None
         self._exposed.clear()
-        if pool is not None:
-            pool.close()
-
-    def _free(self, copies: Copies | None) -> None:
-        if copies is not None and self._pool is not None:
-            self._pool.free(copies)
-
-    def _copy_into_pool(
-        self, endpoint: Endpoint, buffers: Sequence[torch.Tensor], spans: Spans
-    ) -> Copies | None:
-        """Copies an object into the memory pool, if there is one and it is meant for the object."""
-        pool = self._pool
-        if pool is None or not pool.can_hold(buffers) or endpoint.registrations.has_pinned(spans):
-            return None
-        try:
-            return pool.copy(buffers, time.monotonic() + settings().fetch_timeout_s / 2)
-        except TimeoutError as error:
-            raise TransportUnavailable(
-                f"{error}; drop ObjectRefs earlier or register a larger pool"
-            ) from error
 
     def _await_writers(self, buffers: Sequence[torch.Tensor], spans: Spans) -> None:
         """Waits until GPUs have written what is to be read: nixl does not see their streams.
@@ -144,7 +98,7 @@ class Producer:
         stream = self.stream
         if stream is None:
             for device in sorted(devices, key=str):
-                _await_device(device, deadline)
+                await_device(device, deadline)
             return
         others = sorted(str(device) for device in devices - {stream.device})
         if others:
@@ -160,7 +114,7 @@ class Producer:
             ) from error
 
 
-def _await_device(device: torch.device, deadline: float) -> None:
+def await_device(device: torch.device, deadline: float) -> None:
     """Waits for all streams of a GPU. CUDA has no such wait with a deadline.
 
     So a thread does it, ``rdt-nixl-sync``, which is left behind at the deadline and ends when the

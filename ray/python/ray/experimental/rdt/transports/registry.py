@@ -56,6 +56,12 @@ class Transports:
                 mine.set_exception(error)
         return made.result()
 
+    def peek(self, name: str) -> Transport | None:
+        """The transport of this name if it was made."""
+        with self._lock:
+            made = self._made.get(name)
+        return made.result() if made is not None and made.done() else None
+
     def users(self, name: str) -> UserTransport | None:
         """The transport of this name if a user wrote it.
 
