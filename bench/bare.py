@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import json
 import shutil
@@ -146,8 +147,10 @@ class BareNixl:
     """
 
     def __init__(self, nbytes: int) -> None:
-        if importlib.util.find_spec("nixl") is None:
-            raise Skip("the nixl package is not installed")
+        try:
+            importlib.import_module("nixl._api")
+        except ImportError as error:
+            raise Skip(f"nixl cannot be imported: {error}") from error
         agent = self._agent = _nixl_agent("reader")
         self._target = torch.zeros(nbytes // 4)
         agent.register_memory([self._target])

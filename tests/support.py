@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -42,6 +45,28 @@ class Maker:
     def total(self, tensor):
         return float(tensor.sum())
 """
+
+
+@functools.cache
+def why_no_nixl() -> str:
+    """Why nixl cannot be used here, "" if it can.
+
+    Its API is imported to find out: the package ``nixl`` is only a front for the one that is built
+    for the CUDA version of torch, which may be missing.
+    """
+    raise_exceptions = logging.raiseExceptions  # importing nixl changes it for the whole process
+    try:
+        importlib.import_module("nixl._api")
+    except ImportError as error:
+        return f"nixl cannot be imported: {error}"
+    finally:
+        logging.raiseExceptions = raise_exceptions
+    return ""
+
+
+def needs_nixl() -> pytest.MarkDecorator:
+    """Skips a test where nixl cannot be used."""
+    return pytest.mark.skipif(bool(why_no_nixl()), reason=why_no_nixl() or "nixl is here")
 
 
 def wait_until(is_reached: Callable[[], Any], what: str = "", limit_s: float = 30) -> None:

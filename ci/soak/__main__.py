@@ -16,6 +16,7 @@ The seed decides what is chosen, not how the threads interleave.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import random
 import sys
@@ -210,9 +211,12 @@ def run(seconds: float, seed: int, gap_s: float) -> list[str]:
 
 
 def _transports() -> list[str]:
-    from importlib.util import find_spec
-
-    return ["auto", "auto", "gloo", *(["nixl"] if find_spec("nixl") else [])]
+    always = ["auto", "auto", "gloo"]
+    try:
+        importlib.import_module("nixl._api")
+    except ImportError:
+        return always
+    return [*always, "nixl"]
 
 
 def main() -> int:

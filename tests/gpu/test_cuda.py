@@ -5,7 +5,6 @@ Not run on a GPU so far: no machine of this project has had one.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ import ray
 from ray.experimental import set_target_device_for_ref, set_target_for_ref
 from ray.experimental.rdt import config
 from tests.integration.peers import Peer
-from tests.support import ROOT
+from tests.support import ROOT, needs_nixl
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 LARGE = 20 << 20
@@ -32,12 +31,11 @@ def _needs(is_there: bool, reason: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not is_there, reason=reason)
 
 
-HAS_NIXL = importlib.util.find_spec("nixl") is not None
 TRANSPORTS = [
     pytest.param("auto", id="auto"),
     pytest.param("cuda_ipc", id="cuda_ipc"),
     pytest.param("nccl", id="nccl", marks=_needs(GPUS >= 2, "nccl needs two NVIDIA GPUs")),
-    pytest.param("nixl", id="nixl", marks=_needs(HAS_NIXL, "the package nixl is not installed")),
+    pytest.param("nixl", id="nixl", marks=needs_nixl()),
     pytest.param("gloo", id="gloo"),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from ray.experimental import register_tensor_transport
 from ray.experimental.rdt import config
 from tests.integration.peers import Peer
 from tests.integration.user_transports import FilesTransport, PipeTransport, ShmTransport
-from tests.support import ROOT
+from tests.support import ROOT, needs_nixl
 
 #: Enough for every object of these tests that does not stay with its producer.
 STORE_BYTES = 200 << 20
@@ -85,11 +84,6 @@ def spawn(local_ray: None) -> Iterator[Callable[..., Any]]:
     yield make
     for actor in made:
         ray.kill(actor)
-
-
-def needs_nixl() -> pytest.MarkDecorator:
-    is_missing = importlib.util.find_spec("nixl") is None
-    return pytest.mark.skipif(is_missing, reason="the package nixl is not installed")
 
 
 @pytest.fixture(params=["auto", "gloo", pytest.param("nixl", marks=needs_nixl())])

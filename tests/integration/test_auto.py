@@ -5,7 +5,6 @@ There are none here. The consumer is made to believe in both, and nixl is the re
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import pytest
@@ -16,10 +15,9 @@ from ray.experimental.rdt import explain
 from ray.experimental.rdt.transports import nixl_engine, ways
 from ray.experimental.rdt.transports.nixl_consumer import Consumer
 from tests.integration.peers import LARGE, Peer, count_up, ones, pulls, total
+from tests.support import needs_nixl
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("nixl") is None, reason="the package nixl is not installed"
-)
+pytestmark = needs_nixl()
 
 
 def go_far(_: Peer) -> None:

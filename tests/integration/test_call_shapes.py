@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import ray
-from tests.integration.conftest import needs_nixl
 from tests.integration.peers import SMALL, Peer, ones, total, total_of_refs
+from tests.support import needs_nixl
 
 pytestmark = pytest.mark.usefixtures("users_transports")
 

@@ -10,9 +10,8 @@ import torch
 
 import ray
 from tests.integration import user_transports
-from tests.integration.conftest import needs_nixl
 from tests.integration.peers import LANES, LARGE, Peer, count_up, ones, pulls, total
-from tests.support import wait_until
+from tests.support import needs_nixl, wait_until
 
 pytestmark = pytest.mark.usefixtures("users_transports")
 

@@ -15,8 +15,8 @@ from ray.experimental import register_tensor_transport
 from ray.experimental.rdt.transports import conformance
 from ray.experimental.rdt.transports.conformance import CASES, Case, Stage
 from tests.integration import user_transports
-from tests.integration.conftest import needs_nixl
 from tests.integration.peers import LARGE, Peer, total
+from tests.support import needs_nixl
 
 pytestmark = pytest.mark.usefixtures("users_transports")
 

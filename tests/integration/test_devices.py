@@ -19,7 +19,7 @@ from ray.exceptions import ActorDiedError, RayError
 import ray
 from ray.experimental import set_target_device_for_ref, set_target_for_ref
 from tests.integration.peers import Peer
-from tests.support import wait_until
+from tests.support import needs_nixl, wait_until
 
 TYPE = "fakegpu"
 #: Over three chunks of the staged way.
@@ -204,8 +204,8 @@ def test_named_transport_that_does_not_carry_the_device(near: Any, far: Any, spa
     assert ray.get(lenient.run.remote(facts, ref))["right"]
 
 
+@needs_nixl()
 def test_nixl_carries_the_host_part(near: Any, spawn: Any) -> None:
-    pytest.importorskip("nixl")
     ref = near.make.options(tensor_transport="nixl").remote(mixed)
     lenient = spawn(Peer, runtime_env={"env_vars": {"RAY_RDT_STRICT_TRANSPORT": "0"}})
     seen = ray.get(lenient.run.remote(facts, ref))

@@ -13,8 +13,9 @@ from ray.experimental import (
     set_nixl_cuda_stream,
 )
 from tests.integration.peers import LARGE, count_up, ones, total
+from tests.support import needs_nixl
 
-pytest.importorskip("nixl", reason="the package nixl is not installed")
+pytestmark = needs_nixl()
 
 
 def make(actor, action, *args):

@@ -19,8 +19,9 @@ from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import NixlTransport
 from ray.experimental.rdt.transports.nixl_engine import NixlError, open_engine
 from ray.experimental.rdt.transports.nixl_plan import Spans
+from tests.support import needs_nixl
 
-pytest.importorskip("nixl", reason="nixl is not installed")
+pytestmark = needs_nixl()
 
 KB, MB = 1 << 10, 1 << 20
 PEER = Peer(b"", b"")
