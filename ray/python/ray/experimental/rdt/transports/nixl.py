@@ -63,7 +63,7 @@ class NixlTransport:
         self._consumer = Consumer(self._endpoint)
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
-        """See ``OneSided``. Blocks while GPUs write, for half the fetch timeout at most.
+        """See ``OneSided``. After ``set_cuda_stream(None)`` blocks for half the fetch timeout at most.
 
         Raises:
             ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
@@ -107,8 +107,12 @@ class NixlTransport:
         return self._producer.stream
 
     def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
-        """The stream that ``expose`` waits for; None for all streams of the tensors' devices."""
-        self._producer.stream = stream
+        """Names the stream that writes what is exposed, beside the current one.
+
+        Objects that are made after this call are read after what the stream has when they are made.
+        With None ``expose`` waits for all streams of the tensors' devices.
+        """
+        self._producer.set_stream(stream)
 
     def close(self) -> None:
         """See ``OneSided``."""
