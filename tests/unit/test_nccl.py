@@ -17,7 +17,7 @@ from ray.experimental.rdt.transports.gloo import GlooBackend
 from ray.experimental.rdt.transports.link import TransferRefused
 from ray.experimental.rdt.transports.nccl import NcclBackend
 from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
-from tests.fake_device import TYPE, Stream, accelerator, launch, on_host
+from tests.fake_device import TYPE, Event, Stream, accelerator, launch, on_host
 from tests.unit.gloo_peers import Node, pattern
 from tests.unit.test_gloo import run_all
 
@@ -26,37 +26,55 @@ DEVICE = torch.device(TYPE, 0)
 
 
 class Group:
-    """A gloo process group that takes device tensors in the order of the stream, as NCCL does."""
+    """A gloo process group that runs on streams, as torch's of NCCL does.
 
-    def __init__(self, inner):
+    Point-to-point operations and async collectives run on a stream of torch's pool, after what the
+    current stream has. Other collectives run on the current stream.
+    """
+
+    def __init__(self, inner, pool_stream):
         self.inner = inner
+        self._pool_stream = pool_stream
 
     def send(self, tensors, rank, tag):
-        return Work(lambda: self.inner.send([on_host(t) for t in tensors], rank, 0))
+        return self._run(self._pool_stream, lambda: self.inner.send(_hosts(tensors), rank, 0))
 
     def recv(self, tensors, rank, tag):
-        return Work(lambda: self.inner.recv([on_host(t) for t in tensors], rank, 0))
+        return self._run(self._pool_stream, lambda: self.inner.recv(_hosts(tensors), rank, 0))
+
+    def broadcast(self, tensors, options):
+        stream = self._pool_stream if options.asyncOp else accelerator.stream()
+        root = options.rootRank
+        if self.inner.rank() == root:
+            work = self._run(stream, lambda: self.inner.send(_hosts(tensors), 1 - root, 0))
+        else:
+            work = self._run(stream, lambda: self.inner.recv(_hosts(tensors), root, 0))
+        return work if options.asyncOp else None
+
+    def _run(self, stream, post):
+        before = Event(accelerator.stream())
+
+        def run():
+            with contextlib.suppress(RuntimeError):  # the group was killed
+                post().wait()
+
+        stream.give(lambda: before.wait(60))
+        stream.give(run)
+        return Work(stream)
+
+
+def _hosts(tensors):
+    return [on_host(tensor) for tensor in tensors]
 
 
 class Work:
-    """Begins when the current stream has come so far; the stream waits for it, not the thread."""
+    """An operation on a stream of torch's; ``wait`` orders the current stream after it."""
 
-    def __init__(self, post):
-        self._post = post
-        self._inner = None
-        accelerator.stream().give(self._begin)
+    def __init__(self, stream):
+        self._end = Event(stream)
 
     def wait(self):
-        accelerator.stream().give(self._wait)
-
-    def _begin(self):
-        with contextlib.suppress(RuntimeError):  # the group was killed
-            self._inner = self._post()
-
-    def _wait(self):
-        with contextlib.suppress(RuntimeError):
-            if self._inner is not None:
-                self._inner.wait()
+        self._end.order()
 
 
 class Backend(NcclBackend):
@@ -65,12 +83,13 @@ class Backend(NcclBackend):
     def __init__(self):
         super().__init__(accelerator, DEVICE)
         self.gloo = GlooBackend("127.0.0.1")
+        self.pool_stream = Stream()
 
     def unavailable(self):
         return ""
 
     def make(self, store, rank, size, timeout_s):
-        return Group(self.gloo.make(store, rank, size, timeout_s))
+        return Group(self.gloo.make(store, rank, size, timeout_s), self.pool_stream)
 
     def kill(self, group):
         self.gloo.kill(group.inner)
@@ -185,15 +204,10 @@ def test_wait_ends_with_the_stream_and_not_before():
     with accelerator.on(Stream()):
         launch(tensor, 3, gate)
         with pytest.raises(TimeoutError):
-            backend.wait(Done(), 0.05)
+            backend.wait(accelerator.record(DEVICE), 0.05)
         gate.set()
-        backend.wait(Done(), 5)
+        backend.wait(accelerator.record(DEVICE), 5)
     assert tensor.tolist() == [3] * 4
-
-
-class Done:
-    def wait(self):
-        """At once."""
 
 
 @pytest.fixture
@@ -243,6 +257,20 @@ def test_a_receive_keeps_nothing_of_its_caller_waiting(nodes):
     receiving.thread.join(0.2)
     assert receiving.thread.is_alive()
     accelerator.record(DEVICE).wait(2)
+    receiving.send(1)
+    receiving.finish()
+    assert target.tolist() == [1] * 4
+
+
+def test_a_transfer_keeps_no_stream_of_torchs_pool_waiting(nodes):
+    """The pool has 32 streams, so one of them may also be the user's."""
+    target = torch.zeros(4, dtype=torch.uint8, device=DEVICE)
+    receiving = Receiving(nodes, target)
+    receiving.thread.join(0.2)
+    assert receiving.thread.is_alive()
+    for node in nodes:
+        with accelerator.on(node.transport._backend.pool_stream):
+            accelerator.record(DEVICE).wait(2)
     receiving.send(1)
     receiving.finish()
     assert target.tolist() == [1] * 4

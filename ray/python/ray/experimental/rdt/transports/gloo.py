@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
-from ray.experimental.rdt.transports.link import MAX_TAG, Buffers
+from ray.experimental.rdt.transports.link import CONSUMER, MAX_TAG, PRODUCER, Buffers
 from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, node_ip
 
 if TYPE_CHECKING:
@@ -77,6 +77,14 @@ class GlooBackend:
         other = (group.rank() + 1) % group.size()
         with contextlib.suppress(RuntimeError):
             self.wait(group.recv([self.empty(1)], other, MAX_TAG), 0.001)
+
+    def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
+        """See ``Backend``."""
+        return group.send([tensor], CONSUMER, tag)
+
+    def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
+        """See ``Backend``."""
+        return group.recv([tensor], PRODUCER, tag)
 
     def wait(self, work: Any, timeout_s: float) -> None:
         """See ``Backend``."""

@@ -83,6 +83,12 @@ class Backend(Protocol):
     def kill(self, group: Any) -> None:
         """Ends a process group for good: when this returns, no byte is written any more."""
 
+    def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
+        """Begins to send from rank ``PRODUCER`` to rank ``CONSUMER``; returns the work."""
+
+    def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
+        """Begins to receive at rank ``CONSUMER`` what ``PRODUCER`` sends; returns the work."""
+
     def wait(self, work: Any, timeout_s: float) -> None:
         """Waits for a send or receive, without the GIL. Raises on failure and timeout."""
 
@@ -319,8 +325,8 @@ class Link:
         if group is None:
             raise self._closed_error()
         if self._other == CONSUMER:
-            return group.send([tensor], self._other, tag)
-        return group.recv([tensor], self._other, tag)
+            return self._backend.send(group, tensor, tag)
+        return self._backend.receive(group, tensor, tag)
 
     # Life.
 

@@ -25,7 +25,7 @@ from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities, TransportUnavailable
-from ray.experimental.rdt.transports.link import Buffers
+from ray.experimental.rdt.transports.link import PRODUCER, Buffers
 from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
 
 if TYPE_CHECKING:
@@ -122,21 +122,41 @@ class NcclBackend:
         with contextlib.suppress(RuntimeError):
             group.abort()
 
-    def wait(self, work: Any, timeout_s: float) -> None:
-        """See ``Backend``.
+    def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Event:
+        """See ``Backend``."""
+        return self._broadcast(group, tensor)
 
-        An event on the transfer's stream (see ``turn``) tells the end: torch's own wait with a
-        timeout would leave the process to its watchdog.
+    def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Event:
+        """See ``Backend``."""
+        return self._broadcast(group, tensor)
+
+    def _broadcast(self, group: Any, tensor: torch.Tensor) -> Event:
+        """Queues a broadcast from the producer on the transfer's stream (see ``turn``).
+
+        A synchronous broadcast, since torch runs point-to-point operations and asynchronous
+        collectives on streams of its pool. The pool has 32 streams for each device, so the user may
+        have the same one, and the user's work on it would then wait for the other process.
         """
-        work.wait()  # the stream waits from here on, not this thread
-        self._accelerator.record(self._device).wait(timeout_s)
+        from torch.distributed import BroadcastOptions
+
+        options: Any = BroadcastOptions()
+        options.rootRank = PRODUCER
+        options.asyncOp = False
+        work = group.broadcast([tensor], options)
+        if work is not None:  # torch before 2.8, which uses its own stream all the same
+            work.wait()
+        return self._accelerator.record(self._device)
+
+    def wait(self, work: Event, timeout_s: float) -> None:
+        """See ``Backend``. A torch wait with a timeout would leave the process to its watchdog."""
+        work.wait(timeout_s)
 
     def turn(self, after_caller: bool) -> AbstractContextManager[None]:
         """See ``Backend``. Each transfer has a stream that no other uses meanwhile.
 
-        ``wait`` makes a stream wait for the other end. On a stream that others use, the default
-        one for instance, their work would stand still with it: two processes that pull from each
-        other would each send only after they had received.
+        Its operations wait for the other end. On a stream that others use, the default one for
+        instance, their work would wait too: two processes that pull from each other would each send
+        only after they had received.
         """
         caller = self._accelerator.record(self._device) if after_caller else None
         return self._on_own_stream(caller)
@@ -174,12 +194,13 @@ class NcclBackend:
         torch.cat(list(buffers), out=slot)
 
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
-        """See ``Backend``. Returns when the bytes are in place."""
-        at = 0
-        for buffer in buffers:
-            buffer.copy_(slot[at : at + buffer.numel()])
-            at += buffer.numel()
-        self._accelerator.record(self._device).wait(settings().peer_timeout_s)
+        """See ``Backend``. Returns when the bytes are in place.
+
+        Not on the transfer's stream, where it would wait for the messages that are under way.
+        """
+        parts = slot.split([buffer.numel() for buffer in buffers])
+        copied = self._accelerator.copy(list(zip(buffers, parts)), self._device)
+        copied.wait(settings().peer_timeout_s)
 
 
 @contextlib.contextmanager
