@@ -339,6 +339,9 @@ class FakeAccelerator:
     def current_device(self) -> torch.device:
         return torch.device(TYPE, self.current)
 
+    def segment(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+
     def record(self, device: torch.device) -> Event:
         return Event(self.stream())
 

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ray.experimental.rdt.capture import lay_out
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.serve import await_writers
 from ray.experimental.rdt.transports import nixl_consumer, nixl_engine, nixl_producer
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import NixlTransport
@@ -25,6 +27,7 @@ from ray.experimental.rdt.transports.nixl_engine import (
     is_direct,
 )
 from ray.experimental.rdt.transports.nixl_registration import LARGE_NBYTES
+from tests.fake_device import TYPE, Stream, accelerator, launch
 from tests.unit.nixl_fakes import Fabric
 
 PEER = Peer(b"", b"")
@@ -295,28 +298,8 @@ def test_one_pool_of_a_real_size(producer):
         producer.register_pool(10, "cpu")
 
 
-ON_DEVICE = SimpleNamespace(has_device_memory=True)
-
-
 def gpu_buffers(*devices):
-    return [SimpleNamespace(is_cuda=True, device=torch.device(name)) for name in devices]
-
-
-class CudaEvent:
-    """Of a stream that ends its work when it is told to."""
-
-    def record(self, stream):
-        self._stream = stream
-
-    def query(self):
-        self._stream.waited.append("stream")
-        return self._stream.is_done
-
-
-@pytest.fixture
-def stream(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", CudaEvent)
-    return SimpleNamespace(device=torch.device("cuda:0"), is_done=True, waited=[])
+    return [SimpleNamespace(is_cpu=False, device=torch.device(name)) for name in devices]
 
 
 @pytest.fixture
@@ -324,29 +307,69 @@ def short_fetch(monkeypatch):
     monkeypatch.setattr(nixl_producer, "settings", lambda: SimpleNamespace(fetch_timeout_s=0.4))
 
 
-def test_the_stream_that_was_set_is_waited_for_and_no_device(producer, stream, monkeypatch):
-    waited = stream.waited
+def test_no_device_is_waited_for_unless_the_user_asks(producer, monkeypatch):
+    waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
-
-    def await_writers(*devices):
-        producer._producer._await_writers(gpu_buffers(*devices), ON_DEVICE)
-
-    await_writers("cuda:1")
-    producer.set_cuda_stream(stream)
-    await_writers("cuda:0")
+    check_writers = producer._producer._check_writers
+    check_writers(gpu_buffers("cuda:1"))
+    producer.set_cuda_stream(SimpleNamespace(device=torch.device("cuda:0")))
+    check_writers(gpu_buffers("cuda:0"))
     with pytest.raises(ValueError, match=r"stream on cuda:0.*tensors on \['cuda:1'\]"):
-        await_writers("cuda:0", "cuda:1")
+        check_writers(gpu_buffers("cuda:0", "cuda:1"))
+    assert waited == []
     producer.set_cuda_stream(None)
-    await_writers("cuda:0")
-    assert waited == ["cuda:1", "stream", "cuda:0"]
+    check_writers(gpu_buffers("cuda:0"))
+    assert waited == ["cuda:0"]
+
+
+def test_a_named_stream_is_waited_for_as_it_was_when_the_object_was_made(producer):
+    class Named(Stream):
+        device = torch.device(TYPE, 0)
+
+    stream, written, later = Named(), threading.Event(), threading.Event()
+    tensor = torch.zeros(4, dtype=torch.uint8, device=f"{TYPE}:0")
+    producer.set_cuda_stream(stream)
+    with accelerator.on(stream):
+        launch(tensor, 5, written)
+    captured = lay_out([tensor])
+    with accelerator.on(stream):
+        launch(torch.zeros(4, device=TYPE), 1, later)
+    stored = SimpleNamespace(captured=captured)
+    with pytest.raises(TimeoutError):
+        await_writers(stored, TYPE, time.monotonic() + 0.1)
+    written.set()
+    await_writers(stored, TYPE, time.monotonic() + 5)
+    assert tensor.tolist() == [5] * 4
+    producer.close()
+    assert len(lay_out([tensor]).events) == 1
+    later.set()
+
+
+def on_device(buffers):
+    return [buffer.to(TYPE) for buffer in buffers]
+
+
+def test_device_memory_goes_while_the_producers_device_is_busy(producer, consumer):
+    sent = on_device(pattern(100, 20))
+    received = on_device(blanks(pattern(100, 20)))
+    gate = threading.Event()
+    captured = lay_out(sent)
+    launch(torch.zeros(1, device=TYPE), 1, gate)
+    try:
+        await_writers(SimpleNamespace(captured=captured), TYPE, time.monotonic() + 5)
+        read(consumer, expose(producer, sent), received)
+    finally:
+        gate.set()
+    assert [one.tolist() for one in received] == [one.tolist() for one in pattern(100, 20)]
 
 
 def test_a_device_that_does_not_finish_makes_it_unavailable(producer, short_fetch, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: ended.wait(10))
     started = time.monotonic()
+    producer.set_cuda_stream(None)
     with pytest.raises(TransportUnavailable, match=r"cuda:0 did not.*set_nixl_cuda_stream"):
-        producer._producer._await_writers(gpu_buffers("cuda:1", "cuda:0"), ON_DEVICE)
+        producer._producer._check_writers(gpu_buffers("cuda:1", "cuda:0"))
     assert time.monotonic() - started < 3
     ended.set()
 
@@ -356,28 +379,9 @@ def test_a_device_that_fails_says_so(producer, monkeypatch):
         raise RuntimeError("illegal memory access")
 
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    producer.set_cuda_stream(None)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        producer._producer._await_writers(gpu_buffers("cuda:0"), ON_DEVICE)
-
-
-def test_a_named_stream_that_does_not_finish_makes_it_unavailable(producer, stream, short_fetch):
-    stream.is_done = False
-    producer.set_cuda_stream(stream)
-    started = time.monotonic()
-    with pytest.raises(TransportUnavailable, match=r"set_nixl_cuda_stream is not done: cuda:0 did"):
-        producer._producer._await_writers(gpu_buffers("cuda:0"), ON_DEVICE)
-    assert time.monotonic() - started < 3
-
-
-def test_a_read_waits_for_its_gpu_until_its_deadline(stream, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    await_owners = nixl_consumer._await_owners
-    await_owners(gpu_buffers("cuda:0"), ON_DEVICE, time.monotonic() + 5)
-    stream.is_done = False
-    started = time.monotonic()
-    with pytest.raises(TimeoutError, match="cuda:0"):
-        await_owners(gpu_buffers("cuda:0"), ON_DEVICE, started + 0.2)
-    assert time.monotonic() - started < 3
+        producer._producer._check_writers(gpu_buffers("cuda:0"))
 
 
 def test_a_read_whose_task_is_cancelled_ends(fabric, producer, consumer, monkeypatch):

@@ -21,7 +21,7 @@ def rows(*values):
 def planned(local, remote, nbytes=BIG, count=BIG):
     return [
         (batch.local.tolist(), batch.remote.tolist())
-        for batch in plan(local, remote, nbytes, count)
+        for batch in plan(local, remote, nbytes, nbytes, count)
     ]
 
 
@@ -54,25 +54,20 @@ def test_malformed_spans_are_refused():
 )
 def test_host_spans_near_each_other_are_covered_by_one_stretch(gap, count):
     first, second = (40960, 100, 0), (40960 + 100 + gap, 50, 0)
-    covering = cover(rows(second, first), is_host=True)
+    covering = cover(rows(second, first))
     assert len(covering) == count
     assert covering[0, 0] == first[0]
     assert covering[-1, 0] + covering[-1, 1] == second[0] + second[1]
 
 
-def test_device_spans_are_joined_only_where_they_touch():
-    spans = rows((0, 10, 0), (10, 10, 0), (21, 10, 0), (31, 10, 1))
-    assert cover(spans, is_host=False).tolist() == [[0, 20, 0], [21, 10, 0], [31, 10, 1]]
-
-
 def test_empty_spans_need_no_cover():
-    assert len(cover(rows((5, 0, 0)), is_host=True)) == 0
+    assert len(cover(rows((5, 0, 0)))) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 20_000)), max_size=30))
 def test_every_span_lies_in_one_stretch_and_every_page_of_it_is_used(spans):
     given_rows = rows(*[(start, nbytes, 0) for start, nbytes in spans])
-    covering = cover(given_rows, is_host=True).tolist()
+    covering = cover(given_rows).tolist()
     for start, nbytes in spans:
         inside = [at <= start and start + nbytes <= at + size for at, size, _ in covering]
         assert not nbytes or inside.count(True) == 1
@@ -102,8 +97,18 @@ def test_large_spans_are_cut_and_requests_are_bounded():
 def test_each_pair_of_kinds_has_its_own_requests():
     local, remote = host_spans((0, 1), (10, 1)), host_spans((20, 1), (30, 1))
     remote.kinds[1] = 1
-    kinds = [(b.local_kind, b.remote_kind) for b in plan(local, remote, BIG, BIG)]
+    kinds = [(b.local_kind, b.remote_kind) for b in plan(local, remote, BIG, BIG, BIG)]
     assert kinds == [("DRAM", "DRAM"), ("DRAM", "VRAM")]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "size"), [(0, 0, 10), (1, 0, 40), (0, 1, 40), (1, 1, 40)]
+)
+def test_requests_for_device_memory_are_larger(here, there, size):
+    local, remote = host_spans((0, 80)), host_spans((1000, 80))
+    local.kinds[0], remote.kinds[0] = here, there
+    sizes = {int(b.local[:, 1].sum()) for b in plan(local, remote, 10, 40, BIG)}
+    assert sizes == {size}
 
 
 def test_empty_buffers_move_nothing():
@@ -131,7 +136,7 @@ def test_every_byte_is_read_once_from_its_place(spans, nbytes, count):
         remote.append((there, size))
         here, there = here + size, there + size + gap
     pairs = {}
-    for batch in plan(host_spans(*local), host_spans(*remote), nbytes, count):
+    for batch in plan(host_spans(*local), host_spans(*remote), nbytes, nbytes, count):
         assert len(batch.local) <= count
         assert batch.local[:, 1].sum() <= nbytes
         for (at, size, _), (source, same, _) in zip(batch.local.tolist(), batch.remote.tolist()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ray.experimental.rdt.transports.nixl_engine import NixlError
 from ray.experimental.rdt.transports.nixl_plan import KINDS, spans_of
 from ray.experimental.rdt.transports.nixl_registration import LARGE_NBYTES, Registrations
+from tests.fake_device import TYPE
 from tests.unit.nixl_fakes import Fabric
 
 
@@ -21,7 +23,22 @@ def engine():
 
 @pytest.fixture
 def registrations(engine):
-    return Registrations(engine)
+    return Registrations(engine, lambda tensor: None)
+
+
+@pytest.fixture
+def segment():
+    """Device tensors that were cut from one allocation."""
+    storages = [torch.zeros(100, dtype=torch.uint8, device=TYPE) for _ in range(50)]
+    addresses = [storage.data_ptr() for storage in storages]
+    return SimpleNamespace(
+        storages=storages, extent=(min(addresses), max(addresses) + 100 - min(addresses))
+    )
+
+
+@pytest.fixture
+def on_device(engine, segment):
+    return Registrations(engine, lambda tensor: segment.extent)
 
 
 def blank(nbytes):
@@ -32,8 +49,8 @@ def acquire(registrations, *buffers):
     return registrations.acquire(spans_of(buffers), buffers)
 
 
-def check(engine, lease):
-    engine.check("DRAM", lease.spans.rows[lease.spans.rows[:, 1] > 0])
+def check(engine, lease, kind="DRAM"):
+    engine.check(kind, lease.spans.rows[lease.spans.rows[:, 1] > 0])
 
 
 def test_small_buffers_share_a_registration_that_ends_with_the_lease(engine, registrations):
@@ -157,3 +174,57 @@ def test_a_refused_registration_leaves_no_lease_behind(engine, registrations):
         acquire(registrations, tensor, blank(10))
     registrations.unpin(tensor)
     assert not engine.registered
+
+
+def test_device_memory_is_registered_by_segment(engine, segment, on_device):
+    lease = acquire(on_device, *segment.storages)
+    check(engine, lease, "VRAM")
+    ((kind, rows),) = engine.registered.values()
+    assert (kind, rows.tolist()) == ("VRAM", [[*segment.extent, 0]])
+    version = lease.version
+    on_device.release(lease)
+    again = acquire(on_device, *segment.storages[10:])
+    assert len(engine.registered) == 1
+    assert again.version == version  # peers go on with what they know
+
+
+def test_a_segment_stays_registered_while_a_tensor_lives_that_was_used(engine, segment, on_device):
+    on_device.release(acquire(on_device, segment.storages[0]))
+    on_device.release(acquire(on_device, segment.storages[1]))
+    del segment.storages[0]
+    gc.collect()
+    assert len(engine.registered) == 1
+    del segment.storages[0]
+    gc.collect()
+    assert not engine.registered
+    lease = acquire(on_device, *segment.storages)
+    check(engine, lease, "VRAM")
+
+
+def test_a_segment_that_a_lease_keeps_is_not_registered_twice(engine, segment, on_device):
+    on_device.pin(segment.storages[0])
+    lease = acquire(on_device, segment.storages[0])
+    on_device.unpin(segment.storages[0])
+    again = acquire(on_device, segment.storages[1])
+    assert len(engine.registered) == 1
+    on_device.release(lease)
+    check(engine, again, "VRAM")
+
+
+def test_a_pin_in_a_segment_pins_its_own_storage_only(engine, segment, on_device):
+    first, second = segment.storages[:2]
+    on_device.pin(first)
+    assert on_device.has_pinned(spans_of([first[10:20]]))
+    assert not on_device.has_pinned(spans_of([second]))
+    with pytest.raises(ValueError, match="not registered"):
+        on_device.unpin(second)
+    on_device.unpin(first)
+    assert not engine.registered
+
+
+@pytest.mark.parametrize("extent", [None, (0, 10)])
+def test_device_memory_of_an_unknown_segment_is_registered_by_storage(engine, segment, extent):
+    registrations = Registrations(engine, lambda tensor: extent)
+    lease = acquire(registrations, *segment.storages)
+    check(engine, lease, "VRAM")
+    assert len(engine.registered) == 50

@@ -45,7 +45,7 @@ from ray import cloudpickle
 from ray.experimental.rdt import _tensors
 from ray.experimental.rdt import descriptor as descriptor_module
 from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Pickler, Table, finish, restore
-from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.arrays import ArrayPickler, are_arrays_wanted
 from ray.experimental.rdt.descriptor import Descriptor
@@ -67,7 +67,7 @@ class Captured:
         addresses: Where their regions are; the tensors keep the memory alive.
         storages: The addresses of the storages that have bytes in a region, sorted.
         table: Their layout; no rows where they are no torch tensors.
-        events: For each device, the end of the work that makes the tensors on it.
+        events: For each device, the ends of the work that makes the tensors on it.
         parcel: What a transport of the user's moves, None for any other.
     """
 
@@ -372,13 +372,9 @@ def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None)
 
 
 def _record(tensors: list[torch.Tensor]) -> list[Event]:
-    """An event for each device that some of the tensors are on."""
-    events = []
-    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
-        accelerator = accelerators.of(device.type)
-        if accelerator is not None:
-            events.append(accelerator.record(device))
-    return events
+    """Events of each device that some of the tensors are on."""
+    devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
+    return [event for device in devices for event in writers.record(device)]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -90,13 +90,14 @@ def register_nixl_memory_pool(size: int, device: torch.device) -> None:
 def set_nixl_cuda_stream(stream: torch.cuda.Stream | None) -> None:
     """Says which CUDA stream writes the tensors that this process sends over nixl.
 
-    nixl knows nothing of streams, so the first pull of an object with GPU tensors waits until their
-    devices have finished everything. With a stream set it waits for that stream only. It holds for
-    all later first pulls in this process; one of an object with tensors on another device than the
-    stream's fails with a ValueError.
+    The bytes of a tensor are read after what the current stream has when the object is made. With a
+    stream set they are also read after what that stream has then. It holds for all objects that are
+    made after the call; the first pull of one with tensors on another device than the stream's
+    fails with a ValueError.
 
     Args:
-        stream: The stream; None goes back to waiting for whole devices.
+        stream: The stream; None makes each first pull wait until the tensors' devices have finished
+            everything, also what they were given after the object was made.
 
     Raises:
         ImportError: nixl is not installed in this process's environment.

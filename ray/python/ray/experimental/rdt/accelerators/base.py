@@ -96,6 +96,9 @@ class Accelerator(Protocol):
     def current_device(self) -> torch.device:
         """The device that this thread's work goes to, with its index."""
 
+    def segment(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """The address and bytes of the device allocation that a tensor lies in; None: not known."""
+
     def record(self, device: torch.device) -> Event:
         """An event at the end of what this thread's current stream on ``device`` has so far."""
 

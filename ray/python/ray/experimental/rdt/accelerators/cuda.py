@@ -6,6 +6,7 @@ Not run on a GPU so far: written from the documentation of torch and CUDA.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -78,6 +79,18 @@ class CudaAccelerator:
         import torch
 
         return torch.device("cuda", torch.cuda.current_device())
+
+    def segment(self, tensor: torch.Tensor) -> tuple[int, int] | None:
+        """See ``Accelerator``. Asks the driver through NVIDIA's cuda-bindings, if installed."""
+        import torch
+
+        try:
+            driver = importlib.import_module("cuda.bindings.driver")
+        except ImportError:
+            return None
+        with torch.cuda.device(tensor.device):
+            error, start, nbytes = driver.cuMemGetAddressRange(tensor.data_ptr())
+        return None if int(error) else (int(start), int(nbytes))
 
     def record(self, device: torch.device) -> Event:
         """See ``Accelerator``."""

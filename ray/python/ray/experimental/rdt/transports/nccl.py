@@ -13,6 +13,7 @@ lane.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -198,8 +199,9 @@ class NcclBackend:
 
         Not on the transfer's stream, where it would wait for the messages that are under way.
         """
-        parts = slot.split([buffer.numel() for buffer in buffers])
-        copied = self._accelerator.copy(list(zip(buffers, parts)), self._device)
+        ends = list(itertools.accumulate(buffer.numel() for buffer in buffers))
+        pairs = [(buffer, slot[end - buffer.numel() : end]) for buffer, end in zip(buffers, ends)]
+        copied = self._accelerator.copy(pairs, self._device)
         copied.wait(settings().peer_timeout_s)
 
 

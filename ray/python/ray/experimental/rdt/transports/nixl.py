@@ -63,7 +63,7 @@ class NixlTransport:
         self._consumer = Consumer(self._endpoint)
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
-        """See ``OneSided``. Blocks while GPUs write or a memory pool is full.
+        """See ``OneSided``. Blocks while a memory pool is full, and for ``set_cuda_stream(None)``.
 
         Each for half the fetch timeout at most.
 
@@ -108,8 +108,12 @@ class NixlTransport:
         self._producer.register_pool(nbytes, device)
 
     def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
-        """The stream that ``expose`` waits for; None for all streams of the tensors' devices."""
-        self._producer.stream = stream
+        """Names the stream that writes what is exposed, beside the current one.
+
+        Objects that are made after this call are read after what the stream has when they are made.
+        With None ``expose`` waits for all streams of the tensors' devices.
+        """
+        self._producer.set_stream(stream)
 
     def close(self) -> None:
         """See ``OneSided``."""

@@ -23,7 +23,8 @@ from ray.experimental.rdt.transports.nixl_remotes import Exposure
 if TYPE_CHECKING:
     import torch
 
-_BATCH_NBYTES = 16 << 20
+_HOST_BATCH_NBYTES = 16 << 20
+_DEVICE_BATCH_NBYTES = 256 << 20
 _BATCH_ROWS = 4096
 _WINDOW = 4  # requests under way at once in one read
 _SLICE_S = 0.2  # how often a read looks whether its task was cancelled
@@ -72,7 +73,8 @@ class Consumer:
             raise TransportUnavailable(f"nixl cannot fill this memory: {error}") from error
         under_way: deque[Read] = deque()
         try:
-            batches = plan(lease.spans, remote, _BATCH_NBYTES, _BATCH_ROWS)
+            sizes = (_HOST_BATCH_NBYTES, _DEVICE_BATCH_NBYTES, _BATCH_ROWS)
+            batches = plan(lease.spans, remote, *sizes)
             names = ("agent", "number", "version", "metadata")
             exposure = Exposure(*(exposed[name] for name in names))
             with endpoint.remotes.reading(exposure, deadline):

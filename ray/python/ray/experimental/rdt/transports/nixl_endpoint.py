@@ -5,11 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl_engine import Engine
 from ray.experimental.rdt.transports.nixl_registration import Registrations
 from ray.experimental.rdt.transports.nixl_remotes import Remotes
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,11 @@ class Endpoint:
     engine: Engine
     registrations: Registrations
     remotes: Remotes
+
+
+def _find_segment(tensor: torch.Tensor) -> tuple[int, int] | None:
+    accelerator = accelerators.usable(tensor.device.type)
+    return accelerator.segment(tensor) if accelerator is not None else None
 
 
 class LazyEndpoint:
@@ -41,7 +51,7 @@ class LazyEndpoint:
                 raise TransportUnavailable("nixl has been closed in this process")
             if self._made is None:
                 engine = self._open_engine()
-                self._made = Endpoint(engine, Registrations(engine), Remotes(engine))
+                self._made = Endpoint(engine, Registrations(engine, _find_segment), Remotes(engine))
             return self._made
 
     def peek(self) -> Endpoint | None:

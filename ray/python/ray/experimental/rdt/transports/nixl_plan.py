@@ -66,7 +66,7 @@ def spans_of(buffers: Sequence[torch.Tensor]) -> Spans:
     import numpy as np
 
     count = len(buffers)
-    kinds = np.fromiter((buffer.is_cuda for buffer in buffers), np.uint8, count)
+    kinds = np.fromiter((not buffer.is_cpu for buffer in buffers), np.uint8, count)
     rows = np.zeros((count, 3), np.uint64)
     rows[:, 0] = np.fromiter((buffer.data_ptr() for buffer in buffers), np.uint64, count)
     rows[:, 1] = np.fromiter((buffer.numel() for buffer in buffers), np.uint64, count)
@@ -75,29 +75,23 @@ def spans_of(buffers: Sequence[torch.Tensor]) -> Spans:
     return Spans(kinds, rows)
 
 
-def cover(rows: Rows, *, is_host: bool) -> Rows:
-    """The fewest stretches of memory to register so that all non-empty ``rows`` lie in them.
+def cover(rows: Rows) -> Rows:
+    """The fewest stretches of host memory to register so that all non-empty ``rows`` lie in them.
 
-    Spans that touch are one stretch, and so are spans of host memory on the same page or on
-    neighbouring ones: every page of the stretch then holds bytes of the object, so it stays mapped
-    as long as the object lives. Ten thousand small tensors give some tens of stretches.
+    Spans on the same page or on neighbouring ones are one stretch: every page of it then holds
+    bytes of the object, so it stays mapped as long as the object lives. Ten thousand small tensors
+    give some tens of stretches.
     """
     import numpy as np
 
     rows = rows[rows[:, 1] > 0]
     if not len(rows):
         return rows
-    rows = rows[np.lexsort((rows[:, 0], rows[:, 2]))]
-    ends = rows[:, 0] + rows[:, 1]
-    for device in np.unique(rows[:, 2]):
-        of_device = rows[:, 2] == device
-        ends[of_device] = np.maximum.accumulate(ends[of_device])
-    if is_host:
-        last_pages = (ends[:-1] - np.uint64(1)) // _PAGE_NBYTES
-        is_near = rows[1:, 0] // _PAGE_NBYTES <= last_pages + np.uint64(1)
-    else:
-        is_near = rows[1:, 0] <= ends[:-1]
-    first = np.flatnonzero(np.r_[True, ~(is_near & (rows[1:, 2] == rows[:-1, 2]))])
+    rows = rows[np.argsort(rows[:, 0])]
+    ends = np.maximum.accumulate(rows[:, 0] + rows[:, 1])
+    last_pages = (ends[:-1] - np.uint64(1)) // _PAGE_NBYTES
+    is_near = rows[1:, 0] // _PAGE_NBYTES <= last_pages + np.uint64(1)
+    first = np.flatnonzero(np.r_[True, ~is_near])
     last = np.r_[first[1:], len(rows)] - 1
     covering = rows[first]
     covering[:, 1] = ends[last] - covering[:, 0]
@@ -114,18 +108,26 @@ class Batch:
     remote: Rows
 
 
-def plan(local: Spans, remote: Spans, batch_nbytes: int, batch_rows: int) -> Iterator[Batch]:
+def plan(
+    local: Spans,
+    remote: Spans,
+    host_nbytes: int,
+    device_nbytes: int,
+    batch_rows: int,
+) -> Iterator[Batch]:
     """Cuts a read into requests.
 
-    Neighbours on both sides become one span, large spans are cut. A request that the backend
-    carries out at once, as UCX does within a host, thus holds nixl's lock for a moment only, and a
-    read can be given up between two requests.
+    Neighbours on both sides become one span, large spans are cut. Host memory of one host is copied
+    by the call that posts the request, which holds nixl's lock meanwhile, so such requests are
+    small. Those for device memory run on their own and are large: a GPU copies 16 MiB in less time
+    than a request costs here. A read can be given up between two requests.
 
     Args:
         local: Where the bytes go.
         remote: Where they are; matches ``local`` one to one.
-        batch_nbytes: What one request may carry.
-        batch_rows: How many spans it may have.
+        host_nbytes: What one request may carry between host memory.
+        device_nbytes: The same where either side is in device memory.
+        batch_rows: How many spans a request may have.
 
     Raises:
         ValueError: the two do not match.
@@ -147,6 +149,7 @@ def plan(local: Spans, remote: Spans, batch_nbytes: int, batch_rows: int) -> Ite
         for remote_kind in range(len(KINDS)):
             is_meant = (local.kinds == local_kind) & (remote.kinds == remote_kind)
             is_meant &= local.rows[:, 1] > 0
+            batch_nbytes = device_nbytes if local_kind or remote_kind else host_nbytes
             pair = _cut(*_join(local.rows[is_meant], remote.rows[is_meant]), batch_nbytes)
             for here, there in _batches(*pair, batch_nbytes, batch_rows):
                 yield Batch(KINDS[local_kind], KINDS[remote_kind], here, there)

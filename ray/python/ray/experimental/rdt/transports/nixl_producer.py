@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.accelerators.cuda import recorded
+from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
@@ -40,11 +40,12 @@ class Producer:
         endpoint: This process's agent.
 
     Attributes:
-        stream: The CUDA stream that writes what is exposed; None for all of the devices'.
+        stream: The CUDA stream that the user named, if any.
     """
 
     def __init__(self, endpoint: LazyEndpoint):
         self.stream: torch.cuda.Stream | None = None
+        self._awaits_devices = False
         self._endpoint = endpoint
         self._lock = threading.Lock()
         self._exposed: dict[int, _Exposed] = {}
@@ -57,7 +58,7 @@ class Producer:
         if not spans.nbytes:
             return {"spans": spans.encode()}
         endpoint = self._endpoint.get()
-        self._await_writers(buffers, spans)
+        self._check_writers(buffers)
         copies = self._copy_into_pool(endpoint, buffers, spans)
         if copies is not None:
             spans = copies.spans
@@ -103,8 +104,15 @@ class Producer:
             registrations.pin(pool.memory)
             self._pool = pool
 
+    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """See ``NixlTransport.set_cuda_stream``. Runs on: any thread of the user's."""
+        self.stream = stream
+        self._awaits_devices = stream is None
+        writers.name_stream(stream)
+
     def close(self) -> None:
         """See ``NixlTransport``. The endpoint is closed apart."""
+        writers.name_stream(None)
         with self._lock:
             pool, self._pool = self._pool, None
         self._exposed.clear()
@@ -129,35 +137,28 @@ class Producer:
                 f"{error}; drop ObjectRefs earlier or register a larger pool"
             ) from error
 
-    def _await_writers(self, buffers: Sequence[torch.Tensor], spans: Spans) -> None:
-        """Waits until GPUs have written what is to be read: nixl does not see their streams.
+    def _check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Waits for whole devices if the user asks for it, half of the fetch's time at most.
 
-        Half of the fetch's time at most: they may have been given what waits for the consumer.
+        What was given to the current and to the named stream when the object was made has been
+        waited for already.
 
         Raises:
-            TransportUnavailable: one has not finished by then; names it.
+            TransportUnavailable: a device has not finished by then; names it.
+            ValueError: a buffer is on another device than the named stream.
         """
-        if not spans.has_device_memory:
-            return
-        deadline = time.monotonic() + settings().fetch_timeout_s / 2
-        devices = {buffer.device for buffer in buffers if buffer.is_cuda}
-        stream = self.stream
-        if stream is None:
+        devices = {buffer.device for buffer in buffers if not buffer.is_cpu}
+        if self.stream is not None:
+            others = sorted(str(device) for device in devices - {self.stream.device})
+            if others:
+                raise ValueError(
+                    f"set_nixl_cuda_stream was given a stream on {self.stream.device}, but the "
+                    f"object has tensors on {others}"
+                )
+        elif self._awaits_devices:
+            deadline = time.monotonic() + settings().fetch_timeout_s / 2
             for device in sorted(devices, key=str):
                 _await_device(device, deadline)
-            return
-        others = sorted(str(device) for device in devices - {stream.device})
-        if others:
-            raise ValueError(
-                f"set_nixl_cuda_stream was given a stream on {stream.device}, but the object "
-                f"has tensors on {others}"
-            )
-        try:
-            recorded(stream, stream.device).wait(_left(deadline))
-        except TimeoutError as error:
-            raise TransportUnavailable(
-                f"the stream given to set_nixl_cuda_stream is not done: {error}"
-            ) from error
 
 
 def _await_device(device: torch.device, deadline: float) -> None:

@@ -1,15 +1,17 @@
 """The memory of this process that its nixl agent may touch, and for how long.
 
-Large storages are registered whole, once, and stay registered until they die: weights that are
-sent every step are registered in the first one. Small buffers are registered for one use only, many
-in one stretch of memory. Memory that a user registers stays so until they end it.
+Large storages in host memory are registered whole, once, and stay registered until they die:
+weights that are sent every step are registered in the first one. Small buffers in host memory are
+registered for one use only, many in one stretch of memory. Device memory is registered by segment:
+all of the allocation (cudaMalloc) that a buffer lies in, for torch carves many tensors out of one.
+Memory that a user registers stays so until they end it.
 
-Never stale. A registration is found by address, but only while its storage lives with the same
-extent, which a weak reference to the storage tells: the memory then still is what was registered.
-At the peers, each registration of host memory has a number of its own (nixl's "region", where GPU
-memory has the device's index), so what they know of one that has ended is never mistaken for
-another at the same address. GPU memory cannot be told apart like that: for it the version grows
-whenever a registration ends, and peers that know an older version forget all and learn anew.
+Never stale. A registration is found by address, but only while a storage in it lives with the same
+extent, which a weak reference to the storage tells: torch keeps a segment at least as long. At the
+peers, each registration of host memory has a number of its own (nixl's "region", where GPU memory
+has the device's index), so what they know of one that has ended is never mistaken for another at
+the same address. GPU memory cannot be told apart like that: for it the version grows whenever a
+registration ends, and peers that know an older version forget all and learn anew.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import itertools
 import threading
 import weakref
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,33 +39,51 @@ LARGE_NBYTES = 1 << 20
 _HOST = KINDS.index("DRAM")
 
 
+#: Gives the address and bytes of the device allocation that a tensor lies in; None if not known.
+FindSegment = Callable[["torch.Tensor"], "tuple[int, int] | None"]
+
+
 @dataclass(order=True)
 class Registration:
-    """One storage that is registered whole.
+    """One storage in host memory or one segment of device memory, registered whole.
 
     Attributes:
         row: Its address, bytes and device.
         kind: Its place in ``KINDS``.
         handle: What the engine gave.
-        storage: The storage, weakly.
-        pins: How often a user has registered it.
+        tenants: Storages in it, weakly, and their bytes, by address. It is kept while one lives.
+        pins: By address of a tenant, how often a user has registered it.
         leases: How many leases use it.
-        is_kept: Whether it outlives its leases and pins, to be found again.
     """
 
     row: tuple[int, int, int]
     kind: int = field(compare=False)
     handle: Any = field(compare=False)
-    storage: weakref.ref[torch.UntypedStorage] = field(compare=False)
-    pins: int = field(default=0, compare=False)
+    tenants: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = field(
+        default_factory=dict, compare=False
+    )
+    pins: dict[int, int] = field(default_factory=dict, compare=False)
     leases: int = field(default=0, compare=False)
-    is_kept: bool = field(default=True, compare=False)
 
     @property
     def is_valid(self) -> bool:
         """Whether the memory still is what was registered."""
-        storage = self.storage()
-        return storage is not None and (storage.data_ptr(), storage.nbytes()) == self.row[:2]
+        return any(
+            (storage := ref()) is not None and (storage.data_ptr(), storage.nbytes()) == known
+            for known, ref in self._extents()
+        )
+
+    def has_pinned(self, start: int, end: int) -> bool:
+        """Whether a user has registered the storage that these bytes lie in."""
+        return any(
+            address in self.pins and address <= start and end <= address + nbytes
+            for (address, nbytes), _ in self._extents()
+        )
+
+    def _extents(self) -> list[tuple[tuple[int, int], weakref.ref[torch.UntypedStorage]]]:
+        # A copy: a storage may die meanwhile.
+        tenants = list(self.tenants.items())
+        return [((address, nbytes), ref) for address, (ref, nbytes) in tenants]
 
 
 @dataclass
@@ -73,22 +93,24 @@ class Lease:
     Attributes:
         spans: The memory, each row with the device that nixl knows it by.
         version: See the module; 0 if no GPU memory is among it.
-        registrations: The storages that it uses.
-        bundles: What was registered for it alone: kind, rows, handle.
+        registrations: The storages and segments that it uses.
+        bundle: The host memory that was registered for it alone, if any: rows, handle.
     """
 
     spans: Spans
     version: int = 0
     registrations: list[Registration] = field(default_factory=list)
-    bundles: list[tuple[int, Rows, Any]] = field(default_factory=list)
+    bundle: tuple[Rows, Any] | None = None
 
     def registered(self, kind: int) -> Rows:
         """All that is registered of one kind of memory."""
         import numpy as np
 
         storages = [r.row for r in self.registrations if r.kind == kind]
-        bundles = [rows for of_kind, rows, _ in self.bundles if of_kind == kind]
-        return np.concatenate([np.array(storages, np.uint64).reshape(-1, 3), *bundles])
+        rows = np.array(storages, np.uint64).reshape(-1, 3)
+        if kind == _HOST and self.bundle is not None:
+            return np.concatenate([rows, self.bundle[0]])
+        return rows
 
 
 class Registrations:
@@ -96,15 +118,17 @@ class Registrations:
 
     Args:
         engine: The process's nixl agent; when it closes, all registrations end with it.
+        find_segment: Where device memory was allocated.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, find_segment: FindSegment):
         self._engine = engine
+        self._find_segment = find_segment
         self._lock = threading.Lock()
         self._regions = itertools.count(1)
         self._version = 1
         self._found: list[Registration] = []  # can be found; sorted by address
-        self._ended: list[Registration] = []  # the storage is gone, leases still use it
+        self._ended: list[Registration] = []  # the storages are gone, leases still use it
 
     def pin(self, tensor: torch.Tensor) -> None:
         """Registers a tensor's storage until ``unpin`` has been called as often.
@@ -115,8 +139,9 @@ class Registrations:
         with self._lock:
             self._sweep()
             known = self._find(tensor) or self._register(tensor)
-            known.pins += 1
-            known.is_kept = True
+            self._add_tenant(known, tensor)
+            address = tensor.untyped_storage().data_ptr()
+            known.pins[address] = known.pins.get(address, 0) + 1
 
     def unpin(self, tensor: torch.Tensor) -> None:
         """Undoes one ``pin``.
@@ -127,17 +152,24 @@ class Registrations:
         with self._lock:
             self._sweep()
             known = self._find(tensor)
-            if known is None or not known.pins:
+            address = tensor.untyped_storage().data_ptr()
+            if known is None or address not in known.pins:
                 raise ValueError("this tensor's memory is not registered with nixl")
-            known.pins -= 1
-            known.is_kept = known.pins > 0
-            self._sweep()
+            known.pins[address] -= 1
+            if not known.pins[address]:
+                del known.pins[address], known.tenants[address]
+                self._sweep()
 
     def has_pinned(self, spans: Spans) -> bool:
         """Whether a user has registered any of this memory."""
         with self._lock:
             self._sweep()
-            return any(self._found[hit].pins for hit in set(self._match(spans)) if hit >= 0)
+            hits = self._match(spans)
+            return any(
+                self._found[hit].has_pinned(start, start + nbytes)
+                for hit, (start, nbytes, _) in zip(hits.tolist(), spans.rows.tolist())
+                if hit >= 0 and self._found[hit].pins
+            )
 
     def acquire(self, spans: Spans, buffers: Sequence[torch.Tensor]) -> Lease:
         """Registers the memory of buffers where it is not registered yet.
@@ -155,12 +187,14 @@ class Registrations:
 
         with self._lock:
             self._sweep()
-            for index in np.flatnonzero(spans.rows[:, 1] >= LARGE_NBYTES).tolist():
-                if self._match(Spans(spans.kinds[[index]], spans.rows[[index]]))[0] < 0:
-                    self._register(buffers[index])
-            lease = Lease(Spans(spans.kinds, spans.rows.copy()))
+            is_kept = (spans.rows[:, 1] >= LARGE_NBYTES) | (spans.kinds != _HOST)
+            is_kept &= spans.rows[:, 1] > 0
             hits = self._match(spans)
-            self._lease_storages(lease, hits)
+            while (missing := np.flatnonzero(is_kept & (hits < 0))).size:
+                self._register(buffers[missing[0]])
+                hits = self._match(spans)
+            lease = Lease(Spans(spans.kinds, spans.rows.copy()))
+            self._lease_registered(lease, hits, buffers)
             try:
                 self._bundle(lease, (hits < 0) & (spans.rows[:, 1] > 0))
             except Exception:
@@ -170,7 +204,7 @@ class Registrations:
             return lease
 
     def release(self, lease: Lease) -> None:
-        """Ends a lease. Its storages stay registered while they live, to be found again."""
+        """Ends a lease. What is registered whole stays so while its storages live."""
         with self._lock:
             self._end(lease)
             self._sweep()
@@ -193,51 +227,89 @@ class Registrations:
         return self._found[hit] if hit >= 0 else None
 
     def _register(self, tensor: torch.Tensor) -> Registration:
+        """Registers all of a storage in host memory, or the segment of one in device memory."""
         import numpy as np
 
         spans = spans_of([_whole(tensor)])
         kind, row = int(spans.kinds[0]), spans.rows[0]
         if kind == _HOST:
             row[2] = next(self._regions)
-        handle = self._engine.register(KINDS[kind], row[np.newaxis])
-        storage = weakref.ref(tensor.untyped_storage(), self._on_death)
-        registration = Registration(tuple(row.tolist()), kind, handle, storage)
+        else:
+            row[:2] = _around(row[:2].tolist(), self._find_segment(tensor))
+        registration = self._take_ended(kind, tuple(row.tolist()))
+        if registration is None:
+            handle = self._engine.register(KINDS[kind], row[np.newaxis])
+            registration = Registration(tuple(row.tolist()), kind, handle)
+        self._add_tenant(registration, tensor)
         insort(self._found, registration)
         return registration
 
-    def _lease_storages(self, lease: Lease, hits: np.ndarray[Any, np.dtype[np.int64]]) -> None:
-        for hit in set(hits.tolist()) - {-1}:
+    def _take_ended(self, kind: int, row: tuple[int, int, int]) -> Registration | None:
+        """The same memory, which a lease has kept registered."""
+        for registration in self._ended:
+            if (registration.kind, registration.row) == (kind, row):
+                self._ended.remove(registration)
+                return registration
+        return None
+
+    def _add_tenant(self, registration: Registration, tensor: torch.Tensor) -> None:
+        """Keeps a registration while a tensor's storage lives."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        known = registration.tenants.get(address)
+        if known is not None and known[0]() is storage and known[1] == storage.nbytes():
+            return
+
+        def on_death(dead: Any) -> None:
+            """Runs on: any thread, even within a call of ``Registrations``, which sweeps."""
+            current = registration.tenants.get(address)
+            if current is not None and current[0] is dead:
+                del registration.tenants[address]
+                registration.pins.pop(address, None)
+            if not registration.tenants:
+                self._sweep_if_free()
+
+        registration.tenants[address] = weakref.ref(storage, on_death), storage.nbytes()
+
+    def _lease_registered(
+        self,
+        lease: Lease,
+        hits: np.ndarray[Any, np.dtype[np.int64]],
+        buffers: Sequence[torch.Tensor],
+    ) -> None:
+        import numpy as np
+
+        for hit, first in zip(*(found.tolist() for found in np.unique(hits, return_index=True))):
+            if hit < 0:
+                continue
             registration = self._found[hit]
+            # One storage is enough: others only make the registration last longer.
+            self._add_tenant(registration, buffers[first])
             registration.leases += 1
             lease.registrations.append(registration)
             lease.spans.rows[hits == hit, 2] = registration.row[2]
 
     def _bundle(self, lease: Lease, is_loose: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-        """Registers for the lease what lies in no registered storage."""
-        spans = lease.spans
-        for kind, name in enumerate(KINDS):
-            is_meant = is_loose & (spans.kinds == kind)
-            if not is_meant.any():
-                continue
-            rows = cover(spans.rows[is_meant], is_host=kind == _HOST)
-            if kind == _HOST:
-                spans.rows[is_meant, 2] = rows[:, 2] = next(self._regions)
-            lease.bundles.append((kind, rows, self._engine.register(name, rows)))
+        """Registers for the lease what is not registered: small buffers in host memory."""
+        if not is_loose.any():
+            return
+        rows = cover(lease.spans.rows[is_loose])
+        lease.spans.rows[is_loose, 2] = rows[:, 2] = next(self._regions)
+        lease.bundle = rows, self._engine.register(KINDS[_HOST], rows)
 
     def _end(self, lease: Lease) -> None:
-        for kind, _, handle in lease.bundles:
-            self._deregister(kind, handle)
-        lease.bundles = []
+        if lease.bundle is not None:
+            self._deregister(_HOST, lease.bundle[1])
+        lease.bundle = None
         for registration in lease.registrations:
             registration.leases -= 1
 
     def _sweep(self) -> None:
-        """Ends registrations whose storage is gone and those that nobody wants any more."""
+        """Ends registrations whose storages are gone."""
         found, ended = self._found, self._ended
         self._found, self._ended = [], []
         for registration in (*found, *ended):
-            is_used = bool(registration.leases or registration.pins)
-            if registration.is_valid and (registration.is_kept or is_used):
+            if registration.is_valid:
                 self._found.append(registration)
             elif registration.leases:
                 self._ended.append(registration)
@@ -249,8 +321,8 @@ class Registrations:
         if kind != _HOST:
             self._version += 1
 
-    def _on_death(self, _: Any) -> None:
-        """A registered storage dies. Runs on: any thread, even within a call here, which sweeps."""
+    def _sweep_if_free(self) -> None:
+        """Runs on: any thread. A call that is under way sweeps by itself, or the next one does."""
         if self._lock.acquire(blocking=False):
             try:
                 self._sweep()
@@ -264,3 +336,14 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return empty.set_(tensor.untyped_storage())
+
+
+def _around(extent: Sequence[int], segment: tuple[int, int] | None) -> Sequence[int]:
+    """The segment if all of a storage lies in it, else the storage.
+
+    A storage in expandable segments may lie in several allocations.
+    """
+    if segment is None:
+        return extent
+    (start, nbytes), (first, size) = extent, segment
+    return segment if first <= start and start + nbytes <= first + size else extent
