@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ray.experimental.rdt.accelerators.cuda import recorded
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports import nixl_consumer, nixl_engine, nixl_producer
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
@@ -369,15 +370,19 @@ def test_a_named_stream_that_does_not_finish_makes_it_unavailable(producer, stre
     assert time.monotonic() - started < 3
 
 
-def test_a_read_waits_for_its_gpu_until_its_deadline(stream, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    await_owners = nixl_consumer._await_owners
-    await_owners(gpu_buffers("cuda:0"), ON_DEVICE, time.monotonic() + 5)
+def test_a_read_waits_for_its_gpu_until_its_deadline(fabric, producer, consumer, stream):
+    sent = pattern(100)
+    exposed = expose(producer, sent)
     stream.is_done = False
-    started = time.monotonic()
+    taken = recorded(stream, stream.device)
+    got, started = blanks(sent), time.monotonic()
     with pytest.raises(TimeoutError, match="cuda:0"):
-        await_owners(gpu_buffers("cuda:0"), ON_DEVICE, started + 0.2)
+        consumer.read(PEER, exposed, got, started + 0.2, [taken])
     assert time.monotonic() - started < 3
+    assert got[0].eq(0).all()
+    stream.is_done = True
+    consumer.read(PEER, exposed, got, time.monotonic() + 5, [taken])
+    assert got[0].equal(sent[0])
 
 
 def test_a_read_whose_task_is_cancelled_ends(fabric, producer, consumer, monkeypatch):
