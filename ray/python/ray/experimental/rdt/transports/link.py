@@ -32,6 +32,8 @@ from ray.experimental.rdt.transports.packing import Direct, Header, Message, Pac
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
+
 CONSUMER, PRODUCER = 0, 1  # ranks in the process group
 
 _PROOF_TAG = 0
@@ -92,12 +94,11 @@ class Backend(Protocol):
     def wait(self, work: Any, timeout_s: float) -> None:
         """Waits for a send or receive, without the GIL. Raises on failure and timeout."""
 
-    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
-        """Made on the caller's thread, entered on the transfer's: orders the work of devices.
+    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+        """Entered on the transfer's thread: orders the work of devices.
 
         Args:
-            after_caller: Whether the transfer comes after what the caller's thread has given its
-                device so far.
+            after: The transfer comes after these.
         """
 
     def empty(self, nbytes: int) -> torch.Tensor:
@@ -234,8 +235,12 @@ class Link:
             header, buffers = Header.refusing(tag, refusal), ()
         self._run(lambda job: self._send(job, header, buffers, deadline), deadline)
 
-    def receive(self, tag: int, buffers: Buffers, deadline: float) -> None:
+    def receive(
+        self, tag: int, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+    ) -> None:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
+
+        Buffers on devices are written after the events in ``after``.
 
         Raises:
             TransferRefused: the producer does not send these buffers, or the backend cannot write
@@ -246,10 +251,7 @@ class Link:
         if refusal:
             self.close(refusal)
             raise TransferRefused(refusal)
-        # The caller's device may still use the memory for what was in it before.
-        self._run(
-            lambda job: self._receive(job, tag, buffers, deadline), deadline, after_caller=True
-        )
+        self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline, after)
 
     def _send(self, job: _Job, header: Header, buffers: Buffers, deadline: float) -> None:
         """Runs on: producer, the transfer's thread."""
@@ -331,7 +333,7 @@ class Link:
     # Life.
 
     def _run(
-        self, transfer: Callable[[_Job], None], deadline: float, after_caller: bool = False
+        self, transfer: Callable[[_Job], None], deadline: float, after: Sequence[Event] = ()
     ) -> None:
         """Runs a transfer on a thread of its own and waits for it, interruptibly."""
         job = _Job()
@@ -339,7 +341,7 @@ class Link:
             if self._closed:
                 raise self._closed_error()
             self._jobs.add(job)
-        turn = self._backend.turn(after_caller)
+        turn = self._backend.turn(after)
         name = f"rdt-{self._backend.capabilities.name}"
         threading.Thread(target=_work, args=(transfer, job, turn), name=name, daemon=True).start()
         try:
