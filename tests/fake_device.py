@@ -17,8 +17,10 @@ import mmap
 import os
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +28,11 @@ from torch.utils import backend_registration
 from torch.utils.dlpack import from_dlpack
 
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.transports import registry as transports
 
 TYPE = "fakegpu"
+_LATE_S = 2e-3
 _DLPACK_EXTENSION_DEVICE = 12
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -208,7 +212,7 @@ def _on_memory(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class Stream:
-    """Runs jobs in order, on a thread of its own."""
+    """Runs jobs in order, on a thread of its own, and late: each burst of them after a rest."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -219,15 +223,36 @@ class Stream:
 
     def _run(self) -> None:
         while True:
-            self._jobs.get()()
+            is_resting = self._jobs.empty()
+            job = self._jobs.get()
+            if is_resting:
+                time.sleep(_LATE_S)
+            job()
 
 
 class Event:
-    """See ``accelerators.base.Event``."""
+    """See ``accelerators.base.Event``.
 
-    def __init__(self, stream: Stream):
+    Args:
+        stream: Records it there at once; None: ``record`` does so later.
+        kept: Lives until the event is reached.
+    """
+
+    def __init__(self, stream: Stream | None = None, kept: Any = None):
         self._reached = threading.Event()
-        stream.give(self._reached.set)
+        self._kept = kept
+        if stream is not None:
+            self.record(stream)
+
+    def record(self, stream: Stream) -> None:
+        stream.give(self._reach)
+
+    def _reach(self) -> None:
+        self._kept = None
+        self._reached.set()
+
+    def is_reached(self) -> bool:
+        return self._reached.is_set()
 
     def wait(self, timeout_s: float) -> None:
         if not self._reached.wait(timeout_s):
@@ -304,6 +329,7 @@ class FakeAccelerator:
         current: The index of the current device.
         missing: Why there is no such device in this process; "" if there is.
         copies: How many copies it was given.
+        gate: What copies wait for, if anything.
     """
 
     device_type = TYPE
@@ -314,9 +340,10 @@ class FakeAccelerator:
         self.current = 0
         self.missing = ""
         self.copies = 0
+        self.gate: threading.Event | None = None
         self._local = threading.local()
         self._default = Stream()
-        self._side = Stream()
+        self._side_streams: SideStreams[Stream] = SideStreams()
 
     def stream(self) -> Stream:
         """This thread's current stream."""
@@ -351,14 +378,28 @@ class FakeAccelerator:
     def pinned(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def copy(self, pairs: Any, device: torch.device) -> Event:
-        assert any(tensor.device == device for pair in pairs for tensor in pair)
-        before = Event(self.stream())
-        self._side.give(lambda: before.wait(60))
-        for target, source in pairs:
-            self.copies += 1
-            self._side.give(lambda t=target, s=source: _copy_from(s, t))
-        return Event(self._side)
+    def copy(self, pairs: Any, device: torch.device, after: Any = ()) -> Event:
+        for tensor in (tensor for pair in pairs for tensor in pair):
+            assert tensor.device in (device, torch.device("cpu")), tensor.device
+        event = Event(kept=list(pairs))
+
+        def begin(side: Stream) -> None:
+            with self.on(side):
+                for earlier in after:
+                    earlier.order()
+                if self.gate is not None:
+                    side.give(partial(self.gate.wait, 60))
+            for target, source in pairs:
+                self.copies += 1
+                side.give(lambda t=target, s=source: _copy_from(s, t))
+            event.record(side)
+
+        direction = tuple(tensor.is_cpu for tensor in pairs[0]) if pairs else ()
+        run = self._side_streams.run(
+            (device, direction), lambda: self.new_stream(device), event, begin
+        )
+        assert isinstance(run, Event)
+        return run
 
 
 def launch(tensor: torch.Tensor, value: float, gate: threading.Event | None = None) -> None:

@@ -152,7 +152,7 @@ def test_host_memory_is_refused(sides):
 
 def test_deadline_while_the_device_is_busy(sides, monkeypatch):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    monkeypatch.setattr(accelerator, "_side", Busy(accelerator._side, 0.6))
+    busy_for(0.6, monkeypatch)
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         read(sides, exposed, bytes_on(TYPE), timeout_s=0.2)
@@ -169,7 +169,7 @@ def test_failure_keeps_open_what_a_copy_still_reads(sides, sharing, monkeypatch)
             if not ended.wait(timeout_s):
                 raise TimeoutError("not this one")
 
-    def slow_then_broken(pairs, device):
+    def slow_then_broken(pairs, device, after=()):
         if begun:
             raise ValueError("the device broke")
         begun.append(Copy())
@@ -177,7 +177,7 @@ def test_failure_keeps_open_what_a_copy_still_reads(sides, sharing, monkeypatch)
 
     monkeypatch.setattr(accelerator, "copy", slow_then_broken)
     with pytest.raises(ValueError, match="the device broke") as failure:
-        read(sides, exposed, *[bytes_on(TYPE) for _ in range(4)])
+        read(sides, exposed, *[bytes_on(f"{TYPE}:{i % 2}") for i in range(4)])
     assert failure.value.may_still_write
     assert sharing.live == 4
     assert sides[0].transport._shares
@@ -191,7 +191,7 @@ def test_failure_keeps_open_what_a_copy_still_reads(sides, sharing, monkeypatch)
 
 def test_failure_whose_copies_end_leaves_nothing_open(sides, sharing, monkeypatch):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    monkeypatch.setattr(accelerator, "_side", Busy(accelerator._side, 0.6))
+    busy_for(0.6, monkeypatch)
     with pytest.raises(TimeoutError) as failure:
         read(sides, exposed, bytes_on(TYPE), timeout_s=0.2)
     assert failure.value.may_still_write is False
@@ -200,12 +200,11 @@ def test_failure_whose_copies_end_leaves_nothing_open(sides, sharing, monkeypatc
     assert sharing.live == 0
 
 
-class Busy:
-    """A stream that has something else to do first."""
-
-    def __init__(self, stream, seconds):
-        self.give = stream.give
-        self.give(lambda: time.sleep(seconds))
+def busy_for(seconds, monkeypatch):
+    """Copies wait so long."""
+    gate = threading.Event()
+    monkeypatch.setattr(accelerator, "gate", gate)
+    threading.Timer(seconds, gate.set).start()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from ray.experimental.rdt import capture
+from ray.experimental.rdt.accelerators import cuda, cuda_calls
 from ray.experimental.rdt.accelerators.base import have_ended
-from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
+from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
+from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.capture import Captured, lay_out
 from ray.experimental.rdt.landing import allocate_on_devices, direct_targets
 from ray.experimental.rdt.serve import await_writers, flat_buffers
@@ -162,44 +165,206 @@ def test_work_of_other_streams_is_not_waited_for():
     gate.set()
 
 
-def test_side_copies_come_after_the_current_stream():
-    source, target, gate = torch.zeros(4, device=TYPE), torch.zeros(4), threading.Event()
-    launch(source, 5, gate)
-    copied = accelerator.copy([(target, source)], source.device)
+def test_copies_do_not_wait_for_the_users_stream():
+    source, target, gate = torch.ones(4, device=TYPE), torch.zeros(4), threading.Event()
+    busy = torch.zeros(4, device=TYPE)
+    launch(busy, 5, gate)
+    accelerator.copy([(target, source)], source.device).wait(5)
+    assert target.tolist() == [1] * 4
+    assert busy.tolist() == [0] * 4
+    gate.set()
+
+
+def test_copies_come_after_the_given_events_alone():
+    source, target, gate = (
+        torch.ones(4, device=TYPE),
+        torch.zeros(4, device=TYPE),
+        threading.Event(),
+    )
+    launch(target, 5, gate)
+    taken = accelerator.record(target.device)
+    copied = accelerator.copy([(target, source)], source.device, [taken])
     with pytest.raises(TimeoutError):
         copied.wait(0.05)
+    assert not copied.is_reached()
     gate.set()
     copied.wait(5)
-    assert target.tolist() == [5] * 4
+    assert copied.is_reached()
+    assert target.tolist() == [1] * 4
 
 
-@pytest.mark.parametrize("on_gpu", [(True, True), (True, False), (False, True)])
-def test_memory_of_a_queued_cuda_copy_is_not_given_out_again(monkeypatch, on_gpu):
-    """A copy runs on a side stream, of which torch's allocator knows nothing by itself."""
-    calls = []
-    side = SimpleNamespace(wait_stream=lambda stream: calls.append(("after", stream)))
-    event = SimpleNamespace(record=lambda stream: calls.append(("event", stream)))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+def test_copies_of_different_pulls_do_not_wait_for_each_other():
+    gate, busy = threading.Event(), torch.zeros(4, device=TYPE)
+    launch(busy, 5, gate)
+    source, taken = torch.ones(4, device=TYPE), accelerator.record(torch.device(TYPE, 0))
+    stuck = accelerator.copy([(torch.zeros(4), source)], source.device, [taken])
+    for _ in range(3):
+        accelerator.copy([(torch.zeros(4), source)], source.device).wait(5)
+    assert not stuck.is_reached()
+    gate.set()
+    stuck.wait(5)
+
+
+def test_landing_remembers_what_its_memory_was_used_for():
+    target, gate = torch.zeros(4, device=TYPE), threading.Event()
+    table = lay_out([torch.ones(4, device=TYPE)]).table
+    with accelerator.on(fake_device.Stream()):
+        launch(target, 5, gate)
+        landing = allocate_on_devices(SESSION, table, direct_targets(table, [target]), None)
+        launch(
+            torch.zeros(1, device=TYPE), 5, threading.Event()
+        )  # what comes later: not waited for
+    (taken,) = landing.after
+    assert not taken.is_reached()
+    gate.set()
+    taken.wait(5)
+
+
+def test_side_streams_are_few_and_reused_when_idle():
+    class Recorded:
+        is_over = True
+
+        def is_reached(self):
+            return self.is_over
+
+    made: list[int] = []
+
+    def run(event):
+        used: list[int] = []
+        streams.run("key", lambda: made.append(len(made)) or len(made), event, used.append)
+        return used[0]
+
+    streams: SideStreams[int] = SideStreams()
+    assert {run(Recorded()) for _ in range(5)} == {1}
+    busy = Recorded()
+    busy.is_over = False
+    assert run(busy) == 1
+    assert run(Recorded()) == 2
+    assert run(Recorded()) == 2
+    assert {run(busy) for _ in range(100)} == set(range(1, 17))
+    assert len(made) == 16
+
+
+def test_side_stream_that_failed_is_kept_with_what_it_holds():
+    streams: SideStreams[str] = SideStreams()
+    event = fake_device.Event()
+
+    def fail(stream):
+        raise ValueError(stream)
+
+    with pytest.raises(ValueError, match="first"):
+        streams.run("key", lambda: "first", event, fail)
+    used: list[str] = []
+    streams.run("key", lambda: "second", fake_device.Event(), used.append)
+    assert used == ["second"]
+
+
+@pytest.fixture
+def torch_cuda(monkeypatch):
+    """What ``CudaAccelerator.copy`` calls of torch, and the order of it."""
+    calls: list[Any] = []
+
+    class Stream(SimpleNamespace):
+        device = torch.device("cuda", 0)
+
+        def wait_event(self, event):
+            calls.append(("after", event))
+
+    class Recorded(SimpleNamespace):
+        reached = False
+
+        def record(self, stream):
+            calls.append(("event", stream))
+
+        def query(self):
+            return self.reached
+
+    monkeypatch.setattr(cuda, "bindings", lambda: None)
+    monkeypatch.setattr(cuda_calls, "bindings", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(
+        torch,
+        "_foreach_copy_",
+        lambda targets, sources, non_blocking: calls.append(("copies", targets, sources)),
+    )
+    return calls
 
-    class Tensor:
-        def __init__(self, is_cuda):
-            self.is_cuda = is_cuda
 
-        def record_stream(self, stream):
-            assert self.is_cuda
-            calls.append(("used on", stream, self))
+class OnGpu:
+    def __init__(self, calls, nbytes, is_cuda=True):
+        self._calls, self._nbytes, self.is_cuda = calls, nbytes, is_cuda
 
-        def copy_(self, source, non_blocking):
-            calls.append(("copy", self, source))
+    def numel(self):
+        return self._nbytes
 
-    target, source = map(Tensor, on_gpu)
-    CudaAccelerator().copy([(target, source)], torch.device("cuda", 0))
-    used = [("used on", side, tensor) for tensor in (target, source) if tensor.is_cuda]
-    assert calls == [("after", "current"), *used, ("copy", target, source), ("event", side)]
+    def copy_(self, source, non_blocking):
+        assert non_blocking
+        self._calls.append(("copy", self, source))
+
+
+def test_cuda_copies_run_beside_the_users_stream(torch_cuda):
+    """The stubs have no ``current_stream``: asking for it would be an error."""
+    small = [(OnGpu(torch_cuda, 10), OnGpu(torch_cuda, 10)) for _ in range(3)]
+    large = (OnGpu(torch_cuda, 1 << 20), OnGpu(torch_cuda, 1 << 20))
+    taken = CudaEvent("taken", torch.device("cuda", 0))
+    CudaAccelerator().copy([*small, large], torch.device("cuda", 0), [taken])
+    after, copy, copies, event = torch_cuda
+    assert after == ("after", "taken")
+    assert copy == ("copy", *large)
+    assert copies == ("copies", tuple(t for t, _ in small), tuple(s for _, s in small))
+    assert event[0] == "event"
+
+
+def test_cuda_copy_keeps_its_memory_until_it_has_ended(torch_cuda):
+    accelerator = CudaAccelerator()
+    target, source = OnGpu(torch_cuda, 10, is_cuda=False), OnGpu(torch_cuda, 10)
+    kept = [weakref.ref(target), weakref.ref(source)]
+    event: Any = accelerator.copy([(target, source)], torch.device("cuda", 0))
+    torch_cuda.clear()
+    del target, source
+    assert all(each() is not None for each in kept)
+    event.event.reached = True
+    event.wait(0)
+    assert all(each() is None for each in kept)
+
+
+def test_cuda_event_is_looked_at_without_a_pause_and_then_with():
+    looks: list[float] = []
+
+    class Late:
+        def query(self):
+            looks.append(time.monotonic())
+            return False
+
+    with pytest.raises(TimeoutError, match=r"cuda:0 did not finish.*0.05 s"):
+        CudaEvent(Late(), torch.device("cuda", 0)).wait(0.05)
+    assert looks[-1] - looks[0] < 5
+    assert len(looks) > 10
+
+
+def test_cuda_calls_are_relaxed_while_others_capture(monkeypatch):
+    """cuda-bindings as it answers: a code, then the mode that the thread had before."""
+    modes = ["global"]
+
+    def exchange(mode):
+        modes.append(mode)
+        return 0, modes[-2]
+
+    runtime = SimpleNamespace(
+        cudaThreadExchangeStreamCaptureMode=exchange,
+        cudaStreamCaptureMode=SimpleNamespace(cudaStreamCaptureModeRelaxed="relaxed"),
+    )
+    monkeypatch.setattr(cuda_calls, "bindings", lambda: runtime)
+
+    class Reached:
+        def query(self):
+            return modes[-1] == "relaxed"
+
+    CudaEvent(Reached(), torch.device("cuda", 0)).wait(0)
+    assert modes == ["global", "relaxed", "global"]
 
 
 def test_events_have_one_period_to_end_together():

@@ -237,7 +237,8 @@ class Receiving:
     def _receive(self, transport, target):
         try:
             with accelerator.on(self._stream):
-                transport.receive(self._route, [target], time.monotonic() + 10)
+                taken = [accelerator.record(DEVICE)]
+                transport.receive(self._route, [target], time.monotonic() + 10, taken)
         except Exception as error:
             self._error = error
 
@@ -302,15 +303,15 @@ def test_streams_are_used_again_but_not_after_an_error():
     backend = Backend()
     seen = []
     for error in (None, None, ValueError, None):
-        with contextlib.suppress(ValueError), backend.turn(after_caller=False):
+        with contextlib.suppress(ValueError), backend.turn(()):
             seen.append(accelerator.stream())
             if error is not None:
                 raise error
     assert seen[0] is seen[1] is seen[2]
     assert seen[3] is not seen[2]
-    with backend.turn(after_caller=False):
+    with backend.turn(()):
         seen.append(accelerator.stream())
-        with backend.turn(after_caller=False):
+        with backend.turn(()):
             assert accelerator.stream() not in seen
 
 

@@ -337,6 +337,20 @@ def test_a_device_that_fails_says_so(producer, monkeypatch):
         producer._producer._check_writers(gpu_buffers("cuda:0"))
 
 
+def test_memory_is_read_into_after_what_it_was_used_for(fabric, producer, consumer):
+    gate, memory = threading.Event(), torch.zeros(100, dtype=torch.uint8, device=TYPE)
+    sent = on_device(pattern(100))
+    exposed = expose(producer, sent)
+    launch(memory, 7, gate)
+    taken, started = accelerator.record(memory.device), time.monotonic()
+    with pytest.raises(TimeoutError):
+        consumer.read(PEER, exposed, [memory], started + 0.2, [taken])
+    assert time.monotonic() - started < 3
+    gate.set()
+    consumer.read(PEER, exposed, [memory], time.monotonic() + 5, [taken])
+    assert memory.tolist() == sent[0].tolist()
+
+
 def test_a_read_whose_task_is_cancelled_ends(fabric, producer, consumer, monkeypatch):
     fabric.looks = None
     asked = []

@@ -14,7 +14,7 @@ from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports import staged
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.staged import StagedTransport
-from tests.fake_device import TYPE, Event, accelerator, launch
+from tests.fake_device import TYPE, accelerator
 from tests.support import wait_until
 
 CHUNK = 1000
@@ -83,8 +83,8 @@ def test_read_returns_when_the_device_has_the_bytes(sides, monkeypatch):
             self.event.wait(timeout_s)
             ended.append(self)
 
-    def watched(pairs, device):
-        begun.append(Watched(copy(pairs, device)))
+    def watched(*args):
+        begun.append(Watched(copy(*args)))
         return begun[-1]
 
     monkeypatch.setattr(accelerator, "copy", watched)
@@ -133,13 +133,10 @@ def test_failure_leaves_nothing_behind(sides):
     assert target.eq(0).all()
 
 
-def test_deadline_while_the_producers_device_is_busy(sides):
-    (source,) = given = sources(CHUNK)
-    exposed = sides[0].transport.expose(given)
+def test_deadline_while_the_producers_device_is_busy(sides, monkeypatch):
+    exposed = sides[0].transport.expose(sources(CHUNK))
     gate = threading.Event()
-    launch(source, 3, gate)  # before it, the copy of a chunk cannot run
-    before = Event(accelerator.stream())
-    accelerator._side.give(lambda: before.wait(60))
+    monkeypatch.setattr(accelerator, "gate", gate)
     with pytest.raises((TimeoutError, CallError)):
         read(sides, exposed, [torch.zeros(CHUNK, dtype=torch.uint8)], timeout_s=0.3)
     gate.set()
@@ -157,7 +154,7 @@ def test_failure_waits_once_for_all_copies_and_says_if_one_goes_on(sides, monkey
             if not ended.wait(timeout_s):
                 raise TimeoutError("not this one")
 
-    def slow_then_broken(pairs, device):
+    def slow_then_broken(pairs, device, after=()):
         if pairs[0][0].is_cpu:  # the producer's
             return copy(pairs, device)
         if len(begun) == 3:
@@ -184,7 +181,7 @@ def test_deadline_while_the_last_copy_runs_says_that_it_goes_on(sides, monkeypat
         def wait(self, timeout_s):
             raise TimeoutError("the device is busy")
 
-    def endless(pairs, device):
+    def endless(pairs, device, after=()):
         return copy(pairs, device) if pairs[0][0].is_cpu else Copy()
 
     monkeypatch.setattr(accelerator, "copy", endless)

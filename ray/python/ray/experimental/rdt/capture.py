@@ -374,14 +374,8 @@ def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None)
     Of tensors on devices it records the events; so it runs on the thread that made them.
     """
     table, addresses, storages = _tensors.lay_out(tensors, is_parameter)
-    events = _record(tensors) if table.devices else ()
+    events = writers.record(tensors) if table.devices else ()
     return Captured(tensors, addresses, storages, table, events)
-
-
-def _record(tensors: list[torch.Tensor]) -> list[Event]:
-    """Events of each device that some of the tensors are on."""
-    devices = {tensor.device for tensor in tensors if not tensor.is_cpu}
-    return [event for device in devices for event in writers.record(device)]
 
 
 @functools.lru_cache(maxsize=4096)

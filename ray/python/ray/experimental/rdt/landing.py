@@ -16,6 +16,7 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
     from ray.experimental.rdt.session import Session
 
 Targets = Sequence["torch.Tensor"]
@@ -39,6 +40,8 @@ class Landing:
         direct: Regions that land in a tensor of the user's, and that tensor.
         devices: The producer's device type of each region that is not in its host memory. The agent
             does not fill these: ``addresses`` and ``lengths`` leave them out.
+        after: What memory on devices may be written after: what this thread's streams had when the
+            memory was taken.
     """
 
     regions: array[int]
@@ -47,6 +50,7 @@ class Landing:
     lengths: array[int]
     direct: Mapping[int, torch.Tensor]
     devices: Mapping[int, str]
+    after: Sequence[Event] = ()
 
     def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
         """Regions as flat uint8 tensors, for a transport to fill.
@@ -136,6 +140,7 @@ def allocate_on_devices(
         array("Q", [table.regions[region] for region in agents]),
         direct,
         table.devices,
+        accelerators.record([*on_device.values(), *direct.values()]),
     )
 
 

@@ -10,7 +10,7 @@ import ctypes
 import logging
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from ray.exceptions import RayError
@@ -40,6 +40,7 @@ from ray.experimental.rdt.transports.ways import STAGED, ways
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
     from ray.experimental.rdt.hints import HintedPulls
     from ray.experimental.rdt.links import Links
     from ray.experimental.rdt.session import Session
@@ -222,21 +223,24 @@ class Exchange:
         head, expected = self._head, None
         if self._device_type == "cpu":
             expected = checksums.expected(self._session, head.address, head.key)
-        self._move(landing.flat(self._device_type), deadline)
+        self._move(landing, deadline)
         if self._device_type == "cpu":
             self._session.agent.note_pulled(landing.addresses, landing.lengths)
         if expected is not None:
             expected.check_memory(landing.addresses, landing.lengths, deadline)
 
-    def _move(self, buffers: list[torch.Tensor], deadline: float) -> None:
+    def _move(self, landing: Landing, deadline: float) -> None:
+        buffers, after = landing.flat(self._device_type), landing.after
         if self._exposed is None:
-            retry_stale(lambda: self._receive(buffers, deadline), deadline)
+            retry_stale(lambda: self._receive(buffers, deadline, after), deadline)
         else:
             exposed = self._await_exposed(self._exposed, deadline)
-            cast(OneSided, self._transport).read(self._peer, exposed, buffers, deadline)
+            cast(OneSided, self._transport).read(self._peer, exposed, buffers, deadline, after)
             self.abandon()
 
-    def _receive(self, buffers: list[torch.Tensor], deadline: float) -> None:
+    def _receive(
+        self, buffers: list[torch.Tensor], deadline: float, after: Sequence[Event]
+    ) -> None:
         transport = cast(TwoSided, self._transport)
         route = transport.route(self._peer, deadline)
         try:
@@ -245,7 +249,7 @@ class Exchange:
             is_refused = isinstance(error, (CallError, TransportUnavailable))
             transport.give_up(route, may_send=not is_refused)
             raise
-        transport.receive(route, buffers, deadline)
+        transport.receive(route, buffers, deadline, after)
 
     def _await_exposed(self, asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
         try:

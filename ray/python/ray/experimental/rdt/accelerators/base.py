@@ -1,8 +1,10 @@
 """The seam between RDT and a kind of device.
 
-Device work is queued, and a queue (stream) runs on its own time. Whoever reads memory of a device
-waits for the event that was recorded when the tensor was handed to RDT, and never for the device as
-a whole. All methods may be called from any thread; those that block hold no GIL.
+Device work is queued, and a queue (stream) runs on its own time. RDT waits for events only, never
+for a device as a whole: a reader for the event recorded when the producer gave the tensor to RDT, a
+writer for the one recorded when the consumer took the memory. Copies run on private streams, so
+they never wait for what the user's streams are given later. All methods may be called from any
+thread; those that block hold no GIL.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ Handle = dict[str, Any]
 
 class Event(Protocol):
     """A point in one stream's queue."""
+
+    def is_reached(self) -> bool:
+        """Whether the stream has come so far. Does not block."""
 
     def wait(self, timeout_s: float) -> None:
         """Blocks until the stream has come so far. Raises TimeoutError."""
@@ -103,7 +108,7 @@ class Accelerator(Protocol):
         """An event at the end of what this thread's current stream on ``device`` has so far."""
 
     def new_stream(self, device: torch.device) -> Any:
-        """A stream of ``device`` that nothing waits for yet, for ``on``."""
+        """A private stream of ``device``, for ``on``: the user's work is never given to it."""
 
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Makes a stream the current one of the thread that enters it, until it leaves."""
@@ -115,10 +120,16 @@ class Accelerator(Protocol):
         """Flat uint8 host memory that devices copy from and to at full speed."""
 
     def copy(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        device: torch.device,
+        after: Sequence[Event] = (),
     ) -> Event:
-        """Begins to copy flat (target, source) pairs, of which one or both lie on ``device``.
+        """Begins to copy flat (target, source) pairs.
 
-        The copies run on a side stream, after what this thread's current stream has so far. Both
-        sides of a pair have to stay until the returned event was waited for.
+        Each side lies on ``device`` or in host memory, which is pinned (``pinned``).
+
+        The copies run on a private stream, after the events in ``after`` and nothing else. The
+        caller has waited for what writes the sources; for targets on a device, ``after`` holds an
+        event recorded when their memory was taken. The pairs are kept until the copy has ended.
         """

@@ -1,70 +1,101 @@
 """NVIDIA GPUs, through torch.
 
+Every call runs in the capture mode "relaxed" of its thread: while a thread of the user's captures a
+CUDA graph in torch's default mode, "global", a query of an event or an allocation on any other
+thread would end the capture with an error. NVIDIA's package cuda-bindings, which torch's CUDA
+wheels install, has that call and makes the private streams. Without it streams come from torch's
+pool, and users have to capture in the mode "thread_local".
+
 Not run on a GPU so far: written from the documentation of torch and CUDA.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.cuda_calls import (
+    bindings,
+    checked,
+    current,
+    driver,
+    relaxed,
+)
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
+from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:
     import torch
 
-_FIRST_LOOK_S = 20e-6
-_LAST_LOOK_S = 1e-3
+_SPIN_S = 80e-6
+_FIRST_PAUSE_S = 20e-6
+_LAST_PAUSE_S = 1e-3
+
+#: Pairs below this are copied by one kernel for many of them.
+_SMALL_NBYTES = 1 << 20
 
 
 class CudaEvent:
     """See ``Event``.
 
-    CUDA has no wait with a deadline, so the event is looked at, after growing pauses of at most a
-    millisecond; a wait of CUDA's own could also not be ended by Ctrl-C.
+    CUDA has no wait with a deadline, so the event is looked at: all the time at first, then after
+    growing pauses of at most a millisecond. A wait of CUDA's own could not be ended by Ctrl-C.
 
     Args:
-        event: A recorded ``torch.cuda.Event``.
-        device: Where it was recorded.
+        event: A ``torch.cuda.Event``, recorded before any method is called.
+        device: Where it is recorded.
+        kept: Memory that the work before the event uses; let go when the event is found reached.
     """
 
-    def __init__(self, event: Any, device: torch.device):
-        self._event = event
+    def __init__(self, event: Any, device: torch.device, kept: Any = None):
+        self.event = event
         self._device = device
+        self._kept = kept
+
+    def is_reached(self) -> bool:
+        """See ``Event``."""
+        with relaxed():
+            return self._look()
 
     def wait(self, timeout_s: float) -> None:
         """See ``Event``."""
-        deadline, pause = time.monotonic() + timeout_s, _FIRST_LOOK_S
-        while not self._event.query():
-            if time.monotonic() >= deadline:
-                raise TimeoutError(
-                    f"{self._device} did not finish what it was given within {timeout_s:g} s"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, _LAST_LOOK_S)
+        start, pause = time.monotonic(), _FIRST_PAUSE_S
+        with relaxed():
+            while not self._look():
+                waited_s = time.monotonic() - start
+                if waited_s >= timeout_s:
+                    raise TimeoutError(
+                        f"{self._device} did not finish what it was given within {timeout_s:g} s"
+                    )
+                if waited_s >= _SPIN_S:
+                    time.sleep(min(pause, timeout_s - waited_s))
+                    pause = min(2 * pause, _LAST_PAUSE_S)
+
+    def _look(self) -> bool:
+        is_reached = bool(self.event.query())
+        if is_reached:
+            self._kept = None
+        return is_reached
 
     def order(self) -> None:
         """See ``Event``."""
         import torch
 
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        torch.cuda.current_stream(self._device).wait_event(self.event)
 
 
 class CudaAccelerator:
-    """See ``Accelerator``. Each device has one side stream, made at its first copy."""
+    """See ``Accelerator``."""
 
     device_type = "cuda"
     transports = ("cuda_ipc", "nixl", "nccl")
 
     def __init__(self) -> None:
         self.sharing = CudaSharing()
-        self._lock = threading.Lock()
-        self._side_streams: dict[int, torch.cuda.Stream] = {}
+        self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
     def unavailable(self) -> str:
         """See ``Accelerator``."""
@@ -81,15 +112,12 @@ class CudaAccelerator:
         return torch.device("cuda", torch.cuda.current_device())
 
     def segment(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        """See ``Accelerator``. Asks the driver through NVIDIA's cuda-bindings, if installed."""
-        import torch
-
-        try:
-            driver = importlib.import_module("cuda.bindings.driver")
-        except ImportError:
+        """See ``Accelerator``. Not known without NVIDIA's cuda-bindings."""
+        calls = driver()
+        if calls is None:
             return None
-        with torch.cuda.device(tensor.device):
-            error, start, nbytes = driver.cuMemGetAddressRange(tensor.data_ptr())
+        with relaxed(), current(tensor.get_device()):
+            error, start, nbytes = calls.cuMemGetAddressRange(tensor.data_ptr())
         return None if int(error) else (int(start), int(nbytes))
 
     def record(self, device: torch.device) -> Event:
@@ -99,11 +127,24 @@ class CudaAccelerator:
         return recorded(torch.cuda.current_stream(device), device)
 
     def new_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """See ``Accelerator``. torch has 32 for each device and gives them out in turns."""
+        """See ``Accelerator``.
+
+        torch's own 32 streams of a device are given out in turns, to the user as well. The stream
+        is never destroyed: torch's allocator may name it for as long as the process lives.
+        """
         import torch
 
-        make: Any = torch.cuda.Stream
-        stream: torch.cuda.Stream = make(device)
+        runtime = bindings()
+        if runtime is None:
+            make: Any = torch.cuda.Stream
+            pooled: torch.cuda.Stream = make(device)
+            return pooled
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with relaxed(), current(index):
+            flags = runtime.cudaStreamNonBlocking
+            raw = checked("cudaStreamCreateWithFlags", runtime.cudaStreamCreateWithFlags(flags))
+        external: Any = torch.cuda.ExternalStream
+        stream: torch.cuda.Stream = external(int(raw), device=torch.device("cuda", index))
         return stream
 
     @contextlib.contextmanager
@@ -111,47 +152,65 @@ class CudaAccelerator:
         """See ``Accelerator``."""
         import torch
 
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        with relaxed(), torch.cuda.device(stream.device), torch.cuda.stream(stream):
             yield
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """See ``Accelerator``."""
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        with relaxed():
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See ``Accelerator``. torch keeps freed pinned memory for the next that asks."""
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        with relaxed():
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def copy(
-        self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+        self,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        device: torch.device,
+        after: Sequence[Event] = (),
     ) -> Event:
         """See ``Accelerator``."""
         import torch
 
-        side = self._side_stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(side), torch.no_grad():
-            for target, source in pairs:
-                # A copy may outlast the wait for it: memory that is freed then is not given out
-                # again before the copy has run.
-                for tensor in (target, source):
-                    if tensor.is_cuda:
-                        tensor.record_stream(side)
-                target.copy_(source, non_blocking=True)
-        return recorded(side, device)
+        make: Any = torch.cuda.Event
+        event = CudaEvent(make(), device, list(pairs))
 
-    def _side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        import torch
+        def begin(side: torch.cuda.Stream) -> None:
+            for earlier in after:
+                assert isinstance(earlier, CudaEvent)
+                side.wait_event(earlier.event)
+            try:
+                with self.on(side), torch.inference_mode():
+                    _copy_all(pairs)
+            finally:
+                event.event.record(side)
 
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with self._lock:
-            if index not in self._side_streams:
-                self._side_streams[index] = self.new_stream(torch.device("cuda", index))
-            return self._side_streams[index]
+        direction = tuple(tensor.is_cuda for tensor in pairs[0]) if pairs else ()
+        with relaxed():
+            return self._side_streams.run(
+                (device, direction), lambda: self.new_stream(device), event, begin
+            )
+
+
+def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Gives the copies to the current stream."""
+    import torch
+
+    few: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for target, source in pairs:
+        if target.is_cuda and source.is_cuda and target.numel() < _SMALL_NBYTES:
+            few.append((target, source))
+        else:
+            target.copy_(source, non_blocking=True)
+    if few:
+        targets, sources = zip(*few)
+        torch._foreach_copy_(targets, sources, non_blocking=True)
 
 
 def recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
@@ -160,5 +219,6 @@ def recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
 
     make: Any = torch.cuda.Event
     event = make()
-    event.record(stream)
+    with relaxed():
+        event.record(stream)
     return CudaEvent(event, device)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import threading
-from typing import cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, cast
 
-from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.base import Accelerator, Event
+
+if TYPE_CHECKING:
+    import torch
 
 _FACTORIES = {"cuda": ("ray.experimental.rdt.accelerators.cuda", "CudaAccelerator")}
 
@@ -36,6 +40,16 @@ def usable(device_type: str) -> Accelerator | None:
 def usable_types() -> list[str]:
     """The types of devices that this process has. Runs on: any thread."""
     return sorted(name for name in {*_FACTORIES, *_made} if usable(name) is not None)
+
+
+def record(tensors: Iterable[torch.Tensor]) -> list[Event]:
+    """An event for each device that some of the tensors are on. Runs on: any thread."""
+    events = []
+    for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
+        accelerator = of(device.type)
+        if accelerator is not None:
+            events.append(accelerator.record(device))
+    return events
 
 
 def register(accelerator: Accelerator) -> None:

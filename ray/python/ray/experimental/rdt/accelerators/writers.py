@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
@@ -19,14 +20,13 @@ def name_stream(stream: torch.cuda.Stream | None) -> None:
     _named = stream
 
 
-def record(device: torch.device) -> list[Event]:
-    """An event at the end of what each of a device's writers has so far. Runs on: any thread."""
-    accelerator = accelerators.of(device.type)
-    if accelerator is None:
-        return []
-    events = [accelerator.record(device)]
+def record(tensors: Sequence[torch.Tensor]) -> list[Event]:
+    """The ends of what the writers of these tensors have so far. Runs on: any thread."""
+    events = accelerators.record(tensors)
     named = _named
-    if named is not None and named.device == device:
-        with accelerator.on(named):
-            events.append(accelerator.record(device))
+    if named is not None and any(tensor.device == named.device for tensor in tensors):
+        accelerator = accelerators.of(named.device.type)
+        if accelerator is not None:
+            with accelerator.on(named):
+                events.append(accelerator.record(named.device))
     return events

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
+
 
 class TransportUnavailable(Exception):
     """This transport cannot serve this pair or this object; nothing has been sent.
@@ -127,9 +129,16 @@ class OneSided(Protocol):
         """
 
     def read(
-        self, peer: Peer, exposed: Route, buffers: Sequence[torch.Tensor], deadline: float
+        self,
+        peer: Peer,
+        exposed: Route,
+        buffers: Sequence[torch.Tensor],
+        deadline: float,
+        after: Sequence[Event] = (),
     ) -> None:
         """Fills flat uint8 ``buffers``, which match the exposed ones one to one.
+
+        Buffers on devices may be written after the events in ``after``.
 
         Runs on: consumer, the fetching thread; may block until ``deadline`` (``time.monotonic``).
         Returns only once all bytes are in place; after an error none is written any more, unless
@@ -169,8 +178,16 @@ class TwoSided(Protocol):
         that fails also ends the consumer's ``receive`` on this route.
         """
 
-    def receive(self, route: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
+    def receive(
+        self,
+        route: Route,
+        buffers: Sequence[torch.Tensor],
+        deadline: float,
+        after: Sequence[Event] = (),
+    ) -> None:
         """Fills flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
+
+        Buffers on devices may be written after the events in ``after``.
 
         Runs on: consumer, the fetching thread. After an error none is written any more.
         """

@@ -180,7 +180,14 @@ class DeviceIpcTransport:
 
     # Consumer.
 
-    def read(self, peer: Peer, exposed: Route, buffers: Buffers, deadline: float) -> None:
+    def read(
+        self,
+        peer: Peer,
+        exposed: Route,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event] = (),
+    ) -> None:
         """See ``OneSided``. A copy that outlasts the read is looked after by later ones."""
         self._look_after_hung()
         sources = self._sources(exposed, buffers)
@@ -195,7 +202,7 @@ class DeviceIpcTransport:
         reading = _Reading(peer.address, answer["share"])
         try:
             self._open(answer["handles"], sources, buffers, reading)
-            self._copy(reading, deadline)
+            self._copy(reading, deadline, after)
         except BaseException as error:
             has_ended = have_ended(reading.copies, _GRACE_S)
             error.may_still_write = not has_ended  # type: ignore[attr-defined]
@@ -250,16 +257,17 @@ class DeviceIpcTransport:
         for handle, source, buffer in zip(handles, sources, buffers):
             if handle is not None:
                 try:
-                    reading.pairs.append((buffer, self._sharing.open(handle, source)))
+                    here = source if buffer.is_cpu else buffer.device
+                    reading.pairs.append((buffer, self._sharing.open(handle, here)))
                 except RuntimeError as error:
                     raise TransportUnavailable(
                         f"the producer's memory cannot be opened: {error}"
                     ) from error
 
-    def _copy(self, reading: _Reading, deadline: float) -> None:
+    def _copy(self, reading: _Reading, deadline: float, after: Sequence[Event]) -> None:
         for source in {source.device for _, source in reading.pairs}:
             here = [pair for pair in reading.pairs if pair[1].device == source]
-            reading.copies.append(self._accelerator.copy(here, source))
+            reading.copies.append(self._accelerator.copy(here, source, after))
         while reading.copies:
             reading.copies[0].wait(_left(deadline))
             reading.copies.pop(0)

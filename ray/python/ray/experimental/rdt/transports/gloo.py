@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ray.experimental.rdt.transports.process_group import ProcessGroupTransport,
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
     from ray.experimental.rdt.session import Session
 
 
@@ -92,7 +94,7 @@ class GlooBackend:
         """See ``Backend``."""
         work.wait(timedelta(seconds=timeout_s))
 
-    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
+    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
         """See ``Backend``."""
         return contextlib.nullcontext()
 

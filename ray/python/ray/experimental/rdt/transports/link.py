@@ -32,6 +32,8 @@ from ray.experimental.rdt.transports.packing import Direct, Header, Message, Pac
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
+
 CONSUMER, PRODUCER = 0, 1  # ranks in the process group
 
 _PROOF_TAG = 0
@@ -104,12 +106,11 @@ class Backend(Protocol):
     def wait(self, work: Any, timeout_s: float) -> None:
         """Waits for a send or receive, without the GIL. Raises on failure and timeout."""
 
-    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
-        """Made on the caller's thread, entered on the transfer's: orders the work of devices.
+    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+        """Entered on the transfer's thread: orders the work of devices.
 
         Args:
-            after_caller: Whether the transfer comes after what the caller's thread has given its
-                device so far.
+            after: The transfer comes after these.
         """
 
     def empty(self, nbytes: int) -> torch.Tensor:
@@ -242,8 +243,12 @@ class Link:
         """
         self._run(lambda job: self._send(job, tag, buffers, deadline), deadline)
 
-    def receive(self, tag: int, buffers: Buffers, deadline: float) -> None:
+    def receive(
+        self, tag: int, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+    ) -> None:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
+
+        Buffers on devices are written after the events in ``after``.
 
         Raises:
             TransferRefused: the producer does not send these buffers, or the backend cannot write
@@ -254,10 +259,7 @@ class Link:
         if refusal:
             self.close(refusal)
             raise TransferRefused(refusal)
-        # The caller's device may still use the memory for what was in it before.
-        self._run(
-            lambda job: self._receive(job, tag, buffers, deadline), deadline, after_caller=True
-        )
+        self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline, after)
 
     def _send(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
         """Runs on: producer, the transfer's thread."""
@@ -343,7 +345,7 @@ class Link:
     # Life.
 
     def _run(
-        self, transfer: Callable[[_Job], None], deadline: float, after_caller: bool = False
+        self, transfer: Callable[[_Job], None], deadline: float, after: Sequence[Event] = ()
     ) -> None:
         """Runs a transfer on a thread of its own and waits for it, interruptibly."""
         job = _Job()
@@ -353,7 +355,7 @@ class Link:
             self._jobs.add(job)
         name = f"rdt-{self._backend.capabilities.name}"
         try:
-            arguments = (transfer, job, self._backend.turn(after_caller))
+            arguments = (transfer, job, self._backend.turn(after))
             threading.Thread(target=_work, args=arguments, name=name, daemon=True).start()
             self._await(job, deadline)
         except TransferRefused:

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -154,25 +154,24 @@ class NcclBackend:
         """See ``Backend``. A torch wait with a timeout would leave the process to its watchdog."""
         work.wait(timeout_s)
 
-    def turn(self, after_caller: bool) -> AbstractContextManager[None]:
+    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
         """See ``Backend``. Each transfer has a stream that no other uses meanwhile.
 
         Its operations wait for the other end. On a stream that others use, the default one for
         instance, their work would wait too: two processes that pull from each other would each send
         only after they had received.
         """
-        caller = self._accelerator.record(self._device) if after_caller else None
-        return self._on_own_stream(caller)
+        return self._on_own_stream(after)
 
     @contextlib.contextmanager
-    def _on_own_stream(self, caller: Event | None) -> Iterator[None]:
+    def _on_own_stream(self, after: Sequence[Event]) -> Iterator[None]:
         """Runs on: the transfer's thread."""
         with self._lock:
             idle = self._idle_streams.pop() if self._idle_streams else None
         stream = idle if idle is not None else self._accelerator.new_stream(self._device)
         with self._accelerator.on(stream):
-            if caller is not None:
-                caller.order()
+            for event in after:
+                event.order()
             yield
         # Used again, because torch's allocator keeps freed memory for each stream apart. Not after
         # an error: the stream may wait for a message that never comes.

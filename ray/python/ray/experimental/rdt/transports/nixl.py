@@ -30,6 +30,7 @@ from ray.experimental.rdt.transports.nixl_producer import Producer
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
     from ray.experimental.rdt.session import Session
 
 
@@ -71,7 +72,12 @@ class NixlTransport:
         return self._producer.expose(buffers)
 
     def read(
-        self, peer: Peer, exposed: Route, buffers: Sequence[torch.Tensor], deadline: float
+        self,
+        peer: Peer,
+        exposed: Route,
+        buffers: Sequence[torch.Tensor],
+        deadline: float,
+        after: Sequence[Event] = (),
     ) -> None:
         """See ``OneSided``.
 
@@ -83,7 +89,7 @@ class NixlTransport:
             TimeoutError: not all bytes came by the deadline, or a GPU still used the buffers.
             NixlError: the transfer failed; its ``code`` is "peer_lost" if the connection broke.
         """
-        self._consumer.read(exposed, buffers, deadline)
+        self._consumer.read(exposed, buffers, deadline, after)
 
     def withdraw(self, exposed: Route) -> None:
         """See ``OneSided``."""

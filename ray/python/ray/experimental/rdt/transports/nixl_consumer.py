@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.accelerators.cuda import recorded
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
@@ -22,6 +21,8 @@ from ray.experimental.rdt.transports.nixl_remotes import Exposure
 
 if TYPE_CHECKING:
     import torch
+
+    from ray.experimental.rdt.accelerators.base import Event
 
 _HOST_BATCH_NBYTES = 16 << 20
 _DEVICE_BATCH_NBYTES = 256 << 20
@@ -58,7 +59,13 @@ class Consumer:
         self._lock = threading.Lock()
         self._hung: list[_Hung] = []
 
-    def read(self, exposed: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
+    def read(
+        self,
+        exposed: Route,
+        buffers: Sequence[torch.Tensor],
+        deadline: float,
+        after: Sequence[Event] = (),
+    ) -> None:
         """See ``NixlTransport``. Runs on: consumer, the fetching thread."""
         local, remote = spans_of(buffers), Spans.decode(exposed["spans"])
         if not local.nbytes and not remote.nbytes:
@@ -66,7 +73,8 @@ class Consumer:
         endpoint = self._endpoint.get()
         _check_way(endpoint.engine, exposed["reach"])
         self._look_after_hung(endpoint)
-        _await_owners(buffers, local, deadline)
+        for event in after:
+            event.wait(max(0.0, deadline - time.monotonic()))
         try:
             lease = endpoint.registrations.acquire(local, buffers)
         except NixlError as error:
@@ -109,21 +117,6 @@ def _check_way(engine: Engine, reach: str) -> None:
             "this host and the producer's do not both have RDMA devices, and over TCP nixl is "
             "slower than other lanes and not safe"
         )
-
-
-def _await_owners(buffers: Sequence[torch.Tensor], spans: Spans, deadline: float) -> None:
-    """Waits until what a GPU still does with memory that torch has handed out again is done.
-
-    Raises:
-        TimeoutError: it was not by the deadline.
-    """
-    if not spans.has_device_memory:
-        return
-    import torch
-
-    for device in {buffer.device for buffer in buffers if buffer.is_cuda}:
-        event = recorded(torch.cuda.current_stream(device), device)
-        event.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _run(

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from ray.experimental.rdt.transports.rendezvous import Rendezvous, as_store
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.base import Event
     from ray.experimental.rdt.session import Session
 
 logger = logging.getLogger("ray.rdt")
@@ -116,11 +117,13 @@ class ProcessGroupTransport:
         link = self._acquire(peer, group.id if group is not None else "", deadline)
         return {"link": link.id, "tag": link.next_tag()}
 
-    def receive(self, route: Route, buffers: Buffers, deadline: float) -> None:
+    def receive(
+        self, route: Route, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+    ) -> None:
         """See ``TwoSided.receive``."""
         link = self._find(route)
         try:
-            link.receive(route["tag"], buffers, deadline)
+            link.receive(route["tag"], buffers, deadline, after)
         finally:
             self._release(link)
 

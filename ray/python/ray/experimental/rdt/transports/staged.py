@@ -169,9 +169,16 @@ class StagedTransport:
 
     # Consumer.
 
-    def read(self, peer: Peer, exposed: Route, buffers: Buffers, deadline: float) -> None:
+    def read(
+        self,
+        peer: Peer,
+        exposed: Route,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event] = (),
+    ) -> None:
         """See ``OneSided``."""
-        reading = _Reading(self._session, peer, exposed["exposure"], buffers, deadline)
+        reading = _Reading(self._session, peer, exposed["exposure"], buffers, deadline, after)
         try:
             reading.run()
         except BaseException as error:
@@ -183,13 +190,20 @@ class _Reading:
     """One object on its way to this process. Runs on: consumer, the fetching thread."""
 
     def __init__(
-        self, session: Session, peer: Peer, exposure: int, buffers: Buffers, deadline: float
+        self,
+        session: Session,
+        peer: Peer,
+        exposure: int,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event],
     ):
         self._session = session
         self._peer = peer
         self._exposure = exposure
         self._buffers = buffers
         self._deadline = deadline
+        self._after = after
         self._copies: deque[tuple[Event, Any]] = deque()
 
     def run(self) -> None:
@@ -252,7 +266,7 @@ class _Reading:
         for device in {target.device for target, _ in pairs if not target.is_cpu}:
             accelerator = _accelerator(device)
             here = [pair for pair in pairs if pair[0].device == device]
-            self._copies.append((accelerator.copy(here, device), here))
+            self._copies.append((accelerator.copy(here, device, self._after), here))
         while len(self._copies) > _WINDOW:
             self._copies[0][0].wait(self._left())
             self._copies.popleft()

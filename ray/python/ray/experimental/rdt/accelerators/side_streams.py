@@ -1,0 +1,78 @@
+"""Private streams for copies, a few for each device and direction.
+
+A copy may have to wait for what its memory was used for before. So a stream whose last copy is
+still under way is not given the next one while fewer than ``_LIMIT`` streams exist: copies of
+different pulls do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from ray.experimental.rdt.accelerators.base import Event
+
+#: Of one device and direction.
+_LIMIT = 16
+
+_Stream = TypeVar("_Stream")
+
+
+@dataclass
+class _Slot(Generic[_Stream]):
+    stream: _Stream
+    last: Event | None = None
+
+
+class SideStreams(Generic[_Stream]):
+    """The streams of one process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: defaultdict[Hashable, deque[_Slot[_Stream]]] = defaultdict(deque)
+        self._made: defaultdict[Hashable, int] = defaultdict(int)
+
+    def run(
+        self, key: Hashable, make: Callable[[], _Stream], event: Event,
+        begin: Callable[[_Stream], None],
+    ) -> Event:  # fmt: skip
+        """Gives work to a stream that no other thread uses meanwhile.
+
+        Args:
+            key: The device and direction.
+            make: Makes one more stream.
+            event: What ``begin`` records behind the work, also when it fails. It is kept until the
+                stream is used again, so that it can hold memory that the work uses.
+            begin: Gives the work to the stream.
+
+        Returns:
+            ``event``.
+        """
+        slot = self._take(key) or _Slot(make())
+        try:
+            begin(slot.stream)
+        finally:
+            slot.last = event
+            with self._lock:
+                self._free[key].append(slot)
+        return event
+
+    def _take(self, key: Hashable) -> _Slot[_Stream] | None:
+        """A stream whose last work has ended, or any if there are many; None: make one more."""
+        for _ in range(_LIMIT):
+            with self._lock:
+                slot = self._free[key].popleft() if self._free[key] else None
+            if slot is None:
+                break
+            if slot.last is None or slot.last.is_reached():
+                return slot
+            with self._lock:
+                self._free[key].append(slot)
+        with self._lock:
+            if self._made[key] >= _LIMIT and self._free[key]:
+                return self._free[key].popleft()
+            self._made[key] += 1
+        return None
