@@ -263,7 +263,7 @@ def short_fetch(monkeypatch):
 def test_no_device_is_waited_for_unless_the_user_asks(producer, monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
-    check_writers = producer._producer._check_writers
+    check_writers = producer._producer.check_writers
     check_writers(gpu_buffers("cuda:1"))
     producer.set_cuda_stream(SimpleNamespace(device=torch.device("cuda:0")))
     check_writers(gpu_buffers("cuda:0"))
@@ -322,7 +322,7 @@ def test_a_device_that_does_not_finish_makes_it_unavailable(producer, short_fetc
     started = time.monotonic()
     producer.set_cuda_stream(None)
     with pytest.raises(TransportUnavailable, match=r"cuda:0 did not.*set_nixl_cuda_stream"):
-        producer._producer._check_writers(gpu_buffers("cuda:1", "cuda:0"))
+        producer._producer.check_writers(gpu_buffers("cuda:1", "cuda:0"))
     assert time.monotonic() - started < 3
     ended.set()
 
@@ -334,7 +334,7 @@ def test_a_device_that_fails_says_so(producer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     producer.set_cuda_stream(None)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        producer._producer._check_writers(gpu_buffers("cuda:0"))
+        producer._producer.check_writers(gpu_buffers("cuda:0"))
 
 
 def test_memory_is_read_into_after_what_it_was_used_for(fabric, producer, consumer):

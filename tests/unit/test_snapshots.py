@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from ray.experimental.rdt import capture, room, serve, snapshots
+from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.errors import NixlOutOfMemoryError
 from ray.experimental.rdt.store import Store
 from tests import fake_device
+from tests.fake_device import accelerator
 
 LARGE = 100_000
 TYPE = fake_device.TYPE
@@ -120,29 +122,32 @@ def test_host_memory_without_room_is_refused() -> None:
     assert pool.take(capture.lay_out([torch.ones(LARGE - 64, dtype=torch.uint8)]))
 
 
-def test_the_stream_of_the_user_orders_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy runs on the current stream after the user's, and the user's goes on after it."""
-    device, said = torch.device("cuda:0"), []
+def test_the_named_stream_orders_the_copy() -> None:
+    """The copy runs after what the named stream has and before what it is given next."""
 
-    class Stream:
-        def __init__(self, name: str):
-            self.name, self.device = name, device
+    class Named(fake_device.Stream):
+        device = torch.device(TYPE, 0)
 
-        def wait_stream(self, other: Stream) -> None:
-            said.append(f"{self.name} after {other.name}")
+    stream, gate = Named(), threading.Event()
+    tensor = torch.zeros(LARGE, device=f"{TYPE}:0")
+    writers.name_stream(stream)
+    try:
+        with accelerator.on(stream):
+            fake_device.launch(tensor, 1.0, gate)
+        captured = capture.lay_out([tensor])
+        assert make(8 * LARGE, f"{TYPE}:0").take(captured)
+        with accelerator.on(stream):
+            fake_device.launch(tensor, 2.0)
+    finally:
+        writers.name_stream(None)
+    gate.set()
+    (buffer,) = sent(captured, TYPE)
+    assert set(fake_device.on_host(buffer).view(torch.float32).tolist()) == {1.0}
 
-    current = Stream("current")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
-    nixl: Any = SimpleNamespace(cuda_stream=Stream("user's"))
-    with snapshots._AfterWriters(nixl, {device}, 0.0):
-        said.append("copy")
-    assert said == ["current after user's", "copy", "user's after current"]
-    with pytest.raises(ValueError, match="stream on cuda:0, but the object has tensors on cuda:1"):
-        snapshots._AfterWriters(nixl, {torch.device("cuda:1")}, 0.0).__enter__()
 
-
-def test_without_such_a_stream_the_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    awaited: list[Any] = []
-    monkeypatch.setattr(snapshots, "await_device", lambda device, until: awaited.append(device))
-    with snapshots._AfterWriters(None, {torch.device("cuda:1"), torch.device(TYPE, 0)}, 0.0):
-        assert awaited == [torch.device("cuda:1")]
+def test_whole_devices_are_waited_for_if_the_user_asks() -> None:
+    waited: list[Any] = []
+    nixl = SimpleNamespace(has_registered=lambda _: False, check_writers=waited.extend)
+    tensor = torch.ones(LARGE, device=f"{TYPE}:0")
+    assert make(8 * LARGE, nixl=nixl).take(capture.lay_out([tensor]))
+    assert [buffer.device for buffer in waited] == [tensor.device]

@@ -289,7 +289,8 @@ def buffers_for(
     returned = [accelerator.empty(b.numel(), home) for b, home in zip(buffers, homes)]
     for home in set(homes):
         pairs = [pair for pair in zip(returned, buffers) if pair[0].device == home]
-        accelerator.copy(pairs, home).wait(max(0.0, deadline - time.monotonic()))
+        allocated = accelerator.record(home)
+        accelerator.copy(pairs, home, [allocated]).wait(max(0.0, deadline - time.monotonic()))
     return returned
 
 

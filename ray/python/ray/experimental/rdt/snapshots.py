@@ -9,22 +9,21 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.capture import Captured, region_bytes, tenants
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.errors import NixlOutOfMemoryError, RDTError
 from ray.experimental.rdt.room import Room, may_wait
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.nixl_pool import MemoryPool
-from ray.experimental.rdt.transports.nixl_producer import await_device
+from ray.experimental.rdt.transports.nixl_pool import Copies, MemoryPool
 
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
     from ray.experimental.rdt.transports.nixl import NixlTransport
 
 #: Finds this process's nixl transport, None if it has not been used.
@@ -70,8 +69,8 @@ class Snapshots:
         Not meant for it are objects that ride in their value, those with memory that the user has
         registered, and those with tensors elsewhere than on the pool's GPU.
 
-        Runs on: producer, the thread of the task. Waits for room, and for GPUs where no stream was
-        named that writes the tensors.
+        Runs on: producer, the thread of the task. Waits for room, for devices where the pool is in
+        host memory, and for whole devices after ``set_nixl_cuda_stream(None)``.
 
         Returns:
             False if there is no room: the object is to go through Ray's object store.
@@ -92,9 +91,7 @@ class Snapshots:
         if copies is None:
             self._refuse(pool, captured, patience_s)
             return False
-        events = self._copy(copies.buffers, buffers)
-        captured.addresses = array("Q", [copy.data_ptr() for copy in copies.buffers])
-        captured.copies, captured.events = copies, events
+        self._copy(captured, copies, buffers)
         return True
 
     def _is_meant_for(self, pool: MemoryPool, buffers: Sequence[torch.Tensor]) -> bool:
@@ -119,78 +116,35 @@ class Snapshots:
             )
         self._room.refuse(full, advice, NixlOutOfMemoryError)
 
-    def _copy(
-        self, copies: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]
-    ) -> Sequence[Event]:
-        """Copies buffers; returns the ends of the copies that are still under way.
+    def _copy(self, captured: Captured, copies: Copies, buffers: Sequence[torch.Tensor]) -> None:
+        """Copies an object's buffers, and puts the copies in their place.
 
-        What this thread's current streams are given afterwards runs after the copies, and so does
-        what the stream that writes the tensors is given.
+        What the streams that write the tensors are given afterwards runs after the copies.
         """
-        pairs = list(zip(copies, buffers))
+        pairs = list(zip(copies.buffers, buffers))
         for copy, buffer in pairs:
             if buffer.is_cpu:
                 copy.copy_(buffer)
-        events, deadline = [], time.monotonic() + settings().fetch_timeout_s / 2
+        nixl, deadline = self._find_nixl(), time.monotonic() + settings().fetch_timeout_s / 2
         devices = {buffer.device for buffer in buffers if not buffer.is_cpu}
-        with _AfterWriters(self._find_nixl(), devices, deadline):
-            for device in devices:
-                here = [pair for pair in pairs if pair[1].device == device]
-                accelerator = accelerators.of(device.type)
-                assert accelerator is not None, f"RDT took a tensor on {device}"
-                event = accelerator.copy(here, device)
-                event.order()
-                events.append(event)
-        if all(copy.is_cpu for copy in copies):
+        if nixl is not None and devices:
+            try:
+                nixl.check_writers(buffers)
+            except TransportUnavailable as error:
+                raise RDTError(
+                    f"an object cannot be copied into the nixl memory pool: {error}"
+                ) from error
+        events = []
+        for device in devices:
+            here = [pair for pair in pairs if pair[1].device == device]
+            accelerator = accelerators.of(device.type)
+            assert accelerator is not None, f"RDT took a tensor on {device}"
+            event = accelerator.copy(here, device, captured.events)
+            writers.follow(event, device)
+            events.append(event)
+        if all(copy.is_cpu for copy in copies.buffers):
             for event in events:
                 event.wait(max(0.0, deadline - time.monotonic()))
-            return ()
-        return events
-
-
-class _AfterWriters:
-    """While it is entered, this thread's current streams are after what writes GPU tensors.
-
-    nixl's rule: the stream of ``set_nixl_cuda_stream`` writes them, or else any. With a stream,
-    nothing waits but streams; what that one is given later comes after all that was given inside.
-
-    Args:
-        nixl: Knows the stream.
-        devices: Those of the tensors.
-        deadline: For GPUs to finish what they were given.
-    """
-
-    def __init__(
-        self, nixl: NixlTransport | None, devices: Iterable[torch.device], deadline: float
-    ):
-        self._devices = [device for device in devices if device.type == "cuda"]
-        self._stream = nixl.cuda_stream if nixl is not None else None
-        self._deadline = deadline
-
-    def __enter__(self) -> None:
-        import torch
-
-        for device in self._devices:
-            if self._stream is None:
-                _await(device, self._deadline)
-            elif device != self._stream.device:
-                raise ValueError(
-                    f"set_nixl_cuda_stream was given a stream on {self._stream.device}, but the "
-                    f"object has tensors on {device}"
-                )
-            else:
-                torch.cuda.current_stream(device).wait_stream(self._stream)
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        if self._stream is not None:
-            for device in self._devices:
-                self._stream.wait_stream(torch.cuda.current_stream(device))
-
-
-def _await(device: torch.device, deadline: float) -> None:
-    try:
-        await_device(device, deadline)
-    except TransportUnavailable as error:
-        raise RDTError(f"an object cannot be copied into the nixl memory pool: {error}") from error
+            events = []
+        captured.addresses = array("Q", [copy.data_ptr() for copy in copies.buffers])
+        captured.copies, captured.events = copies, events

@@ -30,3 +30,12 @@ def record(tensors: Sequence[torch.Tensor]) -> list[Event]:
             with accelerator.on(named):
                 events.append(accelerator.record(named.device))
     return events
+
+
+def follow(event: Event, device: torch.device) -> None:
+    """Orders what a device's writers are given next after an event. Runs on: any thread."""
+    event.order()
+    named, accelerator = _named, accelerators.of(device.type)
+    if named is not None and named.device == device and accelerator is not None:
+        with accelerator.on(named):
+            event.order()

@@ -40,8 +40,8 @@ _PROOF_TAG = 0
 MAX_TAG = 2**31 - 1  # gloo takes a C int
 _SLICE_S = 0.2
 _HEADER_SLACK_S = 1.0
-#: How long to wait for the other end's reason once a connection has broken. The consumer reports it;
-#: the consumer waits for the producer to tell.
+#: How long an end waits for the other's reason once a connection has broken. The consumer waits
+#: longer, since it reports the failure.
 _REASON_S = {CONSUMER: 1.0, PRODUCER: 0.1}
 
 Buffers = Sequence["torch.Tensor"]

@@ -64,7 +64,7 @@ class NixlTransport:
         self._consumer = Consumer(self._endpoint)
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
-        """See ``OneSided``. After ``set_cuda_stream(None)`` blocks for half the fetch timeout at most.
+        """See ``OneSided``. Blocks as ``check_writers`` does.
 
         Raises:
             ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
@@ -107,10 +107,16 @@ class NixlTransport:
         """Whether any of this memory is registered by ``register_memory``."""
         return self._producer.has_registered(buffers)
 
-    @property
-    def cuda_stream(self) -> torch.cuda.Stream | None:
-        """What ``set_cuda_stream`` was given."""
-        return self._producer.stream
+    def check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Waits for the buffers' devices after ``set_cuda_stream(None)``.
+
+        Blocks for half the fetch timeout at most.
+
+        Raises:
+            TransportUnavailable: a device has not finished by then; names it.
+            ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
+        """
+        self._producer.check_writers(buffers)
 
     def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Names the stream that writes what is exposed, beside the current one.

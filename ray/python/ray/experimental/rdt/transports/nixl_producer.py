@@ -16,7 +16,7 @@ from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import LazyEndpoint
 from ray.experimental.rdt.transports.nixl_engine import Engine, NixlError
-from ray.experimental.rdt.transports.nixl_plan import KINDS, Spans, spans_of
+from ray.experimental.rdt.transports.nixl_plan import KINDS, spans_of
 from ray.experimental.rdt.transports.nixl_registration import Lease
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Producer:
         if not spans.nbytes:
             return {"spans": spans.encode()}
         endpoint = self._endpoint.get()
-        self._check_writers(buffers)
+        self.check_writers(buffers)
         number = next(self._numbers)
         try:
             with contextlib.ExitStack() as undo:
@@ -91,15 +91,10 @@ class Producer:
         writers.name_stream(None)
         self._exposed.clear()
 
-    def _check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Waits for whole devices if the user asks for it, half of the fetch's time at most.
+    def check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
+        """See ``NixlTransport``. Runs on: producer, any thread.
 
-        What was given to the current and to the named stream when the object was made has been
-        waited for already.
-
-        Raises:
-            TransportUnavailable: a device has not finished by then; names it.
-            ValueError: a buffer is on another device than the named stream.
+        The capture events order the object after its current and its named stream already.
         """
         devices = {buffer.device for buffer in buffers if not buffer.is_cpu}
         if self.stream is not None:
