@@ -126,6 +126,11 @@ class NixlTransport:
         """
         self._producer.set_stream(stream)
 
+    @property
+    def engine(self) -> Engine:
+        """This process's agent, started if it is not. Raises TransportUnavailable."""
+        return self._endpoint.get().engine
+
     def close(self) -> None:
         """See ``OneSided``."""
         self._producer.close()
