@@ -196,7 +196,7 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
     if isinstance(error, TimeoutError):
         return RDTFetchTimedOutError(
             context,
-            f"it did not arrive within {settings().fetch_timeout_s:g} s.",
+            f"it did not arrive within {settings().fetch_timeout_s:g} s ({error}).",
             "Look whether the producer is stopped or its network is cut; the limit is "
             "RAY_rdt_fetch_fail_timeout_milliseconds.",
         )
