@@ -287,7 +287,9 @@ class RDTManager:
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
         links = self._links()
         stored = self.store.add(head.key, object_id, captured, head.transport)
-        links.session.agent.register(head.key, *captured.host_spans(), stored.token)
+        links.session.agent.register(
+            head.key, *captured.host_spans(), stored.token, captured.guards
+        )
         return stored
 
     # Owner.
