@@ -330,6 +330,8 @@ class FakeAccelerator:
         missing: Why there is no such device in this process; "" if there is.
         copies: How many copies it was given.
         gate: What copies wait for, if anything.
+        pins: Addresses of mapped memory that is pinned.
+        pin_error: Why none can be; "" if it can.
     """
 
     device_type = TYPE
@@ -341,6 +343,8 @@ class FakeAccelerator:
         self.missing = ""
         self.copies = 0
         self.gate: threading.Event | None = None
+        self.pins: set[int] = set()
+        self.pin_error = ""
         self._local = threading.local()
         self._default = Stream()
         self._side_streams: SideStreams[Stream] = SideStreams()
@@ -377,6 +381,18 @@ class FakeAccelerator:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        if self.pin_error:
+            raise RuntimeError(self.pin_error)
+        address = memory.data_ptr()
+        self.pins.add(address)
+
+        def undo() -> None:
+            ctypes.string_at(address, 1)  # ends the process if the memory is unmapped already
+            self.pins.remove(address)
+
+        return undo
 
     def copy(self, pairs: Any, device: torch.device, after: Any = ()) -> Event:
         for tensor in (tensor for pair in pairs for tensor in pair):

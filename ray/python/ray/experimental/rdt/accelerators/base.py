@@ -10,7 +10,7 @@ thread; those that block hold no GIL.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -118,6 +118,16 @@ class Accelerator(Protocol):
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Flat uint8 host memory that devices copy from and to at full speed."""
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        """Makes host memory that is mapped here what ``pinned`` gives.
+
+        Returns:
+            What undoes it, to be called before the memory is unmapped.
+
+        Raises:
+            RuntimeError: it cannot be pinned; says why.
+        """
 
     def copy(
         self,

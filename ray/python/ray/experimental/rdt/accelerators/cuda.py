@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.base import Event
@@ -168,6 +168,21 @@ class CudaAccelerator:
 
         with relaxed():
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+    def pin(self, memory: torch.Tensor) -> Callable[[], None]:
+        """See ``Accelerator``. For all GPUs that the process sees; needs cuda-bindings."""
+        runtime = bindings()
+        if runtime is None:
+            raise RuntimeError("NVIDIA's package cuda-bindings is not installed")
+        address, flags = memory.data_ptr(), runtime.cudaHostRegisterPortable
+        with relaxed():
+            checked("cudaHostRegister", runtime.cudaHostRegister(address, memory.nbytes, flags))
+
+        def undo() -> None:
+            with relaxed():
+                runtime.cudaHostUnregister(address)
+
+        return undo
 
     def copy(
         self,

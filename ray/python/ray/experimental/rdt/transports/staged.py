@@ -1,48 +1,56 @@
 """staged: device memory through host memory, for every pair that nothing better serves.
 
-The producer copies a chunk into pinned host memory, the consumer's agent pulls that over its best
-lane, and the consumer copies it to its own device, or leaves it in host memory where it has none.
+The producer copies a chunk into a slot of host memory that its devices use at full speed. A
+consumer of the same host maps the slot and copies out of it to its own device. For any other
+consumer, and for one that receives in host memory, the agent pulls the chunk over its best lane.
 Three chunks are under way at once, so the copies of both sides and the pull run side by side, and
 neither side pins more than a few chunks however large the object is. Nothing is copied before the
 first remote pull.
+
+The slots are few. When all are read, a request waits for one for a moment, then its chunk goes
+through other pinned memory, which only the agent reads.
 
 No transport that users name: the last way of tensors on devices, see ``device_lanes``.
 
 Request (JSON, through the session):
 
 * ``rdt.staged.chunk`` {exposure, start, stop, timeout_s}: copies bytes ``start`` to ``stop`` of the
-  exposed buffers, taken one after the other, and answers with the key to pull them by. The consumer
-  frees the key at the producer's agent when it has them; the producer itself does so soon after
-  ``timeout_s``.
+  exposed buffers, taken one after the other, and answers with the key to pull them by, and the slot
+  they are in, if any. The consumer frees the key at the producer's agent when it has them; the
+  producer itself does so soon after ``timeout_s``.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
 from array import array
-from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt import checksums
-from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, Event, have_ended
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Session
-from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
+from ray.experimental.rdt.transports import staged_reading
+from ray.experimental.rdt.transports.base import Capabilities, Peer, Route
+from ray.experimental.rdt.transports.chunk_copies import ChunkCopies, accelerator_of, pieces_of
+from ray.experimental.rdt.transports.shared_slots import Slot, Slots
+from ray.experimental.rdt.transports.staged_reading import Reader
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_NBYTES = 16 << 20
-_WINDOW = 3
+_SLOTS = 8
+_THREADS = 8
 
-#: How long a failed read waits for a device that still writes.
-_GRACE_S = 5.0
+#: How long a request waits for a slot. One is read within some milliseconds, unless its reader
+#: waits for its device, and readers that wait for each other's slots must go on.
+_SLOT_WAIT_S = 0.1
 
 #: A reader gives up at its deadline. A chunk that was copied for it may stay for so much longer, if
 #: it could not say so.
@@ -70,6 +78,7 @@ class _Chunk:
 
     Attributes:
         memory: The copy.
+        slot: Where it is, if that is a slot.
         key: What the agent serves it by.
         reader: The agent of the consumer that asked for it.
         until: When that will have given up.
@@ -77,6 +86,7 @@ class _Chunk:
     """
 
     memory: torch.Tensor
+    slot: Slot | None
     key: bytes
     reader: bytes
     until: float
@@ -100,10 +110,17 @@ class StagedTransport:
         self._chunks: dict[int, _Chunk] = {}
         # The store's own tokens are above 0.
         self._tokens = itertools.count(-1, -1)
-        session.serve("rdt.staged.chunk", self._on_chunk)
+        self._copies = ChunkCopies()
+        self._reader = Reader(session, self._copies)
+        self._slots: dict[str, Slots] = {}
+        # Slots of requests that failed while devices wrote.
+        self._written: list[tuple[Slot, list[Event]]] = []
+        threads = DaemonThreads(_THREADS, "rdt-staged")
+        session.serve("rdt.staged.chunk", self._on_chunk, threads)
+        session.on_close(threads.close)
         session.on_released(self._on_released)
         session.on_peer_lost(self._on_peer_lost)
-        session.on_tick(self._release_overdue)
+        session.on_tick(self._on_tick)
 
     # Producer.
 
@@ -128,38 +145,94 @@ class StagedTransport:
             self._exposed.clear()
 
     def _on_chunk(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        """Runs on: producer, an rdt-call thread."""
+        """Runs on: producer, an rdt-staged thread."""
         with self._lock:
             exposed = self._exposed.get(body["exposure"])
         if exposed is None:
             raise CallError("the object is not exposed here any more", "not_found")
-        until = time.monotonic() + float(body["timeout_s"]) + _READER_SLACK_S
-        memory = _to_host(exposed.buffers, body["start"], body["stop"], body["timeout_s"])
-        chunk = _Chunk(memory, os.urandom(16), peer_id, until, exposed)
+        start, stop, deadline = body["start"], body["stop"], time.monotonic() + body["timeout_s"]
+        pieces = list(pieces_of(exposed.buffers, start, stop))
+        accelerator = accelerator_of(pieces[0].device)
+        slot = self._take_slot(accelerator, deadline)
+        if slot is None:
+            place, memory = None, accelerator.pinned(stop - start)
+        else:
+            place, memory = slot.describe(), slot.memory[: stop - start]
+        self._fill(memory, slot, pieces, deadline)
+        until = deadline + _READER_SLACK_S
+        chunk = _Chunk(memory, slot, os.urandom(16), peer_id, until, exposed)
         with self._lock:
             token = next(self._tokens)
             self._chunks[token] = chunk
             exposed.chunks.add(chunk.key)
         where = array("Q", [memory.data_ptr()]), array("Q", [memory.numel()])
         self._session.agent.register(chunk.key, *where, token)
-        return {"key": chunk.key.hex()}
+        if self._session.is_asker_lost():
+            self._session.agent.release(chunk.key)
+        return {"key": chunk.key.hex(), "slot": place}
+
+    def _take_slot(self, accelerator: Accelerator, deadline: float) -> Slot | None:
+        """A slot that devices of a kind write; None where there is none."""
+        if "shm" not in settings().lanes:
+            return None
+        device_type = accelerator.device_type
+        with self._lock:
+            if device_type not in self._slots:
+                nbytes = staged_reading.CHUNK_NBYTES
+                self._slots[device_type] = Slots(_SLOTS, nbytes, accelerator)
+            slots = self._slots[device_type]
+        try:
+            return slots.take(min(_SLOT_WAIT_S, deadline - time.monotonic()))
+        except (OSError, RuntimeError) as error:
+            self._session.say_once(
+                f"RDT can share no more host memory for tensors on {device_type} with other "
+                f"processes, whose agents pull it: {error}",
+                logging.INFO,
+            )
+            return None
+
+    def _fill(
+        self, memory: torch.Tensor, slot: Slot | None, pieces: Buffers, deadline: float
+    ) -> None:
+        """Copies pieces, which their writers have finished, to host memory."""
+        begun: list[Event] = []
+        try:
+            self._copies.to_host(memory, pieces, begun)
+            for event in begun:
+                event.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            if slot is not None:
+                with self._lock:
+                    self._written.append((slot, begun))
+            raise
 
     def _on_released(self, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""
         with self._lock:
-            for token in tokens:
-                chunk = self._chunks.pop(token, None)
-                if chunk is not None:
-                    chunk.exposed.chunks.discard(chunk.key)
+            ended = [chunk for token in tokens if (chunk := self._chunks.pop(token, None))]
+            for chunk in ended:
+                chunk.exposed.chunks.discard(chunk.key)
+        for chunk in ended:
+            if chunk.slot is not None:
+                chunk.slot.give_back()
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: producer, the reaper thread."""
         self._release(lambda chunk: chunk.reader == peer_id)
+        self._reader.forget(peer_id)
 
-    def _release_overdue(self) -> None:
+    def _on_tick(self) -> None:
         """Runs on: producer, the reaper thread."""
         now = time.monotonic()
         self._release(lambda chunk: chunk.until < now)
+        with self._lock:
+            written, self._written = self._written, []
+        for slot, begun in written:
+            if have_ended(begun, 0):
+                slot.give_back()
+            else:
+                with self._lock:
+                    self._written.append((slot, begun))
 
     def _release(self, is_over: Callable[[_Chunk], bool]) -> None:
         with self._lock:
@@ -178,144 +251,4 @@ class StagedTransport:
         after: Sequence[Event] = (),
     ) -> None:
         """See ``OneSided``."""
-        reading = _Reading(self._session, peer, exposed["exposure"], buffers, deadline, after)
-        try:
-            reading.run()
-        except BaseException as error:
-            error.may_still_write = not reading.has_ended()  # type: ignore[attr-defined]
-            raise
-
-
-class _Reading:
-    """One object on its way to this process. Runs on: consumer, the fetching thread."""
-
-    def __init__(
-        self,
-        session: Session,
-        peer: Peer,
-        exposure: int,
-        buffers: Buffers,
-        deadline: float,
-        after: Sequence[Event],
-    ):
-        self._session = session
-        self._peer = peer
-        self._exposure = exposure
-        self._buffers = buffers
-        self._deadline = deadline
-        self._after = after
-        self._copies: deque[tuple[Event, Any]] = deque()
-
-    def run(self) -> None:
-        """Returns when all bytes are in place."""
-        total = sum(buffer.numel() for buffer in self._buffers)
-        asked: deque[tuple[int, int, Callable[[float], dict[str, Any]]]] = deque()
-        for start in range(0, total, CHUNK_NBYTES):
-            stop = min(start + CHUNK_NBYTES, total)
-            asked.append((start, stop, self._ask(start, stop)))
-            if len(asked) == _WINDOW:
-                self._take(*asked.popleft())
-        while asked:
-            self._take(*asked.popleft())
-        while self._copies:
-            self._copies[0][0].wait(self._left())
-            self._copies.popleft()
-
-    def has_ended(self) -> bool:
-        """After a failure: waits a while; whether nothing is written any more."""
-        return have_ended([copy for copy, _ in self._copies], _GRACE_S)
-
-    def _left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
-
-    def _ask(self, start: int, stop: int) -> Callable[[float], dict[str, Any]]:
-        body = {
-            "exposure": self._exposure,
-            "start": start,
-            "stop": stop,
-            "timeout_s": self._left(),
-        }
-        return self._session.start_call(self._peer.address, "rdt.staged.chunk", body)
-
-    def _take(self, start: int, stop: int, answer: Callable[[float], dict[str, Any]]) -> None:
-        key = bytes.fromhex(answer(self._left())["key"])
-        try:
-            pieces = list(_pieces(self._buffers, start, stop))
-            landed = _host_memory_for(pieces)
-            self._pull(key, landed)
-        finally:
-            self._session.agent.free(self._peer.address, key)
-        self._to_devices(list(zip(pieces, landed)))
-
-    def _pull(self, key: bytes, landed: Buffers) -> None:
-        pull = checksums.pull(
-            self._session,
-            self._peer.address,
-            key,
-            array("Q", [memory.data_ptr() for memory in landed]),
-            array("Q", [memory.numel() for memory in landed]),
-            landed,
-        )
-        try:
-            pull.wait(self._left())
-        finally:
-            if not pull.done:
-                pull.cancel()
-
-    def _to_devices(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for device in {target.device for target, _ in pairs if not target.is_cpu}:
-            accelerator = _accelerator(device)
-            here = [pair for pair in pairs if pair[0].device == device]
-            self._copies.append((accelerator.copy(here, device, self._after), here))
-        while len(self._copies) > _WINDOW:
-            self._copies[0][0].wait(self._left())
-            self._copies.popleft()
-
-
-def _pieces(buffers: Buffers, start: int, stop: int) -> Iterator[torch.Tensor]:
-    """What bytes ``start`` to ``stop`` of the buffers, one after the other, are made of."""
-    starts = [0, *itertools.accumulate(buffer.numel() for buffer in buffers)]
-    for index in range(bisect_right(starts, start) - 1, len(buffers)):
-        first = starts[index]
-        if first >= stop:
-            return
-        piece = buffers[index][max(start - first, 0) : stop - first]
-        if piece.numel():
-            yield piece
-
-
-def _host_memory_for(pieces: Buffers) -> list[torch.Tensor]:
-    """Memory that the agent can write for each piece: the piece itself if it is in host memory."""
-    away = [piece for piece in pieces if not piece.is_cpu]
-    if not away:
-        return list(pieces)
-    sizes = [piece.numel() for piece in away]
-    slots = iter(_cut(_accelerator(away[0].device).pinned(sum(sizes)), sizes))
-    return [piece if piece.is_cpu else next(slots) for piece in pieces]
-
-
-def _cut(memory: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    ends = list(itertools.accumulate(sizes))
-    return [memory[end - size : end] for size, end in zip(sizes, ends)]
-
-
-def _to_host(buffers: Buffers, start: int, stop: int, timeout_s: float) -> torch.Tensor:
-    """A copy in pinned memory of a chunk of buffers, which their writers have finished."""
-    pieces = list(_pieces(buffers, start, stop))
-    devices = {piece.device for piece in pieces}
-    memory = _accelerator(next(iter(devices))).pinned(stop - start)
-    parts = _cut(memory, [piece.numel() for piece in pieces])
-    begun = []
-    for device in devices:
-        pairs = [pair for pair in zip(parts, pieces) if pair[1].device == device]
-        begun.append(_accelerator(device).copy(pairs, device))
-    for event in begun:
-        event.wait(timeout_s)
-    return memory
-
-
-def _accelerator(device: torch.device) -> Accelerator:
-    accelerator = accelerators.usable(device.type)
-    if accelerator is None:
-        raise TransportUnavailable(f"this process cannot work with memory on {device}")
-    return accelerator
+        self._reader.read(peer, exposed["exposure"], buffers, deadline, after)
