@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ci.build import asan, checks, fuzz, source_tree, venvs
+from ci.build import asan, checks, fuzz, gpu_kit, source_tree, venvs
+from ci.build.base import python_tag
 from ci.build.steps import BUILD, ROOT, BuildError, one_at_a_time, run, say
 from ci.build.wheel import DIST, build_wheel, check_wheel
 
@@ -23,6 +24,8 @@ Usage: ./build.sh [COMMAND]
   asan [PYTEST ARGS]    some integration tests with the agent under address checks
   check                 linters, types, and the rules for patches, overlay and layers
   format                lays out Python and C++ as check wants it
+  gpu-kit               an archive with which a machine with a GPU and no network runs ci/gpu/run.sh
+  gpu [STEP...]         what a machine with NVIDIA GPUs runs, measured beside stock Ray: doc/gpu.md
   bench [ARGS]          measures the wheel against stock Ray, each in its own venv
   apply TREE            puts patches and overlay onto a Ray source tree
   apply --reverse TREE  takes them off again
@@ -101,6 +104,21 @@ def bench(arguments: list[str], _: Path) -> None:
     )
 
 
+def make_gpu_kit(_: list[str], __: Path) -> None:
+    gpu_kit.check_python(python_tag())
+    with one_at_a_time():
+        print(gpu_kit.build_kit(build_wheel()).relative_to(ROOT))
+
+
+def gpu(arguments: list[str], _: Path) -> None:
+    """Its exit status is the command's own: the report says which step failed, and why."""
+    ours = installed()
+    with one_at_a_time():
+        stock = venvs.stock_venv()
+    command = [str(ours), "-m", "ci.gpu", "--stock-python", str(stock), *arguments]
+    raise SystemExit(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
 def apply(arguments: list[str], here: Path) -> None:
     parser = argparse.ArgumentParser(prog="./build.sh apply")
     parser.add_argument("--reverse", action="store_true", help="take them off again")
@@ -128,6 +146,8 @@ COMMANDS: dict[str, Callable[[list[str], Path], None]] = {
     "asan": sanitized,
     "check": check,
     "format": lay_out,
+    "gpu-kit": make_gpu_kit,
+    "gpu": gpu,
     "bench": bench,
     "apply": apply,
     "clean": clean,

@@ -183,7 +183,8 @@ def compile_extensions(out_dir: Path, sanitize: str | None = None) -> list[Path]
     style = flavour(sanitize)
     agent = _compile_extension(style, "_agent", _core_units(), out_dir)
     _check_no_undefined_sodium(agent)
-    return [agent, _compile_extension(style, "_tensors", [], out_dir)]
+    strided = _Unit(SOURCE / "ray" / "rdt" / "strided.cc")
+    return [agent, _compile_extension(style, "_tensors", [strided], out_dir)]
 
 
 def _compile_extension(style: Flavour, name: str, others: list[_Unit], out_dir: Path) -> Path:

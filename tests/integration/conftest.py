@@ -15,7 +15,12 @@ import ray
 from ray.experimental import register_tensor_transport
 from ray.experimental.rdt import config
 from tests.integration.peers import Peer
-from tests.integration.user_transports import FilesTransport, PipeTransport, ShmTransport
+from tests.integration.user_transports import (
+    AlphaTransport,
+    FilesTransport,
+    PipeTransport,
+    ShmTransport,
+)
 from tests.support import ROOT, needs_nixl
 
 #: Enough for every object of these tests that does not stay with its producer.
@@ -70,6 +75,7 @@ def _register_users_transports() -> None:
     register_tensor_transport("NumpyShm", ["cpu"], ShmTransport, np.ndarray)
     register_tensor_transport("pipe", ["cpu"], PipeTransport, torch.Tensor)
     register_tensor_transport("files", ["cpu"], FilesTransport, torch.Tensor)
+    register_tensor_transport("alpha", ["cpu"], AlphaTransport, torch.Tensor)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ray.experimental import (
     set_nixl_cuda_stream,
 )
 from tests.integration.peers import LARGE, count_up, ones, total
-from tests.support import needs_nixl
+from tests.support import needs_nixl, wait_until
 
 pytestmark = needs_nixl()
 
@@ -133,3 +134,31 @@ def test_where_the_library_is_missing_another_lane_serves_and_is_said_once(produ
     (line,) = [line for line in said if "'nixl'" in line]
     assert "pip install nixl" in line
     assert "The best other lane is used" in line
+
+
+def has_engine():
+    nixl = ray._private.worker.global_worker.rdt_manager._find_nixl()
+    return nixl is not None and nixl._endpoint.peek() is not None
+
+
+@ray.remote(num_cpus=0)
+class Announced:
+    """Its methods say that it will use nixl; its constructor may still say how."""
+
+    def __init__(self):
+        time.sleep(0.3)
+        self.had_engine = has_engine()
+
+    @ray.method(tensor_transport="nixl")
+    def make(self):
+        return torch.ones(LARGE)
+
+    def engine(self):
+        return self.had_engine, has_engine()
+
+
+def test_the_engine_begins_after_the_constructor_of_an_actor_whose_methods_name_nixl(spawn):
+    actor, other = spawn(Announced), spawn()
+    wait_until(lambda: ray.get(actor.engine.remote()) == (False, True), "the engine did not begin")
+    assert not ray.get(other.run.remote(lambda peer: has_engine()))
+    assert torch.equal(ray.get(actor.make.remote()), torch.ones(LARGE))

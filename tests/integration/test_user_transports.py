@@ -23,11 +23,13 @@ from tests.support import START, run_driver, wait_until
 pytestmark = pytest.mark.usefixtures("users_transports")
 
 
+#: Of actors that wait a second and a half for their objects.
+HASTY = {"env_vars": {"RAY_rdt_fetch_fail_timeout_milliseconds": "1500"}}
+
+
 @pytest.fixture(scope="module")
 def hasty(local_ray: None) -> Any:
-    """An actor that waits a second and a half for its objects."""
-    environment = {"env_vars": {"RAY_rdt_fetch_fail_timeout_milliseconds": "1500"}}
-    return Peer.options(runtime_env=environment).remote()
+    return Peer.options(runtime_env=HASTY).remote()
 
 
 @pytest.fixture(params=["shm", "pipe"])
@@ -241,6 +243,44 @@ def test_a_producer_that_dies_is_known_at_once(spawn: Any, consumer: Any, name: 
     with pytest.raises(RayTaskError) as raised:
         ray.get(consumer.run.remote(total, ref), timeout=20)
     assert isinstance(raised.value.cause, ActorDiedError), raised.value
+
+
+@ray.remote(num_cpus=0)
+class AsyncTaker:
+    kept = ()
+
+    async def run(self, action: Any, *args: Any) -> Any:
+        return action(self, *args)
+
+
+@pytest.mark.parametrize("kind", [Peer, AsyncTaker])
+def test_a_transport_may_ask_the_consumer_by_a_call(producer: Any, spawn: Any, kind: Any) -> None:
+    taker = spawn(kind)
+    asked = calls_of(taker, "has")
+    ref = make(producer, "alpha", count_up, 10)
+    assert ray.get(taker.run.remote(total, ref), timeout=20) == 45
+    assert calls_of(taker, "has") == asked + 1
+
+
+@pytest.mark.parametrize("step", ["init", "has", "communicator"])
+def test_a_question_that_hangs_costs_the_deadline_and_the_next_works(
+    producer: Any, spawn: Any, step: str
+) -> None:
+    taker, ref = spawn(Peer, runtime_env=HASTY), make(producer, "alpha", count_up, 10)
+    ray.get(taker.run.remote(script, **{step: "hang once"}))
+    with pytest.raises(RayTaskError, match=r"(?s)'alpha'.* did not return in time") as raised:
+        ray.get(taker.run.remote(total, ref), timeout=10)
+    assert isinstance(raised.value.cause, ObjectFetchTimedOutError), raised.value
+    assert ray.get(taker.run.remote(total, ref), timeout=10) == 45
+
+
+def test_an_object_that_hangs_when_it_is_collected_leaves_the_others(spawn: Any) -> None:
+    maker = spawn(Peer, runtime_env=HASTY)
+    ray.get(maker.run.remote(script, collect="hang once"))
+    refs = [make(maker, "shm", count_up, 10) for _ in range(2)]
+    ray.wait(refs, num_returns=2)
+    del refs
+    wait_until(lambda: calls_of(maker, "collect") == 2, "the other is given back")
 
 
 def test_a_failed_description_is_the_tasks_error(producer: Any) -> None:

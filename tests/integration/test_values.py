@@ -87,6 +87,19 @@ def test_large_tensor_arrives_over_each_transport(
     assert torch.equal(ray.get(ref), expected)
 
 
+def test_storages_that_begin_at_one_address(producer: Any, consumer: Any, transport: str) -> None:
+    """As data frames and ``torch.from_numpy`` of a part and of the whole have them."""
+
+    def make(_: Any) -> list[torch.Tensor]:
+        memory = np.arange(LARGE, dtype=np.float32)
+        parts = [memory[: LARGE // 2], memory[:100], memory, memory[10 : LARGE // 3]]
+        return [torch.from_numpy(part) for part in parts]
+
+    ref = producer.make.options(tensor_transport=transport).remote(make)
+    same = consumer.run.remote(lambda _, got: values.assert_same(got, make(None)), ref)
+    ray.get(same, timeout=60)
+
+
 def test_the_users_default_device_is_for_the_users_tensors(producer: Any, transport: str) -> None:
     def make(_: Any) -> list[torch.Tensor]:
         host = torch.arange(float(LARGE), device="cpu")

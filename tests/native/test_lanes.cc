@@ -1,5 +1,6 @@
 #include <sys/epoll.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <future>
@@ -209,9 +210,9 @@ TEST("lanes: the shm ring refuses what is no ring") {
   Fd fd;
   auto ring = RingMemory::Create(1 << 20, &fd);
   CHECK(ring != nullptr);
-  CHECK(RingMemory::Open(fd.get(), 1 << 20) != nullptr);
-  CHECK(RingMemory::Open(fd.get(), 2 << 20) == nullptr);
-  CHECK(RingMemory::Open(0, 1 << 20) == nullptr);
+  CHECK(RingFile::Open(Fd(dup(fd.get())), 1 << 20) != nullptr);
+  CHECK(RingFile::Open(Fd(dup(fd.get())), 2 << 20) == nullptr);
+  CHECK(RingFile::Open(Fd(dup(0)), 1 << 20) == nullptr);
 }
 
 TEST("lanes: shm that found no memory to share refuses from then on") {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import pickle
 import subprocess
@@ -38,13 +37,10 @@ def send(value: Any, is_packed: bool = False) -> Any:
     """Through capture and restore, the bytes copied to other memory on the way."""
     skeleton, captured = capture.take(Context(), value)
     table = pickle.loads(pickle.dumps(captured.table))
-    if is_packed:
-        joined, places, at = bytearray(captured.gather()), [], 0
-        for nbytes in table.regions:
-            places.append((joined, at))
-            at += nbytes
-    else:
-        places = [(bytearray(ctypes.string_at(*region)), 0) for region in captured.regions]
+    joined, places, at = bytearray(captured.gather()), [], 0
+    for nbytes in table.regions:
+        places.append((joined, at) if is_packed else (joined[at : at + nbytes], 0))
+        at += nbytes
     envelope = capture.Envelope(None, skeleton.inband, table, None, skeleton.buffers)
     (result,) = envelope.restore(_tensors.build_tensors(table, places))
     return result
@@ -76,6 +72,30 @@ def test_views_still_share_memory(views: list[torch.Tensor]):
             assert (one is two) == (other is another)
 
 
+@settings(relaxed, max_examples=80)
+@given(values.blocks(), st.booleans())
+def test_views_that_leave_out_most_of_their_span(views: list[torch.Tensor], is_packed: bool):
+    """They share memory where they did, and no byte moves twice."""
+    _, captured = capture.take(Context(), views)
+    got = send(views, is_packed)
+    elements = [addresses(view) for view in views]
+    whole = capture.lay_out(captured.tensors, may_gather=False).table
+    assert captured.table.nbytes <= whole.nbytes
+    for one, view, its in zip(got, views, elements):
+        assert values.bytes_of(one) == values.bytes_of(view)
+        assert one.dtype == view.dtype
+        for two, others in zip(got, elements):
+            assert addresses(one).isdisjoint(addresses(two)) == its.isdisjoint(others)
+
+
+def addresses(tensor: torch.Tensor) -> set[int]:
+    """Of each byte of a tensor's elements."""
+    first = torch.tensor(tensor.data_ptr())
+    for length, stride in zip(tensor.shape, tensor.stride()):
+        first = first.unsqueeze(-1) + torch.arange(length) * stride * tensor.element_size()
+    return {int(at) + byte for at in first.flatten() for byte in (0, tensor.element_size() - 1)}
+
+
 def overlaps(one: torch.Tensor, other: torch.Tensor) -> bool:
     return extent(one)[0] < extent(other)[1] and extent(other)[0] < extent(one)[1]
 
@@ -103,6 +123,32 @@ def test_tied_weights_stay_tied():
 def test_view_sends_its_span_and_not_its_storage():
     _, captured = capture.take(Context(), torch.zeros(1 << 20)[100:110])
     assert captured.table.nbytes <= 10 * 4 + 16
+
+
+def test_one_block_of_a_cache_sends_its_bytes_alone():
+    cache = torch.zeros(32, 100, 16, 64)
+    block = cache[:, 5]
+    _, captured = capture.take(Context(), [block, cache[:, 7:9], block])
+    assert list(captured.table.regions) == [block.nbytes, 2 * block.nbytes]
+    addresses, lengths = captured.host_spans()
+    assert list(lengths) == [16 * 64 * 4] * 32 + [2 * 16 * 64 * 4] * 32
+    assert list(addresses[:3]) == [block.data_ptr() + i * cache.stride(0) * 4 for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda cache: [cache[:, ::2]],
+        lambda cache: [cache[:, 5], cache[1]],
+        lambda cache: [cache[:, 5, :, 0]],
+    ],
+    ids=["half", "shared", "scattered"],
+)
+def test_views_that_are_not_gathered_span_their_bytes(cut: Any):
+    views = cut(torch.zeros(32, 100, 16, 64))
+    _, captured = capture.take(Context(), views)
+    assert len(captured.table.regions) == 1
+    assert [tensor.stride() for tensor in send(views)] == [view.stride() for view in views]
 
 
 def test_shared_bytes_are_sent_once():

@@ -66,8 +66,10 @@ class FakePull:
         self.done = True
         if isinstance(self.outcome, Exception):
             raise self.outcome
-        for (source, _), target, nbytes in zip(self.outcome, self.addresses, self.lengths):
-            ctypes.memmove(target, source, nbytes)
+        brought = memoryview(self.outcome)
+        for target, nbytes in zip(self.addresses, self.lengths):
+            ctypes.memmove(target, bytes(brought[:nbytes]), nbytes)
+            brought = brought[nbytes:]
 
     def cancel(self) -> None:
         self.done = self.cancelled = True
@@ -75,7 +77,7 @@ class FakePull:
 
 @dataclass
 class FakeAgent:
-    """Holds regions by key; a key that stands for an error raises it."""
+    """Holds the bytes of objects by key; a key that stands for an error raises it."""
 
     held: dict[bytes, Any] = field(default_factory=dict)
     pulls: list[FakePull] = field(default_factory=list)
@@ -118,7 +120,7 @@ class World:
         skeleton, captured = capture.take(Context(), value)
         key = len(self.kept).to_bytes(16, "little")
         self.kept.append(captured)
-        self.agent.held[key] = captured.regions if outcome is None else outcome
+        self.agent.held[key] = captured.gather() if outcome is None else outcome
         head = Descriptor(key, captured.table.nbytes, b"p" * 16, "auto", ADDRESS, eager)
         bytes_along = captured.gather() if eager else None
         return Envelope(head, skeleton.inband, captured.table, bytes_along, skeleton.buffers)
@@ -183,7 +185,7 @@ def test_failed_hint_is_pulled_anew(world: World):
     envelope = world.send([torch.arange(5)], outcome=AgentError("peer_lost"))
     key, session = envelope.head.key, world.links().session
     world.hints[key] = AgentPull(session, ADDRESS, key, allocate(session, envelope.table.regions))
-    world.agent.held[key] = world.kept[0].regions
+    world.agent.held[key] = world.kept[0].gather()
     assert value_of(*world.fetch(envelope))[0].tolist() == [0, 1, 2, 3, 4]
     assert len(world.agent.pulls) == 2
 
@@ -195,7 +197,7 @@ def test_pull_goes_on_when_only_the_users_time_is_over(world: World):
             world.fetch(envelope, timeout_s=0)
     (pull,) = world.agent.pulls
     assert not pull.cancelled
-    pull.outcome = world.kept[0].regions
+    pull.outcome = world.kept[0].gather()
     assert value_of(*world.fetch(envelope, timeout_s=0))[0].tolist() == [0, 1, 2, 3, 4]
     assert not world.hints
 
@@ -329,7 +331,7 @@ def test_own_timeout_is_an_error_and_everything_is_given_up(world: World):
 
 def test_interrupt_gives_everything_up(world: World):
     sent = [world.send([torch.ones(5)], outcome=TimeoutError()) for _ in range(2)]
-    world.agent.held[sent[0].head.key] = world.kept[0].regions
+    world.agent.held[sent[0].head.key] = world.kept[0].gather()
 
     class Interrupted(FakePull):
         def wait(self, timeout_s: float) -> None:

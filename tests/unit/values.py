@@ -113,6 +113,29 @@ def shared(draw: st.DrawFn) -> Any:
     return [draw(st.sampled_from(views)) for _ in range(draw(st.integers(2, 5)))]
 
 
+@st.composite
+def blocks(draw: st.DrawFn) -> list[torch.Tensor]:
+    """Parts of a cache whose rows are of 1 KiB, as layers, blocks and heads of attention are cut.
+
+    Some leave out most of the bytes that they span; some share bytes with others.
+    """
+    cache = filled((3, 8, 4, 128), draw(st.sampled_from([torch.int64, torch.complex64])))
+    cuts = [
+        lambda i: cache[:, i],
+        lambda i: cache[:, i : i + 2],
+        lambda i: cache[:, i].view(torch.int16),
+        lambda i: cache[i % 3, ::3],
+        lambda i: cache[::2, i : i + 1],
+        lambda i: cache.transpose(0, 2)[i % 4],
+        lambda i: cache[:, i, 1:2].expand(3, 5, 128),
+        lambda i: cache[:, i, :, 64:],
+        lambda i: cache[i % 3, i],
+        lambda i: cache[:, i].permute(1, 0, 2),
+    ]
+    count = draw(st.integers(1, 5))
+    return [draw(st.sampled_from(cuts))(draw(st.integers(0, 6))) for _ in range(count)]
+
+
 plain = st.one_of(
     st.none(),
     st.integers(),

@@ -95,9 +95,12 @@ void Agent::Open() {
   }
 }
 
-bool Agent::Register(const Key &key, const std::vector<Span> &spans, int64_t token) {
+bool Agent::Register(const Key &key,
+                     const std::vector<Span> &spans,
+                     int64_t token,
+                     std::vector<Guard> guards) {
   CheckedSpans(spans);
-  return regions_.Register(key, spans, token);
+  return regions_.Register(key, spans, token, std::move(guards));
 }
 
 bool Agent::Release(const Key &key) { return regions_.Release(key); }

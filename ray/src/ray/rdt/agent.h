@@ -37,9 +37,12 @@ class Agent {
   const Bytes &address() const { return address_bytes_; }
   const AgentId &id() const { return identity_.agent; }
 
-  // The memory stays the caller's, alive until a kReleased event brings the
-  // token. False when the key is taken.
-  bool Register(const Key &key, const std::vector<Span> &spans, int64_t token);
+  // The memory stays the caller's, it and its guards alive until a kReleased event
+  // brings the token. False when the key is taken.
+  bool Register(const Key &key,
+                const std::vector<Span> &spans,
+                int64_t token,
+                std::vector<Guard> guards = {});
   bool Release(const Key &key);
   // Tells the agent at an address about an object there: only queued here.
   void Notify(ByteView address, Notice notice, const Key &key);

@@ -16,24 +16,28 @@ uint64_t Crc(const void *data, uint64_t nbytes) {
       static_cast<const uint8_t *>(data), static_cast<int>(nbytes), 0);
 }
 
-uint64_t CrcOfBlock(const SpanList &memory, Range block) {
+uint64_t SumOfBlock(const SpanList &memory, Range block) {
+  uint64_t number = block.offset / kChecksumBlock;
   std::vector<iovec> pieces;
   if (memory.Slice(block, &pieces) == block.nbytes && pieces.size() == 1) {
-    return Crc(pieces[0].iov_base, block.nbytes);
+    return ChecksumOfBlock(pieces[0].iov_base, block.nbytes, number);
   }
   std::vector<char> gathered(block.nbytes);
   memory.CopyOut(block, gathered.data());
-  return Crc(gathered.data(), gathered.size());
+  return ChecksumOfBlock(gathered.data(), gathered.size(), number);
 }
 
 }  // namespace
+
+uint64_t ChecksumOfBlock(const void *data, uint64_t nbytes, uint64_t number) {
+  return Crc(data, nbytes) * (2 * number + 1);
+}
 
 uint64_t Checksum(const SpanList &memory, Range range) {
   uint64_t sum = 0;
   while (range.nbytes > 0) {
     Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
-    uint64_t number = range.offset / kChecksumBlock;
-    sum += CrcOfBlock(memory, block) * (2 * number + 1);
+    sum += SumOfBlock(memory, block);
     range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
   }
   return sum;

@@ -22,6 +22,8 @@ inline constexpr uint64_t kChecksumBlock = 256 << 10;
 // The part of the checksum that `range` gives: it begins where a block does, and
 // ends where a block or the list does.
 uint64_t Checksum(const SpanList &memory, Range range);
+// What block number `number` gives, whose bytes are at `data`.
+uint64_t ChecksumOfBlock(const void *data, uint64_t nbytes, uint64_t number);
 
 // A number that is computed once and told to all who ask.
 class LazyNumber {

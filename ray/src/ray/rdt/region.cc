@@ -6,12 +6,27 @@
 
 namespace ray::rdt {
 
+Status Region::Check() const {
+  bool is_intact = std::ranges::all_of(guards_, [](const Guard &guard) {
+    const auto *word = reinterpret_cast<const uint64_t *>(guard.address);
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE) == guard.value;
+  });
+  if (is_intact) return {};
+  return {Code::kChanged,
+          "the storage of one of its tensors was freed, resized or moved after the "
+          "object was made"};
+}
+
 bool RegionTable::Register(const Key &key,
                            const std::vector<Span> &spans,
-                           int64_t token) {
+                           int64_t token,
+                           std::vector<Guard> guards) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto [at, is_new] = regions_.try_emplace(key);
-  if (is_new) at->second.pin = std::make_shared<const Region>(spans, token, events_);
+  if (is_new) {
+    at->second.pin =
+        std::make_shared<const Region>(spans, std::move(guards), token, events_);
+  }
   return is_new;
 }
 

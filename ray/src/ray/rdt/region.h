@@ -10,25 +10,43 @@
 #include "ray/rdt/checksum.h"
 #include "ray/rdt/events.h"
 #include "ray/rdt/spans.h"
+#include "ray/rdt/status.h"
 
 namespace ray::rdt {
 
-// Memory of the caller, who keeps it alive until the region's token comes back.
+// A word of the caller's, eight bytes aligned, that changes when the memory that was
+// registered with it is freed, resized or moved: what owns the memory has it.
+struct Guard {
+  uint64_t address = 0;
+  uint64_t value = 0;
+};
+
+// Memory of the caller, who keeps it and its guards alive until the region's token
+// comes back. The memory may be gone all the same, where the caller's own code has
+// freed it: so guards are looked at before it is read, and reading it is no plain
+// copying (read_memory.h).
 // A pin is a shared_ptr: whoever holds one may read the memory, and the last
 // one to let go, on whatever thread, sends the token back.
 class Region {
  public:
-  Region(const std::vector<Span> &spans, int64_t token, EventQueue *events)
-      : memory(spans), token_(token), events_(events) {}
+  Region(const std::vector<Span> &spans,
+         std::vector<Guard> guards,
+         int64_t token,
+         EventQueue *events)
+      : memory(spans), guards_(std::move(guards)), token_(token), events_(events) {}
   ~Region() { events_->PushReleased(token_); }
   Region(const Region &) = delete;
   Region &operator=(const Region &) = delete;
+
+  // Ok, or kChanged: the memory is not what was registered.
+  Status Check() const;
 
   const SpanList memory;
   // The memory's checksum as it was when the first consumer asked.
   mutable LazyNumber sum;
 
  private:
+  const std::vector<Guard> guards_;
   const int64_t token_;
   EventQueue *const events_;
 };
@@ -41,7 +59,10 @@ class RegionTable {
   explicit RegionTable(EventQueue *events) : events_(events) {}
 
   // False when the key is taken; then no token comes back for the call.
-  bool Register(const Key &key, const std::vector<Span> &spans, int64_t token);
+  bool Register(const Key &key,
+                const std::vector<Span> &spans,
+                int64_t token,
+                std::vector<Guard> guards = {});
   // False when there is no such region. Running pulls keep what they pinned.
   bool Release(const Key &key);
   void ReleaseAll();

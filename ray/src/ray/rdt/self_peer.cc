@@ -18,6 +18,7 @@ void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
   if (!source)
     return pull->Fail(
         {Code::kNotFound, "this process holds no such object (it was freed)"});
+  if (Status intact = source->Check(); !intact.ok()) return pull->Fail(intact);
   if (Status fit = pull->CheckTotal(source->memory.total()); !fit.ok())
     return pull->Fail(fit);
   pull->set_lane(LaneKind::kInproc);

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <set>
-#include <string_view>
 #include <utility>
 
 #include "ray/rdt/address.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp_source.h"
+#include "ray/rdt/read_memory.h"
 #include "ray/rdt/sum_job.h"
 
 namespace ray::rdt {
@@ -87,10 +87,18 @@ class Service::Guest : public Channel::Handler {
       RefusePull(id, Code::kNotFound, "the producer holds no such object (it was freed)");
       return true;
     }
+    if (Status status = pin->Check(); !status.ok()) {
+      RefusePull(id, status.code, status.text);
+      return true;
+    }
     Grant grant{.total = pin->memory.total()};
     if (grant.total > 0 && grant.total <= std::min(request->max_attached, kMaxAttached)) {
       grant.attached.resize(grant.total);
-      pin->memory.CopyOut({0, grant.total}, grant.attached.data());
+      Status status = ReadOwnMemory(pin->memory, {0, grant.total}, grant.attached.data());
+      if (!status.ok()) {
+        RefusePull(id, status.code, status.text);
+        return true;
+      }
     } else if (request->with_spans && pin->memory.spans().size() > kMaxSpans) {
       RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
       return true;
@@ -104,8 +112,8 @@ class Service::Guest : public Channel::Handler {
     return true;
   }
 
-  bool OnRing(const std::optional<Ring> &ring, const Fd &fd) {
-    return ring && shm_.OnRing(*ring, fd);
+  bool OnRing(const std::optional<Ring> &ring, Fd fd) {
+    return ring && shm_.OnRing(*ring, std::move(fd));
   }
 
   bool OnFill(uint64_t id, const std::optional<Fill> &fill) {
@@ -214,9 +222,10 @@ void Service::Sum(const Key &key, Answer answer) {
   uint64_t call = next_call_++;
   answers_[call] = std::move(answer);
   Pin pin = regions_->Find(key);
-  if (!pin) {
-    constexpr std::string_view kGone = "the producer holds no such object (it was freed)";
-    Reply(call, true, Bytes(kGone.begin(), kGone.end()));
+  Status status{Code::kNotFound, "the producer holds no such object (it was freed)"};
+  if (pin) status = pin->Check();
+  if (!status.ok()) {
+    Reply(call, true, Bytes(status.text.begin(), status.text.end()));
     return;
   }
   bool is_first = pin->sum.Ask([this, call](uint64_t sum) {

@@ -16,7 +16,8 @@ constexpr const char *kNames[] = {"ok",
                                   "refused",
                                   "io",
                                   "stopped",
-                                  "broken"};
+                                  "broken",
+                                  "changed"};
 constexpr uint8_t kCount = sizeof(kNames) / sizeof(kNames[0]);
 
 }  // namespace

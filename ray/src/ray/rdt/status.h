@@ -21,7 +21,8 @@ enum class Code : uint8_t {
   kRefused = 8,       // the other side, or a setting of ours, said no
   kIo = 9,            // the operating system failed a copy
   kStopped = 10,      // this agent was stopped
-  kBroken = 11,  // the connection ended, its process did not; what was asked may be done
+  kBroken = 11,   // the connection ended, its process did not; what was asked may be done
+  kChanged = 12,  // the object's memory is not what was registered any more
 };
 
 struct Status {

@@ -4,6 +4,9 @@
 #include <atomic>
 #include <memory>
 #include <utility>
+#include <vector>
+
+#include "ray/rdt/read_memory.h"
 
 namespace ray::rdt {
 namespace {
@@ -19,7 +22,7 @@ class SumJob {
     uint64_t offset = next_.fetch_add(kChunk);
     if (offset >= total) return false;
     uint64_t nbytes = std::min(kChunk, total - offset);
-    sum_ += Checksum(pin_->memory, {offset, nbytes});
+    sum_ += SumOf({offset, nbytes});
     if (done_.fetch_add(nbytes) + nbytes == total) pin_->sum.Set(sum_);
     return true;
   }
@@ -28,6 +31,20 @@ class SumJob {
   // As long a turn on a copy thread as a chunk of a pull takes.
   static constexpr uint64_t kChunk = 4 << 20;
   static_assert(kChunk % kChecksumBlock == 0);
+
+  // Blocks that cannot be read count for nothing: whoever pulls them is told why.
+  uint64_t SumOf(Range range) const {
+    uint64_t sum = 0;
+    std::vector<char> bytes(std::min(kChecksumBlock, range.nbytes));
+    while (range.nbytes > 0) {
+      Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
+      if (ReadOwnMemory(pin_->memory, block, bytes.data()).ok()) {
+        sum += ChecksumOfBlock(bytes.data(), block.nbytes, block.offset / kChecksumBlock);
+      }
+      range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
+    }
+    return sum;
+  }
 
   const Pin pin_;
   std::atomic<uint64_t> next_{0};

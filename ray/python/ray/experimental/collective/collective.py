@@ -24,7 +24,8 @@ def create_collective_group(
     Args:
         actors: The members; their order gives the ranks. They must be alive and finish what they
             are busy with within ``RAY_RDT_GROUP_TIMEOUT_S`` (60 s).
-        backend: "gloo" or "nccl", in lower or upper case.
+        backend: "gloo" or "nccl", in lower or upper case, or one that every member and this process
+            have registered by ``ray.util.collective.backend_registry.register_collective_backend``.
         name: The group's name, which no other group of this Ray namespace may have; a random one
             if None.
 

@@ -31,6 +31,10 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         uint64_t address
         uint64_t nbytes
 
+    cdef cppclass Guard:
+        uint64_t address
+        uint64_t value
+
     cdef cppclass Settings:
         string bind_ip
         unsigned int lanes
@@ -107,7 +111,9 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         NativeAgent(string secret, const Settings &settings) except +
         const Bytes &address()
         const Key &id()
-        bool Register(const Key &key, const vector[Span] &spans, int64_t token) except +
+        bool Register(
+            const Key &key, const vector[Span] &spans, int64_t token, vector[Guard] guards
+        ) except +
         bool Release(const Key &key)
         void Notify(ByteView address, Notice notice, const Key &key) except +
         size_t CountOwned(const Key &owner)

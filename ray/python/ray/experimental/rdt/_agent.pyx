@@ -32,7 +32,7 @@ class AgentError(Exception):
 
     Attributes:
         code: "not_found", "unreachable", "auth", "version", "size_mismatch",
-            "cancelled", "peer_lost", "refused", "io", "stopped" or "broken".
+            "cancelled", "peer_lost", "refused", "io", "stopped", "broken" or "changed".
         lane: Name of the lane of a pull that failed, once one was chosen.
     """
 
@@ -96,6 +96,18 @@ cdef vector[Span] _spans(const uint64_t[::1] addrs, const uint64_t[::1] lens) ex
         spans[i].address = addrs[i]
         spans[i].nbytes = lens[i]
     return spans
+
+
+cdef vector[Guard] _guards(const uint64_t[::1] words) except *:
+    cdef vector[Guard] guards
+    cdef size_t i
+    if words.shape[0] % 2:
+        raise ValueError("guards are pairs of an address and a value")
+    guards.resize(words.shape[0] // 2)
+    for i in range(guards.size()):
+        guards[i].address = words[2 * i]
+        guards[i].value = words[2 * i + 1]
+    return guards
 
 
 cdef double _deadline(timeout_s):
@@ -329,19 +341,25 @@ cdef class Agent:
             with nogil:
                 del self._native
 
-    def register(self, bytes key, addrs, lens, int64_t token):
+    def register(self, bytes key, addrs, lens, int64_t token, guards=b""):
         """Serves the memory at addrs under `key`.
 
-        The memory stays the caller's, who keeps it alive until next_events
-        brings ("released", [.., token, ..]).
+        The memory stays the caller's, who keeps it and the guards alive until
+        next_events brings ("released", [.., token, ..]).
 
         Args:
             key: 16 bytes, not in use.
             addrs, lens: Buffers of uint64, equally long; may be empty.
             token: Comes back when nobody reads the memory any more.
+            guards: A buffer of uint64: addresses of aligned words, each followed by
+                what the word must hold. Once one holds anything else, pulls fail with
+                the code "changed".
         """
         _check_process(self._pid)
-        if not self._native.Register(_key(key), _spans(addrs, lens), token):
+        cdef vector[Guard] words
+        if len(guards):
+            words = _guards(guards)
+        if not self._native.Register(_key(key), _spans(addrs, lens), token, words):
             raise ValueError("the key is in use")
 
     def release(self, bytes key):

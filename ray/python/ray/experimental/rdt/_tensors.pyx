@@ -23,11 +23,21 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
 from libcpp.algorithm cimport sort
+from libcpp.utility cimport pair
 from libcpp.vector cimport vector
+
+cdef extern from "ray/rdt/strided.h" namespace "ray::rdt":
+    cppclass Runs:
+        uint64_t nbytes
+        vector[uint64_t] starts
+        vector[int64_t] strides
+        uint64_t total()
+
+    bint FindRuns(const int64_t *, const int64_t *, int, uint64_t, uint64_t, Runs *)
 
 cdef extern from *:
     """
@@ -94,6 +104,7 @@ cdef extern from *:
       uint64_t start;
       uint64_t end;
       size_t index;
+      bool is_host;
       bool operator<(const TensorSpan &other) const {
         return std::tie(storage, start, end, index) <
                std::tie(other.storage, other.start, other.end, other.index);
@@ -195,10 +206,17 @@ cdef extern from *:
         uint64_t start
         uint64_t end
         size_t index
+        cbool is_host
 
     bint ExtentOf(const int64_t *, const int64_t *, int, uint64_t, uint64_t *)
     object TensorOver(const DlExchange *, PyObject *, void *, DlType, const int64_t *,
                       const int64_t *, int)
+
+#: A view that leaves out more than half of the bytes that it spans is gathered, if what it has is
+#: in runs of at least so many bytes: more and smaller ones take longer than the bytes between them.
+cdef enum: MIN_RUN_NBYTES = 512
+#: Of one region; the agent keeps the address of each.
+cdef enum: MAX_RUNS = 65536
 
 #: Regions start at a multiple of this from their storage's start: every dtype stays aligned.
 cdef enum: REGION_ALIGNMENT = 16
@@ -220,6 +238,9 @@ cdef array.array _UINT64 = array.array("Q")
 cdef const DlExchange *_exchange = NULL
 cdef bint _is_torch_known = False
 cdef object _torch = None
+# Which words of a storage hold the address and the size of its memory; 0 where they are not known.
+cdef size_t _address_word = 0
+cdef size_t _size_word = 0
 
 
 cdef _know_torch():
@@ -233,7 +254,24 @@ cdef _know_torch():
         exchange = <DlExchange *>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
         if exchange.version[0] == 1:
             _exchange = exchange
+    _find_words()
     _is_torch_known = True
+
+
+cdef _find_words():
+    """Learns how torch's storages are laid out, from two of them."""
+    global _address_word, _size_word
+    cdef const uint64_t *words
+    cdef size_t i
+    addresses, sizes = set(range(1, 8)), set(range(1, 8))
+    for nbytes in (1009, 2003):
+        storage = _torch.UntypedStorage(nbytes, device="cpu")
+        words = <const uint64_t *><uintptr_t>storage._cdata
+        addresses &= {i for i in range(8) if words[i] == <uint64_t>storage.data_ptr()}
+        sizes &= {i for i in range(8) if words[i] == <uint64_t>nbytes}
+    # The allocator's own record of the address comes after the first.
+    if addresses and len(sizes) == 1:
+        _address_word, _size_word = min(addresses), sizes.pop()
 
 
 cdef inline bint _view(tensor, DlTensor *view) except -1:
@@ -343,39 +381,68 @@ def load_table(bytes regions, bytes rows, bytes dims, tuple dtypes, dict devices
     return table
 
 
-def lay_out(list tensors, is_parameter=None):
-    """Finds the regions of tensors and how each lies in its region.
+@cython.final
+cdef class Layout:
+    """How an object's tensors lie in the memory of its producer.
 
-    Spans of one storage that overlap or touch are one region. An address means one thing in all of
-    a process, on whichever device. Copies nothing.
+    Attributes:
+        table: What travels of it.
+        addresses: For each region its address, as uint64.
+        owners: For each region the storage that it lies in, which keeps its memory; None for one
+            without bytes.
+        offsets: For each region how far into its storage it begins, as uint64.
+        runs: For regions that are gathered, where the runs of bytes begin that make one up, as
+            uint64 from its address on, and the bytes of each run.
+        storages: The addresses of the storages that have bytes in a region, sorted, as uint64.
+        guards: For ``Agent.register``: what shows that a storage in host memory was freed, resized
+            or moved.
+    """
+
+    cdef readonly Table table
+    cdef readonly array.array addresses
+    cdef readonly list owners
+    cdef readonly array.array offsets
+    cdef readonly dict runs
+    cdef readonly array.array storages
+    cdef readonly array.array guards
+
+    def __cinit__(self):
+        self.table = Table()
+        self.addresses = self.offsets = self.storages = self.guards = _as_array(vector[uint64_t]())
+        self.owners, self.runs = [], {}
+
+
+def lay_out(list tensors, is_parameter=None, bint may_gather=True):
+    """Finds the regions of tensors and how each lies in its region: a Layout.
+
+    Spans of one storage that overlap or touch are one region. Where they leave out more than half
+    of their region, each is one that is gathered. An address means one thing in all of a process,
+    on whichever device. Copies nothing.
 
     Args:
         tensors: The tensors; any that torch has dense, strided memory for.
         is_parameter: For each whether it is a ``torch.nn.Parameter``; None if none is.
-
-    Returns:
-        Their table, the address of each region and, sorted, the address of each storage that has
-        bytes in one; both arrays of uint64.
+        may_gather: Whether regions may be gathered.
     """
     cdef Table table = Table()
     cdef vector[TensorSpan] spans
-    cdef vector[size_t] away
     cdef list dtypes = []
     cdef size_t i
     spans.resize(len(tensors))
     table._rows.resize(len(tensors))
     for i in range(spans.size()):
         spans[i].index = i
-        if not _read(tensors[i], table, &table._rows[i], &spans[i], dtypes):
-            away.push_back(i)
+        spans[i].is_host = _read(tensors[i], table, &table._rows[i], &spans[i], dtypes)
         if is_parameter is not None and is_parameter[i]:
             table._rows[i].flags |= _PARAMETER
     table.dtypes = tuple(dtypes)
     sort(spans.begin(), spans.end())
-    starts, storages = _merge(table, spans)
-    for i in away:
-        table.devices[table._rows[i].region] = tensors[i].device.type
-    return table, starts, storages
+    layout = _merge(table, spans, tensors, may_gather)
+    for i in range(spans.size()):
+        if not spans[i].is_host:
+            index = spans[i].index
+            table.devices[table._rows[index].region] = tensors[index].device.type
+    return layout
 
 
 cdef bint _read(tensor, Table table, Row *row, TensorSpan *span, list dtypes) except -1:
@@ -436,35 +503,138 @@ cdef int _index_of(dtype, list dtypes) except -1:
     return len(dtypes) - 1
 
 
-cdef tuple _merge(Table table, vector[TensorSpan] &spans):
-    """Joins spans, which are sorted, into regions. Returns what ``lay_out`` does."""
-    cdef vector[uint64_t] starts, ends, storages
-    cdef TensorSpan span
-    cdef bint is_open = False  # whether the last region may go on
-    cdef uint64_t start
-    for span in spans:
+cdef Layout _merge(Table table, vector[TensorSpan] &spans, list tensors, bint may_gather):
+    """Joins spans, which are sorted, into regions."""
+    cdef vector[uint64_t] starts, sizes, offsets, storages, guards
+    cdef vector[Runs] runs
+    cdef list owners = []
+    cdef dict gathered = {}
+    cdef size_t first = 0, last, i, widest
+    cdef uint64_t start, end, storage
+    while first < spans.size():
+        last, widest = first + 1, first
+        start, end, storage = spans[first].start, spans[first].end, spans[first].storage
         # An empty span takes part in no merge: its address may be anything.
-        if is_open and span.start < span.end and span.storage == storages.back() \
-                and span.start <= ends.back():
-            ends[ends.size() - 1] = max(ends.back(), span.end)
+        while (
+            start < end and last < spans.size() and spans[last].storage == storage
+            and spans[last].start < spans[last].end and spans[last].start <= end
+        ):
+            if spans[last].end > end:
+                widest, end = last, spans[last].end
+            last += 1
+        if start < end and (storages.empty() or storages.back() != storage):
+            storages.push_back(storage)
+        if may_gather and _is_sparse(table, spans, first, last, end, runs):
+            for i in range(first, last):
+                if i == first or runs[i - first].starts != runs[i - first - 1].starts \
+                        or spans[i].start != spans[i - 1].start:
+                    gathered[starts.size()] = (
+                        _as_array(runs[i - first].starts), runs[i - first].nbytes
+                    )
+                    owners.append(_owner(tensors[spans[i].index], spans[i], guards))
+                    starts.push_back(spans[i].start)
+                    sizes.push_back(runs[i - first].total())
+                    offsets.push_back(spans[i].start - storage)
+                _gather_row(table, spans[i].index, starts.size() - 1, runs[i - first])
         else:
-            is_open = span.start < span.end
-            start = span.start
-            if is_open:
-                start -= (start - span.storage) % REGION_ALIGNMENT
-                if storages.empty() or storages.back() != span.storage:
-                    storages.push_back(span.storage)
+            owners.append(
+                _owner(tensors[spans[widest].index], spans[widest], guards) if start < end else None
+            )
+            if start < end:
+                start -= (start - storage) % REGION_ALIGNMENT
             starts.push_back(start)
-            ends.push_back(span.end)
-        table._rows[span.index].region = starts.size() - 1
-        table._rows[span.index].offset = span.start - starts.back() if span.start < span.end else 0
-    array.resize(table.regions, starts.size())
-    for i in range(starts.size()):
-        table.regions.data.as_ulonglongs[i] = ends[i] - starts[i]
-    return _as_array(starts), _as_array(storages)
+            sizes.push_back(end - start)
+            offsets.push_back(start - storage)
+            for i in range(first, last):
+                table._rows[spans[i].index].region = starts.size() - 1
+                table._rows[spans[i].index].offset = spans[i].start - start
+        first = last
+    table.regions = _as_array(sizes)
+    layout = Layout()
+    layout.table = table
+    layout.addresses = _as_array(starts)
+    layout.owners = owners
+    layout.offsets = _as_array(offsets)
+    layout.runs = gathered
+    layout.storages = _as_array(storages)
+    layout.guards = _as_array(guards)
+    return layout
 
 
-cdef array.array _as_array(vector[uint64_t] &numbers):
+cdef bint _is_sparse(
+    Table table, vector[TensorSpan] &spans, size_t first, size_t last, uint64_t end,
+    vector[Runs] &runs,
+) except -1:
+    """Whether tensors that span one region are to be gathered, and the runs of each.
+
+    They are not where two share some of their bytes: each byte moves once, and what is written to
+    one shows in the other. Two that have all their bytes in common become one region.
+    """
+    cdef bint is_dense = True
+    cdef uint64_t used = 0, at
+    cdef size_t count = 0, i
+    cdef vector[pair[uint64_t, uint64_t]] ends
+    cdef pair[uint64_t, uint64_t] one
+    cdef Row *row
+    for i in range(first, last):
+        if not spans[i].is_host:
+            return False
+        is_dense = is_dense and table._rows[spans[i].index].is_dense
+    if is_dense:
+        return False
+    runs.resize(last - first)
+    for i in range(first, last):
+        row = &table._rows[spans[i].index]
+        itemsize = table.dtypes[row.dtype].itemsize
+        dims = table._dims.data() + row.dims
+        if not FindRuns(
+            dims, dims + row.ndim, row.ndim, itemsize, MAX_RUNS, &runs[i - first]
+        ) or runs[i - first].nbytes < MIN_RUN_NBYTES:
+            return False
+        if i > first and spans[i].start == spans[i - 1].start \
+                and runs[i - first].starts == runs[i - first - 1].starts \
+                and runs[i - first].nbytes == runs[i - first - 1].nbytes:
+            continue
+        used += runs[i - first].total()
+        count += runs[i - first].starts.size()
+        if 2 * used > end - spans[first].start or count > MAX_RUNS:
+            return False
+        for at in runs[i - first].starts:
+            one.first = spans[i].start + at
+            one.second = one.first + runs[i - first].nbytes
+            ends.push_back(one)
+    sort(ends.begin(), ends.end())
+    for i in range(1, ends.size()):
+        if ends[i].first < ends[i - 1].second:
+            return False
+    return True
+
+
+cdef _gather_row(Table table, size_t index, uint32_t region, const Runs &runs):
+    """Says that a tensor is all of a region that is gathered."""
+    cdef Row *row = &table._rows[index]
+    cdef int64_t *dims = table._dims.data() + row.dims
+    cdef int i
+    row.region, row.offset = region, 0
+    for i in range(row.ndim):
+        dims[row.ndim + i] = runs.strides[i]
+    row.is_dense = _is_dense(dims, row.ndim)
+
+
+cdef _owner(tensor, const TensorSpan &span, vector[uint64_t] &guards):
+    """The storage of a tensor; adds what guards it."""
+    storage = tensor.untyped_storage()
+    if span.is_host and _address_word:
+        words = <const uint64_t *><uintptr_t>storage._cdata
+        is_known = not guards.empty() and guards[guards.size() - 2] == <uintptr_t>&words[_size_word]
+        if words[_address_word] == span.storage and not is_known:
+            for word in (_address_word, _size_word):
+                guards.push_back(<uintptr_t>&words[word])
+                guards.push_back(words[word])
+    return storage
+
+
+cdef array.array _as_array(const vector[uint64_t] &numbers):
     cdef array.array made = array.clone(_UINT64, numbers.size(), False)
     if not numbers.empty():
         memcpy(made.data.as_voidptr, numbers.data(), numbers.size() * 8)

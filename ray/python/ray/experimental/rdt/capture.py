@@ -9,7 +9,12 @@ stream that made them tells when their bytes may be read. Nothing is registered 
 the process.
 
 Regions: tensors whose spans of one storage overlap or touch share a region, so ties and views
-survive and every byte is sent once. A view is its own span, not its whole storage.
+survive and every byte is sent once. A view is its own span, not its whole storage. A view that
+leaves out most of its span, as one block of a cache does, is a region that is gathered: its bytes
+are runs of the storage's, read where they are, and it arrives dense.
+
+An object is the memory that its tensors had when it was made. What is written to it before it is
+pulled is sent; memory that was freed, resized or moved since is not (``MemoryChanged``).
 
 Objects of a transport that a user wrote have their own rules: what the transport's data type says
 is taken out, and what it gets to move are *carriers*, see ``carriers``.
@@ -44,7 +49,15 @@ from ray._raylet import (
 from ray import cloudpickle
 from ray.experimental.rdt import _tensors
 from ray.experimental.rdt import descriptor as descriptor_module
-from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Pickler, Table, finish, restore
+from ray.experimental.rdt._tensors import (
+    CONJUGATED,
+    NEGATED,
+    Layout,
+    Pickler,
+    Table,
+    finish,
+    restore,
+)
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.arrays import ArrayPickler, are_arrays_wanted
@@ -56,8 +69,11 @@ if TYPE_CHECKING:
 
     from ray.experimental.rdt.transports.nixl_pool import Copies
 
-#: One span of memory that a pull moves: its address at the producer and its bytes.
-Region = tuple[int, int]
+
+class MemoryChanged(Exception):
+    """The memory of an object's tensors is not what it was when the object was made."""
+
+    code = "changed"
 
 
 @dataclass
@@ -66,9 +82,8 @@ class Captured:
 
     Attributes:
         tensors: As the user returned them, in the order of the placeholders.
-        addresses: Where their regions are; the tensors keep the memory alive.
-        storages: The addresses of the storages that have bytes in a region, sorted.
-        table: Their layout; no rows where they are no torch tensors.
+        layout: How they lie in memory; empty where they are no torch tensors.
+        addresses: Where the regions are; empty where only a transport of the user's can read them.
         events: For each device, the ends of the work that makes the tensors on it.
         parcel: What a transport of the user's moves, None for any other.
         copies: The regions as they were when the object was made; None where nobody asked for such
@@ -76,9 +91,8 @@ class Captured:
     """
 
     tensors: list[torch.Tensor] = field(default_factory=list)
+    layout: Layout = field(default_factory=Layout)
     addresses: array[int] = field(default_factory=lambda: array("Q"))
-    storages: array[int] = field(default_factory=lambda: array("Q"))
-    table: Table = field(default_factory=Table)
     events: Sequence[Event] = ()
     parcel: Parcel | None = None
     copies: Copies | None = None
@@ -87,19 +101,54 @@ class Captured:
         return bool(self.tensors)
 
     @property
-    def regions(self) -> list[Region]:
-        """The memory; empty where only a transport of the user's can read it."""
-        return list(zip(self.addresses, self.table.regions))
+    def table(self) -> Table:
+        """What travels of the layout."""
+        return self.layout.table
+
+    @property
+    def storages(self) -> array[int]:
+        """The addresses of the storages that have bytes in a region, sorted."""
+        return self.layout.storages
+
+    @property
+    def guards(self) -> array[int]:
+        """For ``Agent.register``; see ``Layout``. A copy needs none."""
+        return self.layout.guards if self.copies is None else array("Q")
 
     def host_spans(self) -> tuple[array[int], array[int]]:
-        """The addresses and the bytes of the regions that the agent can serve."""
-        if not self.table.devices:
-            return self.addresses, self.table.regions[: len(self.addresses)]
-        host = [i for i in range(len(self.addresses)) if i not in self.table.devices]
-        return (
-            array("Q", [self.addresses[i] for i in host]),
-            array("Q", [self.table.regions[i] for i in host]),
-        )
+        """The addresses and the bytes of what the agent can serve, in the order of the regions."""
+        devices, regions = self.table.devices, self.table.regions
+        runs = self.layout.runs if self.copies is None else {}
+        if not devices and not runs:
+            return self.addresses, regions[: len(self.addresses)]
+        addresses, lengths = array("Q"), array("Q")
+        for region, address in enumerate(self.addresses):
+            if region in runs:
+                starts, nbytes = runs[region]
+                addresses.extend(address + start for start in starts)
+                lengths.extend([nbytes] * len(starts))
+            elif region not in devices:
+                addresses.append(address)
+                lengths.append(regions[region])
+        return addresses, lengths
+
+    def require_unchanged(self) -> None:
+        """Raises MemoryChanged if a storage was freed, resized or moved since.
+
+        One that was, and has come back to its place with its size, is not told from others.
+        """
+        layout = self.layout
+        for region, storage in enumerate(layout.owners):
+            if storage is None or self.copies is not None:
+                continue
+            starts, nbytes = layout.runs.get(region, ([0], self.table.regions[region]))
+            offset = layout.offsets[region]
+            is_there = storage.data_ptr() + offset == layout.addresses[region]
+            if not is_there or offset + starts[-1] + nbytes > storage.nbytes():
+                raise MemoryChanged(
+                    "the storage of one of its tensors was freed, resized or moved after the "
+                    "object was made"
+                )
 
     def uses(self, value: Any) -> bool:
         """Whether a tensor shares a storage with one of these; other data is only itself."""
@@ -111,7 +160,7 @@ class Captured:
 
     def gather(self) -> bytes:
         """A copy of all regions, one after the other."""
-        return b"".join(ctypes.string_at(address, nbytes) for address, nbytes in self.regions)
+        return b"".join(map(ctypes.string_at, *self.host_spans()))
 
 
 class Skeleton(NamedTuple):
@@ -183,7 +232,8 @@ def arrange(
     """What is known of an object's tensors before it is stored."""
     if wanted is not None and not wanted.is_torch:
         return Captured(tensors)
-    captured = lay_out(tensors, is_parameter)
+    # What a user's transport gets of a region is a tensor, over the tensors' own memory.
+    captured = lay_out(tensors, is_parameter, may_gather=wanted is None)
     if wanted is not None and not all(tensor.is_cpu for tensor in tensors):
         captured.addresses = array("Q")
     return captured
@@ -287,7 +337,7 @@ def carriers(captured: Captured) -> list[Any]:
     return [
         captured.tensors[rows[0]].detach()
         if is_alone(table, rows)
-        else region_bytes(captured, rows[0])
+        else region_bytes(captured, region)
         for region, rows in sorted(tenants(table).items())
         if table.regions[region]
     ]
@@ -307,19 +357,27 @@ def is_alone(table: Table, rows: list[int]) -> bool:
     return len(rows) == 1 and stride is None and not flags & (CONJUGATED | NEGATED)
 
 
-def region_bytes(captured: Captured, index: int) -> torch.Tensor:
-    """The region of a tensor as a flat uint8 tensor that shares the memory that is sent."""
+def region_bytes(captured: Captured, region: int) -> torch.Tensor:
+    """A region as a flat uint8 tensor.
+
+    It shares the memory that is sent; of a region that is gathered it is a copy.
+    """
     import torch
 
-    tensor, row = captured.tensors[index], captured.table.rows[index]
     if captured.copies is not None:
-        return captured.copies.buffers[row[0]]
-    nbytes = captured.table.regions[row[0]]
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    if not nbytes:
-        return flat
-    first = int(tensor.storage_offset()) * tensor.element_size() - row[1]
-    return flat.set_(tensor.untyped_storage(), first, (nbytes,), (1,))
+        return captured.copies.buffers[region]
+    layout, nbytes = captured.layout, captured.table.regions[region]
+    storage = layout.owners[region]
+    if storage is None:
+        device = captured.table.devices.get(region, "cpu")
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    offset = layout.offsets[region]
+    if region not in layout.runs:
+        return flat.set_(storage, offset, (nbytes,), (1,))
+    starts, run = layout.runs[region]
+    flat.set_(storage, offset, (starts[-1] + run,), (1,))
+    return torch.cat([flat[start : start + run] for start in starts])
 
 
 def unpack_carriers(table: Table, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -368,14 +426,18 @@ def _expect(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         )
 
 
-def lay_out(tensors: list[torch.Tensor], is_parameter: list[bool] | None = None) -> Captured:
+def lay_out(
+    tensors: list[torch.Tensor],
+    is_parameter: list[bool] | None = None,
+    may_gather: bool = True,
+) -> Captured:
     """Finds the regions of tensors and how each lies in its region.
 
     Of tensors on devices it records the events; so it runs on the thread that made them.
     """
-    table, addresses, storages = _tensors.lay_out(tensors, is_parameter)
-    events = writers.record(tensors) if table.devices else ()
-    return Captured(tensors, addresses, storages, table, events)
+    layout = _tensors.lay_out(tensors, is_parameter, may_gather)
+    events = writers.record(tensors) if layout.table.devices else ()
+    return Captured(tensors, layout, layout.addresses, events)
 
 
 @functools.lru_cache(maxsize=4096)

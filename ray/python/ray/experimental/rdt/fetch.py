@@ -63,7 +63,7 @@ class Arrival:
 
 
 #: What an error says of an object that more time would not bring either.
-_FINAL = {"not_found", "peer_lost", "unreachable"}
+_FINAL = {"not_found", "peer_lost", "unreachable", "changed"}
 
 
 class Fetcher:
@@ -122,7 +122,7 @@ class Fetcher:
         if stored is not None:
             for event in stored.captured.events:
                 event.order()
-            return lanes.Here(stored.captured.tensors, request.target.tensors)
+            return lanes.Here(stored.captured, request.target.tensors)
         if request.envelope.eager is not None:
             return lanes.Eager(request.envelope, request.target.tensors)
         if request.envelope.table.devices:
@@ -196,7 +196,7 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
     if isinstance(error, TimeoutError):
         return RDTFetchTimedOutError(
             context,
-            f"it did not arrive within {settings().fetch_timeout_s:g} s.",
+            f"it did not arrive within {settings().fetch_timeout_s:g} s ({error}).",
             "Look whether the producer is stopped or its network is cut; the limit is "
             "RAY_rdt_fetch_fail_timeout_milliseconds.",
         )
@@ -223,6 +223,12 @@ def _reason_and_advice(error: Exception, codes: set[str]) -> tuple[str, str]:
             "the producer does not hold it any more: every reference to it had gone out of scope, "
             "or its owner died.",
             "Keep an ObjectRef to it while others need it.",
+        )
+    if "changed" in codes:
+        return (
+            f"{error}.",
+            "Free or resize a tensor's storage only when wait_tensor_freed says that nobody needs "
+            "it, or return a clone.",
         )
     if isinstance(error, MemoryError):
         return (

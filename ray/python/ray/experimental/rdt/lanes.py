@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray import cloudpickle
 from ray.experimental.rdt import checksums
 from ray.experimental.rdt._tensors import Table, build_tensors
-from ray.experimental.rdt.capture import Envelope, unpack_carriers
+from ray.experimental.rdt.capture import Captured, Envelope, unpack_carriers
 from ray.experimental.rdt.checksums import ChecksumMismatch
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import without_turn
@@ -73,12 +73,15 @@ class Here:
 
     lane = "inproc"
 
-    def __init__(self, tensors: Targets, targets: Targets | None):
-        self._tensors = tensors
+    def __init__(self, captured: Captured, targets: Targets | None):
+        self._captured = captured
         self._targets = targets
 
     def finish(self, deadline: float) -> Targets:
-        return self._tensors if self._targets is None else fill(self._targets, self._tensors)
+        if self._targets is None:
+            return self._captured.tensors
+        self._captured.require_unchanged()
+        return fill(self._targets, self._captured.tensors)
 
     def abandon(self) -> None:
         """Nothing is under way."""
@@ -356,7 +359,7 @@ class Exchanges:
         if not self._is_unnamed(lane) or time.monotonic() >= deadline:
             return False
         is_final = isinstance(error, (MemoryError, RayError, ChecksumMismatch))
-        is_gone = getattr(error, "code", "") == "not_found"
+        is_gone = getattr(error, "code", "") in ("not_found", "changed")
         may_write = getattr(error, "may_still_write", False)
         return not (is_final or is_gone or may_write)
 

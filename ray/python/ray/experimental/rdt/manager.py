@@ -7,6 +7,7 @@ consumer. Making it starts nothing; the session begins when something has to be 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import pickle
 import sys
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.transports.nixl import NixlTransport
+
+logger = logging.getLogger("ray.rdt")
 
 #: Of values that are no RDT objects, and no errors.
 _PLAIN_METADATA = (
@@ -284,7 +287,9 @@ class RDTManager:
     def _store(self, object_id: str, captured: Captured, head: Descriptor) -> StoredObject:
         links = self._links()
         stored = self.store.add(head.key, object_id, captured, head.transport)
-        links.session.agent.register(head.key, *captured.host_spans(), stored.token)
+        links.session.agent.register(
+            head.key, *captured.host_spans(), stored.token, captured.guards
+        )
         return stored
 
     # Owner.
@@ -652,6 +657,17 @@ class RDTManager:
     def begin(self) -> None:
         """Begins this process's session if it has none. Takes a while: not for the io thread."""
         self._links()
+
+    def begin_nixl(self) -> None:
+        """Starts nixl in the background, which takes up to a second; for who will use it."""
+        threading.Thread(target=self._begin_nixl, name="rdt-nixl-begin", daemon=True).start()
+
+    def _begin_nixl(self) -> None:
+        """Runs on: an rdt-nixl-begin thread."""
+        try:
+            cast("NixlTransport", self.transport("nixl")).begin()
+        except TransportUnavailable as error:  # said when an object would go over it
+            logger.debug("RDT does not start nixl: %s", error)
 
     def transport(self, name: str) -> Transport:
         """A transport of this process by its lower-case name. Raises TransportUnavailable."""

@@ -26,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import region_bytes, tenants
@@ -50,6 +50,18 @@ _EXPOSE_THREADS = 8
 _READER_SLACK_S = 5.0
 
 
+class _Exposure(NamedTuple):
+    """An object that readers of a one-sided transport know of.
+
+    Attributes:
+        described: What they need to read it.
+        buffers: Its memory, some of it a copy that is there for them alone.
+    """
+
+    described: dict[str, Any]
+    buffers: list[torch.Tensor]
+
+
 class Server:
     """Serves one process's stored objects over its transports.
 
@@ -68,7 +80,7 @@ class Server:
         self._store = store
         self._transports = transports
         self._lock = threading.Lock()
-        self._exposed: dict[tuple[bytes, str, str], Future[dict[str, Any]]] = {}
+        self._exposed: dict[tuple[bytes, str, str], Future[_Exposure]] = {}
         # By consumer and key, the deadline of each reader.
         self._readers: defaultdict[tuple[bytes, bytes], list[float]] = defaultdict(list)
         self._senders = DaemonThreads(_SEND_THREADS, "rdt-send")
@@ -109,7 +121,7 @@ class Server:
             one_sided: OneSided = transport  # type: ignore[assignment]
             # Nobody is exposing it any more: that would have borrowed it.
             if exposed.exception() is None:
-                one_sided.withdraw(exposed.result())
+                one_sided.withdraw(exposed.result().described)
 
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> Reply:
         """Runs on: producer, an rdt-send thread. What fails here is the consumer's answer."""
@@ -130,6 +142,7 @@ class Server:
         device_type, route = body["device"], body["route"]
         parcel = stored.captured.parcel
         if parcel is not None and transport.capabilities.is_users:
+            stored.captured.require_unchanged()
             await_events(stored, deadline)
             return partial(cast(UserTransport, transport).send, route, parcel, deadline)
         await_writers(stored, device_type, deadline)
@@ -163,6 +176,7 @@ class Server:
         try:
             # A user's transport has described the object when it was made.
             if transport.capabilities.is_users:
+                stored.captured.require_unchanged()
                 await_events(stored, deadline)
                 exposed: dict[str, Any] = {}
             else:
@@ -184,7 +198,8 @@ class Server:
     ) -> dict[str, Any]:
         """Exposes an object at its first reader's request; others wait for that. May block."""
         device_type = body["device"]
-        mine: Future[dict[str, Any]] = Future()
+        stored.captured.require_unchanged()
+        mine: Future[_Exposure] = Future()
         entry = (stored.key, body["transport"], device_type)
         with self._lock:
             known = self._exposed.setdefault(entry, mine)
@@ -192,12 +207,12 @@ class Server:
             try:
                 await_writers(stored, device_type, deadline)
                 buffers = buffers_for(transport, stored, device_type, deadline)
-                mine.set_result(transport.expose(buffers))
+                mine.set_result(_Exposure(transport.expose(buffers), buffers))
             except BaseException as error:
                 with self._lock:
                     del self._exposed[entry]
                 mine.set_exception(error)
-        return known.result()
+        return known.result().described
 
     def _on_done(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         key = bytes.fromhex(body["key"])
@@ -257,14 +272,15 @@ def await_events(stored: StoredObject, deadline: float) -> None:
 def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.Tensor]:
     """An object's regions on one type of device, as flat uint8 tensors.
 
-    They share the storages of the user's tensors.
+    They share the storages of the user's tensors; see ``region_bytes``. Raises MemoryChanged.
     """
     captured = stored.captured
-    table = captured.table
+    devices = captured.table.devices
+    captured.require_unchanged()
     return [
-        region_bytes(captured, rows[0])
-        for region, rows in sorted(tenants(table).items())
-        if table.devices.get(region, "cpu") == device_type
+        region_bytes(captured, region)
+        for region in range(len(captured.table.regions))
+        if devices.get(region, "cpu") == device_type
     ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
-from ray.experimental.rdt.capture import Captured, region_bytes, tenants
+from ray.experimental.rdt.capture import Captured, region_bytes
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.errors import NixlOutOfMemoryError, RDTError
 from ray.experimental.rdt.room import Room, may_wait
@@ -83,7 +83,7 @@ class Snapshots:
         pool, table = self._pool, captured.table
         if pool is None or (table.nbytes <= settings().eager_bytes and not table.devices):
             return True
-        buffers = [region_bytes(captured, rows[0]) for _, rows in sorted(tenants(table).items())]
+        buffers = [region_bytes(captured, region) for region in range(len(table.regions))]
         if not self._is_meant_for(pool, buffers):
             return True
         patience_s = settings().store_wait_s if may_wait() else 0.0

@@ -1,21 +1,8 @@
 #include "ray/rdt/lanes/inproc.h"
 
+#include "ray/rdt/read_memory.h"
+
 namespace ray::rdt {
-namespace {
-
-Status CopyPlain(const SpanList &from, const SpanList &to, Range range) {
-  std::vector<iovec> pieces;
-  while (range.nbytes > 0) {
-    to.Slice(range, &pieces);
-    for (const iovec &piece : pieces) {
-      from.CopyOut({range.offset, piece.iov_len}, piece.iov_base);
-      range = {range.offset + piece.iov_len, range.nbytes - piece.iov_len};
-    }
-  }
-  return {};
-}
-
-}  // namespace
 
 void StartInprocCopy(CopyPool *copies,
                      std::shared_ptr<Pull> pull,
@@ -23,7 +10,7 @@ void StartInprocCopy(CopyPool *copies,
                      Report report) {
   const SpanList *to = &pull->destination;
   CopyRange copy = [source = std::move(source), to](Range range) {
-    return CopyPlain(source->memory, *to, range);
+    return ReadOwnMemory(source->memory, *to, range);
   };
   StartCopyJob(copies, std::move(pull), std::move(copy), std::move(report));
 }

@@ -79,7 +79,8 @@ void ShmLane::OnFrame(const FrameHeader &header, ByteView payload) {
     return CopySlot(index);
   }
   std::shared_ptr<Job> job = std::move(slot.job);
-  ReportOnce(job.get(), {Code::kIo, "the producer no longer has the object"});
+  ReportOnce(job.get(),
+             {Code::kIo, "the producer no longer has the object, or cannot read it"});
   Pump();
 }
 
@@ -121,9 +122,9 @@ void ShmLane::ReportOnce(Job *job, const Status &status) {
 ShmSource::ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
     : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
 
-bool ShmSource::OnRing(const Ring &ring, const Fd &fd) {
+bool ShmSource::OnRing(const Ring &ring, Fd fd) {
   if (ring_ || !fd) return false;
-  ring_ = RingMemory::Open(fd.get(), ring.nbytes);
+  ring_ = RingFile::Open(std::move(fd), ring.nbytes);
   return ring_ != nullptr;
 }
 
@@ -140,9 +141,10 @@ bool ShmSource::OnFill(uint64_t pull, const Fill &fill, Pin pin) {
   if (fill.nbytes > total || fill.offset > total - fill.nbytes) return false;
   auto work =
       [loop = loop_, channel = channel_, ring = ring_, pull, fill, pin = std::move(pin)] {
-        pin->memory.CopyOut({fill.offset, fill.nbytes}, ring->at(fill.position));
-        loop->Post([channel, pull, fill] {
-          channel->Send(FilledFrame(pull, fill.position, true));
+        Status status =
+            ring->Fill(fill.position, pin->memory, {fill.offset, fill.nbytes});
+        loop->Post([channel, pull, fill, is_ok = status.ok()] {
+          channel->Send(FilledFrame(pull, fill.position, is_ok));
         });
       };
   RunCopy(copies_, fill.nbytes, std::move(work));

@@ -65,7 +65,7 @@ class ShmSource {
   ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
 
   // False when the descriptor is no ring.
-  bool OnRing(const Ring &ring, const Fd &fd);
+  bool OnRing(const Ring &ring, Fd fd);
   // False when the frame asks for what is not in the ring or the region. A pull
   // that has ended (`pin` empty) is answered by "not ok".
   bool OnFill(uint64_t pull, const Fill &fill, Pin pin);
@@ -74,7 +74,7 @@ class ShmSource {
   Loop *const loop_;
   CopyPool *const copies_;
   const std::shared_ptr<Channel> channel_;
-  std::shared_ptr<RingMemory> ring_;
+  std::shared_ptr<RingFile> ring_;
 };
 
 }  // namespace ray::rdt

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.groups import records, service
+from ray.experimental.rdt.groups import collectives, records, service
 from ray.experimental.rdt.groups.membership import Member
 from ray.experimental.rdt.groups.records import Record
 from ray.experimental.rdt.groups.service import MemberFailed
@@ -36,7 +36,7 @@ def create(
 
     Args:
         actors: The members in rank order.
-        backend: "gloo" or "nccl", any case.
+        backend: "gloo", "nccl" or one that is registered with ``ray.util.collective``, any case.
         name: What it will be called; None for a name that is not in use.
 
     Raises:
@@ -52,8 +52,11 @@ def create(
     _check_hardware(backend)
     record = _reserve(actors, backend, uuid.uuid4().hex if name is None else name)
     try:
-        members = _introduce(actors, backend, deadline)
-        _begin_session().form(record.id, record.name, backend, members, deadline)
+        if backend in BACKENDS:
+            members = _introduce(actors, backend, deadline)
+            _begin_session().form(record.id, record.name, backend, members, deadline)
+        else:
+            members = _join_users(actors, record, deadline)
     except MemberFailed as failure:
         records.remove(record.name)
         actor = actors[failure.rank]
@@ -105,7 +108,10 @@ def destroy(name: str) -> None:
         )
     own = _begin_session()
     own.let_go(record.id)
-    own.dissolve(record.id, record.members, f"collective group {name!r} was destroyed")
+    if record.backend in BACKENDS:
+        own.dissolve(record.id, record.members, f"collective group {name!r} was destroyed")
+    else:
+        _leave_users(record)
 
 
 def destroy_all() -> None:
@@ -118,15 +124,23 @@ def destroy_all() -> None:
 
 
 def normalized(backend: str) -> str:
-    """The lower-case name of a backend.
+    """The lower-case name of a backend; of one that a user has registered, the upper-case one.
 
     Raises:
         ValueError: there is none of this name; lists those there are.
     """
     known = BACKENDS.get(backend.lower()) if isinstance(backend, str) else None
-    if known is None:
-        raise ValueError(f"Unknown backend {backend!r} for a collective group; known: gloo, nccl")
-    return known
+    if known is not None:
+        return known
+    from ray.util.collective import backend_registry
+
+    users = str(backend).upper()
+    if users != collectives.BACKEND and backend_registry._global_registry.is_registered(users):
+        return users
+    raise ValueError(
+        f"Unknown backend {backend!r} for a collective group; known: gloo, nccl, and those that "
+        "this process has given to ray.util.collective.backend_registry.register_collective_backend"
+    )
 
 
 def _check_actors(actors: Sequence[ActorHandle]) -> None:
@@ -191,15 +205,7 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> 
             answers[rank] = _introduce_here(backend)
         else:
             pending[actor.__ray_call__.remote(_answer_introduction, backend)] = rank
-    # What is not answered is not cancelled: a cancelled task can leave a hole in the order of an
-    # actor's tasks, for which Ray then waits for 30 s. A late introduction does nothing.
-    while pending:
-        left = max(0.0, deadline - time.monotonic())
-        done, _ = ray.wait(list(pending), timeout=left)
-        if not done:
-            raise _silent([actors[rank] for rank in pending.values()])
-        rank = pending.pop(done[0])
-        answers[rank] = _answer_of(actors[rank], done[0])
+    answers |= _collect(actors, pending, deadline)
     return [
         Member(
             bytes.fromhex(answers[rank]["agent"]),
@@ -210,9 +216,72 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> 
     ]
 
 
-def _answer_of(actor: ActorHandle, ref: Any) -> dict[str, str]:
+def _collect(
+    actors: Sequence[ActorHandle], pending: dict[Any, int], deadline: float
+) -> dict[int, Any]:
+    """The answers to tasks by rank. Raises RuntimeError, which names an actor that gave none."""
+    answers: dict[int, Any] = {}
+    # What is not answered is not cancelled: a cancelled task can leave a hole in the order of an
+    # actor's tasks, for which Ray then waits for 30 s. A late introduction does nothing.
+    while pending:
+        left = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(pending), timeout=left)
+        if not done:
+            raise _silent([actors[rank] for rank in pending.values()])
+        rank = pending.pop(done[0])
+        answers[rank] = _answer_of(actors[rank], done[0])
+    return answers
+
+
+def _join_users(actors: Sequence[ActorHandle], record: Record, deadline: float) -> list[Member]:
+    """Has actors join a group of a backend that a user has registered, as Ray's alpha does.
+
+    It is ``ray.util.collective``'s alone: no process of it has to be reached directly.
+    """
+    own_id = ray.get_runtime_context().get_actor_id()
+    group = (len(actors), record.backend, record.name)
+    pending = {
+        actor.__ray_call__.remote(_join_users_group, rank, *group): rank
+        for rank, actor in enumerate(actors)
+        if actor._ray_actor_id.hex() != own_id
+    }
+    if own_id in record.actor_ids:
+        _join_users_group(None, record.actor_ids.index(own_id), *group)
+    _collect(actors, pending, deadline)
+    return [Member(b"", b"", actor_id) for actor_id in record.actor_ids]
+
+
+def _join_users_group(instance: Any, rank: int, world_size: int, backend: str, name: str) -> None:
+    """Runs on: member, as a task of the actor."""
+    from ray.util import collective
+
+    collective.init_collective_group(world_size, rank, backend, name)
+
+
+def _leave_users(record: Record) -> None:
+    """Has the members leave that are still alive; busy ones do so later."""
+    own_id = ray.get_runtime_context().get_actor_id()
+    left = [
+        actor.__ray_call__.remote(_leave_users_group, record.name)
+        for actor in _handle(record, {}).actors
+        if actor._ray_actor_id.hex() != own_id
+    ]
+    if own_id in record.actor_ids:
+        _leave_users_group(None, record.name)
+    if left:
+        ray.wait(left, num_returns=len(left), timeout=settings().group_timeout_s)
+
+
+def _leave_users_group(instance: Any, name: str) -> None:
+    """Runs on: member, as a task of the actor."""
+    from ray.util import collective
+
+    collective.destroy_collective_group(name)
+
+
+def _answer_of(actor: ActorHandle, ref: Any) -> Any:
     try:
-        return dict(ray.get(ref))
+        return ray.get(ref)
     except ray.exceptions.ActorDiedError as error:
         raise RuntimeError(f"{actor} is dead and cannot join a collective group") from error
     except ray.exceptions.RayError as error:

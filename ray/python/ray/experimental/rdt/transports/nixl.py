@@ -126,6 +126,15 @@ class NixlTransport:
         """
         self._producer.set_stream(stream)
 
+    def begin(self) -> None:
+        """Starts the agent if it is not. Raises TransportUnavailable."""
+        self._endpoint.get()
+
+    @property
+    def engine(self) -> Engine:
+        """This process's agent, started if it is not. Raises TransportUnavailable."""
+        return self._endpoint.get().engine
+
     def close(self) -> None:
         """See ``OneSided``."""
         self._producer.close()

@@ -71,6 +71,14 @@ class Engine(Protocol):
         """The agent's name, unique in the world."""
 
     @property
+    def agent(self) -> Any:
+        """Nixl's own object."""
+
+    @property
+    def backend(self) -> str:
+        """The nixl backend that it moves bytes with."""
+
+    @property
     def reach(self) -> str:
         """Compared with a peer's by ``is_direct``."""
 
@@ -172,6 +180,7 @@ class NixlEngine:
 
     Attributes:
         name: The same.
+        agent: nixl's own.
         backend: The nixl backend that it moves bytes with.
         reach: See ``Engine``.
     """
@@ -181,54 +190,54 @@ class NixlEngine:
         self.reach = find_reach()
         self._pid = os.getpid()
         with _quiet():
-            self._agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
-            self._agent.agent = api.nixlBind.nixlAgent(name, _core_config(api.nixlBind))
-            self.backend = choose_backend(self._agent.get_plugin_list())
-            self._agent.create_backend(self.backend, dict(options))
+            self.agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+            self.agent.agent = api.nixlBind.nixlAgent(name, _core_config(api.nixlBind))
+            self.backend = choose_backend(self.agent.get_plugin_list())
+            self.agent.create_backend(self.backend, dict(options))
         _open_engines.append(self)
 
     def register(self, kind: str, rows: Rows) -> Any:
         """See ``Engine``."""
         with _mapped("cannot register memory"):
-            return self._agent.register_memory(rows, kind, [self.backend])
+            return self.agent.register_memory(rows, kind, [self.backend])
 
     def deregister(self, handle: Any) -> None:
         """See ``Engine``."""
         with _logged("could not deregister memory"):
-            self._agent.deregister_memory(handle, [self.backend])
+            self.agent.deregister_memory(handle, [self.backend])
 
     def describe(self, kind: str, rows: Rows) -> bytes:
         """See ``Engine``."""
         with _mapped("cannot describe memory"):
-            registered = self._agent.get_reg_descs(rows, kind)
-            return bytes(self._agent.get_partial_agent_metadata(registered, True, [self.backend]))
+            registered = self.agent.get_reg_descs(rows, kind)
+            return bytes(self.agent.get_partial_agent_metadata(registered, True, [self.backend]))
 
     def attach(self, metadata: bytes) -> None:
         """See ``Engine``."""
         with _mapped("cannot use the peer's memory"):
-            self._agent.add_remote_agent(metadata)
+            self.agent.add_remote_agent(metadata)
 
     def detach(self, name: str) -> None:
         """See ``Engine``."""
         with _logged("could not forget a peer"):
-            self._agent.remove_remote_agent(name)
+            self.agent.remove_remote_agent(name)
 
     def post(self, batch: Batch, name: str) -> NixlRead:
         """See ``Engine``."""
         with _mapped("cannot read"):
-            handle = self._agent.initialize_xfer(
+            handle = self.agent.initialize_xfer(
                 "READ",
-                self._agent.get_xfer_descs(batch.local, batch.local_kind),
-                self._agent.get_xfer_descs(batch.remote, batch.remote_kind),
+                self.agent.get_xfer_descs(batch.local, batch.local_kind),
+                self.agent.get_xfer_descs(batch.remote, batch.remote_kind),
                 name,
             )
-        return NixlRead(self._agent, handle)
+        return NixlRead(self.agent, handle)
 
     def close(self) -> None:
         """See ``Engine``. What a parent process opened is left alone."""
         if self in _open_engines and self._pid == os.getpid():
             _open_engines.remove(self)
-            del self._agent
+            del self.agent
 
 
 class NixlRead:

@@ -5,8 +5,9 @@ anyhow; what it makes for one transfer (the communicator's) goes through Ray's G
 Nothing that came over an agent's connection is unpickled.
 
 Threads: the user's code runs on daemon threads ``rdt-user``, so that a call that hangs costs its
-waiter the deadline and nobody else anything. At most one receives and one sends at a time in a
-process and for a transport. A consumer holds its own turn to receive before it asks for its
+waiter the deadline and nobody else anything. ``extract_tensor_transport_metadata`` runs on the
+thread of the task, whose devices and streams it sees. At most one receives and one sends at a time
+in a process and for a transport. A consumer holds its own turn to receive before it asks for its
 producer's turn to send; so whoever has both goes on, and turns cannot block each other in a circle.
 """
 
@@ -21,9 +22,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ray.experimental.rdt.cancellation import raise_if_cancelled
+from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.session import Session, agent_id_of
 from ray.experimental.rdt.tensor_transport_manager import (
@@ -71,19 +74,22 @@ class TransferEnded(Exception):
         self.code = code
 
 
-class _Transfer:
-    """One call of the user's code that someone waits for. Ends once."""
+class _Call:
+    """One call of the user's code that someone waits for. Ends once.
 
-    def __init__(self, transfer_id: str, peer_id: bytes):
-        self.id = transfer_id
-        self.peer_id = peer_id
+    Args:
+        what: The method, for people.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._result: Any = None
         self.error: BaseException | None = None
 
     def start(self, action: Callable[[], Any]) -> None:
-        """Runs the user's code, unless the transfer has ended before it could begin."""
+        """Runs the user's code, unless the call has ended before it could begin."""
         if self._ended.is_set():
             return
         threading.Thread(target=self._run, args=(action,), name="rdt-user", daemon=True).start()
@@ -107,11 +113,27 @@ class _Transfer:
     def wait(self, deadline: float) -> Any:
         while not self._ended.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
-                raise TimeoutError("the transport's own code did not return in time")
+                raise TimeoutError(f"the transport's own {self.what} did not return in time")
             raise_if_cancelled()
         if self.error is not None:
             raise self.error
         return self._result
+
+
+def _call(what: str, action: Callable[[], Any], deadline: float) -> Any:
+    """Runs the user's code on a thread of its own. Raises TimeoutError at the deadline."""
+    call = _Call(what)
+    call.start(action)
+    return call.wait(deadline)
+
+
+class _Transfer(_Call):
+    """The user's part in one transfer, which the other side may end."""
+
+    def __init__(self, transfer_id: str, peer_id: bytes, what: str):
+        super().__init__(what)
+        self.id = transfer_id
+        self.peer_id = peer_id
 
 
 class UserTransport:
@@ -128,7 +150,9 @@ class UserTransport:
     def __init__(self, session: Session, entry: RegisteredTransport):
         self._session = session
         self._entry = entry
-        self.manager: TensorTransportManager = entry.manager_class()
+        self.manager: TensorTransportManager = _call(
+            "constructor", entry.manager_class, time.monotonic() + settings().fetch_timeout_s
+        )
         self.data_type = entry.data_type
         self.capabilities = Capabilities(
             entry.name.lower(),
@@ -179,7 +203,8 @@ class UserTransport:
         Runs on: producer, an ``rdt-send`` thread. A send that fails ends the consumer's receive.
         """
         consumer = base64.b64decode(route["consumer"])
-        with self._transfer(route["transfer"], agent_id_of(consumer)) as transfer:
+        sending = route["transfer"], agent_id_of(consumer), "send_multiple_tensors"
+        with self._transfer(*sending) as transfer:
             communicator: Any = CommunicatorMetadata()
             if self._session.is_asker_lost():  # and was, before there was a transfer to end
                 raise TransferEnded("the connection to the consumer broke", "broken")
@@ -215,15 +240,17 @@ class UserTransport:
     def _collect(self) -> None:
         """Runs on: the rdt-user-gc thread, until the transport is closed."""
         for parcel in iter(self._garbage.get, None):
+            arguments = parcel.object_id, parcel.metadata, parcel.tensors
+            action = partial(self.manager.garbage_collect, *arguments)
             try:
-                self.manager.garbage_collect(parcel.object_id, parcel.metadata, parcel.tensors)
+                _call("garbage_collect", action, time.monotonic() + settings().fetch_timeout_s)
             except Exception:
                 logger.warning(
                     "transport %r could not give back object %s",
                     *(self.capabilities.name, parcel.object_id),
                     exc_info=True,
                 )
-            del parcel
+            del parcel, arguments, action
 
     # Consumer.
 
@@ -251,9 +278,10 @@ class UserTransport:
             TransportUnavailable: this process or that one cannot use the transport.
             ValueError: it received something else than was sent.
         """
-        communicator = self._communicator(shipment)
+        communicator = self._communicator(shipment, deadline)
+        receiving = secrets.token_hex(16), peer.agent_id, "receive"
         with (
-            self._transfer(secrets.token_hex(16), peer.agent_id) as transfer,
+            self._transfer(*receiving) as transfer,
             self._turn(self._receiving, deadline),
             _noted(transfer.id, communicator) as note,
         ):
@@ -313,17 +341,22 @@ class UserTransport:
         left = max(0.0, deadline - time.monotonic())
         return self.manager.wait_fetch_complete(request, left)
 
-    def _communicator(self, shipment: Shipment) -> Any:
+    def _communicator(self, shipment: Shipment, deadline: float) -> Any:
         producer, consumer = _actor(shipment.producer), _own_actor()
-        if consumer is not None and not self.manager.actor_has_tensor_transport(consumer):
-            raise TransportUnavailable(f"it says that actor {consumer} cannot use it")
-        return self.manager.get_communicator_metadata(producer, consumer, self._entry.name)
+        if consumer is not None:
+            # The main thread may be what waits here, and so could not run a call of its own actor.
+            consumer.__ray_call__ = _CallHere()
+            ask = partial(self.manager.actor_has_tensor_transport, consumer)
+            if not _call("actor_has_tensor_transport", ask, deadline):
+                raise TransportUnavailable(f"it says that actor {consumer} cannot use it")
+        get = partial(self.manager.get_communicator_metadata, producer, consumer, self._entry.name)
+        return _call("get_communicator_metadata", get, deadline)
 
     # Both.
 
     @contextmanager
-    def _transfer(self, transfer_id: str, peer_id: bytes) -> Iterator[_Transfer]:
-        transfer = _Transfer(transfer_id, peer_id)
+    def _transfer(self, transfer_id: str, peer_id: bytes, what: str) -> Iterator[_Transfer]:
+        transfer = _Transfer(transfer_id, peer_id, what)
         with self._lock:
             if self._is_closed:
                 raise TransferEnded("Ray is shutting down", "stopped")
@@ -359,10 +392,9 @@ class UserTransport:
             raise
 
     def _abort(self, object_id: str, communicator: Any) -> None:
-        abort = _Transfer("", b"")
-        abort.start(lambda: self.manager.abort_transport(object_id, communicator))
+        abort = partial(self.manager.abort_transport, object_id, communicator)
         try:
-            abort.wait(time.monotonic() + _END_S)
+            _call("abort_transport", abort, time.monotonic() + _END_S)
         except Exception:
             name = self.capabilities.name
             logger.warning("transport %r could not abort %s", name, object_id, exc_info=True)
@@ -410,6 +442,19 @@ class UserTransport:
         self._garbage.put(None)
         if self._collector is not None:
             self._collector.join(_END_S)
+
+
+class _CallHere:
+    """``__ray_call__`` of this process's own actor, run by the thread that calls it."""
+
+    def options(self, **options: Any) -> _CallHere:
+        return self
+
+    def remote(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        import ray
+
+        worker = ray._private.worker.global_worker
+        return ray.put(function(worker.actors[worker.actor_id], *args, **kwargs))
 
 
 def _reason(error: BaseException | None) -> str:

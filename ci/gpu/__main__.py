@@ -1,0 +1,97 @@
+"""``python -m ci.gpu [STEP...]``: runs what a machine with NVIDIA GPUs should run; see doc/gpu.md.
+
+Prints a line for each program as it ends and leaves two reports. The exit status is 1 if a program
+failed; one that cannot run here is skipped, with the reason, and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ci.gpu import runner, steps
+from ci.gpu.report import TABLE, Report, describe, line
+from ci.gpu.runner import Outcome, Program
+from ci.gpu.steps import Step
+
+ROOT = Path(__file__).resolve().parents[2]
+_MACHINE = Program("", ("-m", "ci.gpu.programs.machine"), 60)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the steps."""
+    options = _parse(arguments)
+    try:
+        chosen = steps.choose(steps.steps(options.stock_python), options.steps)
+    except ValueError as error:
+        print(f"ci/gpu/run.sh: {error}", file=sys.stderr)
+        return 2
+    # What the programs start finds ci and the tests.
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    run = Run(options.out, time.monotonic() + options.within)
+    run.run(chosen)
+    print(f"reports: {options.out}/gpu-report.txt and .json")
+    return int(run.report.has_failures)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ci/gpu/run.sh", description="checks a machine with GPUs")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="all if none is named")
+    parser.add_argument("--stock-python", default="", help="one with stock Ray, for the bench")
+    parser.add_argument("--within", type=float, default=480, help="seconds for all of it")
+    out = os.environ.get("OUT") or "gpu-report"
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the reports")
+    return parser.parse_args(arguments)
+
+
+class Run:
+    """One run.
+
+    Args:
+        out: Folder of the reports.
+        deadline: When it has to be over.
+    """
+
+    def __init__(self, out: Path, deadline: float):
+        self._deadline = deadline
+        self._lock = threading.Lock()
+        machine = runner.run(_MACHINE, ROOT, self._left())
+        facts = machine.figures or {"machine": machine.remark}
+        print(describe(facts), flush=True)
+        self.report = Report(out, facts)
+
+    def run(self, chosen: list[Step]) -> None:
+        """Runs steps in their order; a program that fails stops no other."""
+        for is_alone, group in itertools.groupby(chosen, key=lambda step: step.is_alone):
+            programs = [(step, program) for step in group for program in step.programs]
+            at_once = 1 if is_alone else max(1, (os.cpu_count() or 1) // 4)
+            with ThreadPoolExecutor(at_once) as pool:
+                list(pool.map(self._run, programs))
+
+    def _run(self, what: tuple[Step, Program]) -> None:
+        step, program = what
+        left = self._left()
+        if left > 0:
+            outcome = runner.run(program, ROOT, left)
+        else:
+            outcome = Outcome("skipped", "no time was left for it")
+        with self._lock:
+            print(line(step.name, program.name, outcome), flush=True)
+            if TABLE in outcome.figures:
+                print(outcome.figures[TABLE], flush=True)
+            self.report.add(step.name, program.name, outcome)
+
+    def _left(self) -> float:
+        return self._deadline - time.monotonic()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

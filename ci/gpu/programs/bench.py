@@ -1,0 +1,299 @@
+"""How long a hand-over of tensors takes that exist already, from actor to actor on one GPU.
+
+Each arm is a Ray of its own (``bench_arm``). All are started first and then measured in turns, one
+at a time: what changes on the machine meanwhile changes for all. A figure is the median over all
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from ci.gpu import result
+from ci.gpu.programs import ceilings, pair
+
+#: Tensors, and bytes of each.
+CASES = {
+    "4 KiB": (1, 4 << 10),
+    "1 GiB": (1, 1 << 30),
+    "64 MiB": (1, 64 << 20),
+    "1 MiB": (1, 1 << 20),
+    "2,000 x 4 KiB": (2000, 4 << 10),
+    "64 x 16 MiB": (64, 16 << 20),
+}
+TURNS = 3
+ROUNDS = 5
+#: For all rounds of one turn, where they are slow.
+BUDGET_S = 1.5
+START_LIMIT_S = 80.0
+TURN_LIMIT_S = 30.0
+#: Of all turns; those that are left out then are the last ones, not the last cases.
+MEASURE_S = 100.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An arm, before it is started.
+
+    Attributes:
+        transport: Which is named; "plain" for Ray without RDT.
+        environment: Of all its processes.
+        is_stock: It runs stock Ray.
+        carries_host: It can be measured with tensors in host memory.
+    """
+
+    transport: str
+    environment: dict[str, str] = field(default_factory=dict)
+    is_stock: bool = False
+    carries_host: bool = False
+
+
+KINDS = {
+    "cuda_ipc": Kind("cuda_ipc", pair.STRICT),
+    "auto": Kind("auto", pair.STRICT, carries_host=True),
+    "staged": Kind("auto", {**pair.STRICT, **pair.LANES["staged"][1]}),
+    "nixl": Kind("nixl", pair.STRICT, carries_host=True),
+    "plain": Kind("plain", carries_host=True),
+    "stock cuda_ipc": Kind("cuda_ipc", is_stock=True),
+    "stock nixl": Kind("nixl", is_stock=True, carries_host=True),
+}
+
+#: Seconds by arm and case.
+Times = dict[tuple[str, str], list[float]]
+#: Milliseconds by arm and case.
+Figures = dict[tuple[str, str], float]
+
+
+class Arm:
+    """A process of ``bench_arm``.
+
+    Args:
+        kind: Which.
+        python: Runs it.
+        device: Where the tensors are.
+    """
+
+    def __init__(self, kind: Kind, python: str, device: str):
+        self._answers: queue.Queue[str] = queue.Queue()
+        self._process = subprocess.Popen(
+            [python, "-m", "ci.gpu.programs.bench_arm", kind.transport, device],
+            env={**os.environ, **kind.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def wait_ready(self, limit_s: float) -> None:
+        """Returns when its actors run. Raises RuntimeError."""
+        self._hear(limit_s)
+
+    def measure(self, count: int, nbytes: int) -> list[float]:
+        """Seconds of some hand-overs. Raises RuntimeError."""
+        order = {"count": count, "nbytes": nbytes, "rounds": ROUNDS, "budget_s": BUDGET_S}
+        assert self._process.stdin is not None
+        print(json.dumps({**order, "limit_s": TURN_LIMIT_S}), file=self._process.stdin, flush=True)
+        seconds: list[float] = self._hear(TURN_LIMIT_S + 5)["seconds"]
+        return seconds
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def kill(self) -> None:
+        """Ends it at once; the runner ends what it has started."""
+        self._process.kill()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._answers.put(line)
+        self._answers.put(json.dumps({"error": "the arm has ended"}))
+
+    def _hear(self, limit_s: float) -> dict[str, Any]:
+        try:
+            answer: dict[str, Any] = json.loads(self._answers.get(timeout=limit_s))
+        except queue.Empty:
+            self.kill()
+            raise RuntimeError(f"no answer within {limit_s:g} s") from None
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+
+class Bench:
+    """All arms, in turns.
+
+    Args:
+        told: Gets the figures.
+        arms: By name.
+    """
+
+    def __init__(self, told: result.Result, arms: dict[str, Arm]):
+        self._told = told
+        self._arms = arms
+        self._deadline = 0.0
+        self.times: Times = {}
+        self.failures: dict[str, str] = {}
+
+    def start(self) -> None:
+        """Waits until all are ready; those that do not start are left out."""
+        until = time.monotonic() + START_LIMIT_S
+        for name, arm in list(self._arms.items()):
+            try:
+                arm.wait_ready(max(1.0, until - time.monotonic()))
+            except RuntimeError as error:
+                self._fail(name, "start", error)
+                del self._arms[name]
+
+    def measure(self, cases: dict[str, tuple[int, int]]) -> None:
+        """All cases of all arms, then again."""
+        self._deadline = time.monotonic() + MEASURE_S
+        for _ in range(TURNS):
+            for case, (count, nbytes) in cases.items():
+                for name in self._arms:
+                    self._measure(name, case, count, nbytes)
+
+    def close(self) -> None:
+        for arm in self._arms.values():
+            arm.close()
+
+    def _measure(self, name: str, case: str, count: int, nbytes: int) -> None:
+        is_over = time.monotonic() > self._deadline
+        if is_over or f"{name}, {case}" in self.failures:
+            return
+        try:
+            self.times.setdefault((name, case), []).extend(self._arms[name].measure(count, nbytes))
+        except (RuntimeError, OSError) as error:
+            self.times.pop((name, case), None)
+            self._fail(name, case, error)
+        self._told.note(seconds={f"{arm}, {of}": each for (arm, of), each in self.times.items()})
+
+    def _fail(self, name: str, case: str, error: Exception) -> None:
+        self.failures[f"{name}, {case}"] = str(error)
+        self._told.note(failures=self.failures)
+        print(f"{name}, {case}: {error}", flush=True)
+
+
+def medians(times: Times) -> Figures:
+    """Milliseconds."""
+    return {key: 1e3 * statistics.median(each) for key, each in times.items() if each}
+
+
+def table(found: Figures, cases: dict[str, tuple[int, int]]) -> str:
+    """A row for each case, a column for each arm: milliseconds, and GB/s of large ones."""
+    arms = list(dict.fromkeys(name for name, _ in found))
+    rows = [f"{'ms (GB/s)':<15}" + "".join(f"{name:>17}" for name in arms)]
+    for case, (count, nbytes) in cases.items():
+        cells = [_cell(found.get((name, case)), count * nbytes) for name in arms]
+        rows.append(f"{case:<15}" + "".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(rows)
+
+
+def _cell(ms: float | None, nbytes: int) -> str:
+    if ms is None:
+        return "-"
+    return f"{ms:.2f} ({nbytes / ms / 1e6:.1f})" if nbytes >= 1 << 20 else f"{ms:.3f}"
+
+
+def bounds(found: Figures, limits: dict[str, float]) -> list[tuple[str, bool]]:
+    """What has to be reached, as far as it was measured: in words, and whether it is.
+
+    Args:
+        found: Milliseconds.
+        limits: Of the machine, GB/s: ``device`` and ``pinned``, the slower way.
+    """
+    rates = [
+        (f"{arm}, 1 GiB, in {limit} copy rates", (1 << 30) / found[arm, "1 GiB"] / 1e6, limit)
+        for arm, limit in (("auto", "device"), ("staged", "pinned"))
+        if (arm, "1 GiB") in found and limit in limits
+    ]
+    told = [_at_least(text, rate / limits[limit], 0.7) for text, rate, limit in rates]
+    ours = ("cuda_ipc", "auto", "staged", "nixl")
+    pairs = [("cuda_ipc, 1 GiB in 4 KiB", ("cuda_ipc", "1 GiB"), ("cuda_ipc", "4 KiB"), 1.2)]
+    pairs += [(f"{a}, 4 KiB, in plain Ray's", (a, "4 KiB"), ("plain", "4 KiB"), 1.3) for a in ours]
+    pairs += [
+        (f"{arm}, {case}, in stock's", (arm, case), (f"stock {arm}", case), 1.0)
+        for arm in ("cuda_ipc", "nixl")
+        for case in CASES
+    ]
+    return told + [
+        _at_most(text, found[one] / found[other], most)
+        for text, one, other, most in pairs
+        if one in found and other in found
+    ]
+
+
+def _at_most(text: str, value: float, most: float) -> tuple[str, bool]:
+    return f"{text}: {value:.2f} of at most {most:g}", value <= most
+
+
+def _at_least(text: str, value: float, least: float) -> tuple[str, bool]:
+    return f"{text}: {value:.2f} of at least {least:g}", value >= least
+
+
+def main(told: result.Result) -> str:
+    """Measures, and holds the figures against what has to be reached."""
+    options = _parse(sys.argv[1:])
+    on_gpu = options.device == "cuda"
+    limits = {}
+    if on_gpu:
+        pair.need_gpus()
+        pinned = ceilings.pinned_copies()
+        limits = {"device": ceilings.device_copy(), "pinned": min(pinned["d2h"], pinned["h2d"])}
+        told.note(limits=limits)
+    kinds = {
+        name: kind
+        for name, kind in KINDS.items()
+        if (on_gpu or kind.carries_host) and (options.stock_python or not kind.is_stock)
+    }
+    pythons = {True: options.stock_python, False: sys.executable}
+    cases = {name: case for name, case in CASES.items() if case[0] * case[1] <= options.largest}
+    arms = {name: Arm(kind, pythons[kind.is_stock], options.device) for name, kind in kinds.items()}
+    bench = Bench(told, arms)
+    bench.start()
+    bench.measure(cases)
+    bench.close()
+    return conclude(told, bench, cases, limits)
+
+
+def conclude(
+    told: result.Result, bench: Bench, cases: dict[str, tuple[int, int]], limits: dict[str, float]
+) -> str:
+    """The table and the bounds; an error if an arm of ours failed, or nothing was measured."""
+    found = medians(bench.times)
+    judged = bounds(found, limits)
+    lines = [table(found, cases), ""]
+    lines += [f"{name}: {rate:.1f} GB/s" for name, rate in limits.items()]
+    lines += [f"{'reached' if is_reached else 'MISSED':<8} {text}" for text, is_reached in judged]
+    lines += [f"failed   {what}: {why}" for what, why in bench.failures.items()]
+    told.note(table="\n".join(lines), milliseconds={f"{a}, {c}": t for (a, c), t in found.items()})
+    ours = [what for what in bench.failures if not what.startswith(("stock", "plain"))]
+    if ours or not found:
+        raise AssertionError(f"not measured: {'; '.join(ours) or 'nothing was'}")
+    missed = [text for text, is_reached in judged if not is_reached]
+    reached = f"{len(judged) - len(missed)} of {len(judged)} bounds reached"
+    return f"{len(found)} figures, {reached}" + (f"; missed: {'; '.join(missed)}" if missed else "")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stock-python", default="", help="one with stock Ray")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--largest", type=int, default=1 << 30, help="bytes of an object")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    result.run(main)

@@ -1,0 +1,163 @@
+"""What several programs share: a local Ray, and two actors on one GPU that hand tensors over."""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import ray
+from ci.gpu.result import Result, Skip, describe
+
+#: How each lane is forced: the transport that is named, and the environment of both actors.
+LANES: dict[str, tuple[str, dict[str, str]]] = {
+    "cuda_ipc": ("cuda_ipc", {}),
+    "auto": ("auto", {}),
+    "staged": ("auto", {"RAY_RDT_LANES": "inproc,cma,shm,tcp"}),
+    "nixl": ("nixl", {}),
+}
+STRICT = {"RAY_RDT_STRICT_TRANSPORT": "1"}
+LENIENT = {"RAY_RDT_STRICT_TRANSPORT": "0"}
+
+#: No call of these programs takes longer where all is well.
+LIMIT_S = 40.0
+
+#: Bytes that are looked at in one go.
+_PART = 64 << 20
+
+Action = Callable[..., Any]
+
+
+def gpus() -> int:
+    """How many GPUs torch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def need_gpus(count: int = 1) -> None:
+    """Raises Skip where there are fewer."""
+    if gpus() < count:
+        raise Skip(f"needs {count} NVIDIA GPU(s); torch sees {gpus()} here")
+
+
+def store_bytes(wanted: int) -> int:
+    """The size of an object store that fits into shared memory."""
+    free = shutil.disk_usage("/dev/shm").free
+    return max(80 << 20, min(wanted, free * 6 // 10))
+
+
+@contextmanager
+def local_ray(num_gpus: int = 1, object_store: int = 200 << 20) -> Iterator[None]:
+    """A Ray of this machine alone, with no more than so many GPUs. Works with stock Ray, too."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=min(num_gpus, gpus()),
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=store_bytes(object_store),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Worker:
+    """Runs what a program gives it; the action gets the worker first.
+
+    Attributes:
+        kept: What an action wants to find again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def run(self, action: Action, *args: Any) -> Any:
+        """The result is a plain object, unless the call's options name a transport."""
+        return action(self, *args)
+
+
+def spawn(environment: dict[str, str] | None = None, share: float = 0.5, **options: Any) -> Any:
+    """An actor on a share of a GPU."""
+    env = {"env_vars": environment or {}}
+    made: Any = ray.remote(num_cpus=0, num_gpus=share, runtime_env=env, **options)(Worker)
+    return made.remote()
+
+
+def spawn_pairs(lanes: Iterable[str], **environment: str) -> dict[str, tuple[Any, Any]]:
+    """A producer and a consumer for each lane, all ready; no other lane may serve them."""
+    names = list(lanes)
+    share = 1 / (2 * len(names))
+    pairs = {}
+    for lane in names:
+        env = {**STRICT, **LANES[lane][1], **environment}
+        pairs[lane] = spawn(env, share, max_concurrency=4), spawn(env, share, max_concurrency=4)
+    started = [actor.run.remote(start_cuda) for pair in pairs.values() for actor in pair]
+    ray.get(started, timeout=LIMIT_S)
+    return pairs
+
+
+def spawn_pair(lane: str, **environment: str) -> tuple[Any, Any]:
+    """The producer and the consumer of one lane."""
+    return spawn_pairs([lane], **environment)[lane]
+
+
+def call(actor: Any, action: Action, *args: Any) -> Any:
+    """What an action gives at an actor."""
+    return ray.get(actor.run.remote(action, *args), timeout=LIMIT_S)
+
+
+def give(actor: Any, lane: str, action: Action, *args: Any) -> Any:
+    """A reference to what an action gives, over a lane; the object exists."""
+    ref = actor.run.options(tensor_transport=LANES[lane][0]).remote(action, *args)
+    ready, _ = ray.wait([ref], timeout=LIMIT_S, fetch_local=False)
+    if not ready:
+        raise TimeoutError(f"the producer gave nothing within {LIMIT_S:g} s")
+    return ref
+
+
+def run_all(told: Result, checks: Mapping[str, Callable[[], Any]]) -> list[str]:
+    """Runs checks one after the other and notes what each returns; what went wrong, in words."""
+    wrong = []
+    for name, check in checks.items():
+        try:
+            told.note(**{name: check()})
+        except Exception as error:
+            traceback.print_exc()
+            wrong.append(f"{name}: {describe(error)}")
+            told.note(**{name: describe(error)})
+    return wrong
+
+
+# Actions.
+
+
+def start_cuda(_: Worker) -> str:
+    """Makes the process's context; returns the name of its GPU."""
+    torch.zeros(1, device="cuda")
+    torch.cuda.synchronize()
+    return torch.cuda.get_device_name()
+
+
+def filled(_: Worker, nbytes: int, value: int) -> torch.Tensor:
+    """A new tensor of one value."""
+    return torch.full((nbytes,), value, dtype=torch.uint8, device="cuda")
+
+
+def wrong_bytes(tensor: torch.Tensor, value: int) -> int:
+    """How many bytes differ from a value; takes no more than 64 MiB of memory for it."""
+    parts = (tensor[start : start + _PART] for start in range(0, tensor.numel(), _PART))
+    return sum(int(torch.count_nonzero(part - value)) for part in parts)
+
+
+def take(_: Worker, refs: list[Any], value: int) -> str:
+    """Gets the tensor of a reference; returns what is wrong with it, "" if nothing is."""
+    (tensor,) = ray.get(refs, timeout=LIMIT_S)
+    wrong = wrong_bytes(tensor, value)
+    if tensor.device.type != "cuda":
+        return f"it arrived on {tensor.device}"
+    return f"{wrong} of {tensor.numel()} bytes are wrong" if wrong else ""

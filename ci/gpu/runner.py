@@ -1,0 +1,137 @@
+"""Runs the programs of the steps, each under a time limit and in a process group of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ci.gpu import result
+
+#: In the environment of a program and of all that it starts: tells what is left of it.
+MARK = "RDT_GPU_PROGRAM"
+_OUTPUT_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a step.
+
+    Attributes:
+        name: What it is about, "" where the step has no other.
+        arguments: For Python.
+        limit_s: It is ended after so long.
+        environment: What is set for it.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    limit_s: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a program.
+
+    Attributes:
+        state: "passed", "failed" or "skipped".
+        remark: The telling figure, or the reason.
+        seconds: How long it took.
+        figures: All that it measured.
+        output: The end of what it printed.
+    """
+
+    state: str
+    remark: str
+    seconds: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+    output: str = ""
+
+
+def run(program: Program, root: Path, limit_s: float) -> Outcome:
+    """Runs a program in a checkout; never raises for what the program does.
+
+    Its output goes to a file: no process that it leaves behind can keep the runner waiting. At the
+    limit, and at the end, all that it has started is killed.
+    """
+    started = time.monotonic()
+    limit_s = min(limit_s, program.limit_s)
+    mark = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="gpu-step-") as folder:
+        told, printed = Path(folder, "result.json"), Path(folder, "output.txt")
+        environment = {**os.environ, **program.environment, MARK: mark, result.FILE: str(told)}
+        with printed.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *program.arguments],
+                cwd=root,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            is_late = not _ends(process, limit_s)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kill_marked(mark)
+        seconds = time.monotonic() - started
+        late = f"still running after {limit_s:g} s" if is_late else ""
+        return judge(_read(told), _tail(printed), process.returncode, late, seconds)
+
+
+def judge(
+    told: dict[str, Any], output: str, status: int | None, late: str, seconds: float
+) -> Outcome:
+    """What came of a program: what it said itself, unless it ended in another way."""
+    figures = told.get("figures", {})
+    state, remark = told.get("state", ""), told.get("remark", "")
+    if late:
+        state, remark = "failed", f"{late}; {remark or _last_line(output)}"
+    elif not state:
+        state, remark = "failed", f"ended with {status}: {_last_line(output)}"
+    return Outcome(state, remark, seconds, figures, output)
+
+
+def kill_marked(mark: str) -> None:
+    """Kills the processes that have a mark in their environment: some have groups of their own."""
+    wanted = f"{MARK}={mark}".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if wanted in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
+
+
+def _ends(process: subprocess.Popen[bytes], limit_s: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(limit_s)
+        return True
+    return False
+
+
+def _read(told: Path) -> dict[str, Any]:
+    if not told.exists():
+        return {}
+    content: dict[str, Any] = json.loads(told.read_text())
+    return content
+
+
+def _tail(printed: Path) -> str:
+    content = printed.read_bytes()
+    cut = b"...\n" if len(content) > _OUTPUT_BYTES else b""
+    return (cut + content[-_OUTPUT_BYTES:]).decode(errors="replace")
+
+
+def _last_line(output: str) -> str:
+    lines = output.strip().splitlines()
+    return lines[-1][:300] if lines else "it printed nothing"
