@@ -19,7 +19,7 @@ from ray.experimental.rdt.accelerators.base import have_ended
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.capture import Captured, lay_out
-from ray.experimental.rdt.landing import allocate_on_devices, direct_targets
+from ray.experimental.rdt.landing import allocate_on_devices, direct_targets, hosted_regions
 from ray.experimental.rdt.serve import await_writers, flat_buffers
 from ray.experimental.rdt.transports.ways import ways
 from tests import fake_device
@@ -45,7 +45,8 @@ def deliver(captured: Captured, targets: Any = None, wish: Any = None) -> list[t
     """Moves the bytes as transports would, from flat buffers into flat buffers."""
     table = captured.table
     direct = direct_targets(table, targets)
-    landing = allocate_on_devices(SESSION, table, direct, wish)
+    hosted = hosted_regions(table, targets)
+    landing = allocate_on_devices(SESSION, table, direct, wish, hosted=hosted)
     sources, _ = captured.host_spans()
     for source, target, nbytes in zip(sources, landing.addresses, landing.lengths, strict=True):
         ctypes.memmove(target, source, nbytes)
@@ -137,6 +138,24 @@ def test_targets_that_cannot_receive_directly_are_filled():
     assert direct_targets(captured.table, targets) == {}
     deliver(captured, targets)
     assert [target.tolist() for target in targets] == [[0, 1, 2, 3, 4, 5], [0, 1, 2]]
+
+
+def test_what_only_host_targets_are_filled_from_lands_in_host_memory():
+    base = torch.arange(6.0, device=TYPE)
+    captured = lay_out([base, base[2:4], torch.ones(3, device=TYPE), torch.ones(2, device=TYPE)])
+    targets = [
+        torch.zeros(6),
+        torch.zeros(2),
+        torch.zeros(6)[::2],
+        torch.zeros(4, device=TYPE)[::2],
+    ]
+    table = captured.table
+    hosted = hosted_regions(table, targets)
+    assert direct_targets(table, targets) == {}
+    landing = allocate_on_devices(SESSION, table, {}, None, hosted=hosted)
+    assert [buffer.device.type for buffer in landing.flat(TYPE)] == ["cpu", "cpu", TYPE]
+    deliver(captured, targets)
+    assert [t.tolist() for t in targets] == [[0, 1, 2, 3, 4, 5], [2, 3], [1, 1, 1], [1, 1]]
 
 
 def test_target_that_requires_grad_receives():

@@ -24,6 +24,7 @@ from ray.experimental.rdt.landing import (
     Targets,
     allocate_on_devices,
     direct_targets,
+    hosted_regions,
     landing_device,
     take_memory,
 )
@@ -75,7 +76,10 @@ class PerDevice:
             if target.tensors is None:
                 self._begin_loans(types - {"cpu"}, deadline)
             spared = {loan.device_type for loan in self._loans}
-            self._landing = allocate_on_devices(links.session, table, direct, self._wish, spared)
+            hosted = hosted_regions(table, target.tensors)
+            self._landing = allocate_on_devices(
+                links.session, table, direct, self._wish, spared, hosted
+            )
             for device_type in sorted(types - spared):
                 self._begin_share(device_type, deadline)
         except BaseException:

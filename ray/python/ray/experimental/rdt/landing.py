@@ -111,6 +111,7 @@ def allocate_on_devices(
     direct: Mapping[int, torch.Tensor],
     wish: torch.device | None,
     spared: Collection[str] = (),
+    hosted: Collection[int] = (),
 ) -> Landing:
     """Memory for an object with tensors on devices.
 
@@ -124,10 +125,12 @@ def allocate_on_devices(
         wish: The device that the user wants all tensors on, if any.
         spared: Types of devices whose regions get no memory: ``Landing.put`` gives it to them, or
             ``take_memory``.
+        hosted: Regions that land in host memory all the same.
     """
     import torch
 
-    on_device = _take(table, set(table.devices.values()) - set(spared), direct, wish)
+    types = set(table.devices.values()) - set(spared)
+    on_device = _take(table, types, {*direct, *hosted}, wish)
     nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
     put_later = {region: nothing for region, name in table.devices.items() if name in spared}
     host = allocate(session, table.regions, {**direct, **on_device, **put_later})
@@ -172,19 +175,30 @@ def landing_device(device_type: str, wish: torch.device | None) -> torch.device 
 def _take(
     table: Table,
     types: Collection[str],
-    direct: Mapping[int, torch.Tensor],
+    others: Collection[int],
     wish: torch.device | None,
 ) -> dict[int, torch.Tensor]:
-    """New memory on devices for the regions of some types, as far as they land on devices."""
+    """New memory on devices for the regions of some types that land there, and are no others."""
     devices = {name: landing_device(name, wish) for name in types}
     on_device = {}
     for region, device_type in table.devices.items():
         device = devices.get(device_type)
-        if device is not None and region not in direct:
+        if device is not None and region not in others:
             accelerator = accelerators.of(device.type)
             assert accelerator is not None
             on_device[region] = accelerator.empty(table.regions[region], device)
     return on_device
+
+
+def hosted_regions(table: Table, targets: Targets | None) -> set[int]:
+    """Regions that only targets in host memory are filled from.
+
+    In memory of a device they would be copied from there to memory that is not pinned.
+    """
+    if targets is None:
+        return set()
+    rows = list(zip(table.rows, targets))
+    return {row[0] for row, _ in rows} - {row[0] for row, target in rows if not target.is_cpu}
 
 
 def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Tensor]:
