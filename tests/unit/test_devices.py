@@ -364,6 +364,41 @@ def test_cuda_event_is_looked_at_without_a_pause_and_then_with():
     assert len(looks) > 10
 
 
+def test_the_segment_of_a_tensor_is_what_the_driver_says(monkeypatch):
+    tensor = SimpleNamespace(get_device=lambda: 1, data_ptr=lambda: 4096 + 100)
+    answers = {4196: (0, 4096, 2 << 20)}
+    driver = SimpleNamespace(cuMemGetAddressRange=lambda a: answers.get(a, (500, None, None)))
+    monkeypatch.setattr(cuda, "current", lambda index: nullcontext())
+    monkeypatch.setattr(cuda_calls, "bindings", lambda: None)
+    monkeypatch.setattr(cuda, "driver", lambda: driver)
+    assert CudaAccelerator().segment(tensor) == (4096, 2 << 20)
+    answers.clear()
+    assert CudaAccelerator().segment(tensor) is None
+    monkeypatch.setattr(cuda, "driver", lambda: None)
+    assert CudaAccelerator().segment(tensor) is None
+
+
+def test_mapped_memory_is_pinned_for_cuda_until_it_is_undone(monkeypatch):
+    memory, code, pinned = torch.zeros(100, dtype=torch.uint8), 0, []
+    runtime = SimpleNamespace(
+        cudaHostRegisterPortable=1,
+        cudaHostRegister=lambda *args: pinned.append(args) or (code,),
+        cudaHostUnregister=lambda address: pinned.remove((address, 100, 1)),
+    )
+    monkeypatch.setattr(cuda_calls, "bindings", lambda: None)
+    monkeypatch.setattr(cuda, "bindings", lambda: runtime)
+    undo = CudaAccelerator().pin(memory)
+    assert pinned == [(memory.data_ptr(), 100, 1)]
+    undo()
+    assert pinned == []
+    code = 2
+    with pytest.raises(RuntimeError, match="cudaHostRegister failed: 2"):
+        CudaAccelerator().pin(memory)
+    monkeypatch.setattr(cuda, "bindings", lambda: None)
+    with pytest.raises(RuntimeError, match="cuda-bindings is not installed"):
+        CudaAccelerator().pin(memory)
+
+
 def test_cuda_calls_are_relaxed_while_others_capture(monkeypatch):
     """cuda-bindings as it answers: a code, then the mode that the thread had before."""
     modes = ["global"]
