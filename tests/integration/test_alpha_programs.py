@@ -18,7 +18,7 @@ from ray.experimental.collective import (
 from ray.experimental.rdt.util import get_tensor_transport_manager
 from tests.integration.alpha_transports import CALLS, FolderTransport, register_backend
 from tests.integration.peers import LARGE, Peer
-from tests.support import wait_until
+from tests.support import needs_nixl, wait_until
 
 
 @functools.cache
@@ -99,8 +99,8 @@ def collect(peer: Peer, metadata: Any) -> None:
     transport.garbage_collect("id", metadata, peer.kept["tensors"])
 
 
+@needs_nixl()
 def test_the_nixl_transport_and_its_agent(producer: Any, consumer: Any) -> None:
-    pytest.importorskip("nixl", reason="the package nixl is not installed")
     assert ray.get(producer.run.remote(register_rows)) == ("UCX", 8 * 4096)
     metadata = ray.get(producer.run.remote(describe))
     received = ray.get(consumer.run.remote(receive, metadata))
