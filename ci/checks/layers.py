@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
         "daemon_threads",
         "descriptor",
         "errors",
+        "interrupts",
         "tensor_transport_manager",
     },
     {"_agent", "_tensors"},

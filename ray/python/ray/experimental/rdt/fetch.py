@@ -27,6 +27,7 @@ from ray.experimental.rdt.errors import (
     RDTFetchTimedOutError,
     RDTProducerDiedError,
 )
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.targets import ANYWHERE, Target
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def _attempt(
     try:
         return action()
     except Exception as error:
+        raise_if_interrupt(error)
         if patience.is_over(error):
             raise GetTimeoutError(
                 f"ray.get timed out while RDT object {request.object_id} was on its way"

@@ -24,6 +24,7 @@ from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import without_turn
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
 from ray.experimental.rdt.session import CallError, agent_id_of
 from ray.experimental.rdt.transports.base import (
@@ -178,6 +179,7 @@ class FromHint(FromAgent):
         try:
             return super().finish(deadline)
         except Exception as error:
+            raise_if_interrupt(error)
             if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
                 raise
             logger.debug("RDT pulls an object anew whose earlier pull failed", exc_info=True)
@@ -307,6 +309,7 @@ class Exchanges:
             try:
                 self.current.move(landing, until)
             except Exception as error:
+                raise_if_interrupt(error)
                 if not self._may_pass_over(lane, error, deadline):
                     raise
                 self.current.abandon()
@@ -525,6 +528,7 @@ def retry_stale(move: Callable[[], _Moved], deadline: float) -> _Moved:
         try:
             return move()
         except Exception as error:
+            raise_if_interrupt(error)
             is_stale = getattr(error, "is_stale", False) or getattr(error, "code", "") == "broken"
             if not is_stale or not left or time.monotonic() >= deadline:
                 raise
