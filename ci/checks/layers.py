@@ -54,6 +54,7 @@ LAYERS: list[set[str]] = [
         "serialized",
         "serve",
         "snapshots",
+        "spread",
         "store",
         "streams",
         "targets",

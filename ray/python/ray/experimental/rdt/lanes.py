@@ -25,8 +25,17 @@ from ray.experimental.rdt.deferred import without_turn
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
 from ray.experimental.rdt.interrupts import raise_if_interrupt
-from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
+from ray.experimental.rdt.landing import (
+    Landing,
+    Targets,
+    allocate,
+    direct_targets,
+    fill,
+    note_written,
+    writable,
+)
 from ray.experimental.rdt.session import CallError, agent_id_of
+from ray.experimental.rdt.spread import find_spreads
 from ray.experimental.rdt.transports.base import (
     OneSided,
     Peer,
@@ -156,7 +165,7 @@ class FromAgent:
 
     def leave_to(self, hinted: HintedPulls, head: Descriptor) -> None:
         """Lets the pull go on for whoever asks next; one into tensors of the user's ends here."""
-        if not self._pull.landing.direct:
+        if not self._pull.landing.is_users:
             self._is_left = hinted.park(head.key, self._pull, head.nbytes)
 
     def abandon(self) -> None:
@@ -454,7 +463,7 @@ class UserPull:
         direct = direct_targets(table, self._targets)
         filled = [region for region, nbytes in enumerate(table.regions) if nbytes]
         is_direct = self._targets is not None and all(region in direct for region in filled)
-        targets = [direct[region] for region in filled] if is_direct else None
+        targets = [writable(direct[region]) for region in filled] if is_direct else None
         expected = None
         if shipment.has_regions:
             head = self._envelope.head
@@ -465,12 +474,15 @@ class UserPull:
             return received
         if targets is not None:
             fill(targets, received)
-        tensors = unpack_carriers(table, received)
+            note_written(direct.values())
         if expected is not None:
             dense = [carrier.detach().cpu().contiguous() for carrier in received]
             addresses = array("Q", [carrier.data_ptr() for carrier in dense])
             lengths = array("Q", [carrier.nbytes for carrier in dense])
             expected.check_memory(addresses, lengths, deadline)
+        if self._targets is not None and is_direct:
+            return self._targets
+        tensors = unpack_carriers(table, received)
         return tensors if self._targets is None else fill(self._targets, tensors)
 
     def _ask(self, deadline: float) -> Callable[[str, Route], Route]:
@@ -579,7 +591,9 @@ def check_carries(transport: Transport, device_type: str) -> None:
 
 def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> AgentPull:
     head, table = envelope.head, envelope.table
-    landing = allocate(links.session, table.regions, direct_targets(table, targets))
+    direct = direct_targets(table, targets)
+    spreads = find_spreads(table, targets, direct)
+    landing = allocate(links.session, table.regions, direct, spreads)
     return AgentPull(links.session, head.address, head.key, landing)
 
 
