@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 from ray.experimental.rdt.transports import registered, registry
 from ray.experimental.rdt.transports.base import (
@@ -61,7 +62,14 @@ class FakeOneSided:
                 file.write(memoryview(buffer.numpy()))
         return {"path": path}
 
-    def read(self, peer: Peer, exposed: Route, buffers: Buffers, deadline: float) -> None:
+    def read(
+        self,
+        peer: Peer,
+        exposed: Route,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event] = (),
+    ) -> None:
         play("read")
         with open(exposed["path"], "rb", buffering=0) as file:
             for buffer in buffers:
@@ -122,7 +130,9 @@ class FakeTwoSided:
         if pipe is not None:
             os.close(pipe)
 
-    def receive(self, route: Route, buffers: Buffers, deadline: float) -> None:
+    def receive(
+        self, route: Route, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+    ) -> None:
         path = route["path"]
         with self._lock:
             if self._is_closed:

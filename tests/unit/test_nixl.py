@@ -151,6 +151,19 @@ def test_hosts_without_rdma_take_another_lane(fabric, producer, consumer, monkey
     assert same(sent, received)
 
 
+def test_device_memory_goes_to_host_memory_another_way_within_a_host(
+    fabric, producer, consumer, monkeypatch
+):
+    """UCX's cuda_ipc writes device memory only; else the producer's process has to take part."""
+    sent, received = on_device(pattern(100, 0)), blanks(pattern(100, 0))
+    exposed = expose(producer, sent)
+    with pytest.raises(TransportUnavailable, match="GPU memory only"):
+        read(consumer, exposed, received)
+    monkeypatch.setattr(fabric.engines["engine-1"], "reach", "host rdma")
+    read(consumer, {**exposed, "reach": "other rdma"}, received)
+    assert [one.tolist() for one in received] == [one.tolist() for one in sent]
+
+
 @pytest.mark.parametrize(
     ("reach", "other", "expected"),
     [

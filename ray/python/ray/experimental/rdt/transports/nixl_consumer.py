@@ -14,7 +14,13 @@ from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
-from ray.experimental.rdt.transports.nixl_engine import Engine, NixlError, Read, is_direct
+from ray.experimental.rdt.transports.nixl_engine import (
+    Engine,
+    NixlError,
+    Read,
+    has_rdma_both,
+    is_direct,
+)
 from ray.experimental.rdt.transports.nixl_plan import Batch, Spans, plan, spans_of
 from ray.experimental.rdt.transports.nixl_registration import Lease
 from ray.experimental.rdt.transports.nixl_remotes import Exposure
@@ -71,7 +77,7 @@ class Consumer:
         if not local.nbytes and not remote.nbytes:
             return
         endpoint = self._endpoint.get()
-        _check_way(endpoint.engine, exposed["reach"])
+        _check_way(endpoint.engine, exposed["reach"], local, remote)
         self._look_after_hung(endpoint)
         for event in after:
             event.wait(max(0.0, deadline - time.monotonic()))
@@ -111,11 +117,19 @@ class Consumer:
             endpoint.registrations.release(entry.lease)
 
 
-def _check_way(engine: Engine, reach: str) -> None:
-    if not is_direct(engine.reach, reach) and not settings().strict_transport:
+def _check_way(engine: Engine, reach: str, local: Spans, remote: Spans) -> None:
+    """Raises TransportUnavailable where UCX would not read the peer's memory by itself."""
+    if settings().strict_transport:
+        return
+    if not is_direct(engine.reach, reach):
         raise TransportUnavailable(
             "this host and the producer's do not both have RDMA devices, and over TCP nixl is "
             "slower than other lanes and not safe"
+        )
+    if not has_rdma_both(engine.reach, reach) and local.filled_kinds != remote.filled_kinds:
+        raise TransportUnavailable(
+            "within a host nixl reads GPU memory into GPU memory only: the producer's process "
+            "would have to copy what goes to or comes from host memory"
         )
 
 

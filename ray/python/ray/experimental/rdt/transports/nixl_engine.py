@@ -164,9 +164,12 @@ def has_rdma(sysfs: Path = Path("/sys/class")) -> bool:
 
 def is_direct(reach: str, other: str) -> bool:
     """Whether two agents can read each other's memory without help of the other process."""
-    host, _, network = reach.partition(" ")
-    other_host, _, other_network = other.partition(" ")
-    return host == other_host or network == other_network == "rdma"
+    return reach.partition(" ")[0] == other.partition(" ")[0] or has_rdma_both(reach, other)
+
+
+def has_rdma_both(reach: str, other: str) -> bool:
+    """Whether the hosts of two agents have RDMA devices."""
+    return reach.partition(" ")[2] == other.partition(" ")[2] == "rdma"
 
 
 class NixlEngine:

@@ -45,6 +45,11 @@ class Spans:
     def has_device_memory(self) -> bool:
         return bool(self.kinds.any())
 
+    @property
+    def filled_kinds(self) -> set[int]:
+        """The kinds of memory that have bytes."""
+        return set(self.kinds[self.rows[:, 1] > 0].tolist())
+
     def encode(self) -> dict[str, str]:
         """For JSON."""
         return {"kinds": _to_text(self.kinds.tobytes()), "rows": _to_text(self.rows.tobytes())}
