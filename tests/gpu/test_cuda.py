@@ -147,8 +147,8 @@ def test_targets(pair: Any, named: str, device: str) -> None:
         return [got is target, bool(target.eq(3).all())]
 
     ref = make(pair, named, lambda _: [torch.full((LARGE,), 3.0, device="cuda")])
-    if named == "nccl" and device == "cpu":
-        pytest.skip("nccl writes GPU memory only, and this test allows no other way")
+    if named in ("nccl", "cuda_ipc") and device == "cpu":
+        pytest.skip(f"{named} writes GPU memory only, and this test allows no other way")
     assert ray.get(pair[1].run.remote(receive, [ref])) == [True, True]
 
 

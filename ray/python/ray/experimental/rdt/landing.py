@@ -4,6 +4,7 @@ or the user's own tensors.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt._tensors import Table, build_tensors, place
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.config import settings
 
 if TYPE_CHECKING:
     import torch
@@ -210,8 +212,21 @@ def fill(targets: Targets, tensors: Targets) -> Targets:
     """Copies the tensors into the user's."""
     import torch
 
-    with torch.no_grad():
-        for target, tensor in zip(targets, tensors):
-            if target is not tensor:
-                target.copy_(tensor)
+    copies = [(target, tensor) for target, tensor in zip(targets, tensors) if target is not tensor]
+    written = [target for target, _ in copies]
+    with torch.no_grad(), accelerators.copying(written, settings().fetch_timeout_s):
+        for target, tensor in copies:
+            target.copy_(tensor)
     return targets
+
+
+def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
+    """The tensors on a device; those that are there are as they were."""
+    import torch
+
+    where = torch.device(device)
+    accelerator = accelerators.of(where.type)
+    with accelerator.aside() if accelerator is not None else contextlib.nullcontext():
+        moved = [tensor.to(where) for tensor in tensors]
+    with accelerators.copying([m for m, t in zip(moved, tensors) if m is not t], timeout_s):
+        return moved
