@@ -1,8 +1,8 @@
 """A device type that torch and RDT take for real: "fakegpu", two devices of it.
 
 Its tensors are ordinary ``torch.Tensor``s of torch's privateuse1 key, so RDT treats them exactly as
-those of a GPU. Their memory is host memory, which nobody but this module looks into; each tensor is
-a memfd, so that other processes can open it as they open GPU memory.
+those of a GPU. Their memory is host memory, which nobody but this module looks into; it is cut from
+memfds, so that other processes can open it as they open GPU memory.
 
 Its streams are threads that run what they are given, in order and on their own time. ``launch``
 gives the current stream a job; a tensor that a job still has to write holds old bytes before, so
@@ -25,100 +25,76 @@ from typing import Any
 
 import torch
 from torch.utils import backend_registration
-from torch.utils.dlpack import from_dlpack
 
+from ray.experimental.rdt import util
+from ray.experimental.rdt._tensors import tensor_over
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators.base import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.transports import registry as transports
 
 TYPE = "fakegpu"
 _LATE_S = 2e-3
+_SEGMENT_NBYTES = 1 << 20
 _DLPACK_EXTENSION_DEVICE = 12
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_memory: dict[int, tuple[mmap.mmap, int]] = {}  # address -> mapping, descriptor (-1: not ours)
 
 
 # Memory and tensors.
 
 
-class _DLDevice(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_int32), ("id", ctypes.c_int32))
+class _Segment:
+    """What the driver gives out at once: a memfd, of which the allocator cuts blocks.
 
+    Attributes:
+        descriptor: The memfd, -1 once it is closed.
+        address, nbytes: Where it is mapped here.
+    """
 
-class _DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _DLDevice),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
+    def __init__(self, nbytes: int):
+        self.descriptor = os.memfd_create("fakegpu")
+        os.ftruncate(self.descriptor, nbytes)
+        self._mapping = mmap.mmap(self.descriptor, nbytes)
+        self.address = ctypes.addressof(ctypes.c_uint8.from_buffer(self._mapping))
+        self.nbytes = nbytes
+        self.used = 0
 
-
-class _DLManaged(ctypes.Structure):
-    pass
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.POINTER(_DLManaged))
-_DLManaged._fields_ = (
-    ("tensor", _DLTensor),
-    ("context", ctypes.c_void_p),
-    ("deleter", _Deleter),
-)
-_new_capsule = ctypes.pythonapi.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-_managed: dict[int, Any] = {}
-
-
-@_Deleter
-def _on_death(managed: Any) -> None:
-    """Runs on: any thread, when the last tensor over the memory dies."""
-    address = ctypes.addressof(managed.contents)
-    _unmap(managed.contents.tensor.data)
-    _managed.pop(address, None)
-
-
-def _unmap(address: int | None) -> None:
-    if address:
-        mapping, descriptor = _memory.pop(address)
+    def __del__(self) -> None:
+        _segments.pop(self.address, None)
         with contextlib.suppress(BufferError):
-            mapping.close()
-        if descriptor >= 0:
-            os.close(descriptor)
+            self._mapping.close()
+        os.close(self.descriptor)
 
 
-def _map(nbytes: int, descriptor: int, owner: int) -> int:
-    mapping = mmap.mmap(descriptor, nbytes)
-    address = ctypes.addressof(ctypes.c_uint8.from_buffer(mapping))
-    _memory[address] = mapping, owner
-    return address
+_segments: weakref.WeakValueDictionary[int, _Segment] = weakref.WeakValueDictionary()
+_open_segments: dict[int, _Segment] = {}  # by device: where small blocks are cut from
 
 
-def _tensor_at(address: int, nbytes: int, index: int) -> torch.Tensor:
-    """A flat uint8 fakegpu tensor that owns the mapping at an address."""
-    managed = _DLManaged()
-    shape, strides = (ctypes.c_int64 * 1)(nbytes), (ctypes.c_int64 * 1)(1)
-    managed.tensor.data = address
-    managed.tensor.device = _DLDevice(_DLPACK_EXTENSION_DEVICE, index)
-    managed.tensor.ndim, managed.tensor.code, managed.tensor.bits, managed.tensor.lanes = 1, 1, 8, 1
-    managed.tensor.shape, managed.tensor.strides = shape, strides
-    managed.deleter = _on_death
-    _managed[ctypes.addressof(managed)] = managed, shape, strides
-    return from_dlpack(_new_capsule(ctypes.addressof(managed), b"dltensor", None))
+def _cut(nbytes: int, index: int) -> tuple[_Segment, int]:
+    """Memory for a block: in a segment with others if it is small."""
+    if nbytes > _SEGMENT_NBYTES // 4:
+        segment = _segments_add(_Segment(nbytes))
+        return segment, 0
+    aligned = -(-nbytes // 512) * 512
+    segment = _open_segments.get(index)  # type: ignore[assignment]
+    if segment is None or segment.used + aligned > segment.nbytes:
+        segment = _open_segments[index] = _segments_add(_Segment(_SEGMENT_NBYTES))
+    offset, segment.used = segment.used, segment.used + aligned
+    return segment, offset
+
+
+def _segments_add(segment: _Segment) -> _Segment:
+    _segments[segment.address] = segment
+    return segment
 
 
 def _allocate(nbytes: int, index: int) -> torch.Tensor:
     if not nbytes:
-        return _tensor_at(0, 0, index)
-    descriptor = os.memfd_create("fakegpu")
-    os.ftruncate(descriptor, nbytes)
-    return _tensor_at(_map(nbytes, descriptor, descriptor), nbytes, index)
+        return tensor_over(0, 0, _DLPACK_EXTENSION_DEVICE, index, None)
+    segment, offset = _cut(nbytes, index)
+    return tensor_over(segment.address + offset, nbytes, _DLPACK_EXTENSION_DEVICE, index, segment)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,8 +137,15 @@ def _empty_strided(
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> Any:
-    on_host(target).copy_(on_host(source))
+    if accelerator.is_late and not source.is_cpu and not target.is_cpu:
+        accelerator.stream().give(partial(_copy_now, source, target))
+    else:
+        _copy_now(source, target)
     return target
+
+
+def _copy_now(source: torch.Tensor, target: torch.Tensor) -> None:
+    on_host(target).copy_(on_host(source))
 
 
 def _like_cpu(name: str, overload: str) -> Callable[..., Any]:
@@ -263,63 +246,120 @@ class Event:
 
 
 class Sharing:
-    """See ``accelerators.base.Sharing``.
+    """See ``accelerators.base.Sharing``. Its rules are those of CUDA IPC.
+
+    A segment has one handle. The process that made it cannot open it, one that has opened it cannot
+    pass it on, and opening it twice gives the same address.
+
+    Args:
+        process: The number under which a test takes part of its process for another one.
 
     Attributes:
-        visible: Which devices this process sees.
-        peers: Whether the two devices reach each other.
+        unreachable: Identities of devices that those of this process do not reach.
         broken: Why nothing can be shared; "" if it can.
-        live: Buffers of other processes that are open here.
-        shared, revoked: How often.
+        live: Segments of other processes that are open here.
+        exported: How often a handle was given out.
+        opened: How often a segment was mapped.
+        rest: ``unmap`` waits for this, if anything.
     """
 
-    def __init__(self) -> None:
-        self.visible = {0, 1}
-        self.peers = True
+    dlpack_type = _DLPACK_EXTENSION_DEVICE
+
+    def __init__(self, process: int = 0) -> None:
+        self._process = process or os.getpid()
+        self.unreachable: set[str] = set()
         self.broken = ""
-        self.live = 0
-        self.shared = self.revoked = 0
+        self.events_broken = ""
+        self.exported = self.opened = 0
+        self.rest: threading.Event | None = None
+        self._mapped: dict[str, _Foreign] = {}
+
+    @property
+    def live(self) -> int:
+        return len(self._mapped)
 
     def identity(self, device: torch.device) -> str:
         return f"fake-{device.index}"
 
-    def find(self, identity: str) -> torch.device | None:
-        index = int(identity.removeprefix("fake-"))
-        return torch.device(TYPE, index) if index in self.visible else None
+    def obstacle(self, device: torch.device, identity: str) -> str:
+        is_near = identity == self.identity(device) or identity not in self.unreachable
+        return "" if is_near else f"{device} cannot reach the memory of {identity}"
 
-    def can_copy(self, target: torch.device, source: torch.device) -> bool:
-        return self.peers or target == source
-
-    def share(self, buffer: torch.Tensor) -> tuple[dict[str, Any], Any]:
+    def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
         if self.broken:
-            raise RuntimeError(self.broken)
-        address = buffer.untyped_storage().data_ptr()
-        self.shared += 1
-        handle = {
-            "path": f"/proc/{os.getpid()}/fd/{_memory[address][1]}",
-            "size": buffer.untyped_storage().nbytes(),
-            "offset": buffer.data_ptr() - address,
-            "nbytes": buffer.numel(),
-        }
-        return handle, None
+            raise CannotShare(self.broken)
+        for segment in list(_segments.values()):
+            if segment.address <= address < segment.address + segment.nbytes:
+                self.exported += 1
+                return self._handle(segment), segment.address, segment.nbytes
+        raise CannotShare("another process has allocated it")
 
-    def open(self, handle: dict[str, Any], device: torch.device) -> torch.Tensor:
-        try:
-            descriptor = os.open(handle["path"], os.O_RDWR)
-        except OSError as error:
-            raise RuntimeError(str(error)) from error
-        address = _map(handle["size"], descriptor, -1)
-        os.close(descriptor)
-        opened = _tensor_at(address, handle["size"], device.index)
-        self.live += 1
-        weakref.finalize(opened.untyped_storage(), self._closed)
-        return opened[handle["offset"] : handle["offset"] + handle["nbytes"]]
+    def _handle(self, segment: _Segment) -> bytes:
+        inode = os.fstat(segment.descriptor).st_ino
+        text = f"{self._process} {os.getpid()} {segment.descriptor} {inode} {segment.nbytes}"
+        return text.encode().ljust(64)
 
-    def revoke(self, handle: dict[str, Any]) -> None:
-        self.revoked += 1
+    def map(self, handle: bytes, device: torch.device) -> int:
+        process, pid, descriptor, inode, nbytes = handle.decode().split()
+        if int(process) == self._process:
+            raise CannotShare("invalid device context: this process has exported it")
+        key = f"{pid} {inode}"
+        if key not in self._mapped:
+            try:
+                opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+            except OSError as error:
+                raise CannotShare(f"invalid resource handle: {error}") from error
+            try:
+                if os.fstat(opened).st_ino != int(inode):
+                    raise CannotShare("invalid resource handle: it was freed")
+                self._mapped[key] = _Foreign(mmap.mmap(opened, int(nbytes)))
+            finally:
+                os.close(opened)
+        self.opened += 1
+        self._mapped[key].uses += 1
+        return self._mapped[key].address
 
-    def _closed(self) -> None:
-        self.live -= 1
+    def unmap(self, address: int, device: torch.device) -> None:
+        if self.rest is not None:
+            assert self.rest.wait(60)
+        (key,) = [key for key, each in self._mapped.items() if each.address == address]
+        self._mapped[key].uses -= 1
+        if not self._mapped[key].uses:
+            with contextlib.suppress(BufferError):  # a tensor over it still lives
+                self._mapped.pop(key).mapping.close()
+
+    def export_event(self, event: Event) -> tuple[bytes, Any]:
+        if self.events_broken:
+            raise CannotShare(self.events_broken)
+        flag = _Segment(mmap.PAGESIZE)
+        stream = Stream()
+        stream.give(partial(event.wait, 60))
+        stream.give(lambda: ctypes.memset(flag.address, 1, 1))
+        return self._handle(flag), flag
+
+    def import_event(self, handle: bytes, device: torch.device) -> Event:
+        _, pid, descriptor, _, _ = handle.decode().split()
+        with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as opened:
+            flag = mmap.mmap(opened.fileno(), mmap.PAGESIZE)
+        event, stream = Event(), Stream()
+
+        def reached() -> None:
+            until = time.monotonic() + 60
+            while not flag[0] and time.monotonic() < until:
+                time.sleep(1e-3)
+
+        stream.give(reached)
+        event.record(stream)
+        return event
+
+
+class _Foreign:
+    """A segment of another process."""
+
+    def __init__(self, mapping: mmap.mmap):
+        self.mapping = mapping
+        self.address = ctypes.addressof(ctypes.c_uint8.from_buffer(mapping))
+        self.uses = 0
 
 
 class FakeAccelerator:
@@ -330,6 +370,7 @@ class FakeAccelerator:
         missing: Why there is no such device in this process; "" if there is.
         copies: How many copies it was given.
         gate: What copies wait for, if anything.
+        is_late: Whether torch's copies between devices run on the current stream.
         pins: Addresses of mapped memory that is pinned.
         pin_error: Why none can be; "" if it can.
     """
@@ -338,11 +379,12 @@ class FakeAccelerator:
     transports = (f"{TYPE}_ipc",)
 
     def __init__(self) -> None:
-        self.sharing = Sharing()
+        self.sharing = SharedMemory(Sharing())
         self.current = 0
         self.missing = ""
         self.copies = 0
         self.gate: threading.Event | None = None
+        self.is_late = False
         self.pins: set[int] = set()
         self.pin_error = ""
         self._local = threading.local()
@@ -376,6 +418,9 @@ class FakeAccelerator:
     def record(self, device: torch.device) -> Event:
         return Event(self.stream())
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
@@ -407,7 +452,7 @@ class FakeAccelerator:
                     side.give(partial(self.gate.wait, 60))
             for target, source in pairs:
                 self.copies += 1
-                side.give(lambda t=target, s=source: _copy_from(s, t))
+                side.give(partial(_copy_now, source, target))
             event.record(side)
 
         direction = tuple(tensor.is_cpu for tensor in pairs[0]) if pairs else ()
@@ -460,3 +505,4 @@ for _name, _overload in (
 _all.fallback(_on_memory, "PrivateUse1")
 accelerators.register(accelerator)
 transports._FACTORIES[f"{TYPE}_ipc"] = (__name__, "make_ipc")
+util.BUILT_IN_TRANSPORTS = (*util.BUILT_IN_TRANSPORTS, f"{TYPE}_ipc".upper())

@@ -16,16 +16,19 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
     {
+        "_tensors",
         "accelerators",
         "cancellation",
         "config",
         "daemon_threads",
         "descriptor",
+        "device_failures",
         "errors",
         "interrupts",
+        "processes",
         "tensor_transport_manager",
     },
-    {"_agent", "_tensors"},
+    {"_agent"},
     {"session"},
     {"checksums"},
     {"transports", "groups"},

@@ -5,6 +5,7 @@ Nothing of this has run on a GPU: tests/gpu does, where there is one.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import threading
@@ -58,7 +59,7 @@ def _set(_: Peer, **attributes: Any) -> None:
     for name, value in attributes.items():
         owner, _, leaf = name.rpartition("__")
         accelerator = fake().accelerator
-        setattr(accelerator.sharing if owner == "sharing" else accelerator, leaf, value)
+        setattr(accelerator.sharing.driver if owner == "sharing" else accelerator, leaf, value)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def change(near: Any, far: Any) -> Iterator[Callable[..., None]]:
     """Changes an actor's fake device for one test."""
 
     def undo() -> None:
-        before = {"current": 0, "sharing__broken": "", "sharing__visible": {0, 1}}
+        before = {"current": 0, "sharing__broken": "", "sharing__unreachable": set()}
         ray.get([actor.run.remote(_set, **before) for actor in (near, far)])
 
     yield lambda actor, **attributes: ray.get(actor.run.remote(_set, **attributes))
@@ -86,26 +87,33 @@ def facts(_: Peer, value: dict[str, Any]) -> dict[str, Any]:
         "right": base.cpu().equal(torch.arange(len(base), dtype=torch.float32)),
         "host": value["host"].equal(torch.arange(len(base))),
         "tied": base.data_ptr() + 4 * (len(base) - 10) == tail.data_ptr(),
-        "live": accelerator.sharing.live,
         "copies": accelerator.copies,
     }
 
 
-def shared(_: Peer) -> tuple[int, int]:
-    sharing = fake().accelerator.sharing
-    return sharing.shared, sharing.revoked
+def exported(_: Peer) -> int:
+    return int(fake().accelerator.sharing.driver.exported)
+
+
+def mapped(_: Peer) -> int:
+    gc.collect()  # the fake device's operators make cycles
+    return int(fake().accelerator.sharing.driver.live)
+
+
+def all_is_unmapped(actor: Any) -> None:
+    wait_until(lambda: ray.get(actor.run.remote(mapped)) == 0, "all is unmapped")
 
 
 @pytest.mark.parametrize("count", [20, LARGE])
 def test_host_and_device_tensors_go_each_their_way(near: Any, far: Any, count: int) -> None:
-    before = ray.get(near.run.remote(shared))
+    before = ray.get(near.run.remote(exported))
     seen = ray.get(far.run.remote(facts, near.make.remote(mixed, count)))
     assert seen["devices"] == [f"{TYPE}:0", f"{TYPE}:0", "cpu"]
     assert seen["right"]
     assert seen["host"]
     assert seen["tied"]
-    assert seen["live"] == 0
-    assert ray.get(near.run.remote(shared)) == (before[0] + 1, before[1])
+    assert ray.get(near.run.remote(exported)) == before + 1
+    all_is_unmapped(far)
 
 
 @pytest.mark.parametrize("count", [20, LARGE])
@@ -124,13 +132,20 @@ def test_memory_that_cannot_be_shared_goes_through_the_host(
     wait_until(lambda: ray.get(near.stats.remote())["regions"] == before["regions"], "all is freed")
 
 
-def test_device_that_the_consumer_does_not_see(near: Any, far: Any, change: Any) -> None:
-    change(far, sharing__visible={0}, current=1)
-    before = ray.get(near.run.remote(shared))
+def test_devices_that_do_not_reach_each_other(near: Any, far: Any, change: Any) -> None:
+    change(far, sharing__unreachable={"fake-1"})
     seen = ray.get(far.run.remote(facts, near.make.remote(mixed)))
-    assert seen["devices"][0] == f"{TYPE}:1"
+    assert seen["devices"][0] == f"{TYPE}:0"
     assert seen["right"]
-    assert ray.get(near.run.remote(shared)) == before
+    assert seen["tied"]
+    all_is_unmapped(far)
+
+
+def test_wish_for_the_host_goes_through_pinned_memory(near: Any) -> None:
+    ref, before = near.make.remote(mixed), ray.get(near.run.remote(exported))
+    set_target_device_for_ref(ref, "cpu")
+    assert ray.get(ref)["base"].equal(torch.arange(1000.0))
+    assert ray.get(near.run.remote(exported)) == before
 
 
 def test_consumer_without_the_device_gets_host_tensors(near: Any, spawn: Any) -> None:
@@ -226,3 +241,167 @@ def test_death_of_the_producer_is_known(far: Any, spawn: Any) -> None:
     dying.run.remote(lambda _: os._exit(1))
     with pytest.raises(ActorDiedError, match="is gone"):
         ray.get(waiting, timeout=30)
+
+
+# The producer's own memory, for the transport that is named.
+
+
+IPC = f"{TYPE}_ipc"
+
+
+def keep_numbers(peer: Peer, nbytes: int = 100) -> list[Any]:
+    """Tensors that the producer goes on using, some of them views of each other."""
+    base = torch.arange(nbytes, dtype=torch.float32, device=TYPE)
+    peer.kept["numbers"] = base
+    return [base, {"tail": base[-10:]}, torch.ones(3, device=TYPE)]
+
+
+def make_shared(producer: Any, action: Any, *args: Any) -> Any:
+    return producer.make.options(tensor_transport=IPC).remote(action, *args)
+
+
+def write(peer: Peer, value: float) -> None:
+    peer.kept["numbers"].fill_(value)
+
+
+def hold(peer: Peer, value: list[Any]) -> list[Any]:
+    peer.kept["held"] = value
+    return [value[0].cpu().tolist(), value[1]["tail"].cpu().tolist(), value[2].cpu().tolist()]
+
+
+def look_at_held(peer: Peer) -> list[Any]:
+    base, nested, _ = peer.kept["held"]
+    assert nested["tail"].data_ptr() == base[-10:].data_ptr()
+    return [base.cpu().tolist()[0], nested["tail"].cpu().tolist()[0]]
+
+
+def let_go(peer: Peer) -> None:
+    peer.kept.pop("held")
+
+
+def loans(peer: Peer) -> int:
+    gc.collect()
+    return len(ray._private.worker.global_worker.rdt_manager.transport(IPC)._loans)
+
+
+def test_named_transport_gives_the_producers_own_memory(near: Any, far: Any) -> None:
+    ref = make_shared(near, keep_numbers)
+    copies = ray.get(far.run.remote(lambda _: fake().accelerator.copies))
+    got = ray.get(far.run.remote(hold, ref))
+    assert got == [list(range(100)), list(range(90, 100)), [1.0] * 3]
+    assert ray.get(far.run.remote(lambda _: fake().accelerator.copies)) == copies
+    ray.get(near.run.remote(write, 7))
+    assert ray.get(far.run.remote(look_at_held)) == [7.0, 7.0]
+    ray.get(far.run.remote(lambda peer: peer.kept["held"][0].fill_(8) is None))
+    assert ray.get(near.run.remote(lambda peer: peer.kept["numbers"].cpu().tolist()[5])) == 8.0
+    ray.get(far.run.remote(let_go))
+    all_is_unmapped(far)
+
+
+def test_shared_memory_outlives_the_reference(near: Any, far: Any) -> None:
+    ref = make_shared(near, lambda _: [torch.arange(9.0, device=TYPE), 1, "text"])
+    ray.get(far.run.remote(lambda peer, value: peer.kept.update(held=value), ref))
+    del ref
+
+    def make_others(_: Peer) -> None:
+        for _ in range(50):
+            torch.full((9,), 5.0, device=TYPE)
+
+    time.sleep(1)
+    ray.get(near.run.remote(make_others))
+    read = far.run.remote(lambda peer: peer.kept["held"][0].cpu().tolist())
+    assert ray.get(read) == list(range(9))
+    ray.get(far.run.remote(let_go))
+    all_is_unmapped(far)
+
+
+def test_auto_and_targets_copy(near: Any, far: Any) -> None:
+    def receive(_: Peer, refs: list[Any]) -> list[float]:
+        target = torch.zeros(9, device=TYPE)
+        set_target_for_ref(refs[0], [target])
+        (got,) = ray.get(refs[0])
+        assert got is target
+        return list(target.cpu().tolist())
+
+    ref = make_shared(near, lambda _: [torch.arange(9.0, device=TYPE)])
+    assert ray.get(far.run.remote(receive, [ref])) == list(range(9))
+    ray.get(far.run.remote(hold, near.make.remote(keep_numbers)))
+    ray.get(near.run.remote(write, 7))
+    assert ray.get(far.run.remote(look_at_held)) == [0.0, 90.0]
+    ray.get(far.run.remote(let_go))
+
+
+def test_shared_memory_is_passed_on(near: Any, far: Any, spawn: Any) -> None:
+    third = spawn(Peer)
+    ray.get(third.run.remote(has_device))
+    first = make_shared(near, keep_numbers)
+    ray.get(far.run.remote(hold, first))
+    second = make_shared(far, lambda peer: peer.kept["held"])
+    assert ray.get(third.run.remote(hold, second))[0] == list(range(100))
+    ray.get(near.run.remote(write, 6))
+    assert ray.get(third.run.remote(look_at_held)) == [6.0, 6.0]
+    back = near.run.remote(
+        lambda peer, value: value[0].data_ptr() == peer.kept["numbers"].data_ptr(), second
+    )
+    assert ray.get(back)
+    del first, second, back
+    ray.get([actor.run.remote(let_go) for actor in (far, third)])
+    all_is_unmapped(far)
+    all_is_unmapped(third)
+
+
+def test_shared_memory_is_written_by_the_producers_stream_first(near: Any, far: Any) -> None:
+    def written_late(_: Peer) -> torch.Tensor:
+        device, gate = fake(), threading.Event()
+        tensor = torch.zeros(100, device=TYPE)
+        device.launch(tensor, 5, gate)
+        threading.Timer(1.5, gate.set).start()
+        return tensor
+
+    def look(_: Peer, tensor: torch.Tensor) -> tuple[float, float]:
+        device = fake()
+        early = float(tensor.cpu().sum())
+        seen = torch.zeros(100)
+        device.accelerator.stream().give(lambda: seen.copy_(device.on_host(tensor)))
+        device.accelerator.record(tensor.device).wait(30)
+        return early, float(seen.sum())
+
+    ref = make_shared(near, written_late)
+    assert ray.get(far.run.remote(look, ref)) == (0.0, 500.0)
+
+
+def test_ten_thousand_shared_tensors(near: Any, far: Any) -> None:
+    def many(_: Peer) -> list[torch.Tensor]:
+        return [torch.full((4,), float(i), device=TYPE) for i in range(10_000)]
+
+    def total(_: Peer, tensors: list[torch.Tensor]) -> float:
+        on_host = fake().on_host
+        return sum(float(on_host(tensor)[0]) for tensor in tensors)
+
+    assert ray.get(far.run.remote(total, make_shared(near, many))) == sum(range(10_000))
+    all_is_unmapped(far)
+
+
+def test_death_of_a_consumer_gives_shared_memory_back(near: Any, spawn: Any) -> None:
+    dying = spawn(Peer)
+    ray.get(dying.run.remote(has_device))
+    ref = make_shared(near, keep_numbers)
+    ray.get(dying.run.remote(hold, ref))
+    assert ray.get(near.run.remote(loans)) == 1
+    dying.run.remote(lambda _: os._exit(1))
+    wait_until(lambda: ray.get(near.run.remote(loans)) == 0, "the loan ends")
+
+
+def test_death_of_a_producer_is_told_where_its_memory_is_used_next(far: Any, spawn: Any) -> None:
+    dying = spawn(Peer)
+    ray.get(dying.run.remote(has_device))
+    ref = make_shared(dying, keep_numbers)
+    ray.get(far.run.remote(hold, ref))
+    pid = ray.get(dying.run.remote(lambda _: os.getpid()))
+    dying.run.remote(lambda _: os._exit(1))
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "it has ended")
+    for name in (IPC, "auto"):
+        passed_on = far.make.options(tensor_transport=name).remote(lambda peer: peer.kept["held"])
+        with pytest.raises(RayError, match=f"process {pid} has ended"):
+            ray.get(passed_on, timeout=60)
+    ray.get(far.run.remote(let_go))

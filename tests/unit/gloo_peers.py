@@ -39,6 +39,7 @@ class FakeSession:
         self._handlers: dict[str, Callable[[bytes, dict], dict]] = {}
         self._on_lost: list[Callable[[bytes], None]] = []
         self._on_close: list[Callable[[], None]] = []
+        self._on_tick: list[Callable[[], None]] = []
         self._told: list[Callable[[float], dict]] = []
         self._callers = ThreadPoolExecutor(8)
         self._listener = Listener(path, "AF_UNIX", backlog=64)
@@ -49,6 +50,14 @@ class FakeSession:
 
     def on_peer_lost(self, callback):
         self._on_lost.append(callback)
+
+    def on_tick(self, callback):
+        self._on_tick.append(callback)
+
+    def tick(self) -> None:
+        """What the reaper does every two seconds."""
+        for callback in self._on_tick:
+            callback()
 
     def on_close(self, callback):
         self._on_close.append(callback)

@@ -3,80 +3,169 @@
 from __future__ import annotations
 
 import gc
+import json
+import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from ray.experimental.rdt.transports import cuda_ipc
+from ray.experimental.rdt.accelerators.base import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import MemoryLost, SharedMemory
+from ray.experimental.rdt.processes import Process
+from ray.experimental.rdt.transports import cuda_ipc, loans
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import CudaIpcTransport, DeviceIpcTransport
-from tests.fake_device import TYPE, Sharing, accelerator
+from ray.experimental.rdt.transports.loans import Loans
+from tests.fake_device import TYPE, Sharing, accelerator, launch, on_host
 from tests.support import wait_until
-from tests.unit.gloo_peers import FakeSession
+from tests.unit.gloo_peers import CallError, FakeSession
 
-
-@pytest.fixture(autouse=True)
-def sharing(monkeypatch: pytest.MonkeyPatch) -> Sharing:
-    monkeypatch.setattr(accelerator, "sharing", Sharing())
-    return accelerator.sharing
+DEVICE = torch.device(TYPE, 0)
 
 
 class Side:
-    """One end."""
+    """One end, which takes itself for a process of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, process: int) -> None:
+        self.driver = Sharing(process)
+        self.memory = SharedMemory(self.driver)
+        monkeypatch.setattr(accelerator, "sharing", self.memory)
         self.session = FakeSession()
         self.transport = DeviceIpcTransport(self.session, TYPE)  # type: ignore[arg-type]
         self.peer = Peer(self.session.address, self.session.agent.agent_id)
 
+    def borrow(self, other: Side, *sources: torch.Tensor, events=()):
+        """What the consumer's fetch and the producer's server do."""
+        borrowing = self.transport.borrow(DEVICE)
+        deadline = time.monotonic() + 5
+        agent = self.session.agent.agent_id
+        lent = other.transport.lend(agent, borrowing.asked, sources, events, deadline)
+        lent = json.loads(json.dumps(lent))
+        return borrowing.take(other.peer, lent, [source.numel() for source in sources])
+
 
 @pytest.fixture
-def sides() -> Iterator[tuple[Side, Side]]:
-    made = Side(), Side()
+def sides(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Side, Side, Side]]:
+    made = tuple(Side(monkeypatch, 1000 + i) for i in range(3))
     yield made
     for side in made:
         side.transport.close()
         side.session.close()
 
 
-def bytes_on(device: str, count: int = 100) -> torch.Tensor:
+def bytes_on(device: str | torch.device, count: int = 100) -> torch.Tensor:
     return (torch.arange(count) % 251).to(torch.uint8).to(device)
 
 
-def read(sides, exposed, *targets, timeout_s=5.0):
-    producer, consumer = sides
-    consumer.transport.read(producer.peer, exposed, targets, time.monotonic() + timeout_s)
+def read(sides, exposed, *targets, timeout_s=5.0, after=()):
+    producer, consumer, _ = sides
+    consumer.transport.read(producer.peer, exposed, targets, time.monotonic() + timeout_s, after)
 
 
-@pytest.mark.parametrize("target", ["cpu", f"{TYPE}:0", f"{TYPE}:1"])
-def test_bytes_arrive_and_memory_is_closed(sides, sharing, target):
+def await_tick(sides, is_reached, what: str) -> None:
+    """Waits, while time passes for the sessions."""
+
+    def look() -> bool:
+        gc.collect()  # the fake device's operators make cycles
+        for side in sides:
+            side.session.tick()
+        return bool(is_reached())
+
+    wait_until(look, what)
+
+
+def all_is_given_back(*sides) -> None:
+    await_tick(sides, lambda: not any(s.driver.live for s in sides), "what was opened is closed")
+    await_tick(sides, lambda: not any(len(s.transport._loans) for s in sides), "no loan is left")
+
+
+# Copies.
+
+
+@pytest.mark.parametrize("target", [f"{TYPE}:0", f"{TYPE}:1"])
+def test_bytes_arrive_and_memory_is_unmapped(sides, target):
     sources = [bytes_on(f"{TYPE}:1"), bytes_on(f"{TYPE}:0", 7)[3:], bytes_on(f"{TYPE}:0", 0)]
     exposed = sides[0].transport.expose(sources)
     got = [torch.zeros(len(source), dtype=torch.uint8, device=target) for source in sources]
     read(sides, exposed, *got)
     assert [g.tolist() for g in got] == [s.tolist() for s in sources]
-    assert (sharing.shared, sharing.live, sharing.revoked) == (2, 0, 0)
-    wait_until(lambda: not sides[0].transport._shares, "the producer is told that it was closed")
+    all_is_given_back(*sides)
 
 
-def test_each_reader_gets_handles_of_its_own(sides, sharing):
-    exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    for _ in range(3):
-        read(sides, exposed, bytes_on(TYPE))
-    assert (sharing.shared, sharing.live) == (3, 0)
-
-
-def test_memory_is_closed_before_the_producer_is_told(sides, sharing, monkeypatch):
-    live, tell = [], sides[1].session.tell
+def test_ten_thousand_tensors_are_a_few_handles(sides, monkeypatch):
+    sources = [bytes_on(TYPE, 1 + i % 50) for i in range(10_000)]
+    answers, call = [], sides[1].session.call
     monkeypatch.setattr(
-        sides[1].session, "tell", lambda *args: (live.append(sharing.live), tell(*args))
+        sides[1].session, "call", lambda *args: answers.append(call(*args)) or answers[-1]
+    )
+    exposed = sides[0].transport.expose(sources)
+    got = [torch.zeros(len(source), dtype=torch.uint8, device=TYPE) for source in sources]
+    read(sides, exposed, *got)
+    assert all(g.equal(s) for g, s in zip(map(on_host, got), map(on_host, sources), strict=True))
+    assert sides[0].driver.exported <= 6
+    assert len(json.dumps([exposed, *answers])) < 200_000
+    all_is_given_back(*sides)
+
+
+def test_segment_is_mapped_once_and_until_its_last_user(sides):
+    producer, consumer, _ = sides
+    first, second = bytes_on(TYPE), bytes_on(TYPE, 50)
+    (one,) = consumer.borrow(producer, first)
+    (two,) = consumer.borrow(producer, second)
+    assert (consumer.driver.opened, consumer.driver.live) == (1, 1)
+    del one
+    gc.collect()
+    await_tick(sides, lambda: len(producer.transport._loans) == 1, "one object is given back")
+    assert consumer.driver.live == 1
+    assert two.tolist() == second.tolist()
+    del two
+    all_is_given_back(*sides)
+
+
+def test_memory_is_unmapped_before_the_producer_is_told(sides, monkeypatch):
+    consumer = sides[1]
+    live, tell = [], consumer.session.tell
+    monkeypatch.setattr(
+        consumer.session, "tell", lambda *args: (live.append(consumer.driver.live), tell(*args))
     )
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     read(sides, exposed, bytes_on(TYPE))
+    all_is_given_back(*sides)
     assert live == [0]
+
+
+def test_reader_does_not_wait_for_the_memory_to_be_unmapped(sides):
+    sides[1].driver.rest = rest = threading.Event()
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    read(sides, exposed, bytes_on(TYPE))
+    assert (sides[1].driver.live, len(sides[0].transport._loans)) == (1, 1)
+    rest.set()
+    all_is_given_back(*sides)
+
+
+def test_target_is_written_after_what_the_consumers_stream_had(sides):
+    target, gate = torch.zeros(100, dtype=torch.uint8, device=TYPE), threading.Event()
+    launch(target, 7, gate)
+    taken = accelerator.record(DEVICE)
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    threading.Timer(0.2, gate.set).start()
+    read(sides, exposed, target, after=[taken])
+    assert target.tolist() == bytes_on(TYPE).tolist()
+
+
+def test_busy_producer_delays_no_pull(sides):
+    busy, gate = torch.zeros(4, device=TYPE), threading.Event()
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    launch(busy, 7, gate)
+    read(sides, exposed, torch.zeros(100, dtype=torch.uint8, device=TYPE), timeout_s=2)
+    assert busy.tolist() == [0] * 4
+    gate.set()
 
 
 def test_other_host(sides):
@@ -85,126 +174,288 @@ def test_other_host(sides):
         read(sides, {**exposed, "boot_id": "x"}, bytes_on(TYPE))
 
 
-def test_device_that_is_hidden(sides, sharing):
-    exposed = sides[0].transport.expose([bytes_on(f"{TYPE}:1")])
-    sharing.visible = {0}
-    with pytest.raises(TransportUnavailable, match=r"does not see.*fake-1.*CUDA_VISIBLE_DEVICES"):
-        read(sides, exposed, bytes_on(TYPE))
-    assert sharing.shared == 0
+def test_host_memory_is_left_to_others(sides):
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    with pytest.raises(TransportUnavailable, match="writes device memory only"):
+        read(sides, exposed, torch.zeros(100, dtype=torch.uint8))
+    with pytest.raises(TransportUnavailable, match="memory only"):
+        sides[0].transport.expose([torch.zeros(3, dtype=torch.uint8)])
+    assert sides[0].driver.exported == 0
 
 
-def test_devices_that_do_not_reach_each_other(sides, sharing):
+def test_devices_that_do_not_reach_each_other(sides):
     exposed = sides[0].transport.expose([bytes_on(f"{TYPE}:1")])
-    sharing.peers = False
-    with pytest.raises(TransportUnavailable, match=rf"{TYPE}:0 cannot reach.*{TYPE}:1"):
+    sides[1].driver.unreachable = {"fake-1"}
+    with pytest.raises(TransportUnavailable, match=rf"{TYPE}:0 cannot reach.*fake-1"):
         read(sides, exposed, bytes_on(f"{TYPE}:0"))
     read(sides, exposed, bytes_on(f"{TYPE}:1"))
+    all_is_given_back(*sides)
 
 
-def test_memory_that_cannot_be_shared_is_named_to_the_consumer(sides, sharing):
+def test_memory_that_cannot_be_shared_is_named_to_the_consumer(sides):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    sharing.broken = "an expandable segment"
+    sides[0].driver.broken = "an expandable segment"
     with pytest.raises(Exception, match="expandable segment"):
         read(sides, exposed, bytes_on(TYPE))
 
 
-def test_handles_that_were_not_opened_are_revoked(sides, sharing, monkeypatch):
-    sources = [bytes_on(TYPE) for _ in range(3)]
+def test_segments_opened_before_one_that_cannot_be_are_given_back(sides, monkeypatch):
+    sources = [bytes_on(TYPE, 1 << 19) for _ in range(3)]
     exposed = sides[0].transport.expose(sources)
-    opens, good = [], sharing.open
+    opens, good = [], sides[1].driver.map
 
     def open_one(handle, device):
         opens.append(handle)
         if len(opens) == 2:
-            raise RuntimeError("no")
+            raise CannotShare("no")
         return good(handle, device)
 
-    monkeypatch.setattr(sharing, "open", open_one)
+    monkeypatch.setattr(sides[1].driver, "map", open_one)
     with pytest.raises(TransportUnavailable, match="cannot be opened: no"):
-        read(sides, exposed, *[bytes_on(TYPE) for _ in sources])
-    wait_until(lambda: sharing.revoked == 2, "the two others are revoked")
-    assert sharing.live == 0
+        read(sides, exposed, *[bytes_on(TYPE, 1 << 19) for _ in sources])
+    all_is_given_back(*sides)
 
 
-def test_lost_reader_gives_its_handles_back(sides, sharing):
-    producer, consumer = sides
-    exposed = producer.transport.expose([bytes_on(TYPE)])
-    name = f"rdt.{TYPE}_ipc.share"
-    body = {"exposure": exposed["exposure"]}
-    consumer.session.call(producer.peer.address, name, body, 5)
-    producer.session.lose(consumer.peer.agent_id)
-    assert sharing.revoked == 1
-    assert not producer.transport._shares
-
-
-def test_withdrawn_object_is_not_shared(sides, sharing):
+def test_withdrawn_object_is_not_shared(sides):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     sides[0].transport.withdraw(exposed)
     with pytest.raises(Exception, match="not exposed here any more"):
         read(sides, exposed, bytes_on(TYPE))
-    assert sharing.shared == 0
+    assert sides[0].driver.exported == 0
 
 
-def test_host_memory_is_refused(sides):
-    with pytest.raises(TransportUnavailable, match="memory only"):
-        sides[0].transport.expose([torch.zeros(3, dtype=torch.uint8)])
-
-
-def test_deadline_while_the_device_is_busy(sides, monkeypatch):
-    exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    busy_for(0.6, monkeypatch)
+def test_failure_keeps_mapped_what_a_copy_still_reads(sides, monkeypatch):
+    monkeypatch.setattr(cuda_ipc, "_GRACE_S", 0.3)
+    monkeypatch.setattr(accelerator, "gate", gate := threading.Event())
+    source = bytes_on(TYPE)
+    exposed = sides[0].transport.expose([source])
     started = time.monotonic()
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError) as failure:
         read(sides, exposed, bytes_on(TYPE), timeout_s=0.2)
     assert time.monotonic() - started < 3
-
-
-def test_failure_keeps_open_what_a_copy_still_reads(sides, sharing, monkeypatch):
-    monkeypatch.setattr(cuda_ipc, "_GRACE_S", 0.3)
-    exposed = sides[0].transport.expose([bytes_on(f"{TYPE}:{i % 2}") for i in range(4)])
-    ended, begun, copy = threading.Event(), [], accelerator.copy
-
-    class Copy:
-        def wait(self, timeout_s):
-            if not ended.wait(timeout_s):
-                raise TimeoutError("not this one")
-
-    def slow_then_broken(pairs, device, after=()):
-        if begun:
-            raise ValueError("the device broke")
-        begun.append(Copy())
-        return begun[0]
-
-    monkeypatch.setattr(accelerator, "copy", slow_then_broken)
-    with pytest.raises(ValueError, match="the device broke") as failure:
-        read(sides, exposed, *[bytes_on(f"{TYPE}:{i % 2}") for i in range(4)])
     assert failure.value.may_still_write
-    assert sharing.live == 4
-    assert sides[0].transport._shares
-    ended.set()
-    monkeypatch.setattr(accelerator, "copy", copy)
-    del failure
-    read(sides, exposed, *[bytes_on(TYPE) for _ in range(4)])
-    assert sharing.live == 0
-    wait_until(lambda: not sides[0].transport._shares, "the producer is told that it was closed")
+    sides[0].transport.withdraw(exposed)
+    monkeypatch.setattr(loans, "_SLACK_S", 0.0)
+    sides[0].session.tick()
+    assert (sides[1].driver.live, len(sides[0].transport._loans)) == (1, 1)
+    gate.set()
+    all_is_given_back(*sides)
 
 
-def test_failure_whose_copies_end_leaves_nothing_open(sides, sharing, monkeypatch):
+def test_failure_whose_copies_end_leaves_nothing_mapped(sides, monkeypatch):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    busy_for(0.6, monkeypatch)
+    gate = threading.Event()
+    monkeypatch.setattr(accelerator, "gate", gate)
+    threading.Timer(0.6, gate.set).start()
     with pytest.raises(TimeoutError) as failure:
         read(sides, exposed, bytes_on(TYPE), timeout_s=0.2)
     assert failure.value.may_still_write is False
-    del failure
+    all_is_given_back(*sides)
+
+
+# The memory itself.
+
+
+def test_borrowed_memory_is_the_producers(sides):
+    producer, consumer, _ = sides
+    source, other = bytes_on(TYPE), bytes_on(TYPE, 1 << 19)
+    got, empty, large = consumer.borrow(producer, source, bytes_on(TYPE, 0), other)
+    assert (got.device, got.tolist()) == (source.device, source.tolist())
+    assert got.untyped_storage().nbytes() == 100
+    assert (empty.device, empty.numel()) == (source.device, 0)
+    assert large.tolist() == other.tolist()
+    source.fill_(9)
+    assert got.tolist() == [9] * 100
+    got[:50].fill_(3)
+    assert source.tolist() == [3] * 50 + [9] * 50
+    del got, large
+    all_is_given_back(*sides)
+
+
+def test_memory_is_kept_until_the_last_tensor_over_it_dies(sides):
+    producer, consumer, _ = sides
+    source = bytes_on(TYPE)
+    (got,) = consumer.borrow(producer, source)
+    view, address = got[10:].view(2, 45), source.data_ptr()
+    del source, got
     gc.collect()
-    assert sharing.live == 0
+    assert view.tolist() == bytes_on(TYPE)[10:].view(2, 45).tolist()
+    others = [bytes_on(TYPE) for _ in range(100)]
+    assert address not in {other.data_ptr() for other in others}
+    del view
+    all_is_given_back(*sides)
 
 
-def busy_for(seconds, monkeypatch):
-    """Copies wait so long."""
+def test_memory_is_given_back_after_the_work_that_the_consumers_stream_has(sides):
+    producer, consumer, _ = sides
+    (got,) = consumer.borrow(producer, bytes_on(TYPE))
+    gate, busy = threading.Event(), torch.zeros(4, device=TYPE)
+    launch(busy, 7, gate)
+    del got
+    gc.collect()
+    time.sleep(0.2)
+    assert (consumer.driver.live, len(producer.transport._loans)) == (1, 1)
+    gate.set()
+    all_is_given_back(*sides)
+
+
+def test_streams_wait_for_the_producer_and_the_host_does_not(sides):
+    producer, consumer, _ = sides
+    source, gate = torch.zeros(100, dtype=torch.uint8, device=TYPE), threading.Event()
+    launch(source, 7, gate)
+    event = accelerator.record(DEVICE)
+    seen = torch.zeros(100, dtype=torch.uint8)
+    with accelerator.on(accelerator.new_stream(DEVICE)):
+        (got,) = consumer.borrow(producer, source, events=[event])
+        assert got.tolist() == [0] * 100
+        accelerator.stream().give(partial(seen.copy_, on_host(got)))
+        used = accelerator.record(DEVICE)
+    assert not used.is_reached()
+    gate.set()
+    used.wait(5)
+    assert seen.tolist() == [7] * 100
+    del got
+    all_is_given_back(*sides)
+
+
+def test_finished_producer_exports_no_event(sides):
+    producer, consumer, _ = sides
+    producer.driver.events_broken = "no events"
+    event = accelerator.record(DEVICE)
+    event.wait(5)
+    (got,) = consumer.borrow(producer, bytes_on(TYPE), events=[event])
     gate = threading.Event()
-    monkeypatch.setattr(accelerator, "gate", gate)
-    threading.Timer(seconds, gate.set).start()
+    launch(torch.zeros(4, device=TYPE), 7, gate)
+    with pytest.raises(TransportUnavailable, match="events cannot be shared: no events"):
+        consumer.borrow(producer, bytes_on(TYPE), events=[accelerator.record(DEVICE)])
+    gate.set()
+    del got
+    all_is_given_back(*sides)
+
+
+def test_two_readers_and_one_that_passes_it_on(sides):
+    producer, second, third = sides
+    source = bytes_on(TYPE)
+    (one,) = second.borrow(producer, source)
+    (two,) = third.borrow(second, one)
+    (back,) = producer.borrow(third, two)
+    assert back.data_ptr() == source.data_ptr()
+    source.fill_(4)
+    assert one.tolist() == two.tolist() == [4] * 100
+    assert len(producer.transport._loans) == len(second.transport._loans) == 1
+    del source, back
+    gc.collect()
+    assert two.tolist() == [4] * 100
+    del one
+    gc.collect()
+    assert two.tolist() == [4] * 100
+    del two
+    all_is_given_back(*sides)
+
+
+def test_another_device_is_not_borrowed(sides):
+    with pytest.raises(TransportUnavailable, match="the memory is on"):
+        sides[1].borrow(sides[0], bytes_on(f"{TYPE}:1"))
+    assert sides[0].driver.exported == 0
+
+
+def test_borrowing_that_is_abandoned_is_given_back(sides):
+    producer, consumer, _ = sides
+    borrowing = consumer.transport.borrow(DEVICE)
+    borrowing.abandon(producer.peer)
+    wait_until(lambda: producer.transport._loans._ended_early, "the producer hears of it")
+    until = time.monotonic() + 5
+    agent = consumer.session.agent.agent_id
+    producer.transport.lend(agent, borrowing.asked, [bytes_on(TYPE)], [], until)
+    assert not len(producer.transport._loans)
+
+
+def test_loan_that_is_never_confirmed_ends(sides, monkeypatch):
+    producer, consumer, _ = sides
+    monkeypatch.setattr(loans, "_SLACK_S", 0.0)
+    asked = consumer.transport.borrow(DEVICE).asked
+    producer.transport.lend(consumer.session.agent.agent_id, asked, [bytes_on(TYPE)], [], 0.0)
+    assert len(producer.transport._loans) == 1
+    producer.session.tick()
+    assert not len(producer.transport._loans)
+
+
+def test_failed_device_is_not_memory_that_cannot_be_shared(sides, monkeypatch):
+    def fail(address, device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(sides[0].driver, "export", fail)
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    with pytest.raises(CallError, match="illegal memory access"):
+        read(sides, exposed, bytes_on(TYPE))
+
+
+# Deaths.
+
+
+@pytest.fixture
+def other_process() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def test_process_is_known_to_have_ended(other_process):
+    process = Process(other_process.pid)
+    assert not process.has_ended()
+    other_process.kill()
+    wait_until(process.has_ended, "its end is seen")
+    process.close()
+    process.close()
+    other_process.wait()
+    assert Process(other_process.pid).has_ended()
+
+
+def test_lost_connection_ends_no_loan_while_the_consumer_lives(other_process):
+    kept = Loans()
+    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    kept.confirm("first")
+    kept.on_peer_lost(b"peer")
+    kept.look_after()
+    assert len(kept) == 1
+    other_process.kill()
+    wait_until(lambda: kept.on_peer_lost(b"peer") or not len(kept), "the loan ends")
+
+
+def test_end_of_the_consumer_that_no_connection_tells_of(other_process):
+    kept = Loans()
+    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    kept.confirm("first")
+    other_process.kill()
+    wait_until(lambda: kept.look_after() or not len(kept), "the loan ends")
+
+
+def test_end_of_the_producer_is_said_and_its_memory_is_not_passed_on(
+    sides, monkeypatch, other_process, caplog
+):
+    producer, consumer, third = sides
+    described = producer.memory.describe
+
+    def describe(buffers):
+        layout = described(buffers)
+        layout.segments[:] = [s._replace(pid=other_process.pid) for s in layout.segments]
+        return layout
+
+    monkeypatch.setattr(producer.memory, "describe", describe)
+    (got,) = consumer.borrow(producer, bytes_on(TYPE))
+    consumer.memory.check_owners([got])
+    other_process.kill()
+    other_process.wait()
+    with caplog.at_level(logging.ERROR, "ray.rdt"):
+        consumer.session.lose(producer.peer.agent_id)
+        consumer.session.tick()
+    (said,) = caplog.records
+    assert f"process {other_process.pid} has ended" in said.getMessage()
+    with pytest.raises(MemoryLost, match=rf"process {other_process.pid} has ended"):
+        consumer.memory.check_owners([bytes_on(TYPE), got])
+    consumer.memory.check_owners([bytes_on(TYPE)])
+    with pytest.raises(MemoryLost):
+        third.borrow(producer, bytes_on(TYPE))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

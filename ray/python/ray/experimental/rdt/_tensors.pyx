@@ -147,8 +147,9 @@ cdef extern from *:
       free(handover);
     }
 
-    static PyObject *TensorOver(const DlExchange *api, PyObject *owner, void *memory, DlType dtype,
-                                const int64_t *shape, const int64_t *strides, int ndim) {
+    static PyObject *TensorOver(const DlExchange *api, PyObject *owner, void *memory,
+                                DlDevice device, DlType dtype, const int64_t *shape,
+                                const int64_t *strides, int ndim) {
       size_t nbytes = sizeof(Handover) + 2 * size_t(ndim) * sizeof(int64_t);
       Handover *handover = static_cast<Handover *>(malloc(nbytes));
       if (handover == nullptr) return PyErr_NoMemory();
@@ -156,9 +157,8 @@ cdef extern from *:
         handover->dims[i] = shape[i];
         handover->dims[ndim + i] = strides[i];
       }
-      const int32_t kCpu = 1;
       handover->managed = {{1, 0}, nullptr, EndHandover, 0,
-                           {memory, {kCpu, 0}, ndim, dtype, handover->dims,
+                           {memory, device, ndim, dtype, handover->dims,
                             handover->dims + ndim, 0}};
       handover->owner = owner;
       Py_INCREF(owner);
@@ -177,6 +177,7 @@ cdef extern from *:
 
     ctypedef struct DlDevice:
         int32_t type
+        int32_t index
 
     ctypedef struct DlTensor:
         void *data
@@ -209,7 +210,7 @@ cdef extern from *:
         cbool is_host
 
     bint ExtentOf(const int64_t *, const int64_t *, int, uint64_t, uint64_t *)
-    object TensorOver(const DlExchange *, PyObject *, void *, DlType, const int64_t *,
+    object TensorOver(const DlExchange *, PyObject *, void *, DlDevice, DlType, const int64_t *,
                       const int64_t *, int)
 
 #: A view that leaves out more than half of the bytes that it spans is gathered, if what it has is
@@ -220,6 +221,7 @@ cdef enum: MAX_RUNS = 65536
 
 #: Regions start at a multiple of this from their storage's start: every dtype stays aligned.
 cdef enum: REGION_ALIGNMENT = 16
+cdef enum: UINT = 1
 cdef enum: COMPLEX = 5
 cdef enum: CPU = 1
 
@@ -788,9 +790,36 @@ cdef _make(Table table, Row row, _Kind kind, _Memory memory):
     cdef const int64_t *dims = table._dims.data() + row.dims
     cdef uint64_t extent = 0
     ExtentOf(dims, dims + row.ndim, row.ndim, kind.itemsize, &extent)
+    cdef DlDevice host = DlDevice(CPU, 0)
     where = memory.at(row.region, row.offset, extent)
     return TensorOver(
-        _exchange, <PyObject *>memory.buffer, where, kind.dtype, dims, dims + row.ndim, row.ndim
+        _exchange, <PyObject *>memory.buffer, where, host, kind.dtype, dims, dims + row.ndim,
+        row.ndim,
+    )
+
+
+def tensor_over(uint64_t address, int64_t nbytes, int device_type, int device_index, owner):
+    """A flat uint8 tensor over memory that nobody here has allocated.
+
+    Args:
+        address: Of the memory.
+        nbytes: Of the memory.
+        device_type: Of the device that has access to it, as DLPack numbers types.
+        device_index: Of that device.
+        owner: Is kept until the tensor's storage dies.
+
+    Raises:
+        RuntimeError: this torch is too old.
+    """
+    cdef DlDevice device = DlDevice(device_type, device_index)
+    cdef DlType dtype = DlType(UINT, 8, 1)
+    cdef int64_t stride = 1
+    if not _is_torch_known:
+        _know_torch()
+    if _exchange == NULL:
+        raise RuntimeError(f"torch {_torch.__version__} does not offer DLPack's exchange of tensors")
+    return TensorOver(
+        _exchange, <PyObject *>owner, <void *>address, device, dtype, &nbytes, &stride, 1
     )
 
 

@@ -171,6 +171,11 @@ def without_turn() -> Iterator[None]:
         _thread.has_turn = True
 
 
+def is_on_own_thread() -> bool:
+    """Whether the running thread fetches a value for another one, whose streams are not its own."""
+    return _thread.has_turn
+
+
 class _Thread(threading.local):
     """What is known of the running thread."""
 

@@ -4,21 +4,40 @@ What is in the producer's host memory goes as any object: over the named transpo
 it, else over the agent's lanes. What is on a device goes over the first of these that serves the
 pair: the named transport, those of the device type (``Accelerator.transports``), ``staged``, which
 goes through host memory and serves every pair.
+
+Where the named transport lends (``base.Lending``) and the user gave no tensors to receive into, the
+producer is asked first for its own memory.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import time
+from typing import TYPE_CHECKING, cast
 
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import Envelope
-from ray.experimental.rdt.deferred import without_turn
+from ray.experimental.rdt.deferred import is_on_own_thread, without_turn
 from ray.experimental.rdt.descriptor import Descriptor
-from ray.experimental.rdt.landing import Landing, Targets, allocate_on_devices, direct_targets
-from ray.experimental.rdt.lanes import AgentPull, Exchanges
+from ray.experimental.rdt.landing import (
+    Landing,
+    Targets,
+    allocate_on_devices,
+    direct_targets,
+    landing_device,
+    take_memory,
+)
+from ray.experimental.rdt.lanes import AgentPull, Exchanges, describe_peer
+from ray.experimental.rdt.session import CallError, agent_id_of
 from ray.experimental.rdt.targets import Target
+from ray.experimental.rdt.transports.base import Lending, Peer, TransportUnavailable
 
 if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt._tensors import Table
     from ray.experimental.rdt.links import Links
+    from ray.experimental.rdt.session import Session
 
 
 class PerDevice:
@@ -38,38 +57,134 @@ class PerDevice:
         import torch
 
         table = envelope.table
+        self._links = links
+        self._head = envelope.head
         self._table = table
         self._targets = target.tensors
-        wish = torch.device(target.device) if target.device is not None else None
+        self._wish = torch.device(target.device) if target.device is not None else None
         direct = direct_targets(table, target.tensors)
-        self._landing = allocate_on_devices(links.session, table, direct, wish)
-        self._shares: list[_Share] = []
         # What has no bytes needs no way.
         types = {
             table.devices.get(region, "cpu")
             for region, nbytes in enumerate(table.regions)
             if nbytes
         }
+        self._shares: list[_Share] = []
+        self._loans: list[_Loan] = []
         try:
-            for device_type in sorted(types):
-                share = _Share(links, envelope.head, self._landing, device_type, deadline)
-                self._shares.append(share)
+            if target.tensors is None:
+                self._begin_loans(types - {"cpu"}, deadline)
+            spared = {loan.device_type for loan in self._loans}
+            self._landing = allocate_on_devices(links.session, table, direct, self._wish, spared)
+            for device_type in sorted(types - spared):
+                self._begin_share(device_type, deadline)
         except BaseException:
             self.abandon()
             raise
 
+    def _begin_loans(self, types: set[str], deadline: float) -> None:
+        for device_type in types:
+            device = landing_device(device_type, self._wish)
+            if device is not None and device.type == device_type:
+                lending = _lending(self._links, self._head, device_type)
+                if lending is not None:
+                    loan = _Loan(self._links.session, self._head, lending, device, deadline)
+                    self._loans.append(loan)
+
+    def _begin_share(self, device_type: str, deadline: float) -> None:
+        share = _Share(self._links, self._head, self._landing, device_type, deadline)
+        self._shares.append(share)
+
     @property
     def lane(self) -> str:
-        return "+".join(share.lane for share in self._shares)
+        return "+".join(part.lane for part in self._parts())
 
     def finish(self, deadline: float) -> Targets:
+        for loan in self._loans.copy():
+            if not loan.finish(self._table, self._landing, deadline):
+                self._loans.remove(loan)
+                session, device_type = self._links.session, loan.device_type
+                take_memory(session, self._table, self._landing, device_type, self._wish)
+                self._begin_share(device_type, deadline)
         for share in self._shares:
             share.finish(deadline)
         return self._landing.deliver(self._table, self._targets)
 
     def abandon(self) -> None:
-        for share in self._shares:
-            share.abandon()
+        for part in self._parts():
+            part.abandon()
+
+    def _parts(self) -> list[_Loan | _Share]:
+        return [*self._loans, *self._shares]
+
+
+def _lending(links: Links, head: Descriptor, device_type: str) -> Lending | None:
+    """The named transport, if it lends memory of such devices."""
+    if head.transport == "auto" or head.is_users:
+        return None
+    try:
+        transport = links.transports.get(head.transport)
+    except TransportUnavailable:
+        return None  # what is tried next says why
+    capabilities = transport.capabilities
+    is_able = capabilities.lends and device_type in capabilities.devices
+    return cast(Lending, transport) if is_able else None
+
+
+class _Loan:
+    """The regions of one object on one type of device, whose memory the producer is asked for."""
+
+    def __init__(
+        self,
+        session: Session,
+        head: Descriptor,
+        lending: Lending,
+        device: torch.device,
+        deadline: float,
+    ):
+        self.device_type = device.type
+        self.lane = f"{head.transport} (shared)"
+        self._session = session
+        self._head = head
+        self._peer = Peer(head.address, agent_id_of(head.address))
+        self._borrowing = lending.borrow(device)
+        body = {
+            "key": head.key.hex(),
+            "transport": head.transport,
+            "device": device.type,
+            "asked": self._borrowing.asked,
+            "timeout_s": _left(deadline),
+        }
+        self._answer = session.start_call(head.address, "rdt.lend", body)
+
+    def finish(self, table: Table, landing: Landing, deadline: float) -> bool:
+        """Puts the producer's memory where the regions land. False: a copy has to do."""
+        regions = [r for r, name in sorted(table.devices.items()) if name == self.device_type]
+        sizes = [table.regions[region] for region in regions]
+        with_peer = f"RDT with {describe_peer(self._head)}, tensors on {self.device_type}"
+        try:
+            with without_turn():
+                lent = self._answer(_left(deadline))
+            tensors = self._borrowing.take(self._peer, lent, sizes)
+        except (CallError, TransportUnavailable) as error:
+            self.abandon()
+            if error.code != TransportUnavailable.code:
+                raise
+            why = f"{with_peer}: memory is copied and not shared: {error}"
+            self._session.say_once(why, logging.INFO)
+            return False
+        for region, tensor in zip(regions, tensors):
+            landing.put(region, tensor)
+        if is_on_own_thread():
+            # The stream that waits for the producer is this thread's and not the user's.
+            with without_turn():
+                for event in accelerators.record(tensors):
+                    event.wait(_left(deadline))
+        self._session.say_once(f"{with_peer}: lane {self.lane}", logging.INFO)
+        return True
+
+    def abandon(self) -> None:
+        self._borrowing.abandon(self._peer)
 
 
 class _Share:
@@ -111,3 +226,7 @@ class _Share:
 
     def _begin_pull(self) -> AgentPull:
         return AgentPull(self._session, self._head.address, self._head.key, self._landing)
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())

@@ -4,14 +4,16 @@ or the user's own tensors.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt._tensors import Table, build_tensors, place
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.spread import Spread, spans, takes_bytes
 
 if TYPE_CHECKING:
@@ -53,13 +55,17 @@ class Landing:
     lengths: array[int]
     direct: Mapping[int, torch.Tensor]
     devices: Mapping[int, str]
-    after: Sequence[Event] = ()
+    after: list[Event] = field(default_factory=list)
     spreads: Mapping[int, Spread] = field(default_factory=dict)
 
     @property
     def is_users(self) -> bool:
         """Whether some of the memory is the user's."""
         return bool(self.direct or self.spreads)
+
+    def put(self, region: int, tensor: torch.Tensor) -> None:
+        """Has a region land in a flat tensor on a device."""
+        self.places[region] = (tensor, 0)
 
     def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
         """Regions as flat uint8 tensors, for a transport to fill.
@@ -142,6 +148,7 @@ def allocate_on_devices(
     table: Table,
     direct: Mapping[int, torch.Tensor],
     wish: torch.device | None,
+    spared: Collection[str] = (),
 ) -> Landing:
     """Memory for an object with tensors on devices.
 
@@ -153,31 +160,69 @@ def allocate_on_devices(
         table: The object's layout.
         direct: Regions that go straight into a tensor of the user's.
         wish: The device that the user wants all tensors on, if any.
+        spared: Types of devices whose regions get no memory: ``Landing.put`` gives it to them, or
+            ``take_memory``.
     """
-    types = set(table.devices.values()) if wish is None else {wish.type}
-    usable = {name: found for name in types if (found := accelerators.usable(name)) is not None}
-    on_device = {}
-    for region, device_type in table.devices.items():
-        if device_type in usable and region not in direct:
-            accelerator = usable[device_type]
-            device = accelerator.current_device()
-            if wish is not None and wish.index is not None:
-                device = wish
-            on_device[region] = accelerator.empty(table.regions[region], device)
-    host = allocate(session, table.regions, {**direct, **on_device})
+    import torch
+
+    on_device = _take(table, set(table.devices.values()) - set(spared), direct, wish)
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+    put_later = {region: nothing for region, name in table.devices.items() if name in spared}
+    host = allocate(session, table.regions, {**direct, **on_device, **put_later})
     agents = [region for region in range(len(table.regions)) if region not in table.devices]
-    return Landing(
+    landing = Landing(
         table.regions,
-        [
-            (on_device[region], 0) if region in on_device else place
-            for region, place in enumerate(host.places)
-        ],
+        list(host.places),
         array("Q", [host.addresses[region] for region in agents]),
         array("Q", [table.regions[region] for region in agents]),
         direct,
         table.devices,
         accelerators.record([*on_device.values(), *direct.values()]),
     )
+    for region, tensor in on_device.items():
+        landing.put(region, tensor)
+    return landing
+
+
+def take_memory(
+    session: Session, table: Table, landing: Landing, device_type: str, wish: torch.device | None
+) -> None:
+    """Memory for the regions of one type of device that were spared."""
+    on_device = _take(table, {device_type}, landing.direct, wish)
+    for region, tensor in on_device.items():
+        landing.put(region, tensor)
+    left = [r for r, name in table.devices.items() if name == device_type and r not in on_device]
+    host = allocate(session, array("Q", [table.regions[region] for region in left]))
+    for region, where in zip(left, host.places):
+        landing.places[region] = where
+    landing.after.extend(accelerators.record(on_device.values()))
+
+
+def landing_device(device_type: str, wish: torch.device | None) -> torch.device | None:
+    """The device that regions of a type land on; None: host memory."""
+    accelerator = accelerators.usable(device_type if wish is None else wish.type)
+    if accelerator is None:
+        return None
+    is_exact = wish is not None and wish.index is not None
+    return wish if is_exact else accelerator.current_device()
+
+
+def _take(
+    table: Table,
+    types: Collection[str],
+    direct: Mapping[int, torch.Tensor],
+    wish: torch.device | None,
+) -> dict[int, torch.Tensor]:
+    """New memory on devices for the regions of some types, as far as they land on devices."""
+    devices = {name: landing_device(name, wish) for name in types}
+    on_device = {}
+    for region, device_type in table.devices.items():
+        device = devices.get(device_type)
+        if device is not None and region not in direct:
+            accelerator = accelerators.of(device.type)
+            assert accelerator is not None
+            on_device[region] = accelerator.empty(table.regions[region], device)
+    return on_device
 
 
 def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Tensor]:
@@ -201,8 +246,10 @@ def fill(targets: Targets, tensors: Targets) -> Targets:
     """Copies the tensors into the user's. Autograd has no part in it, but is told."""
     import torch
 
-    for target, tensor in zip(targets, tensors):
-        if target is not tensor:
+    copies = [(target, tensor) for target, tensor in zip(targets, tensors) if target is not tensor]
+    written = [target for target, _ in copies]
+    with accelerators.copying(written, settings().fetch_timeout_s):
+        for target, tensor in copies:
             # Only within inference mode may what it has made be written to.
             with torch.inference_mode() if target.is_inference() else torch.no_grad():
                 target.copy_(tensor)
@@ -226,3 +273,15 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
         empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         storage, offset = tensor.untyped_storage(), tensor.storage_offset()
         return empty.set_(storage, offset, tensor.shape, tensor.stride())
+
+
+def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
+    """The tensors on a device; those that are there are as they were."""
+    import torch
+
+    where = torch.device(device)
+    accelerator = accelerators.of(where.type)
+    with accelerator.aside() if accelerator is not None else contextlib.nullcontext():
+        moved = [tensor.to(where) for tensor in tensors]
+    with accelerators.copying([m for m, t in zip(moved, tensors) if m is not t], timeout_s):
+        return moved

@@ -11,6 +11,7 @@ Requests (JSON, through the session):
   receive through the transport's own connection; others are left alone.
 * ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
   the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
+* ``rdt.lend`` {key, transport, device, asked, timeout_s}: answers with what ``Lending.lend`` gave.
 * ``rdt.done`` {key}: the consumer has read.
 
 ``device`` is a torch device type: the regions on such devices are meant. What makes them is waited
@@ -34,7 +35,7 @@ from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Reply, Session
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams
-from ray.experimental.rdt.transports.base import OneSided, Transport, TwoSided
+from ray.experimental.rdt.transports.base import Lending, OneSided, Transport, TwoSided
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.user import UserTransport
 
@@ -88,6 +89,7 @@ class Server:
         # Exposing may wait, for devices or for room: what makes room comes on other threads.
         self._exposers = DaemonThreads(_EXPOSE_THREADS, "rdt-expose")
         session.serve("rdt.expose", self._on_expose, self._exposers)
+        session.serve("rdt.lend", self._on_lend)
         session.serve("rdt.done", self._on_done)
         session.on_peer_lost(self._on_peer_lost)
         session.on_tick(self._drop_late_readers)
@@ -193,6 +195,18 @@ class Server:
             self._give_back(stored.key)
         return exposed
 
+    def _on_lend(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        """Runs on: producer, an rdt-call thread. The transport keeps the memory that it lends."""
+        transport: Lending = self._transports.get(body["transport"])  # type: ignore[assignment]
+        deadline = time.monotonic() + float(body["timeout_s"])
+        stored = self._borrow(body)
+        try:
+            events = stored.captured.events
+            buffers = buffers_for(transport, stored, body["device"], deadline)  # type: ignore[arg-type]
+            return transport.lend(peer_id, body["asked"], buffers, events, deadline)
+        finally:
+            self._give_back(stored.key)
+
     def _expose_once(
         self, transport: OneSided, stored: StoredObject, body: dict[str, Any], deadline: float
     ) -> dict[str, Any]:
@@ -263,6 +277,13 @@ def await_writers(stored: StoredObject, device_type: str, deadline: float) -> No
         await_events(stored, deadline)
 
 
+def check_owners(buffers: list[torch.Tensor], device_type: str) -> None:
+    """Raises MemoryLost if some are in device memory of a process that has ended."""
+    accelerator = accelerators.of(device_type) if device_type != "cpu" else None
+    if accelerator is not None and accelerator.sharing is not None:
+        accelerator.sharing.check_owners(buffers)
+
+
 def await_events(stored: StoredObject, deadline: float) -> None:
     """Waits until devices have finished what makes an object's tensors. Raises TimeoutError."""
     for event in stored.captured.events:
@@ -293,6 +314,7 @@ def buffers_for(
     device. May block.
     """
     buffers = flat_buffers(stored, device_type)
+    check_owners(buffers, device_type)
     if transport.capabilities.name == "nixl" or not any(_is_away(b, device_type) for b in buffers):
         return buffers
     captured, accelerator = stored.captured, accelerators.of(device_type)

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-#: What another process needs to open shared memory of a device; carried as JSON.
-Handle = dict[str, Any]
+    from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
 
 
 class Event(Protocol):
@@ -48,33 +47,54 @@ def have_ended(events: Iterable[Event], timeout_s: float) -> bool:
     return ended
 
 
+class CannotShare(RuntimeError):
+    """Memory that another process cannot open; says why."""
+
+
 class Sharing(Protocol):
-    """How a kind of device shows its memory to other processes of the host."""
+    """How a kind of device shows its memory to other processes of the host.
+
+    What the vendor's driver does and no more: ``SharedMemory`` keeps account.
+    """
+
+    #: Of the device type, as DLPack numbers them.
+    dlpack_type: int
 
     def identity(self, device: torch.device) -> str:
         """Names a device the same way in every process that can see it."""
 
-    def find(self, identity: str) -> torch.device | None:
-        """The device of that name as this process sees it, None if it does not."""
+    def obstacle(self, device: torch.device, identity: str) -> str:
+        """Why ``device`` cannot map memory of another one, "" if nothing is known against it."""
 
-    def can_copy(self, target: torch.device, source: torch.device) -> bool:
-        """Whether one device can write what lies on the other without going through the host."""
-
-    def share(self, buffer: torch.Tensor) -> tuple[Handle, Any]:
-        """Lets one other process open a flat buffer, once.
-
-        Returns:
-            The handle, and what has to be kept until the other process has closed the memory.
+    def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
+        """The allocation that an address lies in: handle, first address, bytes.
 
         Raises:
-            RuntimeError: this memory cannot be shared; says why.
+            CannotShare: other processes cannot open it.
         """
 
-    def open(self, handle: Handle, device: torch.device) -> torch.Tensor:
-        """Another process's buffer; closed when the tensor dies. Raises RuntimeError."""
+    def map(self, handle: bytes, device: torch.device) -> int:
+        """Opens an allocation of another process for ``device``; gives its first address.
 
-    def revoke(self, handle: Handle) -> None:
-        """Undoes ``share`` for a process that died before it had opened the memory."""
+        Raises:
+            CannotShare: it cannot be opened.
+        """
+
+    def unmap(self, address: int, device: torch.device) -> None:
+        """Undoes ``map``. May block until work over the memory has ended; holds no GIL."""
+
+    def export_event(self, event: Event) -> tuple[bytes, Any]:
+        """An event that another process can wait for, reached after ``event``.
+
+        Returns:
+            Its handle, and what has to be kept for as long as the other process uses it.
+
+        Raises:
+            CannotShare: events cannot be shared.
+        """
+
+    def import_event(self, handle: bytes, device: torch.device) -> Event:
+        """Another process's event. Raises CannotShare."""
 
 
 class Accelerator(Protocol):
@@ -92,7 +112,7 @@ class Accelerator(Protocol):
         """
 
     @property
-    def sharing(self) -> Sharing | None:
+    def sharing(self) -> SharedMemory | None:
         """None where other processes cannot open its memory."""
 
     def unavailable(self) -> str:
@@ -112,6 +132,9 @@ class Accelerator(Protocol):
 
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Makes a stream the current one of the thread that enters it, until it leaves."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Around calls of torch on a device, which otherwise may disturb what other threads do."""
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Flat uint8 memory on a device, for use on this thread's current stream."""

@@ -12,7 +12,6 @@ Not run on a GPU so far: written from the documentation of torch and CUDA.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,67 +23,18 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
     driver,
     relaxed,
 )
+from ray.experimental.rdt.accelerators.cuda_events import CudaEvent, recorded
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
+from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:
     import torch
 
-_SPIN_S = 80e-6
-_FIRST_PAUSE_S = 20e-6
-_LAST_PAUSE_S = 1e-3
+__all__ = ["CudaAccelerator", "CudaEvent", "recorded"]
 
 #: Pairs below this are copied by one kernel for many of them.
 _SMALL_NBYTES = 1 << 20
-
-
-class CudaEvent:
-    """See ``Event``.
-
-    CUDA has no wait with a deadline, so the event is looked at: all the time at first, then after
-    growing pauses of at most a millisecond. A wait of CUDA's own could not be ended by Ctrl-C.
-
-    Args:
-        event: A ``torch.cuda.Event``, recorded before any method is called.
-        device: Where it is recorded.
-        kept: Memory that the work before the event uses; let go when the event is found reached.
-    """
-
-    def __init__(self, event: Any, device: torch.device, kept: Any = None):
-        self.event = event
-        self._device = device
-        self._kept = kept
-
-    def is_reached(self) -> bool:
-        """See ``Event``."""
-        with relaxed():
-            return self._look()
-
-    def wait(self, timeout_s: float) -> None:
-        """See ``Event``."""
-        start, pause = time.monotonic(), _FIRST_PAUSE_S
-        with relaxed():
-            while not self._look():
-                waited_s = time.monotonic() - start
-                if waited_s >= timeout_s:
-                    raise TimeoutError(
-                        f"{self._device} did not finish what it was given within {timeout_s:g} s"
-                    )
-                if waited_s >= _SPIN_S:
-                    time.sleep(min(pause, timeout_s - waited_s))
-                    pause = min(2 * pause, _LAST_PAUSE_S)
-
-    def _look(self) -> bool:
-        is_reached = bool(self.event.query())
-        if is_reached:
-            self._kept = None
-        return is_reached
-
-    def order(self) -> None:
-        """See ``Event``."""
-        import torch
-
-        torch.cuda.current_stream(self._device).wait_event(self.event)
 
 
 class CudaAccelerator:
@@ -94,7 +44,7 @@ class CudaAccelerator:
     transports = ("cuda_ipc", "nixl", "nccl")
 
     def __init__(self) -> None:
-        self.sharing = CudaSharing()
+        self.sharing = SharedMemory(CudaSharing(self.new_stream))
         self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
     def unavailable(self) -> str:
@@ -154,6 +104,10 @@ class CudaAccelerator:
 
         with relaxed(), torch.cuda.device(stream.device), torch.cuda.stream(stream):
             yield
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """See ``Accelerator``. A graph that another thread captures goes on."""
+        return relaxed()
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """See ``Accelerator``."""
@@ -226,14 +180,3 @@ def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     if few:
         targets, sources = zip(*few)
         torch._foreach_copy_(targets, sources, non_blocking=True)
-
-
-def recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
-    """An event at the end of what a stream of ``device`` has so far. Runs on: any thread."""
-    import torch
-
-    make: Any = torch.cuda.Event
-    event = make()
-    with relaxed():
-        event.record(stream)
-    return CudaEvent(event, device)

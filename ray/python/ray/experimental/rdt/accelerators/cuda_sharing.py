@@ -1,36 +1,51 @@
-"""GPU memory that processes of one host open from each other, through torch's CUDA IPC.
+"""GPU memory that processes of one host open from each other, through CUDA IPC.
 
-torch counts references: each ``share`` has to be matched by one ``open`` in another process, and
-the shared storage's memory is not given back before that has been closed. So each buffer is shared
-anew for each reader, through a storage of its own that owns nothing: whatever becomes of the count,
-the user's storage is not touched. That the memory lives meanwhile is the caller's concern.
+The calls are those of CUDA's driver and runtime, so memory of any library can be shared that was
+allocated by ``cudaMalloc``: torch's, cupy's, jax's. Memory of ``cudaMallocAsync`` pools and of the
+virtual memory calls, on which torch builds its expandable segments, has no such handle; it is named
+where it is met.
 
-Not run on a GPU so far: written from the documentation and sources of torch.
+Not run on a GPU so far: written from the documentation of CUDA and cuda-bindings.
 """
 
 from __future__ import annotations
 
-import base64
-import os
+import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Handle
+from ray.experimental.rdt.accelerators.base import CannotShare, Event
+from ray.experimental.rdt.accelerators.cuda_calls import (
+    CudaError,
+    bindings,
+    checked,
+    current,
+    driver,
+    relaxed,
+)
+from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
+from ray.experimental.rdt.accelerators.side_streams import SideStreams
+from ray.experimental.rdt.device_failures import is_device_failure
 
 if TYPE_CHECKING:
     import torch
 
-#: Fields of what ``reduce_tensor`` gives that travel as they are, and those that are bytes.
-_PLAIN = {
-    "storage_nbytes": 8,
-    "storage_offset": 9,
-    "counter_offset": 12,
-    "is_event_needed": 14,
-}
-_BYTES = {"storage": 7, "counter": 11, "event": 13}
+_HANDLE_NBYTES = 64
+_DLPACK_CUDA = 2
 
 
 class CudaSharing:
-    """See ``Sharing``."""
+    """See ``Sharing``.
+
+    Args:
+        new_stream: Makes a private stream of a GPU.
+    """
+
+    dlpack_type = _DLPACK_CUDA
+
+    def __init__(self, new_stream: Callable[[torch.device], torch.cuda.Stream]):
+        self._new_stream = new_stream
+        self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
     def identity(self, device: torch.device) -> str:
         """See ``Sharing``."""
@@ -38,116 +53,135 @@ class CudaSharing:
 
         return str(torch.cuda.get_device_properties(device).uuid)
 
-    def find(self, identity: str) -> torch.device | None:
+    def obstacle(self, device: torch.device, identity: str) -> str:
+        """See ``Sharing``. CUDA opens memory of a GPU that this process does not see, too."""
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            other = torch.device("cuda", index)
+            if other != device and self.identity(other) == identity:
+                if torch.cuda.can_device_access_peer(device, other):
+                    return ""
+                return f"{device} cannot reach the memory of {other}"
+        return ""
+
+    def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
         """See ``Sharing``."""
-        import torch
-
-        devices = (torch.device("cuda", index) for index in range(torch.cuda.device_count()))
-        return next((device for device in devices if self.identity(device) == identity), None)
-
-    def can_copy(self, target: torch.device, source: torch.device) -> bool:
-        """See ``Sharing``."""
-        import torch
-
-        return target == source or torch.cuda.can_device_access_peer(target, source)
-
-    def share(self, buffer: torch.Tensor) -> tuple[Handle, Any]:
-        """See ``Sharing``."""
-        import torch
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        reduce: Any = reduce_tensor
-        # All of the storage: torch's allocator knows memory by the address that it gave out.
-        storage = buffer.untyped_storage()
-        unowned = _Unowned(storage.data_ptr(), storage.nbytes())
-        alias = torch.as_tensor(unowned, device=buffer.device)
-        try:
-            # torch records an event on the current stream, or waits for that stream alone.
-            with torch.cuda.device(buffer.device):
-                _, fields = reduce(alias)
-        except RuntimeError as error:
-            if _is_expandable(buffer):
-                raise RuntimeError(
-                    "the memory lies in an expandable segment "
-                    f"(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True), which this torch and "
-                    f"driver cannot share: {error}"
-                ) from error
-            raise
-        handle = {name: fields[at] for name, at in _PLAIN.items()}
-        handle |= {name: base64.b64encode(fields[at]).decode() for name, at in _BYTES.items()}
-        offset = buffer.data_ptr() - storage.data_ptr()
-        handle |= {"offset": offset, "nbytes": buffer.numel(), "allocator": _allocator()}
-        return handle, alias
-
-    def open(self, handle: Handle, device: torch.device) -> torch.Tensor:
-        """See ``Sharing``. The current stream waits for the producer's event."""
-        import torch
-        from torch.multiprocessing.reductions import rebuild_cuda_tensor
-
-        rebuild: Any = rebuild_cuda_tensor
-        raw = {name: base64.b64decode(handle[name]) for name in _BYTES}
-        try:
-            with torch.cuda.device(device):
-                tensor = rebuild(
-                    torch.Tensor,
-                    (handle["nbytes"],),
-                    (1,),
-                    handle["offset"],
-                    torch.UntypedStorage,
-                    torch.uint8,
-                    device.index,
-                    raw["storage"],
-                    handle["storage_nbytes"],
-                    handle["storage_offset"],
-                    False,
-                    raw["counter"],
-                    handle["counter_offset"],
-                    raw["event"],
-                    handle["is_event_needed"],
+        runtime, driver = _modules()
+        with relaxed(), current(device.index):
+            reason = _why_not(driver, address)
+            if reason:
+                raise CannotShare(reason)
+            try:
+                start, nbytes = checked(
+                    "cuMemGetAddressRange", driver.cuMemGetAddressRange(driver.CUdeviceptr(address))
                 )
-        except RuntimeError as error:
-            if "expandable_segments:True" in handle["allocator"]:
-                raise RuntimeError(
-                    "the producer's memory may lie in an expandable segment "
-                    f"(PYTORCH_CUDA_ALLOC_CONF={handle['allocator']}): {error}"
-                ) from error
-            raise
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+                call = runtime.cudaIpcGetMemHandle(int(start))
+                handle = checked("cudaIpcGetMemHandle", call)
+            except CudaError as error:
+                raise _refusal(error) from error
+        return ctypes.string_at(handle.getPtr(), _HANDLE_NBYTES), int(start), int(nbytes)
 
-    def revoke(self, handle: Handle) -> None:
+    def map(self, handle: bytes, device: torch.device) -> int:
+        """See ``Sharing``."""
+        runtime, _ = _modules()
+        # The one attribute of this type, "reserved", is not in every version of cuda-bindings.
+        opened = runtime.cudaIpcMemHandle_t()
+        ctypes.memmove(opened.getPtr(), handle, _HANDLE_NBYTES)
+        with relaxed(), current(device.index):
+            try:
+                flags = runtime.cudaIpcMemLazyEnablePeerAccess
+                call = runtime.cudaIpcOpenMemHandle(opened, flags)
+                return int(checked("cudaIpcOpenMemHandle", call))
+            except CudaError as error:
+                raise _refusal(error) from error
+
+    def unmap(self, address: int, device: torch.device) -> None:
+        """See ``Sharing``."""
+        runtime, _ = _modules()
+        with relaxed(), current(device.index):
+            checked("cudaIpcCloseMemHandle", runtime.cudaIpcCloseMemHandle(address))
+
+    def export_event(self, event: Event) -> tuple[bytes, Any]:
+        """See ``Sharing``. Recorded on a private stream that waits for ``event``."""
+        import torch
+
+        assert isinstance(event, CudaEvent)
+        make: Any = torch.cuda.Event
+        shared, device = make(interprocess=True), event.device
+
+        def begin(side: torch.cuda.Stream) -> None:
+            side.wait_event(event.event)
+            shared.record(side)
+
+        with relaxed():
+            self._side_streams.run(
+                device, lambda: self._new_stream(device), CudaEvent(shared, device), begin
+            )
+            try:
+                return bytes(shared.ipc_handle()), shared
+            except RuntimeError as error:
+                raise _refusal(error) from error
+
+    def import_event(self, handle: bytes, device: torch.device) -> Event:
         """See ``Sharing``."""
         import torch
 
-        storage: Any = torch.UntypedStorage
-        counter = base64.b64decode(handle["counter"])
-        storage._release_ipc_counter(counter, handle["counter_offset"], device="cuda")
+        open_event: Any = torch.cuda.Event.from_ipc_handle
+        with relaxed(), torch.cuda.device(device):
+            try:
+                return CudaEvent(open_event(device, handle), device)
+            except RuntimeError as error:
+                raise _refusal(error) from error
 
 
-class _Unowned:
-    """GPU memory at an address, for torch to look at and not to own."""
-
-    def __init__(self, address: int, nbytes: int):
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 2,
-        }
+def _modules() -> tuple[Any, Any]:
+    found = bindings(), driver()
+    if None in found:
+        raise CannotShare(
+            "the package cuda-bindings is not installed, which torch's CUDA wheels bring along"
+        )
+    return found
 
 
-def _is_expandable(buffer: torch.Tensor) -> bool:
+def _refusal(error: RuntimeError) -> RuntimeError:
+    """What a failed call means: that memory cannot be shared, or that the GPU has failed."""
+    return error if is_device_failure(error) else CannotShare(str(error))
+
+
+def _why_not(driver: Any, address: int) -> str:
+    """Why the memory at an address has no IPC handle, "" if nothing is known against it."""
+    attribute = driver.CUpointer_attribute
+
+    def ask(name: str) -> int:
+        which = getattr(attribute, f"CU_POINTER_ATTRIBUTE_{name}")
+        code, value = driver.cuPointerGetAttribute(which, driver.CUdeviceptr(address))
+        return -1 if int(code) or value is None else int(value)
+
+    if ask("IS_LEGACY_CUDA_IPC_CAPABLE") != 0:
+        return ""
+    if ask("IS_MANAGED") == 1:
+        return "it is managed memory (cudaMallocManaged), which CUDA IPC does not share"
+    if ask("MEMPOOL_HANDLE") > 0:
+        return (
+            "it comes from a pool of cudaMallocAsync, which CUDA IPC does not share "
+            "(PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync, or cupy's asynchronous pool)"
+        )
+    if _is_expandable(address):
+        return (
+            "it lies in an expandable segment, which CUDA IPC does not share "
+            "(PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
+        )
+    return "it was not allocated by cudaMalloc, and CUDA IPC shares no other memory"
+
+
+def _is_expandable(address: int) -> bool:
+    """Whether torch's allocator has the address in an expandable segment."""
     import torch
 
-    address = buffer.data_ptr()
     snapshot: Any = torch.cuda.memory_snapshot
     return any(
         segment.get("is_expandable", False)
         and segment["address"] <= address < segment["address"] + segment["total_size"]
         for segment in snapshot()
     )
-
-
-def _allocator() -> str:
-    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    return ",".join(filter(None, map(os.environ.get, names)))

@@ -52,6 +52,7 @@ class Capabilities:
         same_host: Whether it works only between processes of one host.
         abortable: Whether a transfer in progress can be given up without ending either process.
         is_users: Whether a user wrote it: it moves whole objects.
+        lends: Whether it can give consumers the producer's own memory: it is a ``Lending``, too.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Capabilities:
     same_host: bool = False
     abortable: bool = True
     is_users: bool = False
+    lends: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,59 @@ class OneSided(Protocol):
 
     def close(self) -> None:
         """Gives everything back. Runs on: whoever shuts Ray down. Idempotent."""
+
+
+class Lending(Protocol):
+    """A transport whose consumers may get the producer's own memory instead of a copy.
+
+    Its name alone has to be asked for by the user: what one side writes, the other one sees.
+    """
+
+    capabilities: Capabilities
+
+    def lend(
+        self,
+        peer_id: bytes,
+        asked: Route,
+        buffers: Sequence[torch.Tensor],
+        events: Sequence[Event],
+        deadline: float,
+    ) -> Route:
+        """Keeps flat buffers for a consumer and describes them; what ``borrow`` gives answers.
+
+        Runs on: producer, an ``rdt-call`` thread. Does not wait for the events: the consumer's
+        stream does.
+
+        Raises:
+            TransportUnavailable: it cannot lend these to this consumer.
+        """
+
+    def borrow(self, device: torch.device) -> Borrowing:
+        """Begins to get an object's memory for a device of this process. Runs on: consumer."""
+
+
+class Borrowing(Protocol):
+    """One object's memory on its way to a consumer that borrows it."""
+
+    #: What the producer is told; its ``lend`` gets it.
+    asked: Route
+
+    def take(self, peer: Peer, lent: Route, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Tensors over the producer's memory, which it keeps until the last of them has died.
+
+        Runs on: consumer, the fetching thread, whose current stream waits for what writes them.
+
+        Args:
+            peer: The producer.
+            lent: What ``lend`` gave.
+            sizes: The bytes of each buffer.
+
+        Raises:
+            TransportUnavailable: the memory cannot be opened here.
+        """
+
+    def abandon(self, peer: Peer) -> None:
+        """Gives back what may have been lent. Idempotent; nothing happens after ``take``."""
 
 
 class TwoSided(Protocol):

@@ -1,81 +1,82 @@
-"""cuda_ipc: GPU memory of one host, copied straight from the producer's GPU to the consumer's.
+"""cuda_ipc: GPU memory of one host, mapped by the consumer and copied, or used where it is.
 
-The consumer opens the producer's memory, copies it into its own and closes it. It serves a pair if
-both are on one host, the consumer sees the producer's GPU (Ray hides all but an actor's own, so
-that the two then share one GPU), and its own GPU can reach that one.
+The consumer maps the producer's memory on its own GPU, copies it into its own and unmaps it. It
+need not see the producer's GPU. A consumer that named this transport and uses the producer's GPU
+gets the memory itself (``Lending``): what one side writes, the other sees. The producer keeps the
+memory until the consumer's last tensor over it has died, or its process has ended; see ``loans``.
 
-Each read is given handles of its own, as torch's reference counts want it, and the object is kept
-for as long as anybody reads. The vendor's calls are in ``accelerators.cuda_sharing``; they have not
-run on a GPU so far, what is here is tested with another accelerator.
+The vendor's calls are in ``accelerators.cuda_sharing``. They have not run on a GPU so far; what is
+here is tested with another accelerator.
 
 Requests (JSON, through the session):
 
-* ``rdt.<name>.share`` {exposure}: answers with a handle for each buffer, null for an empty one, and
-  the number of this share.
-* ``rdt.<name>.close`` {share, opened}: the consumer has closed what it opened, which was so many of
-  the handles, from the first.
+* ``rdt.<name>.share`` {exposure, loan, pid, timeout_s}: answers with where the buffers lie.
+* ``rdt.<name>.keep`` {loan}: the consumer uses the memory from now on, without a deadline.
+* ``rdt.<name>.close`` {loan}: the consumer has unmapped it.
+
+Where buffers lie travels as a list of segments and two arrays in base64: for each buffer its
+segment (uint32) and its place in that (uint64).
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
+import os
 import threading
 import time
+from array import array
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import (
-    Accelerator,
-    Event,
-    Handle,
-    Sharing,
-    have_ended,
-)
+from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Event, have_ended
+from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Segment, SharedMemory
+from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
+from ray.experimental.rdt.transports.loans import Loans
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger("ray.rdt")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 #: How long a failed read waits for copies that are still under way.
 _GRACE_S = 5.0
 
+#: How long the closing thread waits for one use to come to rest before it looks at the next.
+_SETTLE_S = 0.05
+
 Buffers = Sequence["torch.Tensor"]
 
 
-@dataclass(frozen=True)
-class _Share:
-    """Handles that one reader was given, and what has to be kept until it has closed them."""
-
-    reader: bytes
-    handles: list[Handle]
-    kept: list[Any]
-
-
 @dataclass
-class _Reading:
-    """What one read has opened of the producer's, and the copies out of it.
+class _Use:
+    """Memory of a producer that this process uses.
 
     Attributes:
-        producer: The address of its agent.
-        share: The producer's number for the handles.
-        pairs: The user's buffers, and the producer's that were opened for them.
-        copies: Those that were begun and not waited for.
+        peer: The producer.
+        loan: Our name for its duty to keep the memory.
+        mappings: Of its segments.
+        events: When these are reached, nothing here uses the memory any more.
     """
 
-    producer: bytes
-    share: int
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    copies: list[Event] = field(default_factory=list)
+    peer: Peer
+    loan: str = field(default_factory=lambda: os.urandom(16).hex())
+    mappings: list[Mapping] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 class DeviceIpcTransport:
-    """Moves bytes between devices of one type on one host. See ``base.OneSided``. Thread-safe.
+    """Moves bytes between devices of one type on one host, or lends them. Thread-safe.
+
+    See ``base.OneSided`` and ``base.Lending``.
 
     Args:
         session: Brings the requests.
@@ -86,41 +87,46 @@ class DeviceIpcTransport:
     """
 
     def __init__(self, session: Session, device_type: str):
-        name = f"{device_type}_ipc"
+        self._name = name = f"{device_type}_ipc"
         self.capabilities = Capabilities(
-            name, frozenset({device_type}), two_sided=False, same_host=True
+            name, frozenset({device_type}), two_sided=False, same_host=True, lends=True
         )
         accelerator = accelerators.of(device_type)
         if accelerator is None or accelerator.unavailable() or accelerator.sharing is None:
             reason = accelerator.unavailable() if accelerator is not None else "no such device"
             raise TransportUnavailable(f"{name} cannot be used: {reason or 'nothing to share'}")
         self._accelerator: Accelerator = accelerator
-        self._sharing: Sharing = accelerator.sharing
+        self._memory: SharedMemory = accelerator.sharing
         self._session = session
         self._boot_id = _BOOT_ID.read_text().strip()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._exposed: dict[int, Buffers] = {}
-        self._shares: dict[int, _Share] = {}
-        self._hung: list[_Reading] = []
+        self._loans = Loans()
+        self._dying: list[_Use] = []
+        self._is_closed = False
+        # Unmapping may block until a device has come to rest.
+        self._closers = DaemonThreads(1, f"rdt-{name}-close")
         session.serve(f"rdt.{name}.share", self._on_share)
+        session.serve(f"rdt.{name}.keep", self._on_keep)
         session.serve(f"rdt.{name}.close", self._on_close)
         session.on_peer_lost(self._on_peer_lost)
+        session.on_tick(self._on_tick)
 
     # Producer.
 
     def expose(self, buffers: Buffers) -> Route:
         """See ``OneSided``. Nothing is shared before a consumer of this host asks."""
-        (device_type,) = self.capabilities.devices
-        if any(buffer.device.type != device_type for buffer in buffers):
-            raise TransportUnavailable(
-                f"{self.capabilities.name} carries {device_type} memory only"
-            )
-        identities = [self._sharing.identity(buffer.device) for buffer in buffers]
+        self._check_devices(buffers)
         with self._lock:
             number = next(self._numbers)
             self._exposed[number] = buffers
-        return {"exposure": number, "boot_id": self._boot_id, "devices": identities}
+        return {"exposure": number, "boot_id": self._boot_id}
+
+    def _check_devices(self, buffers: Buffers) -> None:
+        (device_type,) = self.capabilities.devices
+        if any(buffer.device.type != device_type for buffer in buffers):
+            raise TransportUnavailable(f"{self._name} carries {device_type} memory only")
 
     def withdraw(self, exposed: Route) -> None:
         """See ``OneSided``."""
@@ -128,10 +134,11 @@ class DeviceIpcTransport:
             self._exposed.pop(exposed["exposure"], None)
 
     def close(self) -> None:
-        """See ``OneSided``."""
+        """See ``OneSided``. Memory that this process borrowed stays mapped while it is used."""
+        self._is_closed = True
         with self._lock:
             self._exposed.clear()
-            self._shares.clear()
+        self._loans.clear()
 
     def _on_share(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
@@ -139,46 +146,54 @@ class DeviceIpcTransport:
             buffers = self._exposed.get(body["exposure"])
         if buffers is None:
             raise CallError("the object is not exposed here any more", "not_found")
-        share = _Share(peer_id, [], [])
-        try:
-            handles = [self._share(buffer, share) for buffer in buffers]
-        except RuntimeError as error:
-            self._revoke(share.handles)
-            raise TransportUnavailable(f"this memory cannot be shared: {error}") from error
-        with self._lock:
-            number = next(self._numbers)
-            self._shares[number] = share
-        return {"share": number, "handles": handles}
+        deadline = time.monotonic() + float(body["timeout_s"])
+        described = self._describe(buffers)
+        self._loans.add(body["loan"], peer_id, body["pid"], buffers, deadline)
+        return described
 
-    def _share(self, buffer: torch.Tensor, share: _Share) -> Handle | None:
-        if not buffer.numel():
-            return None
-        handle, kept = self._sharing.share(buffer)
-        share.handles.append(handle)
-        share.kept.append(kept)
-        return handle
+    def lend(
+        self,
+        peer_id: bytes,
+        asked: Route,
+        buffers: Buffers,
+        events: Sequence[Event],
+        deadline: float,
+    ) -> Route:
+        """See ``Lending``."""
+        if asked["boot_id"] != self._boot_id:
+            raise TransportUnavailable("the consumer is on another host")
+        self._check_devices(buffers)
+        others = {self._memory.identity(buffer.device) for buffer in buffers} - {asked["device"]}
+        if others:
+            raise TransportUnavailable(f"the memory is on {sorted(others)}, the consumer is not")
+        described = self._describe(buffers)
+        pending = [event for event in events if not event.is_reached()]
+        try:
+            exported = [self._memory.export_event(event) for event in pending]
+        except CannotShare as error:
+            raise TransportUnavailable(f"events cannot be shared: {error}") from error
+        kept = [*buffers, *(kept for _, kept in exported)]
+        self._loans.add(asked["loan"], peer_id, asked["pid"], kept, deadline)
+        return {**described, "events": [b64encode(handle).decode() for handle, _ in exported]}
+
+    def _describe(self, buffers: Buffers) -> Route:
+        try:
+            layout = self._memory.describe(buffers)
+        except CannotShare as error:
+            raise TransportUnavailable(f"this memory cannot be shared: {error}") from error
+        return _encode(layout)
+
+    def _on_keep(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        """Runs on: producer, an rdt-call thread."""
+        self._loans.confirm(body["loan"])
+        return {}
 
     def _on_close(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
-        with self._lock:
-            share = self._shares.pop(body["share"], None)
-        if share is not None:
-            self._revoke(share.handles[body["opened"] :])
+        self._loans.end(body["loan"])
         return {}
 
-    def _on_peer_lost(self, peer_id: bytes) -> None:
-        """Runs on: producer, the reaper thread."""
-        with self._lock:
-            lost = [n for n, share in self._shares.items() if share.reader == peer_id]
-            shares = [self._shares.pop(number) for number in lost]
-        for share in shares:
-            self._revoke(share.handles)
-
-    def _revoke(self, handles: Sequence[Handle]) -> None:
-        for handle in handles:
-            self._sharing.revoke(handle)
-
-    # Consumer.
+    # Consumer: a copy.
 
     def read(
         self,
@@ -188,89 +203,241 @@ class DeviceIpcTransport:
         deadline: float,
         after: Sequence[Event] = (),
     ) -> None:
-        """See ``OneSided``. A copy that outlasts the read is looked after by later ones."""
-        self._look_after_hung()
-        sources = self._sources(exposed, buffers)
-        name = f"rdt.{self.capabilities.name}"
-        body = {"exposure": exposed["exposure"]}
+        """See ``OneSided``. Memory that a copy still reads stays mapped until that has ended."""
+        if exposed["boot_id"] != self._boot_id:
+            raise TransportUnavailable("the producer is on another host")
+        if any(buffer.is_cpu for buffer in buffers):
+            raise TransportUnavailable(
+                f"{self._name} writes device memory only, and the tensors go to host memory"
+            )
+        use = _Use(peer)
+        body = {
+            "exposure": exposed["exposure"],
+            "loan": use.loan,
+            "pid": os.getpid(),
+            "timeout_s": _left(deadline),
+        }
         try:
-            answer = self._session.call(peer.address, f"{name}.share", body, _left(deadline))
+            self._read(use, body, buffers, deadline, after)
+        except BaseException as error:
+            has_ended = have_ended(use.events, _GRACE_S)
+            if not has_ended:
+                self._keep(use)
+            error.may_still_write = not has_ended  # type: ignore[attr-defined]
+            raise
+        finally:
+            self._end(use)
+
+    def _keep(self, use: _Use) -> None:
+        """Tells the producer that its memory is used beyond the deadline."""
+        self._session.tell(use.peer.address, f"rdt.{self._name}.keep", {"loan": use.loan})
+
+    def _read(
+        self,
+        use: _Use,
+        body: dict[str, Any],
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event],
+    ) -> None:
+        op = f"rdt.{self._name}.share"
+        try:
+            answer = self._session.call(use.peer.address, op, body, _left(deadline))
         except CallError as error:
             if error.code == TransportUnavailable.code:
                 raise TransportUnavailable(str(error)) from error
             raise
-        reading = _Reading(peer.address, answer["share"])
+        layout, copied = _decode(answer), []
+        for device in {buffer.device for buffer in buffers}:
+            here = [i for i, b in enumerate(buffers) if b.device == device and b.numel()]
+            starts = self._map(layout, here, device, use)
+            pairs = []
+            for i in here:
+                address = starts[layout.indices[i]] + layout.offsets[i]
+                source = self._memory.tensor(address, buffers[i].numel(), device, use)
+                pairs.append((buffers[i], source))
+            copied += pairs
+            if pairs:
+                use.events.append(self._accelerator.copy(pairs, device, after))
+        for event in use.events:
+            event.wait(_left(deadline))
+        self._memory.check_owners([source for _, source in copied])
+
+    def _map(
+        self, layout: Layout, indices: Sequence[int], device: torch.device, use: _Use
+    ) -> dict[int, int]:
+        """Maps the segments of some buffers; for each its address here."""
+        starts = {}
+        for index in sorted({layout.indices[i] for i in indices}):
+            try:
+                mapping = self._memory.map(layout.segments[index], device)
+            except CannotShare as error:
+                raise TransportUnavailable(
+                    f"the producer's memory cannot be opened: {error}"
+                ) from error
+            use.mappings.append(mapping)
+            starts[index] = mapping.address
+        return starts
+
+    # Consumer: the memory itself.
+
+    def borrow(self, device: torch.device) -> _Borrowing:
+        """See ``Lending``."""
+        asked = {
+            "boot_id": self._boot_id,
+            "device": self._memory.identity(device),
+            "pid": os.getpid(),
+        }
+        return _Borrowing(self, device, asked)
+
+    def take(
+        self, use: _Use, lent: Route, sizes: Sequence[int], device: torch.device
+    ) -> list[torch.Tensor]:
+        """See ``Borrowing.take``. Runs on: consumer, the fetching thread."""
+        layout = _decode(lent)
+        starts = self._map(layout, [i for i, nbytes in enumerate(sizes) if nbytes], device, use)
         try:
-            self._open(answer["handles"], sources, buffers, reading)
-            self._copy(reading, deadline, after)
-        except BaseException as error:
-            has_ended = have_ended(reading.copies, _GRACE_S)
-            error.may_still_write = not has_ended  # type: ignore[attr-defined]
-            raise
-        finally:
-            self._end(reading)
-
-    def _look_after_hung(self) -> None:
-        """Ends the reads whose copies have come to their end since."""
-        with self._lock:
-            hung, self._hung = self._hung, []
-        for reading in hung:
-            self._end(reading)
-
-    def _end(self, reading: _Reading) -> None:
-        """Closes what was opened, unless a copy still reads it."""
-        if not have_ended(reading.copies, 0):
-            with self._lock:
-                self._hung.append(reading)
-            return
-        done = {"share": reading.share, "opened": len(reading.pairs)}
-        reading.pairs.clear()  # what is opened is closed when nothing names it any more
-        self._session.tell(reading.producer, f"rdt.{self.capabilities.name}.close", done)
-
-    def _sources(self, exposed: Route, buffers: Buffers) -> list[torch.device]:
-        """The producer's devices as this process sees them. Raises TransportUnavailable."""
-        if exposed["boot_id"] != self._boot_id:
-            raise TransportUnavailable("the producer is on another host")
-        found = {name: self._find(name) for name in set(exposed["devices"])}
-        sources = [found[name] for name in exposed["devices"]]
-        for buffer, source in zip(buffers, sources):
-            if not buffer.is_cpu and not self._sharing.can_copy(buffer.device, source):
-                raise TransportUnavailable(f"{buffer.device} cannot reach the memory of {source}")
-        return sources
-
-    def _find(self, identity: str) -> torch.device:
-        device = self._sharing.find(identity)
-        if device is None:
-            raise TransportUnavailable(
-                f"this process does not see the producer's device {identity}; give both the same "
-                "one, or let both see all (CUDA_VISIBLE_DEVICES)"
+            events = [self._memory.import_event(b64decode(h), device) for h in lent["events"]]
+        except CannotShare as error:
+            raise TransportUnavailable(f"the producer's event cannot be opened: {error}") from error
+        for event in events:
+            event.order()
+        self._keep(use)
+        lease = _Lease(self, use, device, events)
+        tensors = [
+            self._memory.tensor(
+                starts[layout.indices[i]] + layout.offsets[i], nbytes, device, lease
             )
-        return device
+            if nbytes
+            else self._accelerator.empty(0, device)
+            for i, nbytes in enumerate(sizes)
+        ]
+        self._memory.check_owners(tensors)
+        return tensors
 
-    def _open(
+    def on_death(self, use: _Use, device: torch.device) -> None:
+        """The last tensor over borrowed memory has died.
+
+        Runs on: the thread that let it go, whose stream may still have work over the memory.
+        """
+        use.events = [self._accelerator.record(device)]
+        self._end(use)
+
+    def give_back(self, use: _Use) -> None:
+        """Unmaps memory and tells the producer. Runs on: consumer, any thread; returns at once."""
+        self._end(use)
+
+    def _end(self, use: _Use) -> None:
+        with self._lock:
+            self._dying.append(use)
+        self._closers.submit(self._close_idle)
+
+    def _close_idle(self) -> None:
+        """Ends the uses whose work has ended. Runs on: the closing thread."""
+        with self._lock:
+            dying, self._dying = self._dying, []
+        for use in dying:
+            if not have_ended(use.events, _SETTLE_S):
+                with self._lock:
+                    self._dying.append(use)
+                continue
+            try:
+                self._close(use)
+            except Exception:
+                logger.warning("RDT could not unmap device memory", exc_info=True)
+
+    def _close(self, use: _Use) -> None:
+        use.events.clear()
+        try:
+            for mapping in use.mappings:
+                mapping.release()
+        finally:
+            use.mappings.clear()
+            if not self._is_closed:
+                body = {"loan": use.loan}
+                self._session.tell(use.peer.address, f"rdt.{self._name}.close", body)
+
+    # Deaths.
+
+    def _on_peer_lost(self, peer_id: bytes) -> None:
+        """Runs on: the reaper thread."""
+        self._loans.on_peer_lost(peer_id)
+        self._say_what_is_lost()
+
+    def _on_tick(self) -> None:
+        """Runs on: the reaper thread."""
+        self._loans.look_after()
+        self._say_what_is_lost()
+        if self._dying:
+            self._closers.submit(self._close_idle)
+
+    def _say_what_is_lost(self) -> None:
+        for pid in self._memory.lost():
+            logger.error(
+                "RDT: process %d has ended, which had allocated device memory that tensors of "
+                "this process lie in (transport %r). What they hold is not known from now on: drop "
+                "them.",
+                *(pid, self._name),
+            )
+
+
+class _Lease:
+    """Dies with the last tensor over borrowed memory, and then gives it back.
+
+    Args:
+        transport: Has borrowed it.
+        use: What it has.
+        device: Which the tensors are on.
+        events: The producer's, which streams here wait for.
+    """
+
+    def __init__(
         self,
-        handles: Sequence[Handle | None],
-        sources: Sequence[torch.device],
-        buffers: Buffers,
-        reading: _Reading,
-    ) -> None:
-        for handle, source, buffer in zip(handles, sources, buffers):
-            if handle is not None:
-                try:
-                    here = source if buffer.is_cpu else buffer.device
-                    reading.pairs.append((buffer, self._sharing.open(handle, here)))
-                except RuntimeError as error:
-                    raise TransportUnavailable(
-                        f"the producer's memory cannot be opened: {error}"
-                    ) from error
+        transport: DeviceIpcTransport,
+        use: _Use,
+        device: torch.device,
+        events: Sequence[Event],
+    ):
+        self._transport = transport
+        self._use = use
+        self._device = device
+        self._events = events
 
-    def _copy(self, reading: _Reading, deadline: float, after: Sequence[Event]) -> None:
-        for source in {source.device for _, source in reading.pairs}:
-            here = [pair for pair in reading.pairs if pair[1].device == source]
-            reading.copies.append(self._accelerator.copy(here, source, after))
-        while reading.copies:
-            reading.copies[0].wait(_left(deadline))
-            reading.copies.pop(0)
+    def __del__(self) -> None:
+        self._transport.on_death(self._use, self._device)
+
+
+class _Borrowing:
+    """See ``base.Borrowing``.
+
+    Args:
+        transport: Borrows.
+        device: For which.
+        asked: What the producer has to know of this process.
+    """
+
+    def __init__(self, transport: DeviceIpcTransport, device: torch.device, asked: Route):
+        self._transport = transport
+        self._device = device
+        self._loan = os.urandom(16).hex()
+        self._is_over = False
+        self.asked = {**asked, "loan": self._loan}
+
+    def take(self, peer: Peer, lent: Route, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """See ``base.Borrowing``."""
+        self._is_over = True
+        use = _Use(peer, self._loan)
+        try:
+            return self._transport.take(use, lent, sizes, self._device)
+        except BaseException:
+            self._transport.give_back(use)
+            raise
+
+    def abandon(self, peer: Peer) -> None:
+        """See ``base.Borrowing``."""
+        if not self._is_over:
+            self._is_over = True
+            self._transport.give_back(_Use(peer, self._loan))
 
 
 class CudaIpcTransport(DeviceIpcTransport):
@@ -278,6 +445,35 @@ class CudaIpcTransport(DeviceIpcTransport):
 
     def __init__(self, session: Session):
         super().__init__(session, "cuda")
+
+
+def _encode(layout: Layout) -> Route:
+    return {
+        "segments": [
+            [
+                b64encode(segment.handle).decode(),
+                segment.owner.hex(),
+                segment.pid,
+                segment.address,
+                segment.nbytes,
+                segment.device,
+            ]
+            for segment in layout.segments
+        ],
+        "indices": b64encode(layout.indices).decode(),
+        "offsets": b64encode(layout.offsets).decode(),
+    }
+
+
+def _decode(route: Route) -> Layout:
+    indices, offsets = array("I"), array("Q")
+    indices.frombytes(b64decode(route["indices"]))
+    offsets.frombytes(b64decode(route["offsets"]))
+    segments = [
+        Segment(b64decode(handle), bytes.fromhex(owner), *rest)
+        for handle, owner, *rest in route["segments"]
+    ]
+    return Layout(segments, indices, offsets)
 
 
 def _left(deadline: float) -> float:

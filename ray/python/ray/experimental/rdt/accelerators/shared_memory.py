@@ -1,0 +1,225 @@
+"""Device memory that processes of one host open from each other: what is mapped, and by whom used.
+
+A segment is what the vendor's allocator got from the driver at once; all tensors in it share one
+handle. This process maps a segment once, however many objects lie in it, and unmaps it with the
+last one. Memory that came from a third process is passed on by that one's handle, since a driver
+lets nobody export what it has imported.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from ray.experimental.rdt._tensors import tensor_over
+from ray.experimental.rdt.accelerators.base import CannotShare, Event, Sharing
+from ray.experimental.rdt.processes import Process
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    import torch
+
+
+class Segment(NamedTuple):
+    """One allocation of a device, for other processes.
+
+    Attributes:
+        handle: The driver's.
+        owner: Names the process that has allocated it.
+        pid: That process's number.
+        address: Where it begins in that process.
+        nbytes: Its size.
+        device: The identity of its device.
+    """
+
+    handle: bytes
+    owner: bytes
+    pid: int
+    address: int
+    nbytes: int
+    device: str
+
+
+class MemoryLost(RuntimeError):
+    """The process that has allocated memory has ended, and what the memory holds is not known."""
+
+    code = "peer_lost"
+
+    def __init__(self, segment: Segment):
+        super().__init__(
+            f"process {segment.pid} has ended, which had allocated the device memory that this "
+            "process shares with it"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where buffers lie.
+
+    Attributes:
+        segments: Those that hold at least one of them.
+        indices: For each buffer its segment, as uint32; empty buffers have 0.
+        offsets: For each buffer its place in the segment, as uint64.
+    """
+
+    segments: list[Segment]
+    indices: array[int]
+    offsets: array[int]
+
+
+@dataclass
+class _Mapped:
+    """A segment of another process that is mapped here, that process, and how many use it."""
+
+    segment: Segment
+    device: torch.device
+    process: Process
+    address: Future[int] = field(default_factory=Future)
+    uses: int = 0
+    is_told: bool = False
+
+
+class Mapping:
+    """One use of a mapped segment.
+
+    Attributes:
+        address: Where it begins in this process.
+    """
+
+    def __init__(self, address: int, end: Callable[[], None] | None):
+        self.address = address
+        self._end = end
+
+    def release(self) -> None:
+        """Ends the use; the last one unmaps, which may block. Idempotent."""
+        end, self._end = self._end, None
+        if end is not None:
+            end()
+
+
+class SharedMemory:
+    """One process's shared memory of one kind of device. Thread-safe.
+
+    Attributes:
+        driver: The vendor's calls.
+    """
+
+    def __init__(self, driver: Sharing):
+        self.driver = driver
+        self._owner = os.urandom(16)
+        self._lock = threading.Lock()
+        self._mapped: dict[tuple[bytes, torch.device], _Mapped] = {}
+
+    def __len__(self) -> int:
+        """How many segments of other processes are mapped."""
+        return len(self._mapped)
+
+    def identity(self, device: torch.device) -> str:
+        """Names a device the same way in every process that can see it."""
+        return self.driver.identity(device)
+
+    def describe(self, buffers: Sequence[torch.Tensor]) -> Layout:
+        """Where flat buffers lie, for another process. Each segment is asked for once.
+
+        Raises:
+            CannotShare: other processes cannot open one of them.
+        """
+        indices = array("I", bytes(4 * len(buffers)))
+        offsets = array("Q", bytes(8 * len(buffers)))
+        segments: list[Segment] = []
+        starts: list[int] = []  # of the segments in this process
+        spans = sorted(
+            (buffer.data_ptr(), index) for index, buffer in enumerate(buffers) if buffer.numel()
+        )
+        for address, index in spans:
+            if not segments or address >= starts[-1] + segments[-1].nbytes:
+                segment, start = self._find(address, buffers[index].device)
+                segments.append(segment)
+                starts.append(start)
+            indices[index] = len(segments) - 1
+            offsets[index] = address - starts[-1]
+        return Layout(segments, indices, offsets)
+
+    def _find(self, address: int, device: torch.device) -> tuple[Segment, int]:
+        """The segment of an address, and where it begins in this process."""
+        for entry in self._entries():
+            start = entry.address.result()
+            if start <= address < start + entry.segment.nbytes:
+                return entry.segment, start
+        handle, start, nbytes = self.driver.export(address, device)
+        identity = self.identity(device)
+        return Segment(handle, self._owner, os.getpid(), start, nbytes, identity), start
+
+    def _entries(self) -> list[_Mapped]:
+        with self._lock:
+            entries = list(self._mapped.values())
+        return [e for e in entries if e.address.done() and e.address.exception() is None]
+
+    def check_owners(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Raises MemoryLost if the process that has allocated one of the buffers has ended."""
+        for entry in self._entries():
+            if entry.process.has_ended():
+                start = entry.address.result()
+                if any(0 <= b.data_ptr() - start < entry.segment.nbytes for b in buffers):
+                    raise MemoryLost(entry.segment)
+
+    def lost(self) -> list[int]:
+        """The processes whose memory is mapped here and that have ended since the last call."""
+        ended = [e for e in self._entries() if not e.is_told and e.process.has_ended()]
+        for entry in ended:
+            entry.is_told = True
+        return sorted({entry.segment.pid for entry in ended})
+
+    def map(self, segment: Segment, device: torch.device) -> Mapping:
+        """Maps a segment for a device of this process, or uses the mapping that there is.
+
+        Raises:
+            CannotShare: it cannot be opened.
+        """
+        if segment.owner == self._owner:
+            return Mapping(segment.address, None)
+        obstacle = self.driver.obstacle(device, segment.device)
+        if obstacle:
+            raise CannotShare(obstacle)
+        key = segment.handle, device
+        mine = _Mapped(segment, device, Process(segment.pid))
+        with self._lock:
+            entry = self._mapped.setdefault(key, mine)
+            entry.uses += 1
+        if entry is mine:
+            try:
+                mine.address.set_result(self.driver.map(segment.handle, device))
+            except BaseException as error:
+                with self._lock:
+                    del self._mapped[key]
+                mine.address.set_exception(error)
+        else:
+            mine.process.close()
+        return Mapping(entry.address.result(), lambda: self._leave(key, entry))
+
+    def _leave(self, key: tuple[bytes, torch.device], entry: _Mapped) -> None:
+        with self._lock:
+            entry.uses -= 1
+            if entry.uses:
+                return
+            del self._mapped[key]
+        entry.process.close()
+        self.driver.unmap(entry.address.result(), entry.device)
+
+    def tensor(self, address: int, nbytes: int, device: torch.device, owner: Any) -> torch.Tensor:
+        """A flat uint8 tensor over mapped memory; keeps ``owner`` until its storage dies."""
+        return tensor_over(address, nbytes, self.driver.dlpack_type, device.index, owner)
+
+    def export_event(self, event: Event) -> tuple[bytes, Any]:
+        """See ``Sharing``."""
+        return self.driver.export_event(event)
+
+    def import_event(self, handle: bytes, device: torch.device) -> Event:
+        """See ``Sharing``."""
+        return self.driver.import_event(handle, device)
