@@ -1,8 +1,4 @@
-"""A pytest plugin: Ray's own RDT tests without those that ci/ray_tests.txt names.
-
-Ray's file for gloo also marks a method of an actor with a concurrency group of Ray's RDT, which is
-not there; Ray refuses such an actor. So the plugin takes the mark off.
-"""
+"""A pytest plugin: Ray's own RDT tests without those that ci/ray_tests.txt names."""
 
 from __future__ import annotations
 
@@ -12,9 +8,6 @@ from typing import Any
 import pytest
 
 LIST = Path(__file__).with_suffix(".txt")
-
-#: The concurrency group on which Ray's own RDT does its transfers.
-RAYS_GROUP = "_ray_system"
 
 
 def left_out() -> dict[str, str]:
@@ -41,16 +34,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> No
     out = [item for item in items if reason_for(names[item], listed) is not None]
     config.hook.pytest_deselected(items=out)
     items[:] = [item for item in items if item not in out]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    import ray
-
-    method = ray.method
-
-    def without_rays_group(*args: Any, **options: Any) -> Any:
-        if options.get("concurrency_group") == RAYS_GROUP:
-            del options["concurrency_group"]
-        return method(*args, **options) if args or options else lambda function: function
-
-    ray.method = without_rays_group

@@ -137,8 +137,15 @@ def _empty_strided(
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> Any:
-    on_host(target).copy_(on_host(source))
+    if accelerator.is_late and not source.is_cpu and not target.is_cpu:
+        accelerator.stream().give(partial(_copy_now, source, target))
+    else:
+        _copy_now(source, target)
     return target
+
+
+def _copy_now(source: torch.Tensor, target: torch.Tensor) -> None:
+    on_host(target).copy_(on_host(source))
 
 
 def _like_cpu(name: str, overload: str) -> Callable[..., Any]:
@@ -363,6 +370,7 @@ class FakeAccelerator:
         missing: Why there is no such device in this process; "" if there is.
         copies: How many copies it was given.
         gate: What copies wait for, if anything.
+        is_late: Whether torch's copies between devices run on the current stream.
         pins: Addresses of mapped memory that is pinned.
         pin_error: Why none can be; "" if it can.
     """
@@ -376,6 +384,7 @@ class FakeAccelerator:
         self.missing = ""
         self.copies = 0
         self.gate: threading.Event | None = None
+        self.is_late = False
         self.pins: set[int] = set()
         self.pin_error = ""
         self._local = threading.local()
@@ -409,6 +418,9 @@ class FakeAccelerator:
     def record(self, device: torch.device) -> Event:
         return Event(self.stream())
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
@@ -440,7 +452,7 @@ class FakeAccelerator:
                     side.give(partial(self.gate.wait, 60))
             for target, source in pairs:
                 self.copies += 1
-                side.give(lambda t=target, s=source: _copy_from(s, t))
+                side.give(partial(_copy_now, source, target))
             event.record(side)
 
         direction = tuple(tensor.is_cpu for tensor in pairs[0]) if pairs else ()

@@ -22,8 +22,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from elftools.elf.elffile import ELFFile
-
 from ci.build import base
 from ci.build.steps import BUILD, ROOT, BuildError, digest, is_done, mark_done, run, say
 from ci.build.wheel import DIST, EPOCH_2020
@@ -71,31 +69,50 @@ def build_kit(wheel: Path, work: Path = BUILD, dist: Path = DIST) -> Path:
     base_wheel = base.fetch(release)
     ours, removed = difference(wheel, base_wheel)
     left_out = set(ours) | removed
-    stock = pack_stock(base_wheel, left_out, work)
-    changed = prefixed("site", ours)
-    changed |= prefixed("stock", members(base_wheel, lambda name: name in left_out))
-    changed |= prefixed("checkout", checkout(ROOT))
-    facts = {
-        "python": base.python_tag(),
-        "wheel": wheel.name,
-        "commit": commit(ROOT),
-        "ours": sorted(ours),
-        "needs": imports_of(wheels_of_needs(work)),
-    }
-    content = {
-        "kit.json": (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(),
-        "stock.tar.xz": stock.read_bytes(),
-        "ours.tar.xz": archive(changed, "w:xz"),
-    }
+    stock = pack_stock(base_wheel, left_out, work).read_bytes()
+    theirs = members(base_wheel, lambda name: name in left_out)
+    packed = compose(wheel.name, ours, theirs, stock, imports_of(wheels_of_needs(work)))
     kit = dist / f"gpu-kit-{base.python_tag()}.tar"
-    packed = archive({name: (part, 0o644) for name, part in content.items()}, "w:")
-    check_size(packed, {name: len(part) for name, part in content.items()}, changed)
     dist.mkdir(parents=True, exist_ok=True)
     fresh = kit.with_suffix(".new")
     fresh.write_bytes(packed)
     fresh.replace(kit)
     say(f"{kit.name}: {len(packed) / 1e6:.1f} MB of {LIMIT_BYTES / 1e6:.0f}")
     return kit
+
+
+def compose(
+    wheel: str, ours: Files, theirs: Files, stock: bytes, needs: dict[str, list[str]]
+) -> bytes:
+    """The kit.
+
+    Args:
+        wheel: The name of our wheel.
+        ours: Its files that differ from stock Ray's.
+        theirs: Stock Ray's versions of them, and what we have removed.
+        stock: The archive of the rest.
+        needs: What each of the packages in it is imported as.
+
+    Raises:
+        BuildError: it is too large.
+    """
+    changed = prefixed("site", ours) | prefixed("stock", theirs)
+    changed |= prefixed("checkout", checkout(ROOT))
+    facts = {
+        "python": base.python_tag(),
+        "wheel": wheel,
+        "commit": commit(ROOT),
+        "ours": sorted(ours),
+        "needs": needs,
+    }
+    content = {
+        "kit.json": (json.dumps(facts, indent=1, sort_keys=True) + "\n").encode(),
+        "stock.tar.xz": stock,
+        "ours.tar.xz": archive(changed, "w:xz"),
+    }
+    packed = archive({name: (part, 0o644) for name, part in content.items()}, "w:")
+    check_size(packed, {name: len(part) for name, part in content.items()}, changed)
+    return packed
 
 
 def check_python(tag: str) -> None:
@@ -250,6 +267,8 @@ def linked(libraries: Mapping[str, bytes], roots: Iterable[str]) -> set[str]:
 
 def needed_by(library: bytes) -> list[str]:
     """The names of the libraries that one is linked to."""
+    from elftools.elf.elffile import ELFFile  # auditwheel's
+
     section = ELFFile(io.BytesIO(library)).get_section_by_name(".dynamic")
     return [str(tag.needed) for tag in section.iter_tags("DT_NEEDED")] if section else []
 

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from ci.gpu import runner, steps
 from ci.gpu.report import TABLE, Report, describe, line
@@ -36,7 +37,10 @@ def main(arguments: list[str]) -> int:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    run = Run(options.out, time.monotonic() + options.within)
+    deadline = time.monotonic() + options.within
+    machine = find_facts()
+    print(describe(machine), flush=True)
+    run = Run(options.out, machine, deadline)
     run.run(chosen)
     print(f"reports: {options.out}/gpu-report.txt and .json")
     return int(run.report.has_failures)
@@ -52,21 +56,25 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def find_facts() -> dict[str, Any]:
+    """What the machine is; asked in a process of its own, which has the GPU to itself."""
+    found = runner.run(_MACHINE, ROOT, _MACHINE.limit_s)
+    return found.figures or {"machine": found.remark}
+
+
 class Run:
     """One run.
 
     Args:
         out: Folder of the reports.
+        machine: What it runs on.
         deadline: When it has to be over.
     """
 
-    def __init__(self, out: Path, deadline: float):
+    def __init__(self, out: Path, machine: dict[str, Any], deadline: float):
         self._deadline = deadline
         self._lock = threading.Lock()
-        machine = runner.run(_MACHINE, ROOT, self._left())
-        facts = machine.figures or {"machine": machine.remark}
-        print(describe(facts), flush=True)
-        self.report = Report(out, facts)
+        self.report = Report(out, machine)
 
     def run(self, chosen: list[Step]) -> None:
         """Runs steps in their order; a program that fails stops no other."""
@@ -78,7 +86,7 @@ class Run:
 
     def _run(self, what: tuple[Step, Program]) -> None:
         step, program = what
-        left = self._left()
+        left = self._deadline - time.monotonic()
         if left > 0:
             outcome = runner.run(program, ROOT, left)
         else:
@@ -88,9 +96,6 @@ class Run:
             if TABLE in outcome.figures:
                 print(outcome.figures[TABLE], flush=True)
             self.report.add(step.name, program.name, outcome)
-
-    def _left(self) -> float:
-        return self._deadline - time.monotonic()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from typing import Any
 
@@ -9,7 +10,12 @@ import pytest
 import torch
 
 import ray
-from ray.experimental import register_tensor_transport
+from ray.experimental import (
+    register_nixl_memory,
+    register_nixl_memory_pool,
+    register_tensor_transport,
+    set_target_for_ref,
+)
 from ray.experimental.collective import (
     create_collective_group,
     destroy_collective_group,
@@ -18,7 +24,7 @@ from ray.experimental.collective import (
 from ray.experimental.rdt.util import get_tensor_transport_manager
 from tests.integration.alpha_transports import CALLS, FolderTransport, register_backend
 from tests.integration.peers import LARGE, Peer
-from tests.support import wait_until
+from tests.support import needs_nixl, wait_until
 
 
 @functools.cache
@@ -99,8 +105,8 @@ def collect(peer: Peer, metadata: Any) -> None:
     transport.garbage_collect("id", metadata, peer.kept["tensors"])
 
 
+@needs_nixl()
 def test_the_nixl_transport_and_its_agent(producer: Any, consumer: Any) -> None:
-    pytest.importorskip("nixl", reason="the package nixl is not installed")
     assert ray.get(producer.run.remote(register_rows)) == ("UCX", 8 * 4096)
     metadata = ray.get(producer.run.remote(describe))
     received = ray.get(consumer.run.remote(receive, metadata))
@@ -108,3 +114,42 @@ def test_the_nixl_transport_and_its_agent(producer: Any, consumer: Any) -> None:
     assert torch.equal(received[1], torch.ones(3, 4))
     assert received[2].item() is True
     ray.get(producer.run.remote(collect, metadata))
+
+
+@ray.remote(num_cpus=0, enable_tensor_transport=True)
+class Trainer:
+    """As in Ray's own example of weight transfer: puts into a pool, and steps on."""
+
+    def __init__(self, rows: int, length: int):
+        self.weights = torch.zeros(rows, length, dtype=torch.float16)
+        register_nixl_memory_pool(2 * self.weights.nbytes, torch.device("cpu"))
+
+    async def loop(self, generators: list[Any], steps: int) -> None:
+        for version in range(1, steps + 1):
+            self.weights += 1
+            refs = [ray.put(list(self.weights), _tensor_transport="nixl")]
+            synced = [actor.sync.remote(version, refs) for actor in generators]
+            del refs
+            await asyncio.gather(*synced)
+
+
+@ray.remote(num_cpus=0, enable_tensor_transport=True)
+class Generator:
+    """Registers its weights once, and receives into them."""
+
+    def __init__(self, rows: int, length: int):
+        self.weights = torch.zeros(rows, length, dtype=torch.float16)
+        register_nixl_memory(self.weights)
+
+    async def sync(self, version: int, refs: list[Any]) -> None:
+        (ref,) = refs
+        set_target_for_ref(ref, list(self.weights))
+        ray.get(ref)
+        assert torch.all(self.weights == version)
+
+
+@needs_nixl()
+def test_weights_go_through_a_pool_into_registered_weights(spawn: Any) -> None:
+    shape = 64, 8192
+    generators = [spawn(Generator, *shape), spawn(Generator, *shape)]
+    ray.get(spawn(Trainer, *shape).loop.remote(generators, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import pytest
@@ -364,3 +365,26 @@ def test_cancelled_call_leaves_nothing_behind(spawn: Any) -> None:
         ray.get(running, timeout=30)
     del running
     wait_until(lambda: ray.get(maker.stats.remote())["stored_objects"] == 0, "nothing stored")
+
+
+def test_pickled_method_keeps_its_transport(producer: Any, consumer: Any) -> None:
+    def call(_: Peer, method: Any) -> tuple[str | None, float]:
+        ref = method.remote(ones)
+        return ref.tensor_transport(), float(ray.get(ref).sum())
+
+    assert ray.get(consumer.run.remote(call, producer.make)) == ("AUTO", LARGE)
+
+
+def test_rays_own_concurrency_group_does_nothing(spawn: Any) -> None:
+    @ray.remote(num_cpus=0, enable_tensor_transport=True)
+    class Actor:
+        @ray.method(concurrency_group="_ray_system")
+        def is_on_main_thread(self) -> bool:
+            return threading.current_thread() is threading.main_thread()
+
+        def number(self) -> int:
+            return 1
+
+    actor = spawn(Actor)
+    assert ray.get(actor.is_on_main_thread.remote())
+    assert ray.get(actor.number.options(concurrency_group="_ray_system").remote()) == 1

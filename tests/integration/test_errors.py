@@ -7,7 +7,9 @@ import importlib
 import os
 import pickle
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +255,69 @@ def test_cancelled_get_stops_and_the_object_stays(spawn: Any, tmp_path: Path) ->
         with pytest.raises((ray.exceptions.TaskCancelledError, RayTaskError)):
             ray.get(waiting, timeout=30)
     assert ray.get(get.remote([ref], begun)) == LARGE
+
+
+class TooLateError(TimeoutError):
+    """Of the program's own."""
+
+
+@contextlib.contextmanager
+def interrupted(error: type[BaseException], after_s: float) -> Iterator[None]:
+    """Has a signal handler raise an error on the main thread, and expects that one."""
+
+    def handler(signum: int, frame: Any) -> None:
+        raise error("from the handler")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    timer = threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(error) as caught:
+            yield
+        assert type(caught.value) is error
+        assert str(caught.value) == "from the handler"
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("users_transports")
+@pytest.mark.parametrize("name", ["auto", "gloo", pytest.param("nixl", marks=needs_nixl()), "pipe"])
+def test_exception_of_a_signal_handler_comes_as_it_is(spawn: Any, name: str) -> None:
+    maker = spawn()
+    ref = maker.make.options(tensor_transport=name).remote(ones)
+    ray.wait([ref])
+    pid = ray.get(maker.pid.remote())
+    with stopped(pid):
+        for error in (TooLateError, TimeoutError, ConnectionError, KeyboardInterrupt):
+            with interrupted(error, after_s=0.3):
+                ray.get(ref)
+    assert ray.get(ref).sum() == LARGE
+
+
+def test_alarm_around_a_get_in_an_actor(spawn: Any) -> None:
+    def reward(peer: Peer, refs: list[Any]) -> str:
+        def handler(*arguments: Any) -> None:
+            raise TimeoutError("the reward took too long")
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            return str(total_of_refs(peer, refs))
+        except TimeoutError as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    maker, taker = spawn(), spawn()
+    ref = maker.make.remote(ones)
+    ray.wait([ref])
+    pid = ray.get(maker.pid.remote())
+    with stopped(pid):
+        assert ray.get(taker.run.remote(reward, [ref]), timeout=20) == (
+            "TimeoutError: the reward took too long"
+        )
+    assert ray.get(taker.run.remote(total, ref), timeout=20) == LARGE
 
 
 @pytest.mark.parametrize("kind", ["task", "actor", "threaded"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -282,3 +283,107 @@ def test_user_is_not_warned_where_only_others_or_only_the_producer_has_it(
         used += [maker.run.remote(total, own) for _ in range(2)]
         ray.get(used)
     assert not caught
+
+
+# Actors whose last handle is gone.
+
+
+@ray.remote(num_cpus=0)
+class Maker:
+    def one(self, count: int) -> torch.Tensor:
+        return torch.ones(count)
+
+    def three(self, count: int) -> list[torch.Tensor]:
+        return [torch.ones(count) for _ in range(3)]
+
+    def items(self, count: int) -> Iterator[torch.Tensor]:
+        for _ in range(3):
+            yield torch.ones(count)
+
+    def fail(self) -> None:
+        raise ValueError("on purpose")
+
+    def done(self) -> None:
+        """Comes after the calls before it."""
+
+
+def state_of(actor_id: str) -> str:
+    return str(ray._private.state.actors(actor_id)["State"])
+
+
+def assert_is_kept(actor_id: str) -> None:
+    """For longer than Ray takes to end an actor."""
+    gc.collect()
+    time.sleep(1)
+    assert state_of(actor_id) == "ALIVE"
+
+
+def assert_ends(actor_id: str) -> None:
+    gc.collect()
+    wait_until(lambda: state_of(actor_id) == "DEAD", "the actor has ended", limit_s=10)
+
+
+@pytest.mark.parametrize("method", ["three", "items"])
+def test_actor_lives_as_long_as_its_objects(local_ray: None, method: str) -> None:
+    actor = Maker.remote()
+    actor_id = actor._actor_id.hex()
+    num_returns = 3 if method == "three" else "streaming"
+    options = {"num_returns": num_returns, "tensor_transport": "auto"}
+    held = getattr(actor, method).options(**options).remote(LARGE)
+    ray.get(actor.done.remote())
+    del actor
+    assert_is_kept(actor_id)
+    refs = list(held)
+    assert [int(ray.get(ref).sum()) for ref in refs] == [LARGE] * 3
+    if method == "three":
+        held.clear()
+    del refs[:2]
+    assert int(ray.get(refs[0]).sum()) == LARGE
+    refs.clear()
+    assert_ends(actor_id)
+
+
+def test_actor_lives_as_long_as_others_have_its_objects(taker: Any) -> None:
+    actor = Maker.remote()
+    actor_id = actor._actor_id.hex()
+    ref = actor.one.options(tensor_transport="auto").remote(LARGE)
+    ray.get(taker.run.remote(lambda peer, refs: peer.kept.update(refs=refs), [ref]))
+    ray.get(actor.done.remote())
+    del actor, ref
+    assert_is_kept(actor_id)
+    assert ray.get(taker.run.remote(lambda p: total_of_refs(p, p.kept["refs"]))) == LARGE
+    ray.get(taker.run.remote(lambda peer: peer.kept.clear()))
+    assert_ends(actor_id)
+
+
+def test_results_of_actors_that_nothing_else_refers_to(local_ray: None, transport: str) -> None:
+    ref = Maker.remote().one.options(tensor_transport=transport).remote(LARGE)
+    ray.wait([ref])
+    assert int(ray.get(ref).sum()) == LARGE
+
+
+def test_actor_ends_whose_values_do_not_need_it(local_ray: None) -> None:
+    """Small objects, values without tensors, and errors once nobody has them."""
+    actors = [Maker.remote() for _ in range(3)]
+    actor_ids = [actor._actor_id.hex() for actor in actors]
+    small = actors[0].one.options(tensor_transport="auto").remote(3)
+    plain = actors[1].three.options(tensor_transport="auto").remote(0)
+    error = actors[2].fail.options(tensor_transport="auto").remote()
+    ray.wait([small, plain, error], num_returns=3)
+    actors.clear()
+    for actor_id in actor_ids[:2]:
+        assert_ends(actor_id)
+    assert ray.get(small).tolist() == [1.0] * 3
+    assert len(ray.get(plain)) == 3
+    del error
+    assert_ends(actor_ids[2])
+
+
+def test_actor_that_is_killed_loses_its_objects(local_ray: None) -> None:
+    actor = Maker.remote()
+    ref = actor.one.options(tensor_transport="auto").remote(LARGE)
+    ray.wait([ref])
+    ray.kill(actor)
+    assert_ends(actor._actor_id.hex())
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(ref)

@@ -13,8 +13,9 @@ import torch
 import ray
 from ray.experimental import register_nixl_memory, register_nixl_memory_pool
 from tests.integration.peers import LARGE, Peer
+from tests.support import needs_nixl
 
-pytest.importorskip("nixl", reason="the package nixl is not installed")
+pytestmark = needs_nixl()
 
 NBYTES = 4 * LARGE
 RELAXED = {"env_vars": {"RAY_RDT_STRICT_TRANSPORT": "0"}}

@@ -13,9 +13,16 @@ import torch
 
 import ray
 from ray.experimental import set_target_device_for_ref, set_target_for_ref
+from tests.integration.conftest import needs_nixl
 from tests.integration.peers import LARGE, SMALL, Peer
 
 SIZES = pytest.mark.parametrize("count", [SMALL, LARGE], ids=["small", "large"])
+
+
+@pytest.fixture(params=["auto", "gloo", pytest.param("nixl", marks=needs_nixl()), "files", "shm"])
+def any_transport(request: pytest.FixtureRequest, users_transports: None) -> str:
+    """Every transport that runs without a GPU, and two of users'."""
+    return str(request.param)
 
 
 def two_tensors(_: Peer, count: int) -> list[torch.Tensor]:
@@ -115,6 +122,70 @@ def test_parameters_that_require_grad_are_targets(producer: Any) -> None:
     ray.get(ref)
     assert target.detach().eq(1).all()
     assert target.requires_grad
+
+
+@SIZES
+@pytest.mark.parametrize("is_contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("wrap", [torch.Tensor.clone, torch.nn.Parameter], ids=["tensor", "param"])
+def test_targets_that_inference_mode_made(
+    producer: Any, any_transport: str, count: int, is_contiguous: bool, wrap: Any
+) -> None:
+    with torch.inference_mode():
+        target = wrap(torch.zeros(count) if is_contiguous else torch.zeros(count, 2)[:, 0])
+    ref = producer.make.options(tensor_transport=any_transport).remote(two_tensors, count)
+    targets = [target, targets_for(count)[1]]
+    set_target_for_ref(ref, targets)
+    assert ray.get(ref)[0] is target
+    assert_filled(targets, count)
+
+
+@SIZES
+def test_a_get_in_inference_mode(producer: Any, any_transport: str, count: int) -> None:
+    ref = producer.make.options(tensor_transport=any_transport).remote(two_tensors, count)
+    targets = targets_for(count)
+    with torch.inference_mode():
+        assert_filled(ray.get(ref), count)
+        set_target_for_ref(ref, targets)
+        assert ray.get(ref)[0] is targets[0]
+    assert_filled(targets, count)
+    targets[0].add_(1)
+
+
+@SIZES
+def test_autograd_sees_that_a_target_has_changed(
+    producer: Any, any_transport: str, count: int
+) -> None:
+    target = torch.nn.Parameter(torch.ones(count))
+    product = (target * target).sum()
+    ref = producer.make.options(tensor_transport=any_transport).remote(
+        lambda _, count: torch.nn.Parameter(torch.full((count,), 3.0)), count
+    )
+    set_target_for_ref(ref, [target])
+    assert ray.get(ref) is target
+    assert target.eq(3).all()
+    assert target.requires_grad
+    assert target.is_leaf
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    (target * target).sum().backward()
+    assert target.grad.eq(6).all()
+
+
+@SIZES
+def test_targets_of_rows_and_of_views_of_a_bucket(
+    producer: Any, any_transport: str, count: int
+) -> None:
+    def make(_: Peer, count: int) -> list[torch.Tensor]:
+        bucket = torch.arange(4 * count, dtype=torch.float32)
+        return [*bucket[: 2 * count].view(2, count), bucket[2 * count :], bucket.view(2, -1)[0]]
+
+    ref = producer.make.options(tensor_transport=any_transport).remote(make, count)
+    wanted = make(None, count)  # type: ignore[arg-type]
+    targets = [torch.nn.Parameter(torch.zeros_like(view)) for view in wanted]
+    set_target_for_ref(ref, targets)
+    got = ray.get(ref)
+    assert [one is two for one, two in zip(got, targets, strict=True)] == [True] * 4
+    assert all(torch.equal(one, two) for one, two in zip(got, wanted))
 
 
 WRONG = [

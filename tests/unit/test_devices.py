@@ -19,11 +19,17 @@ from ray.experimental.rdt.accelerators.base import have_ended
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.capture import Captured, lay_out
-from ray.experimental.rdt.landing import allocate_on_devices, direct_targets, hosted_regions
+from ray.experimental.rdt.landing import (
+    allocate_on_devices,
+    direct_targets,
+    fill,
+    hosted_regions,
+    move,
+)
 from ray.experimental.rdt.serve import await_writers, flat_buffers
 from ray.experimental.rdt.transports.ways import ways
 from tests import fake_device
-from tests.fake_device import TYPE, accelerator, launch
+from tests.fake_device import TYPE, accelerator, launch, on_host
 from tests.unit.test_capture import Context
 from tests.unit.test_fetch import FakeAgent
 
@@ -237,6 +243,32 @@ def test_landing_remembers_what_its_memory_was_used_for():
     assert not taken.is_reached()
     gate.set()
     taken.wait(5)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    monkeypatch.setattr(accelerator, "is_late", True)
+
+
+def test_copies_into_targets_are_waited_for(late):
+    target, tensor = torch.zeros(12, device=TYPE)[::2], torch.arange(6.0).to(TYPE)
+    fill([target], [tensor])
+    assert on_host(target).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_moves_to_another_device_are_waited_for(late):
+    there, here = torch.arange(6.0).to(f"{TYPE}:1"), torch.arange(3.0).to(TYPE)
+    moved, same = move([there, here], f"{TYPE}:0", 5)
+    assert on_host(moved).tolist() == [0, 1, 2, 3, 4, 5]
+    assert same is here
+
+
+def test_what_need_not_be_moved_is_not_waited_for():
+    gate, busy = threading.Event(), torch.zeros(4, device=TYPE)
+    with accelerator.on(fake_device.Stream()):
+        launch(busy, 5, gate)
+        move([busy], TYPE, 0)
+    gate.set()
 
 
 def test_side_streams_are_few_and_reused_when_idle():

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from ray.experimental.rdt.directory import Directory, Free, Hint, Location, Own, State, WarnShared
+from ray.experimental.rdt.directory import (
+    Directory,
+    Free,
+    Hint,
+    LetGo,
+    Location,
+    Own,
+    State,
+    WarnShared,
+)
 
 HERE = Location(b"agent", b"k" * 16, 8)
+INSIDE = Location(b"agent", b"i" * 16, 8, is_eager=True)
 ELSEWHERE = Location(b"other", b"j" * 16, 8)
 ACTOR, OTHER = b"a" * 16, b"b" * 16
 
@@ -37,6 +48,45 @@ def test_reply_before_remote_returns_is_kept():
     assert directory.end_submit(submit) == []
     assert directory.row("o").location == HERE
     assert directory.row("o").producer == ACTOR
+
+
+def test_handle_is_kept_until_the_object_is_gone():
+    directory = Directory()
+    directory.submitted("o", ACTOR, "auto", "handle")
+    assert directory.created("o", HERE) == [Own("o", HERE)]
+    assert directory.row("o").handle == "handle"
+    assert directory.out_of_scope("o") == [Free(HERE), LetGo("handle", is_last=True)]
+
+
+def test_handle_is_let_go_with_an_object_that_was_never_made():
+    directory = Directory()
+    directory.submitted("o", ACTOR, "auto", "handle")
+    assert directory.out_of_scope("o") == [LetGo("handle", is_last=True)]
+
+
+@pytest.mark.parametrize("location", [None, INSIDE])
+def test_handle_is_not_kept_for_what_the_value_has_inside(location):
+    directory = Directory()
+    directory.submitted("o", ACTOR, "auto", "handle")
+    assert directory.created("o", location)[-1] == LetGo("handle", is_last=False)
+    assert LetGo not in map(type, directory.out_of_scope("o"))
+
+
+def test_handle_comes_after_the_reply():
+    for location, kept in ((HERE, "handle"), (INSIDE, None)):
+        directory = Directory()
+        submit = directory.begin_submit()
+        directory.created("o", location)
+        directory.submitted("o", ACTOR, "auto", "handle")
+        assert directory.end_submit(submit) == []
+        assert directory.row("o").handle == kept
+
+
+def test_handles_are_let_go_at_the_end():
+    directory = Directory()
+    directory.submitted("o", ACTOR, "auto", "handle")
+    directory.created("o", HERE)
+    assert directory.close() == [Free(HERE), LetGo("handle", is_last=True)]
 
 
 def test_freed_before_created_is_freed_on_creation():

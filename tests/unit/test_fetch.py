@@ -210,6 +210,33 @@ def test_pull_into_the_users_memory_ends_with_the_users_time(world: World):
     assert not world.hints
 
 
+def test_full_device_is_told_with_advice(world: World):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
+    (failure,) = world.fetch(world.send([torch.ones(5)], outcome=error))
+    assert isinstance(failure, RDTFetchError)
+    for part in ("device memory", "20.00 GiB. GPU 0", "fetch fewer at a time", "empty_cache"):
+        assert part in str(failure)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "AcceleratorError: CUDA error: device-side assert triggered",
+        "cudaIpcOpenMemHandle failed: cudaErrorECCUncorrectable",
+        "CUDA error: uncorrectable ECC error encountered",
+    ],
+)
+def test_failed_device_is_named_as_such(world: World, text: str):
+    wrapped = ValueError("nothing came")
+    wrapped.__cause__ = RuntimeError(text)
+    for error in (RuntimeError(text), wrapped):
+        (failure,) = world.fetch(world.send([torch.ones(5)], outcome=error))
+        assert isinstance(failure, RDTFetchError)
+        assert "a device has failed" in str(failure)
+        assert "restart its actor" in str(failure)
+
+
 def test_what_has_begun_is_given_up_when_the_next_cannot_begin(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):

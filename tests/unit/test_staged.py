@@ -463,6 +463,36 @@ def produce(secret: bytes, sizes: list[int], pipe: Any) -> None:
     pipe.recv()
 
 
+def ask_for_all(secret: bytes, peer: Peer, exposure: int, pipe: Any) -> None:
+    """Runs on: a process of its own, which is killed while chunks are there for it."""
+    side = Side(secret)
+    body = {"exposure": exposure, "start": 0, "stop": 10, "timeout_s": 60}
+    for _ in range(staged._SLOTS):
+        side.session.call(peer.address, "rdt.staged.chunk", body, 10)
+    pipe.send(True)
+    pipe.recv()
+
+
+def test_slots_of_a_killed_reader_are_given_back():
+    secret = os.urandom(32)
+    producer = Side(secret)
+    exposed = producer.transport.expose(sources(CHUNK))
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    arguments = (secret, producer.peer, exposed["exposure"], there)
+    child = multiprocessing.get_context("spawn").Process(target=ask_for_all, args=arguments)
+    child.start()
+    try:
+        assert here.poll(60)
+        assert free_slots(producer) == 0
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until(lambda: free_slots(producer) == staged._SLOTS, "given back")
+    finally:
+        child.kill()
+        child.join(10)
+        producer.transport.close()
+        producer.session.close()
+
+
 def test_another_process_is_read_from_until_it_is_killed():
     secret, sizes = os.urandom(32), [3 * staged_reading.CHUNK_NBYTES, 10, 20]
     here, there = multiprocessing.get_context("spawn").Pipe()
@@ -472,6 +502,7 @@ def test_another_process_is_read_from_until_it_is_killed():
     child.start()
     consumer = Side(secret)
     try:
+        assert here.poll(60)
         peer, exposed = here.recv()
         got, before = blanks(*sizes), len(accelerator.pins)
         consumer.transport.read(peer, exposed, got, time.monotonic() + 60)

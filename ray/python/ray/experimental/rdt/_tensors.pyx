@@ -700,7 +700,7 @@ def build_tensors(Table table, places, ready=None):
         places: For each region a writable buffer and the offset in it, or a flat tensor on a
             device and 0. Each region becomes a storage of its own that keeps its buffer alive, so
             that a tensor kept alone does not drag the others' bytes along when it is pickled.
-        ready: Regions whose only tensor exists already.
+        ready: Tensors that exist already, by their number.
 
     Raises:
         ValueError: a buffer is too small.
@@ -716,8 +716,8 @@ def build_tensors(Table table, places, ready=None):
     kinds = [_kind_of(dtype) for dtype in table.dtypes]
     storages, tensors = {}, []
     for row in table._rows:
-        if ready and row.region in ready:
-            tensors.append(ready[row.region])
+        if ready and len(tensors) in ready:
+            tensors.append(ready[len(tensors)])
             continue
         kind = <_Kind>kinds[row.dtype]
         if (

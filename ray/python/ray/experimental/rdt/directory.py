@@ -15,10 +15,11 @@ created             none, a submit in flight    row CREATED, Own: the reply was 
 created             none, no submit in flight   freed before it was created: Free
 created             SUBMITTED                   row CREATED, Own, Hint for each that waits for it
 created             CREATED (a retry)           Free of the old copy, Own of the new
-out_of_scope        SUBMITTED                   row gone (a later created frees)
-out_of_scope        CREATED                     row gone, Free
+created             any, its bytes are inside   LetGo of the producer's handle
+out_of_scope        SUBMITTED                   row gone (a later created frees), LetGo
+out_of_scope        CREATED                     row gone, Free, LetGo
 out_of_scope        none                        nothing: the object had no tensors
-close               any                         all rows gone, Free of each created one
+close               any                         all rows gone, Free of each created one, LetGo
 ==================  ==========================  ========================================
 
 "A submit in flight": the core may hand over the reply to a task before ``.remote()`` has returned
@@ -32,6 +33,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Location:
         key: The object's key there.
         nbytes: What a pull moves.
         regions: The bytes of each region, None where there are too many to tell.
+        is_eager: Whether the value has their bytes inside.
     """
 
     address: bytes
     key: bytes = field(repr=False)
     nbytes: int
     regions: tuple[int, ...] | None = None
+    is_eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,22 @@ class WarnShared:
     object_id: str
 
 
-Instruction = Free | Own | Hint | WarnShared
+@dataclass(frozen=True)
+class LetGo:
+    """Instruction: an object no longer needs the handle of the actor that made it.
+
+    Letting go of a handle may run code of Ray's.
+
+    Attributes:
+        handle: The handle.
+        is_last: Whether the object is gone, and not only the need for its producer.
+    """
+
+    handle: Any
+    is_last: bool
+
+
+Instruction = Free | Own | Hint | WarnShared | LetGo
 
 
 class State(enum.Enum):
@@ -100,6 +119,7 @@ class Row:
         producer: The id of the actor that makes it, None while unknown or no actor.
         transport: The transport that the user named, None while unknown.
         location: Where its tensors are; None while SUBMITTED, or if it has none.
+        handle: Keeps the producer alive; None where it need not, or is no actor.
         destinations: Ids of the actors that it was passed to.
         is_warned: Whether the user was told that producer and others share it.
     """
@@ -108,6 +128,7 @@ class Row:
     producer: bytes | None = None
     transport: str | None = None
     location: Location | None = None
+    handle: Any = None
     destinations: set[bytes] = field(default_factory=set)
     is_warned: bool = False
     #: Early rows only: submits that may yet name it.
@@ -134,7 +155,7 @@ class Directory:
         self._submits.add(self._last_submit)
         return self._last_submit
 
-    def end_submit(self, submit: int) -> list[Free]:
+    def end_submit(self, submit: int) -> list[Instruction]:
         self._submits.discard(submit)
         if not self._early:
             return []
@@ -144,12 +165,16 @@ class Directory:
             awaited.discard(submit)
             if not awaited:
                 orphans.append(object_id)
-        return [free for object_id in orphans for free in self.out_of_scope(object_id)]
+        return [todo for object_id in orphans for todo in self.out_of_scope(object_id)]
 
-    def submitted(self, object_id: str, producer: bytes | None, transport: str) -> None:
+    def submitted(
+        self, object_id: str, producer: bytes | None, transport: str, handle: Any = None
+    ) -> None:
         row = self._rows.setdefault(object_id, Row(State.SUBMITTED))
         self._early.discard(object_id)
         row.producer, row.transport = producer, transport
+        if row.state is State.SUBMITTED or _is_at_producer(row.location):
+            row.handle = handle
 
     def created(self, object_id: str, location: Location | None) -> Sequence[Instruction]:
         row = self._rows.get(object_id)
@@ -160,17 +185,18 @@ class Directory:
             row._awaited_submits = set(self._submits)
             self._early.add(object_id)
         old, row.location, row.state = row.location, location, State.CREATED
+        let_go = [] if _is_at_producer(location) else _let_go(row, is_last=False)
         if old == location:
-            return []
+            return let_go
         if location is None:
-            return _free(old)
+            return [*_free(old), *let_go]
         hints = (_hint(row, destination) for destination in row.destinations)
-        return [*_free(old), Own(object_id, location), *hints]
+        return [*_free(old), Own(object_id, location), *hints, *let_go]
 
-    def out_of_scope(self, object_id: str) -> list[Free]:
+    def out_of_scope(self, object_id: str) -> list[Instruction]:
         self._early.discard(object_id)
         row = self._rows.pop(object_id, None)
-        return _free(row.location) if row is not None else []
+        return [*_free(row.location), *_let_go(row, is_last=True)] if row is not None else []
 
     def passed_to(self, object_id: str, destination: bytes) -> Sequence[Instruction]:
         """An object is an argument of a task that was submitted to an actor."""
@@ -200,15 +226,22 @@ class Directory:
         found = (name for name, row in rows if row.location and row.location.key == key)
         return next(found, "")
 
-    def close(self) -> list[Free]:
-        frees = [free for row in self._rows.values() for free in _free(row.location)]
-        self._rows.clear()
-        self._early.clear()
-        return frees
+    def close(self) -> list[Instruction]:
+        return [todo for object_id in list(self._rows) for todo in self.out_of_scope(object_id)]
 
 
 def _free(location: Location | None) -> list[Free]:
     return [Free(location)] if location is not None else []
+
+
+def _is_at_producer(location: Location | None) -> bool:
+    """Whether an object's tensors are in its producer's process only."""
+    return location is not None and not location.is_eager
+
+
+def _let_go(row: Row, is_last: bool) -> list[LetGo]:
+    handle, row.handle = row.handle, None
+    return [LetGo(handle, is_last)] if handle is not None else []
 
 
 def _hint(row: Row, destination: bytes) -> Hint:

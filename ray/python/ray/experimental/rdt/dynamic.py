@@ -77,6 +77,6 @@ class DynamicCall:
         """The flattened arguments of the call with the spec as one more keyword."""
         return [*flat_arguments, STREAM_KEYWORD, self.spec]
 
-    def attach(self, ref: Any) -> Any:
-        """What the call gives to the user."""
+    def attach(self, ref: Any, actor: Any = None) -> Any:
+        """What the call gives to the user. The items end with the actor, which is their owner."""
         return ref

@@ -8,7 +8,7 @@ the user's own tensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ray.experimental.rdt.capture import Envelope
 from ray.experimental.rdt.checksums import ChecksumMismatch
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.descriptor import Descriptor
+from ray.experimental.rdt.device_failures import is_device_failure, is_out_of_memory
 from ray.experimental.rdt.device_lanes import PerDevice
 from ray.experimental.rdt.errors import (
     FetchContext,
@@ -27,6 +28,8 @@ from ray.experimental.rdt.errors import (
     RDTFetchTimedOutError,
     RDTProducerDiedError,
 )
+from ray.experimental.rdt.interrupts import raise_if_interrupt
+from ray.experimental.rdt.landing import move
 from ray.experimental.rdt.targets import ANYWHERE, Target
 
 if TYPE_CHECKING:
@@ -138,8 +141,10 @@ class Fetcher:
         def finish() -> Arrival:
             tensors = transfer.finish(patience.deadline)
             device = request.target.device
-            moved = tensors if device is None else [tensor.to(device) for tensor in tensors]
-            return Arrival(request.envelope, moved)
+            if device is not None:
+                left_s = max(0.0, patience.deadline - time.monotonic())
+                tensors = move(tensors, device, left_s)
+            return Arrival(request.envelope, tensors)
 
         return _attempt(request, finish, patience, lambda: transfer.lane)
 
@@ -174,6 +179,7 @@ def _attempt(
     try:
         return action()
     except Exception as error:
+        raise_if_interrupt(error)
         if patience.is_over(error):
             raise GetTimeoutError(
                 f"ray.get timed out while RDT object {request.object_id} was on its way"
@@ -230,6 +236,9 @@ def _reason_and_advice(error: Exception, codes: set[str]) -> tuple[str, str]:
             "Free or resize a tensor's storage only when wait_tensor_freed says that nobody needs "
             "it, or return a clone.",
         )
+    of_device = _reason_of_device(error)
+    if of_device is not None:
+        return of_device
     if isinstance(error, MemoryError):
         return (
             "this process could not get the memory to receive it into.",
@@ -243,13 +252,34 @@ def _reason_and_advice(error: Exception, codes: set[str]) -> tuple[str, str]:
     return f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
 
 
-def _codes(error: BaseException | None) -> set[str]:
+def _reason_of_device(error: Exception) -> tuple[str, str] | None:
+    if is_out_of_memory(error):
+        return (
+            f"this process could not get the device memory to receive it into: {error}",
+            "Drop tensors that this process or others hold on the device, fetch fewer at a time, "
+            "receive into tensors that you have (set_target_for_ref), or share the producer's "
+            'memory (tensor_transport="cuda_ipc", both on one GPU). torch keeps freed memory for '
+            "itself: torch.cuda.empty_cache() gives it to other processes.",
+        )
+    if any(map(is_device_failure, _chain(error))):
+        return (
+            f"a device has failed, of this process or of the producer's: {error}.",
+            "Every use of it by that process fails from now on: restart its actor. A kernel that "
+            "ran before is the cause; CUDA_LAUNCH_BLOCKING=1 tells which.",
+        )
+    return None
+
+
+def _codes(error: BaseException) -> set[str]:
     """What an error and its causes say to programs: a named transport wraps what the agent said."""
-    codes: set[str] = set()
+    return {str(getattr(each, "code", "")) for each in _chain(error)}
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and its causes."""
     seen: set[int] = set()
     # Users' code may raise an error that is its own cause.
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        codes.add(str(getattr(error, "code", "")))
+        yield error
         error = error.__cause__
-    return codes

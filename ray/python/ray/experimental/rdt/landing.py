@@ -4,14 +4,17 @@ or the user's own tensors.
 
 from __future__ import annotations
 
+import contextlib
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt._tensors import Table, build_tensors, place
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.spread import Spread, spans, takes_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,8 @@ class Landing:
             does not fill these: ``addresses`` and ``lengths`` leave them out.
         after: What memory on devices may be written after: what this thread's streams had when the
             memory was taken.
+        spreads: Regions that land in several tensors of the user's. Only the agent can do that:
+            ``flat`` has none of them.
     """
 
     regions: array[int]
@@ -51,6 +56,12 @@ class Landing:
     direct: Mapping[int, torch.Tensor]
     devices: Mapping[int, str]
     after: list[Event] = field(default_factory=list)
+    spreads: Mapping[int, Spread] = field(default_factory=dict)
+
+    @property
+    def is_users(self) -> bool:
+        """Whether some of the memory is the user's."""
+        return bool(self.direct or self.spreads)
 
     def put(self, region: int, tensor: torch.Tensor) -> None:
         """Has a region land in a flat tensor on a device."""
@@ -73,7 +84,7 @@ class Landing:
 
         (buffer, offset), nbytes = self.places[region], self.regions[region]
         if region in self.direct:
-            return self.direct[region].detach().view(-1).view(torch.uint8)
+            return writable(self.direct[region]).view(-1).view(torch.uint8)
         if isinstance(buffer, torch.Tensor):
             return buffer
         if not nbytes:
@@ -84,15 +95,24 @@ class Landing:
         """The object's tensors over the memory, now that the bytes are there."""
         if targets is None:
             return build_tensors(table, self.places)
+        arrived = {
+            index: self.direct[row[0]]
+            for index, row in enumerate(table.rows)
+            if row[0] in self.direct
+        }
+        for spread in self.spreads.values():
+            arrived.update(spread.arrived)
+        note_written(arrived.values())
         if len(self.direct) == len(table.regions):
             return targets
-        return fill(targets, build_tensors(table, self.places, self.direct))
+        return fill(targets, build_tensors(table, self.places, arrived))
 
 
 def allocate(
     session: Session,
     regions: array[int],
     direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
+    spreads: Mapping[int, Spread] = MappingProxyType({}),
 ) -> Landing:
     """Memory for all regions of an object.
 
@@ -100,9 +120,27 @@ def allocate(
         session: Its agent's receive pool gives the blocks.
         regions: The bytes of each region, as uint64.
         direct: Regions that go straight into a tensor of the user's.
+        spreads: Regions that go straight into several.
     """
-    places, addresses = place(regions, direct, _OWN_BLOCK_BYTES, _ALIGNMENT, session.agent.allocate)
-    return Landing(regions, places, addresses, regions, direct, {})
+    take = session.agent.allocate
+    users = {**direct, **{region: spread.parts[0] for region, spread in spreads.items()}}
+    places, addresses = place(regions, users, _OWN_BLOCK_BYTES, _ALIGNMENT, take)
+    if not spreads:
+        return Landing(regions, places, addresses, regions, direct, {})
+    scratch = take(max(spread.lead for spread in spreads.values()) or 1)
+    cut = [
+        each
+        for region, address in enumerate(addresses)
+        for each in (
+            spans(spreads[region], scratch.address)
+            if region in spreads
+            else [(address, regions[region])]
+        )
+    ]
+    for region in spreads:
+        places[region] = (scratch, 0)
+    at, lengths = (array("Q", column) for column in zip(*cut))
+    return Landing(regions, places, at, lengths, direct, {}, spreads=spreads)
 
 
 def allocate_on_devices(
@@ -211,21 +249,53 @@ def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Ten
     direct = {}
     for region, (first, *others) in users.items():
         target, row = targets[first], table.rows[first]
-        is_exact = row[4] is None and target.nbytes == table.regions[region]
-        is_plain = target.is_contiguous() and not row[5] & ~1
-        is_plain = is_plain and not (target.is_conj() or target.is_neg())
+        is_exact = takes_bytes(target, row) and target.nbytes == table.regions[region]
         is_near = target.is_cpu or target.device.type == table.devices.get(region)
-        if not others and is_exact and is_plain and is_near:
+        if not others and is_exact and is_near:
             direct[region] = target
     return direct
 
 
 def fill(targets: Targets, tensors: Targets) -> Targets:
-    """Copies the tensors into the user's."""
+    """Copies the tensors into the user's. Autograd has no part in it, but is told."""
     import torch
 
-    with torch.no_grad():
-        for target, tensor in zip(targets, tensors):
-            if target is not tensor:
+    copies = [(target, tensor) for target, tensor in zip(targets, tensors) if target is not tensor]
+    written = [target for target, _ in copies]
+    with accelerators.copying(written, settings().fetch_timeout_s):
+        for target, tensor in copies:
+            # Only within inference mode may what it has made be written to.
+            with torch.inference_mode() if target.is_inference() else torch.no_grad():
                 target.copy_(tensor)
     return targets
+
+
+def note_written(targets: Iterable[torch.Tensor]) -> None:
+    """Tells autograd that tensors of the user's have been written to behind its back."""
+    import torch
+
+    for target in targets:
+        if not target.is_inference():
+            torch.autograd.graph.increment_version(target)
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory that any thread may write to, in any mode."""
+    import torch
+
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+        return empty.set_(storage, offset, tensor.shape, tensor.stride())
+
+
+def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
+    """The tensors on a device; those that are there are as they were."""
+    import torch
+
+    where = torch.device(device)
+    accelerator = accelerators.of(where.type)
+    with accelerator.aside() if accelerator is not None else contextlib.nullcontext():
+        moved = [tensor.to(where) for tensor in tensors]
+    with accelerators.copying([m for m, t in zip(moved, tensors) if m is not t], timeout_s):
+        return moved

@@ -24,8 +24,18 @@ from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import without_turn
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.errors import RDTError
-from ray.experimental.rdt.landing import Landing, Targets, allocate, direct_targets, fill
+from ray.experimental.rdt.interrupts import raise_if_interrupt
+from ray.experimental.rdt.landing import (
+    Landing,
+    Targets,
+    allocate,
+    direct_targets,
+    fill,
+    note_written,
+    writable,
+)
 from ray.experimental.rdt.session import CallError, agent_id_of
+from ray.experimental.rdt.spread import find_spreads
 from ray.experimental.rdt.transports.base import (
     OneSided,
     Peer,
@@ -155,7 +165,7 @@ class FromAgent:
 
     def leave_to(self, hinted: HintedPulls, head: Descriptor) -> None:
         """Lets the pull go on for whoever asks next; one into tensors of the user's ends here."""
-        if not self._pull.landing.direct:
+        if not self._pull.landing.is_users:
             self._is_left = hinted.park(head.key, self._pull, head.nbytes)
 
     def abandon(self) -> None:
@@ -178,6 +188,7 @@ class FromHint(FromAgent):
         try:
             return super().finish(deadline)
         except Exception as error:
+            raise_if_interrupt(error)
             if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
                 raise
             logger.debug("RDT pulls an object anew whose earlier pull failed", exc_info=True)
@@ -307,6 +318,7 @@ class Exchanges:
             try:
                 self.current.move(landing, until)
             except Exception as error:
+                raise_if_interrupt(error)
                 if not self._may_pass_over(lane, error, deadline):
                     raise
                 self.current.abandon()
@@ -451,7 +463,7 @@ class UserPull:
         direct = direct_targets(table, self._targets)
         filled = [region for region, nbytes in enumerate(table.regions) if nbytes]
         is_direct = self._targets is not None and all(region in direct for region in filled)
-        targets = [direct[region] for region in filled] if is_direct else None
+        targets = [writable(direct[region]) for region in filled] if is_direct else None
         expected = None
         if shipment.has_regions:
             head = self._envelope.head
@@ -462,12 +474,15 @@ class UserPull:
             return received
         if targets is not None:
             fill(targets, received)
-        tensors = unpack_carriers(table, received)
+            note_written(direct.values())
         if expected is not None:
             dense = [carrier.detach().cpu().contiguous() for carrier in received]
             addresses = array("Q", [carrier.data_ptr() for carrier in dense])
             lengths = array("Q", [carrier.nbytes for carrier in dense])
             expected.check_memory(addresses, lengths, deadline)
+        if self._targets is not None and is_direct:
+            return self._targets
+        tensors = unpack_carriers(table, received)
         return tensors if self._targets is None else fill(self._targets, tensors)
 
     def _ask(self, deadline: float) -> Callable[[str, Route], Route]:
@@ -525,6 +540,7 @@ def retry_stale(move: Callable[[], _Moved], deadline: float) -> _Moved:
         try:
             return move()
         except Exception as error:
+            raise_if_interrupt(error)
             is_stale = getattr(error, "is_stale", False) or getattr(error, "code", "") == "broken"
             if not is_stale or not left or time.monotonic() >= deadline:
                 raise
@@ -575,7 +591,9 @@ def check_carries(transport: Transport, device_type: str) -> None:
 
 def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> AgentPull:
     head, table = envelope.head, envelope.table
-    landing = allocate(links.session, table.regions, direct_targets(table, targets))
+    direct = direct_targets(table, targets)
+    spreads = find_spreads(table, targets, direct)
+    landing = allocate(links.session, table.regions, direct, spreads)
     return AgentPull(links.session, head.address, head.key, landing)
 
 

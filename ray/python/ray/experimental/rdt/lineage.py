@@ -27,6 +27,7 @@ from ray.exceptions import GetTimeoutError
 
 from ray.experimental.rdt import descriptor
 from ray.experimental.rdt.descriptor import Descriptor
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.owners import is_worker_alive
 from ray.experimental.rdt.serialized import SerializedValue
 from ray.experimental.rdt.session import Session, agent_id_of
@@ -326,6 +327,7 @@ class Lineage:
         except CannotRemakeError as error:
             return Outcome(REFUSED, reason=str(error))
         except Exception as error:  # of Ray's, or of what the user's code does at a call
+            raise_if_interrupt(error)
             return Outcome(REFUSED, reason=f"{type(error).__name__}: {error}")
 
     def _remake(self, object_id: str, key: bytes, busy: str) -> Outcome:

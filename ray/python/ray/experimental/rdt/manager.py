@@ -35,6 +35,7 @@ from ray.experimental.rdt.directory import (
     Free,
     Hint,
     Instruction,
+    LetGo,
     Location,
     Own,
     Row,
@@ -111,6 +112,7 @@ class RDTManager:
         self._directory = Directory()
         self._directory_lock = threading.Lock()
         self._small_to_own: deque[Own] = deque()
+        self._handles_to_let_go: deque[Any] = deque()
         self._holder = ArgumentHolder()
         self._lineage = Lineage(self._find)
         self._fetcher = Fetcher(self.store, self._links)
@@ -320,6 +322,7 @@ class RDTManager:
         """
         # Before the core's io thread has to carry anything out: a session takes a while to begin.
         self.begin()
+        self._handles_to_let_go.clear()
         registered.refresh(transport)
         recipe = None
         if again:
@@ -328,6 +331,7 @@ class RDTManager:
             recipe, args, kwargs = self._lineage.begin(
                 call, retries, args, kwargs, actor._actor_id.hex()
             )
+        producer, handle = actor._actor_id.binary(), _handle_to_keep(actor)
         with self._directory_lock:
             submit = self._directory.begin_submit()
         try:
@@ -335,7 +339,7 @@ class RDTManager:
             refs = refs_in(returned)
             with self._directory_lock:
                 for ref in refs:
-                    self._directory.submitted(ref.hex(), actor._actor_id.binary(), transport)
+                    self._directory.submitted(ref.hex(), producer, transport, handle)
             if recipe is not None:
                 self._lineage.keep(recipe, refs)
             return returned
@@ -391,14 +395,20 @@ class RDTManager:
             return DynamicCall(transport, retry_exceptions)
         return self._links().taken.begin(transport, objects_per_yield or 1)
 
-    def adopt(self, ref: Any, head: Descriptor) -> None:
+    def adopt(self, ref: Any, head: Descriptor, actor: Any) -> None:
         """Records an item of a stream that this process has put again as its own object.
 
         Runs on: owner, the thread that took the item.
+
+        Args:
+            ref: The object.
+            head: Where its tensors are.
+            actor: The handle of the actor that made it, None if it was a task.
         """
         location = Location(head.address, head.key, head.nbytes)
+        handle = _handle_to_keep(actor)
         with self._directory_lock:
-            self._directory.submitted(ref.hex(), None, head.transport)
+            self._directory.submitted(ref.hex(), None, head.transport, handle)
             todo = self._directory.created(ref.hex(), location)
         self._carry_out(todo)
         # Also of a small one at once: a stream that closes frees what nobody owns.
@@ -466,6 +476,17 @@ class RDTManager:
                 self._links().hints.send(instruction.actor_id, instruction.location)
             elif isinstance(instruction, WarnShared):
                 _warn_shared(instruction.object_id)
+            elif isinstance(instruction, LetGo):
+                self._let_go(instruction)
+
+    def _let_go(self, instruction: LetGo) -> None:
+        """Lets go of an actor's handle on another thread, for Ray's code runs then.
+
+        While the object is in use, that has time until the next submit or tick.
+        """
+        self._handles_to_let_go.append(instruction.handle)
+        if instruction.is_last:
+            self._session().run_in_background(self._handles_to_let_go.clear)
 
     def _own(self, instruction: Own) -> None:
         """Tells a producer that an object is ours; of a small one, at the session's next tick.
@@ -719,6 +740,7 @@ class RDTManager:
         current.on_released(lambda tokens: self._on_released(links, tokens))
         current.on_tick(links.hinted.drop_stale)
         current.on_tick(self._own_small)
+        current.on_tick(self._handles_to_let_go.clear)
         current.on_close(transports.close)
         groups.attach(current, transports.get)  # type: ignore[arg-type]
         OwnerWatch(current, produced)
@@ -753,10 +775,11 @@ class RDTManager:
         self._puller.close()
         self._puller = Puller()
         with self._directory_lock:
-            frees = self._directory.close()
+            todo = self._directory.close()
         self._small_to_own.clear()
         if session.peek() is not None:
-            self._carry_out(frees)
+            self._carry_out(todo)
+        self._handles_to_let_go.clear()
         session.end()
         self.store.clear()
         self._snapshots.drop_pool()
@@ -821,7 +844,7 @@ def _location(head: Descriptor, captured: Captured) -> Location:
         and not captured.table.devices
     )
     regions = tuple(captured.table.regions) if is_hinted else None
-    return Location(head.address, head.key, head.nbytes, regions)
+    return Location(head.address, head.key, head.nbytes, regions, head.is_eager)
 
 
 def _wanted(users: UserTransport | None) -> Wanted | None:
@@ -833,6 +856,11 @@ def _own_actor_id() -> bytes | None:
 
     actor_id = ray._private.worker.global_worker.actor_id
     return None if actor_id.is_nil() else bytes(actor_id.binary())
+
+
+def _handle_to_keep(actor: Any) -> Any:
+    """The handle that keeps an object's producer alive; None for this process, or a task's."""
+    return None if actor is None or actor._actor_id.binary() == _own_actor_id() else actor
 
 
 def _own_worker_id() -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ray.experimental import internal_kv
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.session import KV_NAMESPACE, Session
 from ray.experimental.rdt.streams import ProducedStreams
 
@@ -62,6 +63,7 @@ def ask_all(
         try:
             answer = wait(max(0.0, deadline - time.monotonic()))
         except Exception as error:
+            raise_if_interrupt(error)
             answer = error
         yield address, answer
 

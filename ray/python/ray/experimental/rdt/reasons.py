@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.lanes import check_carries
 from ray.experimental.rdt.session import agent_id_of
 from ray.experimental.rdt.transports.base import TransportUnavailable
@@ -154,6 +155,7 @@ class Explainer:
         try:
             return self.offers(address, transport, devices, deadline)
         except (AgentError, TimeoutError) as error:
+            raise_if_interrupt(error)
             why = f"it cannot be asked: {error}"
             return {each: dict.fromkeys(names, why) for each, names in tried.items()}
 
@@ -265,6 +267,7 @@ class Explainer:
         try:
             agent.pull(address, os.urandom(16), nothing, nothing).wait(_left(deadline))
         except (AgentError, TimeoutError) as error:
+            raise_if_interrupt(error)
             if getattr(error, "code", "") != "not_found":
                 return dict.fromkeys(_LANES, f"the producer's agent cannot be reached: {error}")
         return dict(agent.explain(address))

@@ -301,10 +301,15 @@ class Stream:
         """The flattened arguments of the call with the spec as one more keyword."""
         return [*flat_arguments, STREAM_KEYWORD, self.spec]
 
-    def attach(self, generator: Any) -> Any:
-        """Makes the call's ``ObjectRefGenerator`` adopt its items."""
+    def attach(self, generator: Any, actor: Any = None) -> Any:
+        """Makes the call's ``ObjectRefGenerator`` adopt its items.
+
+        Args:
+            generator: What the call has returned.
+            actor: The handle of the actor that makes the items, None if it is a task.
+        """
         generator.__class__ = RDTObjectRefGenerator
-        generator._rdt_stream, generator._rdt_left = self, deque()
+        generator._rdt_stream, generator._rdt_actor, generator._rdt_left = self, actor, deque()
         return generator
 
 
@@ -312,11 +317,21 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
     """Ray's generator of references, each of which the caller has adopted."""
 
     _rdt_stream: Stream
+    # Keeps the producer alive until all items are adopted; None if that is a task.
+    _rdt_actor: Any
     # Items on their way to a caller that was cancelled: the next call takes them first.
     _rdt_left: deque[asyncio.Future[Any]]
 
     def _next_sync(self, timeout_s: float | None = None) -> Any:
-        return _adopt(super()._next_sync(timeout_s), self._rdt_stream.spec.transport)
+        try:
+            ref = super()._next_sync(timeout_s)
+        except StopIteration:
+            self._rdt_actor = None
+            raise
+        return self._adopt(ref)
+
+    def _adopt(self, ref: Any) -> Any:
+        return _adopt(ref, self._rdt_stream.spec.transport, self._rdt_actor)
 
     async def _suppress_exceptions(self, ref: Any) -> None:
         """Waits until an item is there. Ray's own would pull it as well."""
@@ -326,10 +341,13 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
         if self._rdt_left:
             adopting = self._rdt_left.popleft()
         else:
-            ref = await super()._next_async(timeout_s)
+            try:
+                ref = await super()._next_async(timeout_s)
+            except StopAsyncIteration:
+                self._rdt_actor = None
+                raise
             # The value may be in a store that has to be asked, so not on the event loop.
-            adopt = asyncio.to_thread(_adopt, ref, self._rdt_stream.spec.transport)
-            adopting = asyncio.ensure_future(adopt)
+            adopting = asyncio.ensure_future(asyncio.to_thread(self._adopt, ref))
         try:
             return await asyncio.shield(adopting)
         except asyncio.CancelledError:
@@ -339,10 +357,15 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
             del adopting  # the frame lives as long as an error that passed through it
 
 
-def _adopt(item: Any, transport: str) -> Any:
+def _adopt(item: Any, transport: str, actor: Any) -> Any:
     """A reference of the caller's own to the same value. Runs on: caller, any thread.
 
     What needs no freeing is given back: an error, a value without tensors or with its bytes inside.
+
+    Args:
+        item: The reference that Ray's generator gives.
+        transport: The transport that the user named.
+        actor: The handle of the actor that made the item, None if it was a task.
     """
     if item.is_nil():
         return item
@@ -363,7 +386,7 @@ def _adopt(item: Any, transport: str) -> Any:
         _is_experimental_channel=False,
         tensor_transport=transport.upper(),
     )
-    _manager().adopt(adopted, head)
+    _manager().adopt(adopted, head, actor)
     return adopted
 
 

@@ -133,6 +133,9 @@ class Accelerator(Protocol):
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Makes a stream the current one of the thread that enters it, until it leaves."""
 
+    def aside(self) -> AbstractContextManager[None]:
+        """Around calls of torch on a device, which otherwise may disturb what other threads do."""
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Flat uint8 memory on a device, for use on this thread's current stream."""
 

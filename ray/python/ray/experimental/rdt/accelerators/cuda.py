@@ -105,6 +105,10 @@ class CudaAccelerator:
         with relaxed(), torch.cuda.device(stream.device), torch.cuda.stream(stream):
             yield
 
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """See ``Accelerator``. A graph that another thread captures goes on."""
+        return relaxed()
+
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """See ``Accelerator``."""
         import torch

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
@@ -50,6 +52,25 @@ def record(tensors: Iterable[torch.Tensor]) -> list[Event]:
         if accelerator is not None:
             events.append(accelerator.record(device))
     return events
+
+
+@contextlib.contextmanager
+def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]:
+    """Around copies into tensors by torch; waits for those on devices at the end.
+
+    Raises:
+        TimeoutError: a device does not finish them.
+    """
+    written = [tensor for tensor in tensors if not tensor.is_cpu]
+    with contextlib.ExitStack() as stack:
+        for name in {tensor.device.type for tensor in written}:
+            accelerator = of(name)
+            if accelerator is not None:
+                stack.enter_context(accelerator.aside())
+        yield
+        deadline = time.monotonic() + timeout_s
+        for event in record(written):
+            event.wait(max(0.0, deadline - time.monotonic()))
 
 
 def register(accelerator: Accelerator) -> None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.groups import collectives, membership
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, serve_links
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ class GroupService:
         for answer in answers:
             try:
                 answer(max(0.0, deadline - time.monotonic()))
-            except Exception:
+            except Exception as error:
+                raise_if_interrupt(error)
                 logger.debug("RDT had no answer from a member that leaves", exc_info=True)
 
     def _have_all_join(
@@ -201,11 +203,13 @@ class GroupService:
             try:
                 answers.append(self._ask(member, op, body))
             except Exception as error:
+                raise_if_interrupt(error)
                 raise MemberFailed(rank, str(error)) from error
         for rank, answer in enumerate(answers):
             try:
                 answer(max(0.0, deadline - time.monotonic()))
             except Exception as error:
+                raise_if_interrupt(error)
                 raise MemberFailed(rank, str(error)) from error
 
     def _ask(self, member: Member, op: str, body: dict[str, Any]) -> Answer:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl_plan import Batch
 
@@ -129,6 +130,7 @@ def open_engine(options: Mapping[str, str] = MappingProxyType({})) -> NixlEngine
         api = _import_nixl()
         engine = NixlEngine(api, f"rdt-{uuid.uuid4().hex}", options)
     except Exception as error:
+        raise_if_interrupt(error)
         raise TransportUnavailable(
             f"nixl cannot be started here ({type(error).__name__}: {error}); RDT is written for "
             "nixl 1.5"
@@ -305,6 +307,7 @@ def _mapped(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        raise_if_interrupt(error)
         kind = type(error).__name__
         code = "peer_lost" if kind == "nixlRemoteDisconnectError" else ""
         raise NixlError(f"nixl: {what}: {error}", code) from error

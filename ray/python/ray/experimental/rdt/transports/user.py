@@ -28,6 +28,7 @@ from typing import Any
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.errors import RDTError
+from ray.experimental.rdt.interrupts import is_interrupt, raise_if_interrupt
 from ray.experimental.rdt.session import Session, agent_id_of
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
@@ -289,14 +290,11 @@ class UserTransport:
                 self._ask(ask, transfer, note)
                 transfer.start(lambda: self._fetch(shipment, communicator, targets, deadline))
                 received = self._wait(transfer, shipment.object_id, communicator, deadline)
-            except Exception as error:
+            except BaseException as error:
                 culprit = self._blame(peer.address, transfer.id, error)
                 if culprit is error:
                     raise
                 raise culprit from error
-            except BaseException as error:
-                self._tell_end(peer.address, transfer.id, error)
-                raise
         if not isinstance(received, (list, tuple)) or len(received) != shipment.size:
             count = len(received) if isinstance(received, (list, tuple)) else type(received)
             raise ValueError(
@@ -305,19 +303,21 @@ class UserTransport:
             )
         return list(received)
 
-    def _blame(self, producer: bytes, transfer_id: str, error: Exception) -> Exception:
+    def _blame(self, producer: bytes, transfer_id: str, error: BaseException) -> BaseException:
         """Ends the producer's part of a transfer that failed here; returns what made it fail.
 
         A call of the user's code may fail because the producer's did, or because that is gone, and
         before either is known here.
         """
-        if isinstance(error, (TimeoutError, TransferEnded, TransportUnavailable)):
+        is_own = isinstance(error, (TimeoutError, TransferEnded, TransportUnavailable))
+        if is_own or is_interrupt(error) or not isinstance(error, Exception):
             self._tell_end(producer, transfer_id, error)
             return error
         try:
             body = {"transfer": transfer_id, "reason": _reason(error)}
             answer = self._session.call(producer, self._end_op, body, _END_S)
         except Exception as lost:
+            raise_if_interrupt(lost)
             return lost if getattr(lost, "code", "") in ("peer_lost", "unreachable") else error
         return TransferEnded(answer["reason"]) if answer["reason"] else error
 
@@ -395,7 +395,8 @@ class UserTransport:
         abort = partial(self.manager.abort_transport, object_id, communicator)
         try:
             _call("abort_transport", abort, time.monotonic() + _END_S)
-        except Exception:
+        except Exception as error:
+            raise_if_interrupt(error)
             name = self.capabilities.name
             logger.warning("transport %r could not abort %s", name, object_id, exc_info=True)
 

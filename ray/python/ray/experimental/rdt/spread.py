@@ -1,0 +1,94 @@
+"""Regions of host memory whose bytes land in several tensors of the user's at once.
+
+Rows of one weight and views of one bucket lie in one region at the producer; the user may have a
+tensor for each of them. The agent takes lists of spans, so it writes to each where its bytes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt._tensors import Row
+
+    Targets = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the bytes of one region land.
+
+    Attributes:
+        lead: How many bytes at its start belong to no tensor.
+        parts: The targets that the other bytes land in, in their order.
+        arrived: By the number of each tensor in the region the target that gets its bytes. Two
+            tensors that are the same bytes have one target here; the other's is copied into.
+    """
+
+    lead: int
+    parts: Sequence[torch.Tensor]
+    arrived: Mapping[int, torch.Tensor]
+
+
+def takes_bytes(target: torch.Tensor, row: Row) -> bool:
+    """Whether a target's memory is to hold a tensor's very bytes, as they are sent."""
+    _, _, _, _, stride, flags = row
+    is_dense = stride is None and not flags & (CONJUGATED | NEGATED)
+    return is_dense and target.is_contiguous() and not (target.is_conj() or target.is_neg())
+
+
+def find_spreads(
+    table: Table, targets: Targets | None, direct: Mapping[int, torch.Tensor]
+) -> dict[int, Spread]:
+    """The regions that targets cover without a gap, each byte once.
+
+    Args:
+        table: The object's layout.
+        targets: The user's tensors, if any.
+        direct: Regions that need nothing of this kind.
+    """
+    if targets is None or len(direct) == len(table.regions):
+        return {}
+    tenants: dict[int, list[int]] = {}
+    for index, row in enumerate(table.rows):
+        if row[0] not in direct and row[0] not in table.devices:
+            tenants.setdefault(row[0], []).append(index)
+    found = ((region, _spread(table, targets, region, rows)) for region, rows in tenants.items())
+    return {region: spread for region, spread in found if spread is not None}
+
+
+def _spread(table: Table, targets: Targets, region: int, rows: list[int]) -> Spread | None:
+    rows = sorted(rows, key=lambda index: (table.rows[index][1], -targets[index].nbytes))
+    lead = at = table.rows[rows[0]][1]
+    parts: list[torch.Tensor] = []
+    arrived: dict[int, torch.Tensor] = {}
+    last = None
+    for index in rows:
+        target, row = targets[index], table.rows[index]
+        if not target.is_cpu or not takes_bytes(target, row):
+            return None
+        span = (row[1], target.dtype, target.shape)
+        if span == last:
+            arrived[index] = parts[-1]
+        elif row[1] == at:
+            arrived[index] = target
+            parts.append(target)
+            at += target.nbytes
+            last = span
+        else:
+            return None
+    return Spread(lead, parts, arrived) if at == table.regions[region] else None
+
+
+def spans(spread: Spread, scratch: int) -> Iterator[tuple[int, int]]:
+    """The addresses and bytes that a region lands at; ``scratch`` takes its lead."""
+    if spread.lead:
+        yield scratch, spread.lead
+    for part in spread.parts:
+        yield part.data_ptr(), part.nbytes
