@@ -6,6 +6,8 @@ import threading
 import time
 
 import pytest
+import torch
+from ray.util.collective import types
 
 from ray.experimental.rdt.groups import collectives, ray_group
 from ray.experimental.rdt.groups.membership import Group, Member
@@ -204,8 +206,19 @@ def only_one_enters(monkeypatch, node):
     monkeypatch.setattr(collectives, "enter", enter)
 
 
-def test_member_that_waits_in_its_first_collective_leaves_at_once(
-    nodes, ray_collective, monkeypatch
+def wait_in_barrier(group):
+    group.barrier()
+
+
+def wait_in_recv(group):
+    options = types.RecvOptions()
+    options.src_rank = 1
+    group.recv([torch.zeros(1)], options)
+
+
+@pytest.mark.parametrize("operate", [wait_in_barrier, wait_in_recv])
+def test_member_that_waits_in_its_first_operation_leaves_at_once(
+    nodes, ray_collective, monkeypatch, operate
 ):
     creator, *members = nodes(3)
     only_one_enters(monkeypatch, members[0])
@@ -214,13 +227,14 @@ def test_member_that_waits_in_its_first_collective_leaves_at_once(
 
     def wait_for_the_other():
         try:
-            entered.barrier()
+            operate(entered)
         except Exception as error:
             errors.append(error)
 
     waiting = threading.Thread(target=wait_for_the_other, daemon=True)
     waiting.start()
-    wait_until(entered._of_all._lock.locked, "the member waits")
+    process_groups = entered._of_all, *entered._pairs
+    wait_until(lambda: any(each._lock.locked() for each in process_groups), "the member waits")
     started = time.monotonic()
     creator.service.dissolve("1", members_of(members), "destroyed")
     assert time.monotonic() - started < 3
