@@ -158,14 +158,14 @@ def test_the_report_to_read_has_tables_and_output(tmp_path: Path) -> None:
 
 def test_unknown_steps_are_told_with_the_known_ones() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ci.gpu", "check", "stpe"],
+        [sys.executable, "-m", "ci.gpu", "check", "bake"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 2
-    assert "no step is called stpe; steps are check, ceilings, gpu-tests" in done.stderr
+    assert "no step is called bake; steps are check, ceilings, gpu-tests" in done.stderr
 
 
 def test_steps_run_in_the_order_in_which_they_are_named() -> None:

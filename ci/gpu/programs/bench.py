@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,8 @@ ROUNDS = 5
 #: For all rounds of one turn, where they are slow.
 BUDGET_S = 1.5
 START_LIMIT_S = 80.0
-TURN_LIMIT_S = 30.0
+TURN_LIMIT_S = 20.0
+END_LIMIT_S = 10.0
 #: Of all turns; those that are left out then are the last ones, not the last cases.
 MEASURE_S = 100.0
 
@@ -74,6 +76,10 @@ Times = dict[tuple[str, str], list[float]]
 Figures = dict[tuple[str, str], float]
 
 
+class ArmEnded(RuntimeError):
+    """An arm that can be measured no more."""
+
+
 class Arm:
     """A process of ``bench_arm``.
 
@@ -95,21 +101,32 @@ class Arm:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def wait_ready(self, limit_s: float) -> None:
-        """Returns when its actors run. Raises RuntimeError."""
+        """Returns when its actors run. Raises ArmEnded."""
         self._hear(limit_s)
 
     def measure(self, count: int, nbytes: int) -> list[float]:
-        """Seconds of some hand-overs. Raises RuntimeError."""
+        """Seconds of some hand-overs. Raises RuntimeError, or ArmEnded where there are no more."""
         order = {"count": count, "nbytes": nbytes, "rounds": ROUNDS, "budget_s": BUDGET_S}
         assert self._process.stdin is not None
-        print(json.dumps({**order, "limit_s": TURN_LIMIT_S}), file=self._process.stdin, flush=True)
+        try:
+            line = json.dumps({**order, "limit_s": TURN_LIMIT_S})
+            print(line, file=self._process.stdin, flush=True)
+        except OSError as error:
+            raise ArmEnded(f"the arm has ended: {error}") from error
         seconds: list[float] = self._hear(TURN_LIMIT_S + 5)["seconds"]
         return seconds
 
     def close(self) -> None:
-        """Ends it."""
+        """Lets it end."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def join(self, limit_s: float) -> None:
+        """Waits for its end, and ends it if that takes too long."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(limit_s)
+        self.kill()
 
     def kill(self) -> None:
         """Ends it at once; the runner ends what it has started."""
@@ -119,16 +136,16 @@ class Arm:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._answers.put(line)
-        self._answers.put(json.dumps({"error": "the arm has ended"}))
+        self._answers.put(json.dumps({"error": "the arm has ended", "is_over": True}))
 
     def _hear(self, limit_s: float) -> dict[str, Any]:
         try:
             answer: dict[str, Any] = json.loads(self._answers.get(timeout=limit_s))
         except queue.Empty:
             self.kill()
-            raise RuntimeError(f"no answer within {limit_s:g} s") from None
+            raise ArmEnded(f"no answer within {limit_s:g} s") from None
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            raise (ArmEnded if "is_over" in answer else RuntimeError)(answer["error"])
         return answer
 
 
@@ -153,21 +170,23 @@ class Bench:
         for name, arm in list(self._arms.items()):
             try:
                 arm.wait_ready(max(1.0, until - time.monotonic()))
-            except RuntimeError as error:
+            except ArmEnded as error:
                 self._fail(name, "start", error)
-                del self._arms[name]
 
     def measure(self, cases: dict[str, tuple[int, int]]) -> None:
         """All cases of all arms, then again."""
         self._deadline = time.monotonic() + MEASURE_S
         for _ in range(TURNS):
             for case, (count, nbytes) in cases.items():
-                for name in self._arms:
+                for name in list(self._arms):
                     self._measure(name, case, count, nbytes)
 
     def close(self) -> None:
+        """Ends them all."""
         for arm in self._arms.values():
             arm.close()
+        for arm in self._arms.values():
+            arm.join(END_LIMIT_S)
 
     def _measure(self, name: str, case: str, count: int, nbytes: int) -> None:
         is_over = time.monotonic() > self._deadline
@@ -175,13 +194,15 @@ class Bench:
             return
         try:
             self.times.setdefault((name, case), []).extend(self._arms[name].measure(count, nbytes))
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             self.times.pop((name, case), None)
             self._fail(name, case, error)
         self._told.note(seconds={f"{arm}, {of}": each for (arm, of), each in self.times.items()})
 
     def _fail(self, name: str, case: str, error: Exception) -> None:
         self.failures[f"{name}, {case}"] = str(error)
+        if isinstance(error, ArmEnded):
+            del self._arms[name]
         self._told.note(failures=self.failures)
         print(f"{name}, {case}: {error}", flush=True)
 

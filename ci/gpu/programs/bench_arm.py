@@ -2,7 +2,8 @@
 
 Runs with our wheel and with stock Ray. Orders come as lines of JSON on stdin, each with a case and
 how long to measure it; the answer to each, a line on stdout, has the seconds of the hand-overs or
-an error. The first line, before any order, says that the arm is ready.
+an error. The first line, before any order, says that the arm is ready. An arm that runs into a time
+limit ends.
 
 The consumer asks for the object itself and times only its ``ray.get``, of a reference to an object
 that exists: Ray's own RDT, too, lets a process get what it owns. The time ends when the consumer's
@@ -18,6 +19,7 @@ import time
 from typing import Any
 
 import torch
+from ray.exceptions import GetTimeoutError
 
 import ray
 from ci.gpu import result
@@ -40,7 +42,8 @@ def main(arguments: list[str]) -> None:
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0.5 if device == "cuda" else 0}
     if not is_plain:
         options["enable_tensor_transport"] = True
-    with pair.local_ray(object_store=PLAIN_STORE_BYTES if is_plain else 200 << 20):
+    store = PLAIN_STORE_BYTES if is_plain else 200 << 20
+    with pair.local_ray(object_store=store, shows_logs=False):
         make: Any = ray.remote(**options)(pair.Worker)
         producer, consumer = make.remote(), make.remote()
         for actor in (producer, consumer):
@@ -50,6 +53,9 @@ def main(arguments: list[str]) -> None:
             order = json.loads(line)
             try:
                 answer(seconds=_measure(producer, consumer, transport, device, order))
+            except GetTimeoutError as error:  # its actors may hang, and others wait
+                answer(error=result.describe(error), is_over=True)
+                break
             except Exception as error:
                 answer(error=result.describe(error))
 

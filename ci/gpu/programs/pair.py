@@ -50,14 +50,19 @@ def store_bytes(wanted: int) -> int:
 
 
 @contextmanager
-def local_ray(num_gpus: int = 1, object_store: int = 200 << 20) -> Iterator[None]:
-    """A Ray of this machine alone, with no more than so many GPUs. Works with stock Ray, too."""
+def local_ray(
+    num_gpus: int = 1, object_store: int = 200 << 20, shows_logs: bool = True
+) -> Iterator[None]:
+    """A Ray of this machine alone, with no more than so many GPUs. Works with stock Ray, too.
+
+    What its workers log goes into the report, unless somebody measures.
+    """
     ray.init(
         address="local",
         num_cpus=4,
         num_gpus=min(num_gpus, gpus()),
         include_dashboard=False,
-        log_to_driver=False,
+        log_to_driver=shows_logs,
         object_store_memory=store_bytes(object_store),
     )
     try:
