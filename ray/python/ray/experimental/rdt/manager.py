@@ -687,8 +687,8 @@ class RDTManager:
         """Runs on: an rdt-nixl-begin thread."""
         try:
             cast("NixlTransport", self.transport("nixl")).begin()
-        except TransportUnavailable as error:  # said when an object would go over it
-            logger.debug("RDT does not start nixl: %s", error)
+        except Exception:  # said when an object would go over it, or Ray is shutting down
+            logger.debug("RDT could not start nixl ahead of time", exc_info=True)
 
     def transport(self, name: str) -> Transport:
         """A transport of this process by its lower-case name. Raises TransportUnavailable."""
