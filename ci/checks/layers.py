@@ -15,6 +15,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
+    {"real_threads"},
     {
         "_tensors",
         "accelerators",

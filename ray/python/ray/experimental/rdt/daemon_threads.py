@@ -7,10 +7,10 @@ and an action of RDT may wait for a peer for as long as a fetch may take.
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from collections.abc import Callable
 from typing import Any
+
+from ray.experimental.rdt import real_threads as threading
 
 logger = logging.getLogger("ray.rdt")
 
@@ -28,7 +28,7 @@ class DaemonThreads:
     def __init__(self, count: int, name: str):
         self._count = count
         self._name = name
-        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._tasks: threading.SimpleQueue[_Task | None] = threading.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
         self._begun = 0
@@ -48,7 +48,7 @@ class DaemonThreads:
                 return
             name = f"{self._name}_{self._begun}"
             self._begun += 1
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        threading.Thread(target=self._work, name=name).start()
 
     def close(self) -> None:
         """Lets the threads end after what they are at; drops what waits. Returns at once."""
@@ -62,7 +62,7 @@ class DaemonThreads:
     def _next(self) -> _Task | None:
         try:
             return self._tasks.get_nowait()
-        except queue.Empty:
+        except threading.Empty:
             self._idle.release()
             return self._tasks.get()
 

@@ -10,12 +10,12 @@ user's sees it.
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import inspect
 import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayError, RaySystemError, RayTaskError
 
 from ray.experimental.rdt.daemon_threads import DaemonThreads
+from ray.experimental.rdt.real_threads import Future, Lock
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ class Deferred:
 
     def __init__(self, start: Callable[[Tensors | None], Future[Any]]):
         self._start = start
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._future: Future[Any] | None = None
         self._into: Tensors | None = None
 
@@ -83,7 +84,7 @@ class Puller:
 
     def __init__(self) -> None:
         self._threads = DaemonThreads(_PULL_THREADS, "rdt-pull")
-        self._lock = threading.Lock()
+        self._lock = Lock()
         # By producer: pulls that have a thread or will get one, and what waits for its turn.
         self._begun: Counter[bytes] = Counter()
         self._waiting: dict[bytes, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
@@ -128,10 +129,10 @@ class Puller:
                 future.cancel()
 
 
-def _outcome(future: Future[Any]) -> Any:
+def _outcome(future: concurrent.futures.Future[Any]) -> Any:
     try:
         return future.result()
-    except CancelledError:
+    except concurrent.futures.CancelledError:
         return RaySystemError("Ray was shut down while an RDT object was on its way")
 
 
@@ -149,7 +150,7 @@ def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None
 
 #: Held by the one rdt-pull thread that runs RDT's own Python. Many that want the GIL at once would
 #: keep it from the event loop for long.
-_turn = threading.Lock()
+_turn = Lock()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import threading
 import time
 from array import array
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.experimental import internal_kv
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.directory import Location
 from ray.experimental.rdt.landing import allocate

@@ -9,10 +9,10 @@ Thread: ``rdt-holder``, which waits in Ray for the tasks' returns and sleeps whi
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.config import settings
 
 #: How long one wait in Ray lasts before it takes in tasks submitted meanwhile.
@@ -46,7 +46,7 @@ class ArgumentHolder:
                 deadline = time.monotonic() + settings().fetch_timeout_s
                 self._unreturned.append((deadline, arguments))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="rdt-holder", daemon=True)
+                self._thread = threading.Thread(target=self._run, name="rdt-holder")
                 self._thread.start()
             self._changed.notify_all()
 
@@ -64,9 +64,9 @@ class ArgumentHolder:
 
         while True:
             with self._changed:
-                while self._thread is threading.current_thread() and not len(self):
+                while self._is_current() and not len(self):
                     self._changed.wait()
-                if self._thread is not threading.current_thread():
+                if not self._is_current():
                     return
                 tasks = list(self._held)
                 now = time.monotonic()
@@ -75,6 +75,9 @@ class ArgumentHolder:
                     self._changed.wait(_WAIT_S)
             if tasks:
                 self._let_go(ray, tasks)
+
+    def _is_current(self) -> bool:
+        return self._thread is not None and self._thread.is_current()
 
     def _let_go(self, ray: Any, tasks: list[Any]) -> None:
         try:

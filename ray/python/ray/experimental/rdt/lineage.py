@@ -18,7 +18,6 @@ that ended.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import GetTimeoutError
 
 from ray.experimental.rdt import descriptor
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.descriptor import Descriptor
 from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.owners import is_worker_alive

@@ -11,7 +11,6 @@ import logging
 import os
 import pickle
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -26,6 +25,7 @@ from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
 from ray.experimental.rdt import arguments, capture, descriptor, session, targets
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block, without_turn
@@ -681,7 +681,7 @@ class RDTManager:
 
     def begin_nixl(self) -> None:
         """Starts nixl in the background, which takes up to a second; for who will use it."""
-        threading.Thread(target=self._begin_nixl, name="rdt-nixl-begin", daemon=True).start()
+        threading.Thread(target=self._begin_nixl, name="rdt-nixl-begin").start()
 
     def _begin_nixl(self) -> None:
         """Runs on: an rdt-nixl-begin thread."""

@@ -8,12 +8,12 @@ cut off keeps what is its own. Runs on: producer, the ``rdt-call`` and reaper th
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ray.experimental import internal_kv
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.interrupts import raise_if_interrupt
 from ray.experimental.rdt.session import KV_NAMESPACE, Session
 from ray.experimental.rdt.streams import ProducedStreams

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-import select
+from select import POLLIN
+
+from ray.experimental.rdt.real_threads import poll
 
 
 class Process:
@@ -23,9 +25,9 @@ class Process:
         """Runs on: any thread; does not block."""
         if self._descriptor < 0:
             return True
-        poll = select.poll()
-        poll.register(self._descriptor, select.POLLIN)
-        return bool(poll.poll(0))
+        ended = poll()
+        ended.register(self._descriptor, POLLIN)
+        return bool(ended.poll(0))
 
     def close(self) -> None:
         """Gives the kernel's handle back. Idempotent."""

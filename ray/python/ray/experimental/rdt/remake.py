@@ -21,6 +21,7 @@ from ray.experimental.rdt.errors import RDTProducerDiedError
 from ray.experimental.rdt.fetch import Arrival, Fetcher, Request
 from ray.experimental.rdt.lineage import ALIVE, MADE, UNKNOWN, Lineage, Outcome
 from ray.experimental.rdt.owners import ask_all, known_agents
+from ray.experimental.rdt.real_threads import sleep
 from ray.experimental.rdt.session import Session
 
 #: Ray's GCS tells nobody of a worker's end, so it is asked again. It knows of a killed process in
@@ -165,7 +166,7 @@ class Remakes:
                     f"ray.get timed out before Ray knew what became of {one.error.context.peer}, "
                     f"which made object {one.request.object_id}"
                 )
-            time.sleep(pause)
+            sleep(pause)
             raise_if_cancelled()
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

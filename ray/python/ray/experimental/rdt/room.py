@@ -7,8 +7,8 @@ wait, its tensors go inside a plain Ray object, which Ray's object store keeps a
 from __future__ import annotations
 
 import logging
-import threading
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.capture import Captured
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.deferred import must_not_block

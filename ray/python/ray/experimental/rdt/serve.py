@@ -21,17 +21,16 @@ for first, so that a transport sees finished memory.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import region_bytes, tenants
 from ray.experimental.rdt.daemon_threads import DaemonThreads
+from ray.experimental.rdt.real_threads import Future
 from ray.experimental.rdt.session import CallError, Reply, Session
 from ray.experimental.rdt.store import Store, StoredObject
 from ray.experimental.rdt.streams import ProducedStreams

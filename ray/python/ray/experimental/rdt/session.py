@@ -15,11 +15,11 @@ import json
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.config import AGENT_LANES, settings
 from ray.experimental.rdt.daemon_threads import DaemonThreads
 
@@ -99,7 +99,7 @@ class Session:
         self._on_close: list[Callable[[], None]] = []
         self._on_tick: list[Callable[[], None]] = []
         self._callers = DaemonThreads(_CALL_THREADS, "rdt-call")
-        self._reaper = threading.Thread(target=self._reap, name="rdt-reaper", daemon=True)
+        self._reaper = threading.Thread(target=self._reap, name="rdt-reaper")
         self._reaper.start()
 
     def serve(self, op: str, handler: Handler, threads: DaemonThreads | None = None) -> None:
@@ -208,7 +208,7 @@ class Session:
             callback()
         self.agent.stop()
         self._callers.close()
-        if threading.current_thread() is not self._reaper:
+        if not self._reaper.is_current():
             self._reaper.join(timeout=5)
 
     def _reap(self) -> None:

@@ -6,12 +6,12 @@ made then, and whatever lane a consumer takes, it reads the copy.
 
 from __future__ import annotations
 
-import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.capture import Captured, region_bytes

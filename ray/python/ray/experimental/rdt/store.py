@@ -6,13 +6,13 @@ references only: no copy, no registration with any transport, no export is made 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ray._private.object_ref_generator import ObjectRefGenerator
 
 from ray.experimental.rdt import descriptor
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.method_calls import STREAM_KEYWORD
 from ray.experimental.rdt.serialized import SerializedValue
 from ray.experimental.rdt.session import Session, agent_id_of

@@ -8,10 +8,11 @@ the reference stays usable.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt import real_threads as threading
 
 if TYPE_CHECKING:
     import torch

@@ -12,12 +12,12 @@ Runs on: producer, the rdt-call and reaper threads; the answer, at each process 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.owners import ask_all, forget_worker, is_worker_alive, known_agents
 from ray.experimental.rdt.session import Session, agent_id_of
 

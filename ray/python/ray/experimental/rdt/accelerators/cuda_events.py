@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.cuda_calls import relaxed
+from ray.experimental.rdt.real_threads import sleep
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class CudaEvent:
                         f"{self.device} did not finish what it was given within {timeout_s:g} s"
                     )
                 if waited_s >= _SPIN_S:
-                    time.sleep(min(pause, timeout_s - waited_s))
+                    sleep(min(pause, timeout_s - waited_s))
                     pause = min(2 * pause, _LAST_PAUSE_S)
 
     def _look(self) -> bool:

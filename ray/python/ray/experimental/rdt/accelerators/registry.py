@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ lets nobody export what it has imported.
 from __future__ import annotations
 
 import os
-import threading
 from array import array
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt._tensors import tensor_over
 from ray.experimental.rdt.accelerators.base import CannotShare, Event, Sharing
 from ray.experimental.rdt.processes import Process
+from ray.experimental.rdt.real_threads import Future
 
 if TYPE_CHECKING:
     from typing import Any

@@ -7,12 +7,12 @@ different pulls do not wait for each other.
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators.base import Event
 
 #: Of one device and direction.

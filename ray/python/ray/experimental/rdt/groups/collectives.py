@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.groups.membership import Group
 
 if TYPE_CHECKING:

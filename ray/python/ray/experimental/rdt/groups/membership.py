@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
+
+from ray.experimental.rdt import real_threads as threading
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ two members, and the others need not take part.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.util.collective import types
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.groups import collectives
 
 if TYPE_CHECKING:

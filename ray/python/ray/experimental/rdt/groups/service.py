@@ -17,7 +17,6 @@ Requests (JSON, through the session):
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.groups import collectives, membership
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
 from ray.experimental.rdt.interrupts import raise_if_interrupt
@@ -273,9 +273,7 @@ class GroupService:
         deadline = time.monotonic() + float(body["timeout_s"])
         creator = Member(peer_id, b64decode(body["creator"]), "")
         arguments = (group, deadline, creator)
-        threading.Thread(
-            target=self._connect, args=arguments, name="rdt-group", daemon=True
-        ).start()
+        threading.Thread(target=self._connect, args=arguments, name="rdt-group").start()
         return {}
 
     def _connect(self, group: Group, deadline: float, creator: Member) -> None:

@@ -7,12 +7,12 @@ that follow each other go together: they are packed in memory of the device, or 
 from __future__ import annotations
 
 import itertools
-import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.transports.base import TransportUnavailable

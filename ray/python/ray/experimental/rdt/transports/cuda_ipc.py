@@ -23,7 +23,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 import time
 from array import array
 from base64 import b64decode, b64encode
@@ -32,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Event, have_ended
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Segment, SharedMemory

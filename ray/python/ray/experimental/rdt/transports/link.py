@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +22,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.transports import packing
@@ -356,7 +356,7 @@ class Link:
         name = f"rdt-{self._backend.capabilities.name}"
         try:
             arguments = (transfer, job, self._backend.turn(after))
-            threading.Thread(target=_work, args=arguments, name=name, daemon=True).start()
+            threading.Thread(target=_work, args=arguments, name=name).start()
             self._await(job, deadline)
         except TransferRefused:
             raise

@@ -8,12 +8,12 @@ both are on one host, and the kernel tells the end of a process.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.processes import Process
 
 #: A consumer gives up at its deadline; what it says of that may take so much longer.

@@ -15,12 +15,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.config import settings

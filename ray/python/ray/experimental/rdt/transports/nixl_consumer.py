@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.real_threads import sleep
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import Endpoint, LazyEndpoint
 from ray.experimental.rdt.transports.nixl_engine import (
@@ -171,7 +171,7 @@ def _finish_first(
         if time.monotonic() >= deadline:
             raise TimeoutError("the deadline passed while nixl was reading")
         between_looks()
-        time.sleep(pause)
+        sleep(pause)
     under_way.popleft().release()
 
 

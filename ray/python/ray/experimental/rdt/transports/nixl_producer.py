@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import itertools
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import TimeoutError as NotDone
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.real_threads import Future
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl_endpoint import LazyEndpoint
 from ray.experimental.rdt.transports.nixl_engine import Engine, NixlError
@@ -128,13 +128,14 @@ def await_device(device: torch.device, deadline: float) -> None:
         else:
             done.set_result(None)
 
-    threading.Thread(target=synchronize, name="rdt-nixl-sync", daemon=True).start()
-    if not wait([done], _left(deadline)).done:
+    threading.Thread(target=synchronize, name="rdt-nixl-sync").start()
+    try:
+        done.result(_left(deadline))
+    except NotDone as error:
         raise TransportUnavailable(
             f"{device} did not finish in time what it was given; set_nixl_cuda_stream narrows what "
             "is waited for to one stream"
-        )
-    done.result()
+        ) from error
 
 
 def _left(deadline: float) -> float:

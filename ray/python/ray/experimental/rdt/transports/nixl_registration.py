@@ -17,13 +17,13 @@ registration ends, and peers that know an older version forget all and learn ane
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from bisect import insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.transports.nixl_engine import Engine
 from ray.experimental.rdt.transports.nixl_plan import KINDS, Spans, cover, spans_of
 

@@ -14,7 +14,6 @@ Requests (JSON, through the session):
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import uuid
 from base64 import b64decode, b64encode
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Group, Membership, membership
@@ -197,7 +197,7 @@ class ProcessGroupTransport:
             lines.dials += 1
             name = f"rdt-{self.capabilities.name}-dial"
             arguments = (peer, scope, lines)
-            threading.Thread(target=self._dial, args=arguments, name=name, daemon=True).start()
+            threading.Thread(target=self._dial, args=arguments, name=name).start()
         return lines
 
     def _is_free(self, link: Link) -> bool:
@@ -278,7 +278,7 @@ class ProcessGroupTransport:
         self._meet(body["link"], (peer,), body["scope"])
         name = f"rdt-{self.capabilities.name}-dial"
         arguments = (peer, body["link"], body["scope"])
-        threading.Thread(target=self._answer, args=arguments, name=name, daemon=True).start()
+        threading.Thread(target=self._answer, args=arguments, name=name).start()
         return {}
 
     def _answer(self, peer: Peer, link_id: str, scope: str) -> None:
@@ -479,7 +479,7 @@ class ProcessGroupTransport:
     def _close_soon(self, links: list[Link], reason: str) -> None:
         name = f"rdt-{self.capabilities.name}-close"
         arguments = (links, reason)
-        threading.Thread(target=self._close, args=arguments, name=name, daemon=True).start()
+        threading.Thread(target=self._close, args=arguments, name=name).start()
 
     def _close(self, links: list[Link], reason: str) -> None:
         for link in links:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import importlib
 import sys
-import threading
 from dataclasses import dataclass
 from typing import Any
 
 from ray import cloudpickle
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 
 #: What a user can name without registering anything.

@@ -6,10 +6,10 @@ Those that users registered are no lines here: ``registered.py`` finds them.
 from __future__ import annotations
 
 import importlib
-import threading
-from concurrent.futures import Future
 from typing import cast
 
+from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.real_threads import Future
 from ray.experimental.rdt.session import Session
 from ray.experimental.rdt.transports import registered
 from ray.experimental.rdt.transports.base import Transport, TransportUnavailable

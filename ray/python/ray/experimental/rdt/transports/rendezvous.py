@@ -7,12 +7,12 @@ names of its clients), and a rank that fails tells the others at once.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.transports.base import TransportUnavailable
 
 

@@ -14,12 +14,13 @@ import fcntl
 import mmap
 import os
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt import real_threads as threading
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import base64
 import logging
-import queue
 import secrets
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +23,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.errors import RDTError
@@ -93,7 +92,7 @@ class _Call:
         """Runs the user's code, unless the call has ended before it could begin."""
         if self._ended.is_set():
             return
-        threading.Thread(target=self._run, args=(action,), name="rdt-user", daemon=True).start()
+        threading.Thread(target=self._run, args=(action,), name="rdt-user").start()
 
     def _run(self, action: Callable[[], Any]) -> None:
         """Runs on: an rdt-user thread."""
@@ -169,7 +168,7 @@ class UserTransport:
         self._receiving = threading.Lock()
         self._sending = threading.Lock()
         self._live: dict[str, Parcel] = {}
-        self._garbage: queue.SimpleQueue[Parcel | None] = queue.SimpleQueue()
+        self._garbage: threading.SimpleQueue[Parcel | None] = threading.SimpleQueue()
         self._collector: threading.Thread | None = None
         self._end_op = f"rdt.end/{entry.name}"
         session.serve(self._end_op, self._on_end)
@@ -232,9 +231,7 @@ class UserTransport:
             if self._live.pop(parcel.object_id, None) is None:
                 return
             if self._collector is None:
-                self._collector = threading.Thread(
-                    target=self._collect, name="rdt-user-gc", daemon=True
-                )
+                self._collector = threading.Thread(target=self._collect, name="rdt-user-gc")
                 self._collector.start()
         self._garbage.put(parcel)
 

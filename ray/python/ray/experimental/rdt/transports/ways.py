@@ -8,10 +8,10 @@ that transport for a while.
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.config import LANES, settings
 from ray.experimental.rdt.session import agent_id_of, boot_id_of
