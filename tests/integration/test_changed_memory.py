@@ -36,8 +36,10 @@ def takers(local_ray: None) -> Iterator[dict[str, Any]]:
         ray.kill(actor)
 
 
-@pytest.fixture(params=[*LANES, "gloo", pytest.param("nixl", marks=needs_nixl())])
-def way(request: pytest.FixtureRequest, takers: dict[str, Any], consumer: Any) -> Way:
+@pytest.fixture(params=[*LANES, "gloo", pytest.param("nixl", marks=needs_nixl()), "pipe"])
+def way(
+    request: pytest.FixtureRequest, takers: dict[str, Any], consumer: Any, users_transports: None
+) -> Way:
     lane = str(request.param)
     if lane in takers:
         return Way("auto", takers[lane])
