@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import pickle
 import subprocess
@@ -283,6 +284,56 @@ def test_memory_lives_as_long_as_a_tensor_over_it():
     del part
     gc.collect()
     assert watched() is None
+
+
+def words(guards: Any) -> list[bool]:
+    """For each word that is watched whether it is as it was."""
+    pairs = zip(guards[::2], guards[1::2])
+    return [ctypes.c_uint64.from_address(address).value == value for address, value in pairs]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(1000),
+        lambda: torch.zeros(1000)[10:20],
+        lambda: torch.zeros(32, 100, 16, 64)[:, 5],
+        lambda: torch.nn.Parameter(torch.zeros(3, 4)),
+        lambda: torch.frombuffer(bytearray(100), dtype=torch.uint8),
+    ],
+    ids=["whole", "view", "gathered", "parameter", "foreign"],
+)
+def test_storages_are_watched(make: Any):
+    """This fails where a new torch lays its storages out in another way: see ``_find_words``."""
+    tensor = make()
+    _, captured = capture.take(Context(), [tensor, tensor])
+    assert words(captured.guards) == [True, True]
+    captured.require_unchanged()
+    if not tensor.untyped_storage().resizable():
+        return
+    for nbytes in (0, 1 << 20):
+        tensor.untyped_storage().resize_(nbytes)
+        assert False in words(captured.guards)
+        with pytest.raises(capture.MemoryChanged, match="was freed, resized or moved"):
+            captured.require_unchanged()
+
+
+def test_a_captured_object_keeps_memory_that_its_tensors_left():
+    tensor = torch.full((1000,), 5.0)
+    _, captured = capture.take(Context(), tensor)
+    tensor.data = torch.zeros(3)
+    assert words(captured.guards) == [True, True]
+    captured.require_unchanged()
+    assert capture.region_bytes(captured, 0).view(torch.float32).eq(5).all()
+    assert captured.gather() == b"\0\0\xa0\x40" * 1000
+
+
+def test_storages_that_begin_at_one_address_share_what_reaches_furthest():
+    memory = bytearray(range(100))
+    parts = [torch.frombuffer(memory, dtype=torch.uint8, count=n) for n in (10, 100, 30)]
+    _, captured = capture.take(Context(), parts)
+    assert list(captured.table.regions) == [100]
+    assert bytes(capture.region_bytes(captured, 0).tolist()) == bytes(memory)
 
 
 def test_unpicklable_value_raises_as_plain_pickling_does():

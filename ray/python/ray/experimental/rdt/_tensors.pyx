@@ -413,6 +413,26 @@ cdef class Layout:
         self.addresses = self.offsets = self.storages = self.guards = _as_array(vector[uint64_t]())
         self.owners, self.runs = [], {}
 
+    def is_unchanged(self):
+        """Whether each storage has its memory at the address that it had, and as much of it."""
+        cdef uint64_t nbytes, base
+        cdef size_t region
+        for region in range(len(self.owners)):
+            storage = self.owners[region]
+            if storage is None:
+                continue
+            nbytes = self.table.regions.data.as_ulonglongs[region]
+            if self.runs and region in self.runs:
+                starts, run = self.runs[region]
+                nbytes = starts[-1] + run
+            nbytes += self.offsets.data.as_ulonglongs[region]
+            base = storage.data_ptr()
+            if base + self.offsets.data.as_ulonglongs[region] \
+                    != self.addresses.data.as_ulonglongs[region] \
+                    or <uint64_t>storage.nbytes() < nbytes:
+                return False
+        return True
+
 
 def lay_out(list tensors, is_parameter=None, bint may_gather=True):
     """Finds the regions of tensors and how each lies in its region: a Layout.

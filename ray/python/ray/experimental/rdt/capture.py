@@ -137,18 +137,11 @@ class Captured:
 
         One that was, and has come back to its place with its size, is not told from others.
         """
-        layout = self.layout
-        for region, storage in enumerate(layout.owners):
-            if storage is None or self.copies is not None:
-                continue
-            starts, nbytes = layout.runs.get(region, ([0], self.table.regions[region]))
-            offset = layout.offsets[region]
-            is_there = storage.data_ptr() + offset == layout.addresses[region]
-            if not is_there or offset + starts[-1] + nbytes > storage.nbytes():
-                raise MemoryChanged(
-                    "the storage of one of its tensors was freed, resized or moved after the "
-                    "object was made"
-                )
+        if self.copies is None and not self.layout.is_unchanged():
+            raise MemoryChanged(
+                "the storage of one of its tensors was freed, resized or moved after the object "
+                "was made"
+            )
 
     def uses(self, value: Any) -> bool:
         """Whether a tensor shares a storage with one of these; other data is only itself."""
