@@ -169,9 +169,9 @@ def test_refused_mapping(cuda: Cuda, sharing: CudaSharing):
 
 def test_without_cuda_bindings(monkeypatch, sharing: CudaSharing):
     monkeypatch.setattr(cuda_sharing, "driver", lambda: None)
-    with pytest.raises(CannotShare, match="cuda-bindings is not installed"):
+    with pytest.raises(CannotShare, match=r"cuda-bindings.*is not installed"):
         sharing.export(START, DEVICE)
-    with pytest.raises(CannotShare, match="cuda-bindings is not installed"):
+    with pytest.raises(CannotShare, match=r"cuda-bindings.*is not installed"):
         sharing.map(HANDLE, DEVICE)
 
 

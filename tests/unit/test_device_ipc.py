@@ -171,7 +171,7 @@ def test_busy_producer_delays_no_pull(sides):
 def test_other_host(sides):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     with pytest.raises(TransportUnavailable, match="another host"):
-        read(sides, {**exposed, "boot_id": "x"}, bytes_on(TYPE))
+        read(sides, {**exposed, "place": "x"}, bytes_on(TYPE))
 
 
 def test_host_memory_is_left_to_others(sides):
@@ -363,7 +363,7 @@ def test_borrowing_that_is_abandoned_is_given_back(sides):
     producer, consumer, _ = sides
     borrowing = consumer.transport.borrow(DEVICE)
     borrowing.abandon(producer.peer)
-    wait_until(lambda: producer.transport._loans._ended_early, "the producer hears of it")
+    wait_until(lambda: bool(producer.transport._loans._ended_early), "the producer hears of it")
     until = time.monotonic() + 5
     agent = consumer.session.agent.agent_id
     producer.transport.lend(agent, borrowing.asked, [bytes_on(TYPE)], [], until)

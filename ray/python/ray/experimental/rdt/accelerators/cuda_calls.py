@@ -29,14 +29,18 @@ class CudaError(RuntimeError):
 
 @functools.cache
 def bindings() -> Any:
-    """The module ``cuda.bindings.runtime``, None if it is not installed. Runs on: any thread."""
-    return _module("runtime")
+    """The module ``cuda.bindings.runtime``; None if it is not installed or not for this driver.
+
+    Runs on: any thread, after torch has found a GPU.
+    """
+    runtime = _module("runtime")
+    return None if runtime is None or int(runtime.cudaGetDeviceCount()[0]) else runtime
 
 
 @functools.cache
 def driver() -> Any:
-    """The module ``cuda.bindings.driver``, None if it is not installed. Runs on: any thread."""
-    return _module("driver")
+    """The module ``cuda.bindings.driver``, None where ``bindings`` is."""
+    return None if bindings() is None else _module("driver")
 
 
 def _module(name: str) -> Any:

@@ -139,7 +139,8 @@ def _modules() -> tuple[Any, Any]:
     found = bindings(), driver()
     if None in found:
         raise CannotShare(
-            "the package cuda-bindings is not installed, which torch's CUDA wheels bring along"
+            "the package cuda-bindings, which torch's CUDA wheels bring along, is not installed or "
+            "not made for this driver"
         )
     return found
 

@@ -23,10 +23,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import time
 from array import array
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,6 @@ from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Event, have_ended
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Segment, SharedMemory
-from ray.experimental.rdt.daemon_threads import DaemonThreads
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.loans import Loans
@@ -46,11 +47,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.rdt")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 #: How long a failed read waits for copies that are still under way.
 _GRACE_S = 5.0
 
-#: How long the closing thread waits for one use to come to rest before it looks at the next.
+#: How often the closing thread looks whether work over memory that died has ended.
 _SETTLE_S = 0.05
 
 Buffers = Sequence["torch.Tensor"]
@@ -98,15 +100,15 @@ class DeviceIpcTransport:
         self._accelerator: Accelerator = accelerator
         self._memory: SharedMemory = accelerator.sharing
         self._session = session
-        self._boot_id = _BOOT_ID.read_text().strip()
+        self._place = _place()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._exposed: dict[int, Buffers] = {}
         self._loans = Loans()
-        self._dying: list[_Use] = []
         self._is_closed = False
-        # Unmapping may block until a device has come to rest.
-        self._closers = DaemonThreads(1, f"rdt-{name}-close")
+        self._uses = 0
+        self._dying: queue.SimpleQueue[_Use | None] = queue.SimpleQueue()
+        self._closer: threading.Thread | None = None
         session.serve(f"rdt.{name}.share", self._on_share)
         session.serve(f"rdt.{name}.keep", self._on_keep)
         session.serve(f"rdt.{name}.close", self._on_close)
@@ -121,7 +123,7 @@ class DeviceIpcTransport:
         with self._lock:
             number = next(self._numbers)
             self._exposed[number] = buffers
-        return {"exposure": number, "boot_id": self._boot_id}
+        return {"exposure": number, "place": self._place}
 
     def _check_devices(self, buffers: Buffers) -> None:
         (device_type,) = self.capabilities.devices
@@ -136,6 +138,7 @@ class DeviceIpcTransport:
     def close(self) -> None:
         """See ``OneSided``. Memory that this process borrowed stays mapped while it is used."""
         self._is_closed = True
+        self._dying.put(None)
         with self._lock:
             self._exposed.clear()
         self._loans.clear()
@@ -160,8 +163,8 @@ class DeviceIpcTransport:
         deadline: float,
     ) -> Route:
         """See ``Lending``."""
-        if asked["boot_id"] != self._boot_id:
-            raise TransportUnavailable("the consumer is on another host")
+        if asked["place"] != self._place:
+            raise TransportUnavailable("the consumer is on another host or in another container")
         self._check_devices(buffers)
         others = {self._memory.identity(buffer.device) for buffer in buffers} - {asked["device"]}
         if others:
@@ -204,8 +207,8 @@ class DeviceIpcTransport:
         after: Sequence[Event] = (),
     ) -> None:
         """See ``OneSided``. Memory that a copy still reads stays mapped until that has ended."""
-        if exposed["boot_id"] != self._boot_id:
-            raise TransportUnavailable("the producer is on another host")
+        if exposed["place"] != self._place:
+            raise TransportUnavailable("the producer is on another host or in another container")
         if any(buffer.is_cpu for buffer in buffers):
             raise TransportUnavailable(
                 f"{self._name} writes device memory only, and the tensors go to host memory"
@@ -226,7 +229,7 @@ class DeviceIpcTransport:
             error.may_still_write = not has_ended  # type: ignore[attr-defined]
             raise
         finally:
-            self._end(use)
+            self.give_back(use)
 
     def _keep(self, use: _Use) -> None:
         """Tells the producer that its memory is used beyond the deadline."""
@@ -284,7 +287,7 @@ class DeviceIpcTransport:
     def borrow(self, device: torch.device) -> _Borrowing:
         """See ``Lending``."""
         asked = {
-            "boot_id": self._boot_id,
+            "place": self._place,
             "device": self._memory.identity(device),
             "pid": os.getpid(),
         }
@@ -303,6 +306,7 @@ class DeviceIpcTransport:
         for event in events:
             event.order()
         self._keep(use)
+        self._count_use()
         lease = _Lease(self, use, device, events)
         tensors = [
             self._memory.tensor(
@@ -318,44 +322,56 @@ class DeviceIpcTransport:
     def on_death(self, use: _Use, device: torch.device) -> None:
         """The last tensor over borrowed memory has died.
 
-        Runs on: the thread that let it go, whose stream may still have work over the memory.
+        Runs on: the thread that let it go, whose stream may still have work over the memory. It may
+        be anywhere in its code, with any lock taken: this takes none.
         """
         use.events = [self._accelerator.record(device)]
-        self._end(use)
+        self._dying.put(use)
 
     def give_back(self, use: _Use) -> None:
         """Unmaps memory and tells the producer. Runs on: consumer, any thread; returns at once."""
-        self._end(use)
+        self._count_use()
+        self._dying.put(use)
 
-    def _end(self, use: _Use) -> None:
+    def _count_use(self) -> None:
+        """Has the closing thread run until one more use has ended."""
         with self._lock:
-            self._dying.append(use)
-        self._closers.submit(self._close_idle)
+            self._uses += 1
+            if self._closer is None:
+                name = f"rdt-{self._name}-close"
+                self._closer = threading.Thread(target=self._close_uses, name=name, daemon=True)
+                self._closer.start()
 
-    def _close_idle(self) -> None:
-        """Ends the uses whose work has ended. Runs on: the closing thread."""
-        with self._lock:
-            dying, self._dying = self._dying, []
-        for use in dying:
-            if not have_ended(use.events, _SETTLE_S):
-                with self._lock:
-                    self._dying.append(use)
-                continue
-            try:
-                self._close(use)
-            except Exception:
-                logger.warning("RDT could not unmap device memory", exc_info=True)
+    def _close_uses(self) -> None:
+        """Ends the uses of memory whose work has ended.
 
-    def _close(self, use: _Use) -> None:
+        Runs on: the closing thread, since unmapping may block until a device has come to rest. It
+        ends after the transport, with the last tensor over borrowed memory.
+        """
+        waiting: list[_Use] = []
+        while not (self._is_closed and self._uses == 0):
+            with suppress(queue.Empty):
+                use = self._dying.get(timeout=_SETTLE_S if waiting else None)
+                if use is not None:
+                    waiting.append(use)
+            waiting = [use for use in waiting if not self._try_to_close(use)]
+
+    def _try_to_close(self, use: _Use) -> bool:
+        if not have_ended(use.events, 0):
+            return False
         use.events.clear()
         try:
             for mapping in use.mappings:
                 mapping.release()
-        finally:
-            use.mappings.clear()
-            if not self._is_closed:
-                body = {"loan": use.loan}
-                self._session.tell(use.peer.address, f"rdt.{self._name}.close", body)
+        except Exception:
+            logger.warning("RDT could not unmap device memory", exc_info=True)
+        use.mappings.clear()
+        if not self._is_closed:
+            body = {"loan": use.loan}
+            self._session.tell(use.peer.address, f"rdt.{self._name}.close", body)
+        with self._lock:
+            self._uses -= 1
+        return True
 
     # Deaths.
 
@@ -368,8 +384,6 @@ class DeviceIpcTransport:
         """Runs on: the reaper thread."""
         self._loans.look_after()
         self._say_what_is_lost()
-        if self._dying:
-            self._closers.submit(self._close_idle)
 
     def _say_what_is_lost(self) -> None:
         for pid in self._memory.lost():
@@ -404,7 +418,8 @@ class _Lease:
         self._events = events
 
     def __del__(self) -> None:
-        self._transport.on_death(self._use, self._device)
+        if not sys.is_finalizing():
+            self._transport.on_death(self._use, self._device)
 
 
 class _Borrowing:
@@ -474,6 +489,14 @@ def _decode(route: Route) -> Layout:
         for handle, owner, *rest in route["segments"]
     ]
     return Layout(segments, indices, offsets)
+
+
+def _place() -> str:
+    """What processes have in common that can map each other's memory and watch each other end.
+
+    The running kernel, and the namespace in which it numbers processes.
+    """
+    return f"{_BOOT_ID.read_text().strip()} {_PID_NAMESPACE.stat().st_ino}"
 
 
 def _left(deadline: float) -> float:
