@@ -380,6 +380,30 @@ def test_loan_that_is_never_confirmed_ends(sides, monkeypatch):
     assert not len(producer.transport._loans)
 
 
+def test_loans_outlive_the_session(sides, monkeypatch):
+    producer, consumer, _ = sides
+    (got,) = consumer.borrow(producer, bytes_on(TYPE))
+    producer.transport.close()
+    monkeypatch.setattr(accelerator, "sharing", producer.memory)
+    again = DeviceIpcTransport(producer.session, TYPE)  # type: ignore[arg-type]
+    others = [bytes_on(TYPE).fill_(0) for _ in range(10)]
+    assert got.tolist() == bytes_on(TYPE).tolist()
+    assert len(again._loans) == 1
+    del got, others
+    await_tick(sides, lambda: not len(again._loans), "the memory is given back")
+
+
+def test_borrowed_memory_outlives_the_session(sides):
+    producer, consumer, _ = sides
+    (got,) = consumer.borrow(producer, bytes_on(TYPE))
+    consumer.transport.close()
+    assert consumer.transport._closer.is_alive()
+    assert got.tolist() == bytes_on(TYPE).tolist()
+    del got
+    await_tick(sides, lambda: not consumer.driver.live, "it is unmapped")
+    await_tick(sides, lambda: not consumer.transport._closer.is_alive(), "its thread ends")
+
+
 def test_failed_device_is_not_memory_that_cannot_be_shared(sides, monkeypatch):
     def fail(address, device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -456,6 +480,30 @@ def test_end_of_the_producer_is_said_and_its_memory_is_not_passed_on(
     consumer.memory.check_owners([bytes_on(TYPE)])
     with pytest.raises(MemoryLost):
         third.borrow(producer, bytes_on(TYPE))
+
+
+def test_copy_from_a_process_that_ended_meanwhile_is_an_error(sides, monkeypatch, other_process):
+    producer, consumer, _ = sides
+    described, gate = producer.memory.describe, threading.Event()
+
+    def describe(buffers):
+        layout = described(buffers)
+        layout.segments[:] = [s._replace(pid=other_process.pid) for s in layout.segments]
+        return layout
+
+    def end():
+        other_process.kill()
+        other_process.wait()
+        gate.set()
+
+    monkeypatch.setattr(producer.memory, "describe", describe)
+    monkeypatch.setattr(accelerator, "gate", gate)
+    exposed = producer.transport.expose([bytes_on(TYPE)])
+    threading.Timer(0.3, end).start()
+    with pytest.raises(MemoryLost) as failure:
+        read(sides, exposed, bytes_on(TYPE))
+    assert failure.value.code == "peer_lost"
+    all_is_given_back(*sides)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -32,6 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
@@ -56,6 +57,9 @@ _GRACE_S = 5.0
 _SETTLE_S = 0.05
 
 Buffers = Sequence["torch.Tensor"]
+
+#: What this process has lent, also in sessions that have ended.
+_loans: WeakKeyDictionary[SharedMemory, Loans] = WeakKeyDictionary()
 
 
 @dataclass
@@ -104,7 +108,7 @@ class DeviceIpcTransport:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._exposed: dict[int, Buffers] = {}
-        self._loans = Loans()
+        self._loans = _loans.setdefault(accelerator.sharing, Loans())
         self._is_closed = False
         self._uses = 0
         self._dying: queue.SimpleQueue[_Use | None] = queue.SimpleQueue()
@@ -136,12 +140,11 @@ class DeviceIpcTransport:
             self._exposed.pop(exposed["exposure"], None)
 
     def close(self) -> None:
-        """See ``OneSided``. Memory that this process borrowed stays mapped while it is used."""
+        """See ``OneSided``. What was lent and borrowed stays, since tensors outlive the session."""
         self._is_closed = True
         self._dying.put(None)
         with self._lock:
             self._exposed.clear()
-        self._loans.clear()
 
     def _on_share(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
@@ -166,7 +169,8 @@ class DeviceIpcTransport:
         if asked["place"] != self._place:
             raise TransportUnavailable("the consumer is on another host or in another container")
         self._check_devices(buffers)
-        others = {self._memory.identity(buffer.device) for buffer in buffers} - {asked["device"]}
+        devices = {buffer.device for buffer in buffers}
+        others = {self._memory.identity(device) for device in devices} - {asked["device"]}
         if others:
             raise TransportUnavailable(f"the memory is on {sorted(others)}, the consumer is not")
         described = self._describe(buffers)

@@ -36,7 +36,7 @@ class _Loan:
 
 
 class Loans:
-    """The loans of one transport's producer. Thread-safe; nothing blocks."""
+    """The loans of one process over one transport. Thread-safe; nothing blocks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -88,10 +88,6 @@ class Loans:
             process = self._processes.get(peer_id)
         if process is not None and process.has_ended():
             self._drop(lambda loan: loan.reader == peer_id)
-
-    def clear(self) -> None:
-        """Ends all loans. Runs on: whoever shuts Ray down."""
-        self._drop(lambda loan: True)
 
     def _ended_processes(self) -> set[bytes]:
         with self._lock:
