@@ -483,7 +483,7 @@ def test_end_of_the_producer_is_said_and_its_memory_is_not_passed_on(
 
 
 def test_copy_from_a_process_that_ended_meanwhile_is_an_error(sides, monkeypatch, other_process):
-    producer, consumer, _ = sides
+    producer, _, _ = sides
     described, gate = producer.memory.describe, threading.Event()
 
     def describe(buffers):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from select import poll as Poll
+    import select
     from threading import Lock, RLock
 
 __all__ = [
@@ -53,7 +53,7 @@ def _original(module: str, name: str) -> Any:
 _start_new_thread = _original("_thread", "start_new_thread")
 _get_ident = _original("_thread", "get_ident")
 sleep: Callable[[float], None] = _original("time", "sleep")
-poll: Callable[[], Poll] = _original("select", "poll")
+poll: Callable[[], select.poll] = _original("select", "poll")
 
 if not TYPE_CHECKING:
     Lock = _original("_thread", "allocate_lock")

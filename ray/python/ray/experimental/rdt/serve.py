@@ -27,6 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.capture import region_bytes, tenants
 from ray.experimental.rdt.daemon_threads import DaemonThreads

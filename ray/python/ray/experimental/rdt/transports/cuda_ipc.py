@@ -38,6 +38,7 @@ from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Event, have_ended
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Segment, SharedMemory
+from ray.experimental.rdt.real_threads import Empty, SimpleQueue
 from ray.experimental.rdt.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.loans import Loans
@@ -111,7 +112,7 @@ class DeviceIpcTransport:
         self._loans = _loans.setdefault(accelerator.sharing, Loans())
         self._is_closed = False
         self._uses = 0
-        self._dying: queue.SimpleQueue[_Use | None] = queue.SimpleQueue()
+        self._dying: SimpleQueue[_Use | None] = SimpleQueue()
         self._closer: threading.Thread | None = None
         session.serve(f"rdt.{name}.share", self._on_share)
         session.serve(f"rdt.{name}.keep", self._on_keep)
@@ -343,7 +344,7 @@ class DeviceIpcTransport:
             self._uses += 1
             if self._closer is None:
                 name = f"rdt-{self._name}-close"
-                self._closer = threading.Thread(target=self._close_uses, name=name, daemon=True)
+                self._closer = threading.Thread(target=self._close_uses, name=name)
                 self._closer.start()
 
     def _close_uses(self) -> None:
@@ -354,7 +355,7 @@ class DeviceIpcTransport:
         """
         waiting: list[_Use] = []
         while not (self._is_closed and self._uses == 0):
-            with suppress(queue.Empty):
+            with suppress(Empty):
                 use = self._dying.get(timeout=_SETTLE_S if waiting else None)
                 if use is not None:
                     waiting.append(use)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.real_threads import sleep

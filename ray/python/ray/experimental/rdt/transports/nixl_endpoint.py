@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl_engine import Engine

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import TimeoutError as NotDone
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.real_threads import Future

@@ -129,7 +129,7 @@ class Slots:
         """Undoes one ``take``. Runs on: any thread."""
         with self._changed:
             self._free.append(slot)
-            self._changed.notify()
+            self._changed.notify_all()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators.base import Accelerator, Event, have_ended
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.daemon_threads import DaemonThreads
