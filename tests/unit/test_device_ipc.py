@@ -397,11 +397,11 @@ def test_borrowed_memory_outlives_the_session(sides):
     producer, consumer, _ = sides
     (got,) = consumer.borrow(producer, bytes_on(TYPE))
     consumer.transport.close()
-    assert consumer.transport._closer.is_alive()
+    assert not consumer.transport._closer.has_ended()
     assert got.tolist() == bytes_on(TYPE).tolist()
     del got
     await_tick(sides, lambda: not consumer.driver.live, "it is unmapped")
-    await_tick(sides, lambda: not consumer.transport._closer.is_alive(), "its thread ends")
+    await_tick(sides, consumer.transport._closer.has_ended, "its thread ends")
 
 
 def test_failed_device_is_not_memory_that_cannot_be_shared(sides, monkeypatch):

@@ -65,6 +65,7 @@ class World:
         self.notices: deque[Own | Free] = deque()
         self.hints: list[Location] = []
         self.refs: set[str] = set()
+        self.submitted: set[str] = set()
         self.places: dict[str, Location] = {}
         self.is_owner_alive = self.is_producer_alive = True
         self._copies = 0
@@ -72,7 +73,9 @@ class World:
     # Owner.
 
     def submit(self, object_id: str) -> None:
-        if self.is_owner_alive and object_id not in self.places:
+        """Ray gives an id once."""
+        if self.is_owner_alive and object_id not in self.submitted:
+            self.submitted.add(object_id)
             submit = self.directory.begin_submit()
             self.directory.submitted(object_id, PRODUCER, "auto")
             self.refs.add(object_id)
