@@ -516,7 +516,7 @@ def test_another_process_is_read_from_until_it_is_killed():
         with pytest.raises(AgentError) as failure:
             consumer.transport.read(peer, exposed, got, time.monotonic() + 30)
         assert failure.value.code in ("peer_lost", "unreachable", "broken")
-        wait_until(lambda: len(accelerator.pins) == before, "unmapped")
+        wait_until(lambda: accelerator.pins <= before, "unmapped")
     finally:
         child.kill()
         consumer.transport.close()
