@@ -67,8 +67,7 @@ def build_kit(wheel: Path, work: Path = BUILD, dist: Path = DIST) -> Path:
     """Returns the kit for the running Python, with this wheel in it."""
     release = base.read_base()
     base_wheel = base.fetch(release)
-    ours, removed = difference(wheel, base_wheel)
-    left_out = set(ours) | removed
+    ours, left_out = difference(wheel, base_wheel)
     stock = pack_stock(base_wheel, left_out, work).read_bytes()
     theirs = members(base_wheel, lambda name: name in left_out)
     packed = compose(wheel.name, ours, theirs, stock, imports_of(wheels_of_needs(work)))
@@ -139,12 +138,16 @@ def check_size(packed: bytes, parts: Mapping[str, int], changed: Files) -> None:
 
 
 def difference(wheel: Path, base_wheel: Path) -> tuple[Files, set[str]]:
-    """The files of our wheel that stock Ray's has not like that, and the names of those it lost."""
+    """The files of our wheel that stock Ray's has not like that.
+
+    Returns:
+        These, and the names of those of stock Ray's that ours has not like that.
+    """
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(base_wheel) as other:
         stock = {each.filename: (each.CRC, each.file_size) for each in other.infolist()}
         here = {each.filename: (each.CRC, each.file_size) for each in one.infolist()}
     ours = members(wheel, lambda name: here[name] != stock.get(name))
-    return ours, {name for name in stock.keys() - here.keys() if is_kept(name)}
+    return ours, {name for name in stock if is_kept(name) and here.get(name) != stock[name]}
 
 
 def is_kept(name: str) -> bool:
