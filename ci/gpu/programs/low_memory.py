@@ -12,7 +12,7 @@ from ci.gpu import result
 from ci.gpu.programs import pair
 
 FREE_NBYTES = 900 << 20
-SMALL, LARGE = 256 << 20, 2 << 30
+SMALL, LARGE = 128 << 20, 2 << 30
 #: Torch keeps what it has, so that others cannot take it: large blocks, and a last smaller one.
 BLOCK_NBYTES = 4 << 30
 
@@ -43,6 +43,7 @@ def main(told: result.Result) -> str:
 
 def _pull(consumer: Any, ref: Any, value: int) -> str:
     wrong = pair.call(consumer, pair.take, [ref], value)
+    pair.call(consumer, release)
     if wrong:
         raise AssertionError(wrong)
     return "arrived"
@@ -60,6 +61,11 @@ def _does_not_fit(consumer: Any, ref: Any) -> str:
 
 
 # Actions.
+
+
+def release(_: pair.Worker) -> None:
+    """Gives the device the memory that torch keeps for the next tensor: others need it."""
+    torch.cuda.empty_cache()
 
 
 def fill_device(worker: pair.Worker) -> int:

@@ -27,7 +27,7 @@ LENIENT = {"RAY_RDT_STRICT_TRANSPORT": "0"}
 LIMIT_S = 40.0
 
 #: Bytes that are looked at in one go.
-_PART = 64 << 20
+_PART = 16 << 20
 
 Action = Callable[..., Any]
 
@@ -154,7 +154,7 @@ def filled(_: Worker, nbytes: int, value: int) -> torch.Tensor:
 
 
 def wrong_bytes(tensor: torch.Tensor, value: int) -> int:
-    """How many bytes differ from a value; takes no more than 64 MiB of memory for it."""
+    """How many bytes differ from a value; takes little memory for it."""
     parts = (tensor[start : start + _PART] for start in range(0, tensor.numel(), _PART))
     return sum(int(torch.count_nonzero(part - value)) for part in parts)
 
