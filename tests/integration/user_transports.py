@@ -75,7 +75,8 @@ class ShmTransport(TensorTransportManager):
         self._held[obj_id] = segment = SharedMemory(create=True, size=len(data))
         segment.buf[: len(data)] = data
         shapes = [(each.shape, each.dtype) for each in rdt_object]
-        return ShmMetadata(shapes, "cpu", segment.name, len(data))
+        device = "cuda" if SCRIPT.get("extract") == "elsewhere" else "cpu"
+        return ShmMetadata(shapes, device, segment.name, len(data))
 
     def recv_multiple_tensors(
         self,

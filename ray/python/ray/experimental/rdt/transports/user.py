@@ -183,6 +183,7 @@ class UserTransport:
 
         Raises:
             RDTError: the user's code raised; that is the cause.
+            ValueError: it names a device that the transport was not registered for.
         """
         object_id = secrets.token_hex(_OBJECT_ID_BYTES)
         try:
@@ -195,6 +196,14 @@ class UserTransport:
         parcel = Parcel(object_id, metadata, tensors)
         with self._lock:
             self._live[object_id] = parcel
+        device = metadata.tensor_device if metadata.tensor_meta else None
+        if device is not None and device not in self.capabilities.devices:
+            self.withdraw(parcel)
+            devices = ", ".join(sorted(self.capabilities.devices))
+            raise ValueError(
+                f"transport {self.capabilities.name!r} is registered for tensors on {devices}, but "
+                f"its extract_tensor_transport_metadata says that these are on {device}"
+            )
         return parcel
 
     def send(self, route: Route, parcel: Parcel, deadline: float) -> None:
