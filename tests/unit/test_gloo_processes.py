@@ -29,6 +29,9 @@ def worker(pipe):
             if name == "put":
                 node.objects[args[0]] = pattern(*args[1:])
                 pipe.send(True)
+            elif name == "free":
+                node.objects[args][0].untyped_storage().resize_(0)
+                pipe.send(True)
             elif name == "fetch_all":
                 pipe.send(list(pool.map(lambda job: fetch(node, *job), args)))
             elif name == "links":
@@ -178,3 +181,16 @@ def test_stopped_producer_costs_its_consumer_the_deadline_only(workers, node):
     stop.join()
     os.kill(producer.pid, signal.SIGCONT)
     node.fetch(producer.peer, "x", blanks([MB]))
+
+
+@pytest.mark.parametrize("sizes", [[1000] * 10, [40 * MB]], ids=["packed", "direct"])
+def test_memory_that_is_freed_before_it_is_read_fails_its_transfer_only(workers, sizes):
+    one, other = workers(2)
+    one.ask("put", ("lost", sizes, 1))
+    one.ask("put", ("kept", sizes, 2))
+    one.ask("free", "lost")
+    peer = (one.peer.address, one.peer.agent_id)
+    (outcome,) = other.ask("fetch_all", [(*peer, "lost", sizes, 1, 0.0)])
+    assert isinstance(outcome, str)
+    assert other.ask("fetch_all", [(*peer, "kept", sizes, 2, 0.0)]) == [True]
+    assert one.process.is_alive()

@@ -133,3 +133,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         LaneReasons Explain(ByteView address) except +
         cpp_map[string, int64_t] Stats()
         void Stop()
+
+
+cdef extern from "ray/rdt/read_memory.h" namespace "ray::rdt" nogil:
+    Status ReadOwnMemory(const SpanList &memory, Range range, void *to) except +

@@ -8,6 +8,7 @@ from typing_extensions import Buffer
 LANES: tuple[str, ...]
 
 def checksum(addrs: Buffer, lens: Buffer) -> int: ...
+def read_memory(addrs: Buffer, lens: Buffer, to: int) -> None: ...
 
 class AgentError(Exception):
     code: str

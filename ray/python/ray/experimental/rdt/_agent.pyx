@@ -16,6 +16,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cython.operator cimport dereference as deref
+from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 from libcpp.utility cimport move
 from posix.unistd cimport getpid
@@ -540,16 +541,37 @@ def checksum(addrs, lens):
     """The checksum of memory of this process, taken as one run of bytes."""
     cdef vector[Span] spans = _spans(addrs, lens)
     cdef SpanList *memory = new SpanList(spans)
-    cdef Range whole
     cdef uint64_t found = 0
     try:
-        whole.offset = 0
-        whole.nbytes = memory.total()
         with nogil:
-            found = Checksum(deref(memory), whole)
+            found = Checksum(deref(memory), _all_of(memory))
     finally:
         del memory
     return found
+
+
+def read_memory(addrs, lens, uint64_t to):
+    """Copies memory of this process, which may be gone, to an address, as one run of bytes.
+
+    Raises:
+        AgentError: "io": some of it is gone.
+    """
+    cdef vector[Span] spans = _spans(addrs, lens)
+    cdef SpanList *memory = new SpanList(spans)
+    cdef Status status
+    try:
+        with nogil:
+            status = ReadOwnMemory(deref(memory), _all_of(memory), <void *><uintptr_t>to)
+    finally:
+        del memory
+    if not status.ok():
+        _raise_status(status)
+
+
+cdef Range _all_of(const SpanList *memory) noexcept nogil:
+    cdef Range whole
+    whole.offset, whole.nbytes = 0, memory.total()
+    return whole
 
 
 cdef unsigned int _lane_bits(lanes) except *:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt._agent import read_memory
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
@@ -110,11 +112,12 @@ class GlooBackend:
         return f"gloo carries CPU tensors only, not those on {sorted(others)}" if others else ""
 
     def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
-        """See ``Backend``. Not with torch's copy, which would start an OpenMP team per thread."""
-        at = slot.data_ptr()
-        for buffer in buffers:
-            ctypes.memmove(at, buffer.data_ptr(), buffer.numel())
-            at += buffer.numel()
+        """See ``Backend``. Raises AgentError for memory that is gone, as gloo's own sends fail.
+
+        Not with torch's copy, which would start an OpenMP team per thread.
+        """
+        addresses = array("Q", [buffer.data_ptr() for buffer in buffers])
+        read_memory(addresses, array("Q", [buffer.numel() for buffer in buffers]), slot.data_ptr())
 
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
         """See ``Backend``."""
