@@ -216,6 +216,21 @@ def test_wait_tensor_freed(maker: Any, view_of: Callable[[torch.Tensor], torch.T
     ray.get(maker.run.remote(lambda peer: peer.kept.clear()))
 
 
+def has_tensor(peer: Peer) -> bool:
+    store = ray._private.worker.global_worker.rdt_manager.rdt_store
+    return bool(store.has_tensor(peer.kept["t"]))
+
+
+def test_store_has_a_tensor_until_its_object_is_gone(maker: Any) -> None:
+    ref = maker.make.remote(keep_and_return, lambda t: t[5:])
+    ray.get(ref)
+    assert ray.get(maker.run.remote(has_tensor))
+    del ref
+    assert ray.get(maker.run.remote(wait_freed, 30)) == "freed"
+    assert not ray.get(maker.run.remote(has_tensor))
+    ray.get(maker.run.remote(lambda peer: peer.kept.clear()))
+
+
 def test_wait_tensor_freed_with_two_objects_over_one_memory(maker: Any) -> None:
     first = maker.make.remote(keep_and_return, lambda t: t)
     second = maker.make.remote(lambda peer: {"part": peer.kept["t"][:5]})

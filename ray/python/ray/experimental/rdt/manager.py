@@ -808,6 +808,13 @@ class StoreByObjectId:
     def has_object(self, object_id: str) -> bool:
         return self._manager.store.by_id(object_id) is not None
 
+    def has_tensor(self, tensor: torch.Tensor) -> bool:
+        try:
+            self._manager.store.wait_freed(tensor, 0)
+        except TimeoutError:
+            return True
+        return False
+
     def get_num_objects(self) -> int:
         return len(self._manager.store)
 
