@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from select import POLLIN
 
 from ray.experimental.rdt.real_threads import poll
@@ -11,20 +12,29 @@ from ray.experimental.rdt.real_threads import poll
 class Process:
     """Tells when a process has ended, also when another one has got its number since.
 
+    The kernel's handle for that (a pidfd) is refused in some containers; then the time at which the
+    process was started tells it apart.
+
     Args:
-        pid: Its number. One that this process cannot see counts as ended.
+        pid: Its number. One that is not there counts as ended.
     """
 
     def __init__(self, pid: int):
-        try:
-            self._descriptor = os.pidfd_open(pid)
-        except OSError:
-            self._descriptor = -1
+        self._pid = pid
+        self._descriptor = -1
+        self._started = _started(pid)
+        if self._started:
+            try:
+                self._descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._started = ""
+            except OSError:
+                pass
 
     def has_ended(self) -> bool:
         """Runs on: any thread; does not block."""
         if self._descriptor < 0:
-            return True
+            return not self._started or _started(self._pid) != self._started
         ended = poll()
         ended.register(self._descriptor, POLLIN)
         return bool(ended.poll(0))
@@ -34,3 +44,14 @@ class Process:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _started(pid: int) -> str:
+    """When a process was started, in the kernel's words; "" if it is not there or has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    # The name of the program comes before and may hold anything, in parentheses.
+    state, *fields = stat.rpartition(")")[2].split()
+    return "" if state in ("Z", "X") else fields[18]

@@ -198,6 +198,7 @@ class SharedMemory:
             except BaseException as error:
                 with self._lock:
                     del self._mapped[key]
+                mine.process.close()
                 mine.address.set_exception(error)
         else:
             mine.process.close()
