@@ -194,9 +194,6 @@ class Thread:
     def join(self, timeout: float) -> None:
         self._ended.wait(timeout)
 
-    def has_ended(self) -> bool:
-        return self._ended.is_set()
-
     def is_current(self) -> bool:
         """Whether it is the thread that asks."""
         return bool(self._ident == _get_ident())
