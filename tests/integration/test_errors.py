@@ -26,6 +26,7 @@ from ray.exceptions import (
 
 import ray
 from ray.experimental.rdt.errors import RDTFetchError
+from tests.integration import user_transports
 from tests.integration.conftest import needs_nixl
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
 from tests.support import BUSY_S, KNOWN_WITHIN_S, MAKER, START, run_driver, stopped, wait_until
@@ -293,6 +294,17 @@ def test_exception_of_a_signal_handler_comes_as_it_is(spawn: Any, name: str) -> 
             with interrupted(error, after_s=0.3):
                 ray.get(ref)
     assert ray.get(ref).sum() == LARGE
+
+
+@pytest.mark.usefixtures("users_transports")
+def test_exception_of_a_signal_handler_while_an_object_is_described(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(user_transports.SCRIPT, "extract", "hang")
+    with interrupted(TooLateError, after_s=0.3):
+        ray.put(torch.ones(3), _tensor_transport="shm")
+    monkeypatch.undo()
+    assert ray.get(ray.put(torch.ones(3), _tensor_transport="shm")).sum() == 3
 
 
 def test_alarm_around_a_get_in_an_actor(spawn: Any) -> None:

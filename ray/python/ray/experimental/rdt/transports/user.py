@@ -189,6 +189,7 @@ class UserTransport:
         try:
             metadata = self.manager.extract_tensor_transport_metadata(object_id, tensors)
         except Exception as error:
+            raise_if_interrupt(error)
             raise RDTError(
                 f"transport {self.capabilities.name!r} could not describe an object: its "
                 f"extract_tensor_transport_metadata raised {type(error).__name__}: {error}"
