@@ -21,6 +21,7 @@ from ray.experimental.rdt.util import create_empty_tensors_from_metadata
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.manager import RDTManager
     from ray.experimental.rdt.transports.nixl import NixlTransport
 
 
@@ -74,12 +75,17 @@ class NixlTensorTransport(TensorTransportManager):
         """The nixl backend that the agent uses: "UCX" or "LIBFABRIC"."""
         return _transport().engine.backend
 
-    #: Ray's benchmark of weight transfer looks at these parts of Ray's class.
+    # Ray's benchmark of weight transfer and its tests look at these parts of Ray's class.
+
     _backend = property(select_backend)
     _memory_pool = None
 
     def _get_meta(self, object_id: str) -> None:
         """RDT describes objects to their consumers when they ask, and not before."""
+
+    def _get_num_managed_meta_nixl(self) -> int:
+        """How many objects of this process are described to consumers."""
+        return _manager().stats()["exposed"]
 
     def register_nixl_memory(self, tensor: torch.Tensor) -> None:
         """See ``ray.experimental.register_nixl_memory``."""
@@ -147,11 +153,15 @@ class NixlTensorTransport(TensorTransportManager):
             _transport().withdraw(exposed)
 
 
-def _transport() -> NixlTransport:
+def _manager() -> RDTManager:
     import ray
 
-    manager = ray._private.worker.global_worker.rdt_manager
-    return cast("NixlTransport", manager.transport("nixl"))
+    manager: RDTManager = ray._private.worker.global_worker.rdt_manager
+    return manager
+
+
+def _transport() -> NixlTransport:
+    return cast("NixlTransport", _manager().transport("nixl"))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
