@@ -382,6 +382,17 @@ def test_cuda_copy_keeps_its_memory_until_it_has_ended(torch_cuda):
     assert all(each() is None for each in kept)
 
 
+@pytest.mark.parametrize("is_capturing", [False, True])
+def test_cuda_event_is_recorded_beside_a_graph_that_is_captured(
+    torch_cuda, monkeypatch, is_capturing
+):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    CudaAccelerator().record(torch.device("cuda", 0))
+    assert torch_cuda == [("event", "default" if is_capturing else "current")]
+
+
 def test_cuda_event_is_looked_at_without_a_pause_and_then_with():
     looks: list[float] = []
 

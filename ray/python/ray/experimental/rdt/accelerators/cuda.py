@@ -71,10 +71,17 @@ class CudaAccelerator:
         return None if int(error) else (int(start), int(nbytes))
 
     def record(self, device: torch.device) -> Event:
-        """See ``Accelerator``."""
+        """See ``Accelerator``.
+
+        An event that a captured graph has recorded cannot be waited for: a thread that captures,
+        while a tensor dies for instance, gets one of the default stream.
+        """
         import torch
 
-        return recorded(torch.cuda.current_stream(device), device)
+        with torch.cuda.device(device):
+            is_capturing = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.default_stream if is_capturing else torch.cuda.current_stream
+        return recorded(stream(device), device)
 
     def new_stream(self, device: torch.device) -> torch.cuda.Stream:
         """See ``Accelerator``.
@@ -152,8 +159,8 @@ class CudaAccelerator:
 
         def begin(side: torch.cuda.Stream) -> None:
             for earlier in after:
-                assert isinstance(earlier, CudaEvent)
-                side.wait_event(earlier.event)
+                if isinstance(earlier, CudaEvent):  # others are about memory of other devices
+                    side.wait_event(earlier.event)
             try:
                 with self.on(side), torch.inference_mode():
                     _copy_all(pairs)
