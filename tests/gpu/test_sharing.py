@@ -165,6 +165,7 @@ def test_graph_that_another_thread_captures_survives_pulls(spawn: Spawn, lanes: 
         finally:
             pulled.set()
             thread.join(60)
+        assert counted, "the capture ended with an error"
         return counted[0], [bool(tensor.eq(1).all()) for tensor in tensors]
 
     refs = [make(producer, "auto", ones) for _ in range(3)]
