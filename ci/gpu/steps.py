@@ -62,7 +62,7 @@ def steps(stock_python: str) -> tuple[Step, ...]:
         Step("nccl", (_program("nccl", 60),), is_alone=False),
         Step("expandable", (_program("expandable", 60),), is_alone=False),
         Step("graph", (_program("graph", 90),), is_alone=False),
-        Step("low-memory", (_program("low_memory", 60),)),
+        Step("low-memory", (_program("low_memory", 90),)),
     )
 
 

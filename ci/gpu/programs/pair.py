@@ -25,6 +25,8 @@ LENIENT = {"RAY_RDT_STRICT_TRANSPORT": "0"}
 
 #: No call of these programs takes longer where all is well.
 LIMIT_S = 40.0
+#: Eight processes that all import torch and make a context.
+START_LIMIT_S = 60.0
 
 #: Bytes that are looked at in one go.
 _PART = 16 << 20
@@ -102,7 +104,7 @@ def spawn_pairs(lanes: Iterable[str], **environment: str) -> dict[str, tuple[Any
         env = {**STRICT, **LANES[lane][1], **environment}
         pairs[lane] = spawn(env, share, max_concurrency=4), spawn(env, share, max_concurrency=4)
     started = [actor.run.remote(start_cuda) for pair in pairs.values() for actor in pair]
-    ray.get(started, timeout=LIMIT_S)
+    ray.get(started, timeout=START_LIMIT_S)
     return pairs
 
 
