@@ -329,6 +329,18 @@ def test_device_memory_goes_while_the_producers_device_is_busy(producer, consume
     assert [one.tolist() for one in received] == [one.tolist() for one in pattern(100, 20)]
 
 
+def test_neighbouring_segments_are_read_apart(producer, consumer, monkeypatch):
+    def storage_of(tensor):
+        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+
+    monkeypatch.setattr(accelerator, "segment", storage_of)
+    sent, received = on_device(pattern(*[4096] * 3)), on_device(blanks(pattern(*[4096] * 3)))
+    for buffers in (sent, received):
+        assert buffers[1].data_ptr() == buffers[0].data_ptr() + 4096
+    read(consumer, expose(producer, sent), received)
+    assert [one.tolist() for one in received] == [one.tolist() for one in pattern(*[4096] * 3)]
+
+
 def test_a_device_that_does_not_finish_makes_it_unavailable(producer, short_fetch, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: ended.wait(10))

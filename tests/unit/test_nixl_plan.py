@@ -36,7 +36,9 @@ def test_spans_of_tensors_are_their_memory():
 
 def test_spans_survive_their_encoding():
     spans = host_spans((4096, 10), (1 << 47, 0))
+    spans.starts.extend([7, 1 << 47])
     decoded = Spans.decode(spans.encode())
+    assert decoded.starts == spans.starts
     assert np.array_equal(decoded.rows, spans.rows)
     assert np.array_equal(decoded.kinds, spans.kinds)
 
@@ -47,6 +49,8 @@ def test_malformed_spans_are_refused():
         Spans.decode({**encoded, "kinds": "AAA="})
     with pytest.raises(ValueError, match="malformed"):
         Spans.decode({**encoded, "kinds": "Bw=="})
+    with pytest.raises(ValueError):
+        Spans.decode({**encoded, "starts": "AAA="})
 
 
 @pytest.mark.parametrize(
@@ -82,6 +86,15 @@ def test_neighbours_on_both_sides_become_one_span():
     assert planned(local, remote) == [
         ([[0, 20, 0], [20, 10, 0]], [[100, 20, 0], [200, 10, 0]]),
     ]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_neighbours_in_different_registrations_stay_apart(side):
+    sides = host_spans((0, 10), (10, 10), (20, 10)), host_spans((50, 10), (60, 10), (70, 10))
+    for spans in sides:
+        spans.kinds[:] = 1
+    sides[side].starts.append(int(sides[side].rows[2, 0]))
+    assert planned(*sides) == [([[0, 20, 0], [20, 10, 0]], [[50, 20, 0], [70, 10, 0]])]
 
 
 def test_large_spans_are_cut_and_requests_are_bounded():

@@ -7,8 +7,9 @@ such arrays as they are) and nothing here loops over them in Python.
 from __future__ import annotations
 
 import base64
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,10 +33,13 @@ class Spans:
         kinds: For each its place in ``KINDS``, as uint8.
         rows: For each its address, bytes and device. The device of GPU memory is its index; that of
             host memory names the registration it lies in (nixl's "region"), 0 for none yet.
+        starts: Where registered GPU memory begins. nixl reads no span that lies in two
+            registrations, and those of neighbouring segments look like one.
     """
 
     kinds: np.ndarray[Any, np.dtype[np.uint8]]
     rows: Rows
+    starts: array[int] = field(default_factory=lambda: array("Q"))
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +56,8 @@ class Spans:
 
     def encode(self) -> dict[str, str]:
         """For JSON."""
-        return {"kinds": _to_text(self.kinds.tobytes()), "rows": _to_text(self.rows.tobytes())}
+        parts = {"kinds": self.kinds, "rows": self.rows, "starts": self.starts}
+        return {name: _to_text(part.tobytes()) for name, part in parts.items()}
 
     @classmethod
     def decode(cls, encoded: dict[str, Any]) -> Spans:
@@ -63,7 +68,7 @@ class Spans:
         rows = np.frombuffer(_to_bytes(encoded["rows"]), np.uint64).reshape(-1, 3)
         if len(kinds) != len(rows) or (kinds >= len(KINDS)).any():
             raise ValueError("a peer's description of its memory is malformed")
-        return cls(kinds, rows)
+        return cls(kinds, rows, array("Q", _to_bytes(encoded["starts"])))
 
 
 def spans_of(buffers: Sequence[torch.Tensor]) -> Spans:
@@ -155,21 +160,30 @@ def plan(
             is_meant = (local.kinds == local_kind) & (remote.kinds == remote_kind)
             is_meant &= local.rows[:, 1] > 0
             batch_nbytes = device_nbytes if local_kind or remote_kind else host_nbytes
-            pair = _cut(*_join(local.rows[is_meant], remote.rows[is_meant]), batch_nbytes)
+            joined = _join(
+                (local.rows[is_meant], local.starts), (remote.rows[is_meant], remote.starts)
+            )
+            pair = _cut(*joined, batch_nbytes)
             for here, there in _batches(*pair, batch_nbytes, batch_rows):
                 yield Batch(KINDS[local_kind], KINDS[remote_kind], here, there)
 
 
-def _join(local: Rows, remote: Rows) -> tuple[Rows, Rows]:
-    """Makes one span of spans that follow each other on both sides."""
+def _join(*sides: tuple[Rows, array[int]]) -> tuple[Rows, Rows]:
+    """Makes one span of spans that follow each other on both sides, within one registration.
+
+    Args:
+        sides: The rows of each, and ``Spans.starts``.
+    """
     import numpy as np
 
+    (local, _), (remote, _) = sides
     if not len(local):
         return local, remote
     follows = np.ones(len(local) - 1, bool)
-    for rows in (local, remote):
+    for rows, starts in sides:
         follows &= rows[:-1, 0] + rows[:-1, 1] == rows[1:, 0]
         follows &= rows[:-1, 2] == rows[1:, 2]
+        follows &= ~np.isin(rows[1:, 0], np.array(starts, np.uint64))
     first = np.flatnonzero(np.r_[True, ~follows])
     lengths = np.add.reduceat(local[:, 1], first)
     joined = local[first], remote[first]

@@ -288,6 +288,8 @@ class Registrations:
             registration.leases += 1
             lease.registrations.append(registration)
             lease.spans.rows[hits == hit, 2] = registration.row[2]
+            if registration.kind != _HOST:
+                lease.spans.starts.append(registration.row[0])
 
     def _bundle(self, lease: Lease, is_loose: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
         """Registers for the lease what is not registered: small buffers in host memory."""
