@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import torch
 
+from ray.experimental.rdt import processes
 from ray.experimental.rdt.accelerators.base import CannotShare
 from ray.experimental.rdt.accelerators.shared_memory import MemoryLost, SharedMemory
 from ray.experimental.rdt.processes import Process
@@ -173,6 +174,23 @@ def test_other_host(sides):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     with pytest.raises(TransportUnavailable, match="another host"):
         read(sides, {**exposed, "place": "x"}, bytes_on(TYPE))
+
+
+def test_process_of_another_container_is_not_taken_for_one_that_has_ended(
+    sides, monkeypatch, tmp_path
+):
+    """Its number means another process here, or none: its loans would end at once."""
+    (tmp_path / "pid").touch()
+    monkeypatch.setattr(cuda_ipc, "_PID_NAMESPACE", tmp_path / "pid")
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    elsewhere = Side(monkeypatch, 2000)
+    with pytest.raises(TransportUnavailable, match="in another container"):
+        read((sides[0], elsewhere, None), exposed, bytes_on(TYPE))
+    with pytest.raises(TransportUnavailable, match="in another container"):
+        elsewhere.borrow(sides[0], bytes_on(TYPE))
+    assert not len(sides[0].transport._loans)
+    elsewhere.transport.close()
+    elsewhere.session.close()
 
 
 def test_host_memory_is_left_to_others(sides):
@@ -424,14 +442,17 @@ def other_process() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-@pytest.mark.parametrize("has_pidfd", [True, False])
-def test_process_is_known_to_have_ended(other_process, monkeypatch, has_pidfd):
-    if not has_pidfd:
+@pytest.mark.parametrize("lacks", ["nothing", "permission", "the call", "/proc"])
+def test_process_is_known_to_have_ended(other_process, monkeypatch, lacks):
+    def refused(pid):
+        raise PermissionError("seccomp")
 
-        def refused(pid):
-            raise PermissionError("seccomp")
-
+    if lacks == "permission":
         monkeypatch.setattr(os, "pidfd_open", refused)
+    elif lacks == "the call":
+        monkeypatch.delattr(os, "pidfd_open")
+    elif lacks == "/proc":
+        monkeypatch.setattr(processes, "_started", lambda pid: "")
     process = Process(other_process.pid)
     assert not process.has_ended()
     other_process.kill()

@@ -12,8 +12,9 @@ from ray.experimental.rdt.real_threads import poll
 class Process:
     """Tells when a process has ended, also when another one has got its number since.
 
-    The kernel's handle for that (a pidfd) is refused in some containers; then the time at which the
-    process was started tells it apart.
+    Some containers refuse the kernel's handle for that (a pidfd), and Pythons built for old kernels
+    have no call for it; then the time at which the process was started tells it apart. Where there
+    is a handle, /proc is not asked: it may hide the processes of other users.
 
     Args:
         pid: Its number. One that is not there counts as ended.
@@ -21,15 +22,11 @@ class Process:
 
     def __init__(self, pid: int):
         self._pid = pid
-        self._descriptor = -1
-        self._started = _started(pid)
-        if self._started:
-            try:
-                self._descriptor = os.pidfd_open(pid)
-            except ProcessLookupError:
-                self._started = ""
-            except OSError:
-                pass
+        self._descriptor, self._started = -1, ""
+        try:
+            self._descriptor = os.pidfd_open(pid)
+        except (OSError, AttributeError):
+            self._started = _started(pid)
 
     def has_ended(self) -> bool:
         """Runs on: any thread; does not block."""
