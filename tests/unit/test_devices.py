@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
 import weakref
@@ -294,6 +295,31 @@ def test_side_streams_are_few_and_reused_when_idle():
     assert run(Recorded()) == 2
     assert {run(busy) for _ in range(100)} == set(range(1, 17))
     assert len(made) == 16
+
+
+def test_side_stream_keeps_what_its_copies_use_however_many_are_under_way():
+    class Copy:
+        def __init__(self) -> None:
+            self.is_over = False
+
+        def is_reached(self) -> bool:
+            return self.is_over
+
+    streams: SideStreams[int] = SideStreams()
+    begun = [Copy() for _ in range(100)]
+    kept = weakref.WeakSet(begun)
+    for copy in begun:
+        streams.run("key", int, copy, lambda stream: None)
+    last = begun[-20:]
+    del begun, copy
+    gc.collect()
+    assert len(kept) == 100
+    for each in last:
+        each.is_over = True
+    for each in last:
+        streams.run("key", int, each, lambda stream: None)
+    gc.collect()
+    assert len(kept) == 20
 
 
 def test_side_stream_that_failed_is_kept_with_what_it_holds():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from ray.experimental.rdt import real_threads as threading
@@ -23,8 +23,10 @@ _Stream = TypeVar("_Stream")
 
 @dataclass
 class _Slot(Generic[_Stream]):
+    """A stream, and the ends of the work that may still be under way on it, the last one last."""
+
     stream: _Stream
-    last: Event | None = None
+    under_way: list[Event] = field(default_factory=list)
 
 
 class SideStreams(Generic[_Stream]):
@@ -45,7 +47,7 @@ class SideStreams(Generic[_Stream]):
             key: The device and direction.
             make: Makes one more stream.
             event: What ``begin`` records behind the work, also when it fails. It is kept until the
-                stream is used again, so that it can hold memory that the work uses.
+                work has ended and the stream is used again, so it can hold memory of the work's.
             begin: Gives the work to the stream.
 
         Returns:
@@ -55,7 +57,7 @@ class SideStreams(Generic[_Stream]):
         try:
             begin(slot.stream)
         finally:
-            slot.last = event
+            slot.under_way.append(event)
             with self._lock:
                 self._free[key].append(slot)
         return event
@@ -67,7 +69,8 @@ class SideStreams(Generic[_Stream]):
                 slot = self._free[key].popleft() if self._free[key] else None
             if slot is None:
                 break
-            if slot.last is None or slot.last.is_reached():
+            if not slot.under_way or slot.under_way[-1].is_reached():
+                slot.under_way.clear()
                 return slot
             with self._lock:
                 self._free[key].append(slot)
