@@ -56,8 +56,11 @@ class Spans:
 
     def encode(self) -> dict[str, str]:
         """For JSON."""
-        parts = {"kinds": self.kinds, "rows": self.rows, "starts": self.starts}
-        return {name: _to_text(part.tobytes()) for name, part in parts.items()}
+        return {
+            "kinds": _to_text(self.kinds.tobytes()),
+            "rows": _to_text(self.rows.tobytes()),
+            "starts": _to_text(self.starts.tobytes()),
+        }
 
     @classmethod
     def decode(cls, encoded: dict[str, Any]) -> Spans:
