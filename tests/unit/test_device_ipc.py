@@ -457,10 +457,34 @@ def test_process_is_known_to_have_ended(other_process, monkeypatch, lacks):
     assert not process.has_ended()
     other_process.kill()
     wait_until(process.has_ended, "its end is seen")
-    process.close()
-    process.close()
     other_process.wait()
     assert Process(other_process.pid).has_ended()
+
+
+def test_process_that_is_looked_at_while_its_loan_ends_has_not_ended(other_process, monkeypatch):
+    kept, look = Loans(), Process.has_ended
+    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+
+    def look_late(process: Process) -> bool:
+        monkeypatch.setattr(Process, "has_ended", look)
+        kept.end("first")
+        kept.look_after()
+        kept.add("second", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+        return look(process)
+
+    monkeypatch.setattr(Process, "has_ended", look_late)
+    kept.on_peer_lost(b"peer")
+    assert len(kept) == 1
+
+
+def test_process_that_nobody_looks_at_any_more_costs_no_descriptor(other_process):
+    before = len(os.listdir("/proc/self/fd"))
+    kept = Loans()
+    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    kept.end("first")
+    kept.look_after()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_lost_connection_ends_no_loan_while_the_consumer_lives(other_process):

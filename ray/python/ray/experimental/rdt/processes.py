@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from select import POLLIN
 
@@ -14,7 +15,8 @@ class Process:
 
     Some containers refuse the kernel's handle for that (a pidfd), and Pythons built for old kernels
     have no call for it; then the time at which the process was started tells it apart. Where there
-    is a handle, /proc is not asked: it may hide the processes of other users.
+    is a handle, /proc is not asked: it may hide the processes of other users. The handle lives as
+    long as this object: a thread may look while another one gives it up.
 
     Args:
         pid: Its number. One that is not there counts as ended.
@@ -27,6 +29,8 @@ class Process:
             self._descriptor = os.pidfd_open(pid)
         except (OSError, AttributeError):
             self._started = _started(pid)
+        else:
+            weakref.finalize(self, os.close, self._descriptor)
 
     def has_ended(self) -> bool:
         """Runs on: any thread; does not block."""
@@ -35,12 +39,6 @@ class Process:
         ended = poll()
         ended.register(self._descriptor, POLLIN)
         return bool(ended.poll(0))
-
-    def close(self) -> None:
-        """Gives the kernel's handle back. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
 def _started(pid: int) -> str:

@@ -198,10 +198,7 @@ class SharedMemory:
             except BaseException as error:
                 with self._lock:
                     del self._mapped[key]
-                mine.process.close()
                 mine.address.set_exception(error)
-        else:
-            mine.process.close()
         return Mapping(entry.address.result(), lambda: self._leave(key, entry))
 
     def _leave(self, key: tuple[bytes, torch.device], entry: _Mapped) -> None:
@@ -210,7 +207,6 @@ class SharedMemory:
             if entry.uses:
                 return
             del self._mapped[key]
-        entry.process.close()
         self.driver.unmap(entry.address.result(), entry.device)
 
     def tensor(self, address: int, nbytes: int, device: torch.device, owner: Any) -> torch.Tensor:

@@ -99,5 +99,5 @@ class Loans:
             dropped = [self._loans.pop(name) for name in over]
             readers = {loan.reader for loan in self._loans.values()}
             for reader in [each for each in self._processes if each not in readers]:
-                self._processes.pop(reader).close()
+                del self._processes[reader]
         dropped.clear()  # memory is freed without the lock
