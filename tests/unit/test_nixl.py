@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -29,7 +30,7 @@ from ray.experimental.rdt.transports.nixl_engine import (
 from ray.experimental.rdt.transports.nixl_pool import MemoryPool
 from ray.experimental.rdt.transports.nixl_registration import LARGE_NBYTES
 from tests.fake_device import TYPE, Stream, accelerator, launch
-from tests.unit.nixl_fakes import Fabric
+from tests.unit.nixl_fakes import Fabric, FakeEngine
 
 PEER = Peer(b"", b"")
 
@@ -327,6 +328,32 @@ def test_device_memory_goes_while_the_producers_device_is_busy(producer, consume
     finally:
         gate.set()
     assert [one.tolist() for one in received] == [one.tolist() for one in pattern(100, 20)]
+
+
+def test_nixl_works_beside_a_graph_that_another_thread_captures(
+    fabric, producer, consumer, monkeypatch
+):
+    depth, calls = [0], []
+
+    @contextlib.contextmanager
+    def aside():
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    monkeypatch.setattr(accelerator, "aside", aside)
+    for name in ("register", "describe", "attach", "post"):
+        call = getattr(FakeEngine, name)
+
+        def noted(*args, name=name, call=call):
+            calls.append((name, depth[0] > 0))
+            return call(*args)
+
+        monkeypatch.setattr(FakeEngine, name, noted)
+    sent, received = on_device(pattern(100)), on_device(blanks(pattern(100)))
+    read(consumer, expose(producer, sent), received)
+    order = ["register", "describe", "register", "attach", "post"]
+    assert calls == [(name, True) for name in order]
 
 
 def test_neighbouring_segments_are_read_apart(producer, consumer, monkeypatch):

@@ -55,6 +55,17 @@ def record(tensors: Iterable[torch.Tensor]) -> list[Event]:
 
 
 @contextlib.contextmanager
+def aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Around calls of others that work on tensors; see ``Accelerator.aside``."""
+    with contextlib.ExitStack() as stack:
+        for name in {tensor.device.type for tensor in tensors if not tensor.is_cpu}:
+            accelerator = of(name)
+            if accelerator is not None:
+                stack.enter_context(accelerator.aside())
+        yield
+
+
+@contextlib.contextmanager
 def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]:
     """Around copies into tensors by torch; waits for those on devices at the end.
 
@@ -62,11 +73,7 @@ def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]
         TimeoutError: a device does not finish them.
     """
     written = [tensor for tensor in tensors if not tensor.is_cpu]
-    with contextlib.ExitStack() as stack:
-        for name in {tensor.device.type for tensor in written}:
-            accelerator = of(name)
-            if accelerator is not None:
-                stack.enter_context(accelerator.aside())
+    with aside(written):
         yield
         deadline = time.monotonic() + timeout_s
         for event in record(written):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.cancellation import raise_if_cancelled
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.real_threads import sleep
@@ -82,6 +83,18 @@ class Consumer:
         self._look_after_hung(endpoint)
         for event in after:
             event.wait(max(0.0, deadline - time.monotonic()))
+        with accelerators.aside(buffers):
+            self._read(endpoint, exposed, remote, local, buffers, deadline)
+
+    def _read(
+        self,
+        endpoint: Endpoint,
+        exposed: Route,
+        remote: Spans,
+        local: Spans,
+        buffers: Sequence[torch.Tensor],
+        deadline: float,
+    ) -> None:
         try:
             lease = endpoint.registrations.acquire(local, buffers)
         except NixlError as error:

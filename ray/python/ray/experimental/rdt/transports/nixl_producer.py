@@ -11,6 +11,7 @@ from concurrent.futures import TimeoutError as NotDone
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.real_threads import Future
@@ -50,7 +51,7 @@ class Producer:
         self.check_writers(buffers)
         number = next(self._numbers)
         try:
-            with contextlib.ExitStack() as undo:
+            with contextlib.ExitStack() as undo, accelerators.aside(buffers):
                 lease = endpoint.registrations.acquire(spans, buffers)
                 undo.callback(endpoint.registrations.release, lease)
                 described = _describe(endpoint.engine, number, lease)
