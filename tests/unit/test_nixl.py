@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ray.experimental.rdt import nixl_tensor_transport
 from ray.experimental.rdt.capture import lay_out
 from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.nixl_tensor_transport import NixlTensorTransport
 from ray.experimental.rdt.serve import await_writers
 from ray.experimental.rdt.transports import nixl_consumer, nixl_engine, nixl_producer
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
@@ -354,6 +356,26 @@ def test_nixl_works_beside_a_graph_that_another_thread_captures(
     read(consumer, expose(producer, sent), received)
     order = ["register", "describe", "register", "attach", "post"]
     assert calls == [(name, True) for name in order]
+
+
+def test_a_program_that_reaches_for_nixl_reads_finished_memory(producer, consumer, monkeypatch):
+    sent, target = torch.zeros(4, device=TYPE), torch.zeros(4, device=TYPE)
+    gates = [threading.Event(), threading.Event()]
+
+    def soon(gate):
+        threading.Timer(0.2, gate.set).start()
+
+    monkeypatch.setattr(nixl_tensor_transport, "_transport", lambda: producer)
+    launch(sent, 5, gates[0])
+    soon(gates[0])
+    described = NixlTensorTransport().extract_tensor_transport_metadata("object", [sent])
+    assert sent.tolist() == [5] * 4
+    monkeypatch.setattr(nixl_tensor_transport, "_transport", lambda: consumer)
+    launch(target, 1, gates[1])
+    soon(gates[1])
+    NixlTensorTransport().recv_multiple_tensors("object", described, None, [target])
+    accelerator.record(target.device).wait(5)
+    assert target.tolist() == [5] * 4
 
 
 def test_neighbouring_segments_are_read_apart(producer, consumer, monkeypatch):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from ray.util.annotations import PublicAPI
 
 from ray.experimental.rdt import nixl_api
+from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.config import settings
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
@@ -108,12 +110,16 @@ class NixlTensorTransport(TensorTransportManager):
     ) -> NixlTransportMetadata:
         """Describes tensors for another process's ``recv_multiple_tensors``.
 
-        They are kept, and may be read, until ``garbage_collect``.
+        They are kept, and may be read, until ``garbage_collect``. Waits for what writes them.
 
         Raises:
             ValueError: one is not contiguous.
             TransportUnavailable: nixl cannot send them.
+            TimeoutError: a device does not finish them in the time of a fetch.
         """
+        deadline = time.monotonic() + settings().fetch_timeout_s
+        for event in writers.record(rdt_object):
+            event.wait(max(0.0, deadline - time.monotonic()))
         exposed = _transport().expose([_flat(tensor) for tensor in rdt_object])
         self._live[obj_id] = rdt_object, exposed
         device = rdt_object[0].device.type if rdt_object else None
@@ -138,7 +144,8 @@ class NixlTensorTransport(TensorTransportManager):
         tensors = target_buffers or create_empty_tensors_from_metadata(tensor_transport_metadata)
         buffers = [_flat(tensor) for tensor in tensors]
         deadline = time.monotonic() + settings().fetch_timeout_s
-        _transport().read(Peer(b"", b""), exposed, buffers, deadline)
+        after = accelerators.record(tensors)
+        _transport().read(Peer(b"", b""), exposed, buffers, deadline, after)
         return tensors
 
     def garbage_collect(
