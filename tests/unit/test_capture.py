@@ -318,6 +318,23 @@ def test_storages_are_watched(make: Any):
             captured.require_unchanged()
 
 
+@pytest.mark.parametrize("nbytes", [0, 399], ids=["freed", "shrunk"])
+@pytest.mark.parametrize("cut", [lambda t: t, lambda t: [t[90:], t[:5]], torch.nn.Parameter])
+def test_a_tensor_whose_storage_was_freed_before_is_refused(cut: Any, nbytes: int):
+    tensor = torch.zeros(100)
+    value = cut(tensor)
+    tensor.untyped_storage().resize_(nbytes)
+    with pytest.raises(ValueError, match=f"needs .* bytes of a storage that has {nbytes}"):
+        capture.take(Context(), value)
+
+
+def test_what_is_left_of_a_storage_that_was_shrunk_is_carried():
+    tensor = torch.arange(100, dtype=torch.float32)
+    left = tensor[:10]
+    tensor.untyped_storage().resize_(40)
+    assert torch.equal(send(left), torch.arange(10, dtype=torch.float32))
+
+
 def test_a_captured_object_keeps_memory_that_its_tensors_left():
     tensor = torch.full((1000,), 5.0)
     _, captured = capture.take(Context(), tensor)

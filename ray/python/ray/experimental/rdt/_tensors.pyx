@@ -644,8 +644,13 @@ cdef _gather_row(Table table, size_t index, uint32_t region, const Runs &runs):
 
 
 cdef _owner(tensor, const TensorSpan &span, vector[uint64_t] &guards):
-    """The storage of a tensor; adds what guards it."""
+    """The storage of a tensor; adds what guards it. Raises ValueError if it is too small."""
     storage = tensor.untyped_storage()
+    if <uint64_t>storage.nbytes() < span.end - span.storage:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} needs {span.end - span.storage} bytes of a "
+            f"storage that has {storage.nbytes()}: it was freed or shrunk (resize_)"
+        )
     if span.is_host and _address_word:
         words = <const uint64_t *><uintptr_t>storage._cdata
         is_known = not guards.empty() and guards[guards.size() - 2] == <uintptr_t>&words[_size_word]
