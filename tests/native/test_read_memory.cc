@@ -124,5 +124,24 @@ TEST("read memory: own memory is read where process_vm_readv is forbidden") {
   CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
+TEST("read memory: a forked child reads its own memory, not its parent's") {
+  pid_t child = fork();
+  if (child == 0) {
+    ForbidProcessVmReadv();
+    uint64_t word = 1, got = 0;
+    SpanList from({{reinterpret_cast<uint64_t>(&word), sizeof(word)}});
+    bool is_read = ReadOwnMemory(from, {0, sizeof(word)}, &got).ok() && got == 1;
+    pid_t grandchild = fork();
+    word = grandchild == 0 ? 2 : 3;
+    is_read &= ReadOwnMemory(from, {0, sizeof(word)}, &got).ok() && got == word;
+    int status = 0;
+    if (grandchild != 0) waitpid(grandchild, &status, 0);
+    _exit(is_read && status == 0 ? 0 : 1);
+  }
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
 }  // namespace
 }  // namespace fixtures

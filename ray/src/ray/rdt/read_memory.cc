@@ -51,24 +51,20 @@ auto Attached(pid_t pid) {
   };
 }
 
-// This process's memory as a file, for where process_vm_readv is forbidden.
-int OwnMemoryFile() {
-  // Never closed: threads of ours may run while the process exits.
-  static const int fd = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
-  return fd;
-}
-
-ssize_t ReadFile(const std::vector<iovec> &local, const std::vector<iovec> &remote) {
-  size_t nbytes = std::min(local[0].iov_len, remote[0].iov_len);
-  int fd = OwnMemoryFile();
-  if (fd < 0) {  // neither way is allowed: plain copying is left
-    std::memcpy(local[0].iov_base, remote[0].iov_base, nbytes);
-    return static_cast<ssize_t>(nbytes);
-  }
-  return pread(fd,
-               local[0].iov_base,
-               nbytes,
-               static_cast<off_t>(reinterpret_cast<uintptr_t>(remote[0].iov_base)));
+// A function that reads this process's memory as a file, for where process_vm_readv
+// is forbidden. Not the file of a parent: it is opened for each use.
+auto AsFile(const Fd &file) {
+  return [&file](const std::vector<iovec> &local, const std::vector<iovec> &remote) {
+    size_t nbytes = std::min(local[0].iov_len, remote[0].iov_len);
+    if (!file) {  // neither way is allowed: plain copying is left
+      std::memcpy(local[0].iov_base, remote[0].iov_base, nbytes);
+      return static_cast<ssize_t>(nbytes);
+    }
+    return pread(file.get(),
+                 local[0].iov_base,
+                 nbytes,
+                 static_cast<off_t>(reinterpret_cast<uintptr_t>(remote[0].iov_base)));
+  };
 }
 
 template <typename Slice>
@@ -77,7 +73,8 @@ Status ReadOwn(const SpanList &from, Range range, Slice slice) {
   int error = is_forbidden ? EPERM : ReadAll(from, range, slice, Attached(getpid()));
   if (IsForbidden(error)) {
     is_forbidden = true;
-    error = ReadAll(from, range, slice, ReadFile);
+    Fd file(open("/proc/self/mem", O_RDONLY | O_CLOEXEC));
+    error = ReadAll(from, range, slice, AsFile(file));
   }
   if (error == 0) return {};
   return {Code::kIo, WithErrno("the object's memory cannot be read", error)};
