@@ -95,6 +95,24 @@ def test_targets_of_views_of_one_memory_are_filled_one_by_one(producer: Any) -> 
         assert torch.equal(target, expected)
 
 
+@SIZES
+@pytest.mark.parametrize("kept", [0, 0.5], ids=["freed", "shrunk"])
+@pytest.mark.parametrize("lay_out", [lambda t: t, lambda t: t[::2]], ids=["dense", "stepped"])
+def test_targets_whose_storage_was_freed_are_refused(
+    producer: Any, consumer: Any, count: int, kept: float, lay_out: Callable[[Any], Any]
+) -> None:
+    def get_into(_: Peer, refs: list[Any]) -> None:
+        whole = torch.zeros(2 * count)
+        target = lay_out(whole)
+        whole.untyped_storage().resize_(int(8 * count * kept))
+        set_target_for_ref(refs[0], [target])
+        ray.get(refs[0])
+
+    ref = producer.make.remote(lambda _: lay_out(torch.zeros(2 * count)))
+    with pytest.raises(ValueError, match=r"target 0 .* bytes of a storage that has \d+"):
+        ray.get(consumer.run.remote(get_into, [ref]), timeout=60)
+
+
 def test_targets_in_other_values_than_lists(producer: Any) -> None:
     ref = producer.make.remote(lambda _: {"b": torch.ones(LARGE), "a": (torch.zeros(3), "x")})
     targets = [torch.zeros(LARGE), torch.ones(3)]

@@ -467,6 +467,23 @@ def lay_out(list tensors, is_parameter=None, bint may_gather=True):
     return layout
 
 
+def check_storage(tensor):
+    """Raises ValueError for a tensor that reaches beyond its storage, as one that was freed."""
+    cdef Row row
+    cdef TensorSpan span
+    _read(tensor, Table(), &row, &span, [])
+    if span.start < span.end:
+        _check_storage(tensor, span, tensor.untyped_storage())
+
+
+cdef _check_storage(tensor, const TensorSpan &span, storage):
+    if <uint64_t>storage.nbytes() < span.end - span.storage:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} needs {span.end - span.storage} bytes of a "
+            f"storage that has {storage.nbytes()}: it was freed or shrunk (resize_)"
+        )
+
+
 cdef bint _read(tensor, Table table, Row *row, TensorSpan *span, list dtypes) except -1:
     """Fills in what a tensor says about itself. Returns whether it is in host memory."""
     cdef DlTensor view
@@ -646,11 +663,7 @@ cdef _gather_row(Table table, size_t index, uint32_t region, const Runs &runs):
 cdef _owner(tensor, const TensorSpan &span, vector[uint64_t] &guards):
     """The storage of a tensor; adds what guards it. Raises ValueError if it is too small."""
     storage = tensor.untyped_storage()
-    if <uint64_t>storage.nbytes() < span.end - span.storage:
-        raise ValueError(
-            f"a tensor of shape {tuple(tensor.shape)} needs {span.end - span.storage} bytes of a "
-            f"storage that has {storage.nbytes()}: it was freed or shrunk (resize_)"
-        )
+    _check_storage(tensor, span, storage)
     if span.is_host and _address_word:
         words = <const uint64_t *><uintptr_t>storage._cdata
         is_known = not guards.empty() and guards[guards.size() - 2] == <uintptr_t>&words[_size_word]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt._tensors import check_storage
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +154,10 @@ def _check_kinds(tensors: Sequence[Any]) -> None:
 
 
 def check_targets(table: Table, targets: Sequence[torch.Tensor]) -> None:
-    """Raises ValueError unless the targets match the object's tensors one to one."""
+    """Raises ValueError unless the targets match the object's tensors one to one.
+
+    Nor may one reach beyond its storage: the lanes write where it says that its memory is.
+    """
     if len(targets) != len(table.rows):
         raise ValueError(
             f"{len(targets)} target tensors were given, the object has {len(table.rows)}"
@@ -168,3 +172,7 @@ def check_targets(table: Table, targets: Sequence[torch.Tensor]) -> None:
                 raise ValueError(
                     f"target {index} has {what} {got}, the object's tensor has {expected}"
                 )
+        try:
+            check_storage(target)
+        except ValueError as error:
+            raise ValueError(f"target {index} has no memory to receive into: {error}") from None
