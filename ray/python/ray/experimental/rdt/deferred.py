@@ -107,8 +107,13 @@ class Puller:
         with self._lock:
             waiting = self._waiting.get(producer)
             future, action = waiting.popleft() if waiting else (None, None)
-        if future is not None and action is not None and future.set_running_or_notify_cancel():
-            future.set_result(action())
+        try:
+            if future is not None and action is not None and future.set_running_or_notify_cancel():
+                future.set_result(action())
+        finally:  # callbacks of the user's may raise
+            self._end_turn(producer)
+
+    def _end_turn(self, producer: bytes) -> None:
         with self._lock:
             # The next one goes to the end of the queue, behind those of other producers.
             if self._waiting.get(producer):
@@ -144,6 +149,8 @@ def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None
             return deserialize(into)
         except Exception as error:
             return RayTaskError("ray.get", traceback.format_exc(), error)
+        except BaseException as error:  # SystemExit of a class that is unpickled, say
+            return RaySystemError(error, traceback.format_exc())
         finally:
             _thread.has_turn = False
 
