@@ -20,8 +20,17 @@ def plain(signum: int, frame: Any) -> None:
     fail()
 
 
+def deleting(signum: int, frame: Any) -> None:
+    del signum, frame
+    fail()
+
+
 class Handler:
     def method(self, signum: int, frame: Any) -> None:
+        raise TimeoutError
+
+    def deleting(self, *arguments: Any) -> None:
+        del arguments
         raise TimeoutError
 
     def __call__(self, signum: int, frame: Any) -> None:
@@ -33,7 +42,9 @@ HANDLERS = [
     fail,
     lambda *arguments: fail(),
     lambda signum, frame: fail(signum),
+    deleting,
     Handler().method,
+    Handler().deleting,
     Handler(),
     functools.partial(fail, "more"),
 ]
@@ -52,11 +63,11 @@ def test_what_a_handler_raises_is_raised_again(handler: Any) -> None:
     before = signal.signal(signal.SIGUSR1, handler)
     try:
         error = caught_of(lambda: signal.raise_signal(signal.SIGUSR1))
+        assert is_interrupt(error)
+        with pytest.raises(TimeoutError) as caught:
+            raise_if_interrupt(error)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert is_interrupt(error)
-    with pytest.raises(TimeoutError) as caught:
-        raise_if_interrupt(error)
     assert caught.value is error
 
 
