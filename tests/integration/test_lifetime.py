@@ -7,6 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import ray
 from ray.experimental import wait_tensor_freed
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs
-from tests.support import wait_until
+from tests.support import run_driver, wait_until
 
 #: What must be zero in every process once nothing is in use; the agent's names and ours.
 IN_USE = ("stored_objects", "directory_rows", "regions", "pinned", "pool_used")
@@ -402,3 +403,60 @@ def test_actor_that_is_killed_loses_its_objects(local_ray: None) -> None:
     assert_ends(actor._actor_id.hex())
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(ref)
+
+
+#: The first actor's handle is let go before there is a thread for such work: one begins.
+HANDLES = """
+import sys, threading, time, torch, ray, ray.actor
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+from tests.integration.test_lifetime import LARGE, Maker
+names, end = [], ray.actor.ActorHandle.__del__
+def noted(handle):
+    names.append(threading.current_thread().name)
+    end(handle)
+ray.actor.ActorHandle.__del__ = noted
+actor = Maker.remote()
+ref = actor.one.options(tensor_transport="auto").remote(LARGE)
+ray.wait([ref], fetch_local=False)
+del actor, ref
+deadline = time.monotonic() + 30
+while not names and time.monotonic() < deadline:
+    time.sleep(0.1)
+print("let go on", names)
+"""
+
+
+def test_handles_are_let_go_on_no_thread_of_rays(tmp_path: Path) -> None:
+    assert "let go on ['rdt-call_0']" in run_driver(HANDLES, tmp_path)
+
+
+#: Submits, then shuts down while replies are coming.
+SHUTDOWNS = """
+import ray
+from ray.experimental.rdt import session
+from ray.experimental.rdt.directory import Location
+from tests.integration.test_lifetime import LARGE, Maker
+for _ in range(2):
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    make = Maker.remote().one.options(tensor_transport="auto")
+    assert ray.get(make.remote(LARGE)).sum() == LARGE
+    refs = [make.remote(count) for count in [3, LARGE] * 200]
+    manager, end = ray._private.worker.global_worker.rdt_manager, session.end
+    def end_and_hear_more():
+        end()
+        created = manager.set_tensor_transport_metadata_and_trigger_queued_operations
+        created("ab", Location(b"", b"", 1))
+        assert session.peek() is None
+        try:
+            session.current()
+        except RuntimeError as error:
+            print(error)
+    session.end = end_and_hear_more
+    ray.shutdown()
+    session.end = end
+    assert session.peek() is None
+"""
+
+
+def test_replies_begin_no_session_while_ray_shuts_down(tmp_path: Path) -> None:
+    assert run_driver(SHUTDOWNS, tmp_path).count("Ray is shutting down\n") == 2

@@ -85,11 +85,11 @@ class WarnShared:
     object_id: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class LetGo:
     """Instruction: an object no longer needs the handle of the actor that made it.
 
-    Letting go of a handle may run code of Ray's.
+    Letting go of a handle may run code of Ray's, so one thread takes it over from another.
 
     Attributes:
         handle: The handle.
@@ -98,6 +98,11 @@ class LetGo:
 
     handle: Any
     is_last: bool
+
+    def take(self) -> Any:
+        """The handle, which is not kept here any more."""
+        handle, self.handle = self.handle, None
+        return handle
 
 
 Instruction = Free | Own | Hint | WarnShared | LetGo

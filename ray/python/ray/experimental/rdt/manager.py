@@ -466,27 +466,31 @@ class RDTManager:
         self._carry_out(frees)
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        current = session.peek()
         for instruction in instructions:
-            if isinstance(instruction, Free):
+            if isinstance(instruction, LetGo):
+                self._let_go(instruction)
+            elif current is None:
+                pass  # Ray is shutting down: nobody needs to be told
+            elif isinstance(instruction, Free):
                 location = instruction.location
-                self._session().agent.free(location.address, location.key)
+                current.agent.free(location.address, location.key)
             elif isinstance(instruction, Own):
                 self._own(instruction)
             elif isinstance(instruction, Hint):
                 self._links().hints.send(instruction.actor_id, instruction.location)
             elif isinstance(instruction, WarnShared):
                 _warn_shared(instruction.object_id)
-            elif isinstance(instruction, LetGo):
-                self._let_go(instruction)
 
     def _let_go(self, instruction: LetGo) -> None:
         """Lets go of an actor's handle on another thread, for Ray's code runs then.
 
         While the object is in use, that has time until the next submit or tick.
         """
-        self._handles_to_let_go.append(instruction.handle)
-        if instruction.is_last:
-            self._session().run_in_background(self._handles_to_let_go.clear)
+        self._handles_to_let_go.append(instruction.take())
+        current = session.peek()
+        if instruction.is_last and current is not None:
+            current.run_in_background(self._handles_to_let_go.clear)
 
     def _own(self, instruction: Own) -> None:
         """Tells a producer that an object is ours; of a small one, at the session's next tick.
@@ -777,8 +781,7 @@ class RDTManager:
         with self._directory_lock:
             todo = self._directory.close()
         self._small_to_own.clear()
-        if session.peek() is not None:
-            self._carry_out(todo)
+        self._carry_out(todo)
         self._handles_to_let_go.clear()
         session.end()
         self.store.clear()

@@ -16,6 +16,7 @@ import logging
 import os
 import secrets
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -300,13 +301,15 @@ def boot_id_of(address: bytes) -> bytes:
 
 _lock = threading.Lock()
 _session: Session | None = None
+#: The node of Ray's that was connected to when a session last ended; each connection has its own.
+_ended: Callable[[], Any] = object
 
 
 def current() -> Session:
     """The process's session; begins it if there is none.
 
     Raises:
-        RuntimeError: Ray is not initialized.
+        RuntimeError: Ray is not initialized, or is shutting down.
     """
     global _session
     session = _session
@@ -325,10 +328,14 @@ def peek() -> Session | None:
 
 
 def end() -> None:
-    """Ends the process's session if it has one."""
-    global _session
+    """Ends the process's session if it has one; until the next ``ray.init`` none begins."""
+    global _session, _ended
+    import ray
+
+    node = ray._private.worker.global_worker.node
     with _lock:
         session, _session = _session, None
+        _ended = object if node is None else weakref.ref(node)
     if session is not None and session.pid == os.getpid():
         session.close()
 
@@ -338,6 +345,9 @@ def _begin() -> Session:
 
     worker = ray._private.worker.global_worker
     worker.check_connected()
+    # The core goes on for a while after ``end``, and events of its still come.
+    if worker.node is _ended():
+        raise RuntimeError("Ray is shutting down")
     started = time.monotonic()
     session = Session(_cluster_secret(), worker.node_ip_address)
     logger.debug("RDT session began in %.1f ms", 1e3 * (time.monotonic() - started))
