@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import signal
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -76,3 +78,24 @@ def test_what_others_raise_is_left_alone() -> None:
     assert not is_interrupt(error)
     raise_if_interrupt(error)
     assert not is_interrupt(TimeoutError())
+
+
+def test_an_error_that_was_looked_at_dies_where_it_was_handled() -> None:
+    class Held:
+        pass
+
+    def look(held: Held) -> None:
+        try:
+            fail(held)
+        except TimeoutError as error:
+            raise_if_interrupt(error)
+
+    held = Held()
+    left = weakref.ref(held)
+    gc.disable()
+    try:
+        look(held)
+        del held
+        assert left() is None
+    finally:
+        gc.enable()

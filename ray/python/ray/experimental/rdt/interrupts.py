@@ -32,7 +32,8 @@ def is_interrupt(error: BaseException) -> bool:
         frame = traceback.tb_frame
         if frame.f_code in handlers:
             return True
-        if any(argument is each for argument in _arguments(frame) for each in outer):
+        # Not of the first frame, which handles the error: to read its locals would keep the error.
+        if outer and any(argument is each for argument in _arguments(frame) for each in outer):
             return True
         outer.append(frame)
         traceback = traceback.tb_next
