@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,33 @@ def test_condition_wakes_all_who_wait_and_can_be_entered_again() -> None:
     for thread in threads:
         thread.join(20)
     assert woken == [[1]] * 3
+
+
+def test_who_waits_is_woken_after_an_interrupted_notify() -> None:
+    """An exception in the middle, as of a signal handler; the program tries again."""
+    changed, woken = real_threads.Condition(), []
+
+    def wait() -> None:
+        with changed:
+            woken.append(changed.wait(20))
+
+    def interrupt(_: Any, event: str, function: Any) -> None:
+        if event == "c_return" and function.__name__ in ("popleft", "release"):
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    threads = [real_threads.Thread(wait, name="waits") for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(changed._waiters) == 2, "both wait")
+    with changed:
+        sys.setprofile(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            changed.notify_all()
+        changed.notify_all()
+    for thread in threads:
+        thread.join(25)
+    assert woken == [True, True]
 
 
 def test_waits_end_in_time() -> None:

@@ -107,7 +107,10 @@ class Condition:
 
     def notify_all(self) -> None:
         while self._waiters:
-            self._waiters.popleft().release()
+            # In this order a signal handler that raises in between loses no waiter.
+            with suppress(RuntimeError):  # it was released when that happened
+                self._waiters[0].release()
+            self._waiters.popleft()
 
 
 def _acquire(lock: Lock, timeout: float | None) -> bool:
