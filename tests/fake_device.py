@@ -63,6 +63,7 @@ class _Segment:
 
     def __del__(self) -> None:
         _segments.pop(self.address, None)
+        ctypes.memset(self.address, 0xFD, self.nbytes)  # as if given to others, who write to it
         with contextlib.suppress(BufferError):
             self._mapping.close()
         os.close(self.descriptor)
@@ -90,6 +91,13 @@ def _segments_add(segment: _Segment) -> _Segment:
     return segment
 
 
+def _segment_of(address: int) -> _Segment | None:
+    for segment in list(_segments.values()):
+        if segment.address <= address < segment.address + segment.nbytes:
+            return segment
+    return None
+
+
 def _allocate(nbytes: int, index: int) -> torch.Tensor:
     if not nbytes:
         return tensor_over(0, 0, _DLPACK_EXTENSION_DEVICE, index, None)
@@ -98,7 +106,7 @@ def _allocate(nbytes: int, index: int) -> torch.Tensor:
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor over the same memory."""
+    """A CPU tensor over the same memory, conjugate or negative as this one."""
     if tensor.is_cpu:
         return tensor
     storage = tensor.untyped_storage()
@@ -107,7 +115,9 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     view = (ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr())
     base = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
     shape = tensor.storage_offset(), tensor.size(), tensor.stride()
-    return torch.empty(0, dtype=tensor.dtype).set_(base, *shape)
+    host = torch.empty(0, dtype=tensor.dtype).set_(base, *shape)
+    host = torch._conj(host) if tensor.is_conj() else host
+    return torch._neg_view(host) if tensor.is_neg() else host
 
 
 # Operators: metadata ones run torch's CPU kernels as they are, all others on the memory.
@@ -288,11 +298,11 @@ class Sharing:
     def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
         if self.broken:
             raise CannotShare(self.broken)
-        for segment in list(_segments.values()):
-            if segment.address <= address < segment.address + segment.nbytes:
-                self.exported += 1
-                return self._handle(segment), segment.address, segment.nbytes
-        raise CannotShare("another process has allocated it")
+        segment = _segment_of(address)
+        if segment is None:
+            raise CannotShare("another process has allocated it")
+        self.exported += 1
+        return self._handle(segment), segment.address, segment.nbytes
 
     def _handle(self, segment: _Segment) -> bytes:
         inode = os.fstat(segment.descriptor).st_ino
@@ -413,7 +423,8 @@ class FakeAccelerator:
         return torch.device(TYPE, self.current)
 
     def segment(self, tensor: torch.Tensor) -> tuple[int, int] | None:
-        return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        segment = _segment_of(tensor.untyped_storage().data_ptr())
+        return None if segment is None else (segment.address, segment.nbytes)
 
     def record(self, device: torch.device) -> Event:
         return Event(self.stream())
@@ -493,6 +504,9 @@ _aten, _all = torch.library.Library("aten", "IMPL"), torch.library.Library("_", 
 _aten.impl("empty.memory_format", _empty, "PrivateUse1")
 _aten.impl("empty_strided", _empty_strided, "PrivateUse1")
 _aten.impl("_copy_from", _copy_from, "PrivateUse1")
+# torch resolves a conjugate or negative tensor by a copy, which must not ask for that again.
+for _key in ("Conjugate", "Negative"):
+    _aten.impl("_copy_from", torch.library.fallthrough_kernel, _key)
 for _name, _overload in (
     ("view", "default"),
     ("as_strided", "default"),

@@ -19,6 +19,8 @@ from ray.exceptions import ActorDiedError, RayError
 
 import ray
 from ray.experimental import set_target_device_for_ref, set_target_for_ref
+from ray.experimental.rdt.transports import conformance
+from ray.experimental.rdt.transports.conformance import CASES, Case, Stage
 from tests.integration.peers import Peer
 from tests.support import needs_nixl, wait_until
 
@@ -299,18 +301,14 @@ def test_named_transport_gives_the_producers_own_memory(near: Any, far: Any) -> 
 
 
 def test_shared_memory_outlives_the_reference(near: Any, far: Any) -> None:
-    ref = make_shared(near, lambda _: [torch.arange(9.0, device=TYPE), 1, "text"])
+    # With a segment of its own, which ends with it.
+    ref = make_shared(near, lambda _: [torch.arange(float(1 << 17), device=TYPE), 1, "text"])
     ray.get(far.run.remote(lambda peer, value: peer.kept.update(held=value), ref))
     del ref
 
-    def make_others(_: Peer) -> None:
-        for _ in range(50):
-            torch.full((9,), 5.0, device=TYPE)
-
-    time.sleep(1)
-    ray.get(near.run.remote(make_others))
+    wait_until(lambda: ray.get(near.stats.remote())["stored_objects"] == 0, "it is dropped")
     read = far.run.remote(lambda peer: peer.kept["held"][0].cpu().tolist())
-    assert ray.get(read) == list(range(9))
+    assert ray.get(read) == list(range(1 << 17))
     ray.get(far.run.remote(let_go))
     all_is_unmapped(far)
 
@@ -405,3 +403,28 @@ def test_death_of_a_producer_is_told_where_its_memory_is_used_next(far: Any, spa
         with pytest.raises(RayError, match=f"process {pid} has ended"):
             ray.get(passed_on, timeout=60)
     ray.get(far.run.remote(let_go))
+
+
+# What every transport must do.
+
+
+@ray.remote(num_cpus=0)
+class Member(conformance.Member):
+    """Has a device, where it makes its tensors."""
+
+    def __init__(self) -> None:
+        fake()
+        super().__init__(TYPE)
+
+
+@pytest.fixture(scope="module")
+def members(local_ray: None) -> Iterator[list[Any]]:
+    made = [Member.remote() for _ in range(3)]
+    yield made
+    for member in made:
+        ray.kill(member)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.__name__ for case in CASES])
+def test_conformance_of_shared_memory(members: list[Any], spawn: Any, case: Case) -> None:
+    case(Stage(IPC, *members, lambda: spawn(Member)))
