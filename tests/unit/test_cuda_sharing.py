@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from ray.experimental.rdt.accelerators import cuda_calls, cuda_sharing
+from ray.experimental.rdt.accelerators import cuda, cuda_calls, cuda_sharing
 from ray.experimental.rdt.accelerators.base import CannotShare
+from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.accelerators.cuda_calls import CudaError
+from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
 
 DEVICE = torch.device("cuda", 1)
@@ -39,22 +42,38 @@ class MemHandle:
 class Cuda:
     """The calls that are used of both modules, and what they answer.
 
+    Those that end another thread's graph capture in the mode "global" are asserted to come in the
+    mode "relaxed".
+
     Attributes:
         codes: By call, an error.
         attributes: Of all memory.
         log: The calls that change something.
+        mode: This thread's capture mode.
+        checked: How many calls were looked at.
     """
 
     def __init__(self) -> None:
         self.codes: dict[str, int] = {}
         self.attributes: dict[str, int] = {"IS_LEGACY_CUDA_IPC_CAPABLE": True}
         self.log: list[Any] = []
+        self.mode = "global"
+        self.checked = 0
         relaxed = SimpleNamespace(cudaStreamCaptureModeRelaxed="relaxed")
         self.runtime = SimpleNamespace(
             cudaStreamCaptureMode=relaxed,
             cudaIpcMemLazyEnablePeerAccess=1,
             cudaIpcMemHandle_t=MemHandle,
-            cudaThreadExchangeStreamCaptureMode=lambda mode: (Code(0), "global"),
+            cudaThreadExchangeStreamCaptureMode=self._exchange,
+            cudaStreamNonBlocking="non-blocking",
+            cudaStreamDefault="default",
+            cudaStreamCreateWithFlags=lambda flags: (
+                self.log.append(("stream", flags)),
+                *(self._code("stream"), 77),
+            )[1:],
+            cudaHostRegisterPortable="portable",
+            cudaHostRegister=lambda address, nbytes, flags: (self._code("pin"),),
+            cudaHostUnregister=lambda address: (self._code("unpin"),),
             cudaSetDevice=lambda index: (self.log.append(("device", index)), self._code("set"))[1:],
             cudaIpcGetMemHandle=self._get,
             cudaIpcOpenMemHandle=self._open,
@@ -73,7 +92,16 @@ class Cuda:
             cuMemGetAddressRange=lambda pointer: (self._code("range"), START, NBYTES),
         )
 
+    def _exchange(self, mode: str) -> tuple[Code, str]:
+        before, self.mode = self.mode, mode
+        return Code(0), before
+
+    def check_mode(self) -> None:
+        assert self.mode == "relaxed"
+        self.checked += 1
+
     def _code(self, call: str) -> Code:
+        self.check_mode()
         return Code(self.codes.get(call, 0))
 
     def _attribute(self, name: str, pointer: Any) -> tuple[Code, Any]:
@@ -92,31 +120,32 @@ class Cuda:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     made = Cuda()
-    for module in (cuda_calls, cuda_sharing):
+    for module in (cuda, cuda_calls, cuda_sharing):
         monkeypatch.setattr(module, "bindings", lambda: made.runtime)
         monkeypatch.setattr(module, "driver", lambda: made.driver)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
-    return made
+    yield made
+    assert made.mode == "global"
 
 
 @pytest.fixture
-def sharing(cuda: Cuda) -> CudaSharing:
+def sharing(calls: Cuda) -> CudaSharing:
     return CudaSharing(lambda device: pytest.fail("no stream is needed"))
 
 
-def test_segment_of_an_address(cuda: Cuda, sharing: CudaSharing):
+def test_segment_of_an_address(calls: Cuda, sharing: CudaSharing):
     assert sharing.export(START + 512, DEVICE) == (HANDLE, START, NBYTES)
-    assert cuda.log == [("device", 1)]
+    assert calls.log == [("device", 1)]
 
 
-def test_memory_is_opened_on_the_consumers_device_and_closed(cuda: Cuda, sharing: CudaSharing):
+def test_memory_is_opened_on_the_consumers_device_and_closed(calls: Cuda, sharing: CudaSharing):
     assert sharing.map(HANDLE, DEVICE) == START
     sharing.unmap(START, DEVICE)
     opened = ("open", HANDLE, 1)
-    assert cuda.log == [("device", 1), opened, ("device", 1), ("close", START)]
+    assert calls.log == [("device", 1), opened, ("device", 1), ("close", START)]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +158,9 @@ def test_memory_is_opened_on_the_consumers_device_and_closed(cuda: Cuda, sharing
     ],
 )
 def test_memory_without_a_handle_is_named(
-    cuda: Cuda, sharing: CudaSharing, monkeypatch, attributes, is_expandable, reason
+    calls: Cuda, sharing: CudaSharing, monkeypatch, attributes, is_expandable, reason
 ):
-    cuda.attributes = {"IS_LEGACY_CUDA_IPC_CAPABLE": False, "MEMPOOL_HANDLE": 0, **attributes}
+    calls.attributes = {"IS_LEGACY_CUDA_IPC_CAPABLE": False, "MEMPOOL_HANDLE": 0, **attributes}
     snapshot = [{"is_expandable": is_expandable, "address": START, "total_size": NBYTES}]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
     with pytest.raises(CannotShare, match=reason):
@@ -139,30 +168,30 @@ def test_memory_without_a_handle_is_named(
 
 
 def test_driver_that_does_not_know_the_attribute_is_asked_for_the_handle(
-    cuda: Cuda, sharing: CudaSharing
+    calls: Cuda, sharing: CudaSharing
 ):
-    cuda.attributes = {}
+    calls.attributes = {}
     assert sharing.export(START, DEVICE)[0] == HANDLE
 
 
 @pytest.mark.parametrize("call", ["range", "get"])
-def test_refused_handle(cuda: Cuda, sharing: CudaSharing, call: str):
-    cuda.codes[call] = 801
+def test_refused_handle(calls: Cuda, sharing: CudaSharing, call: str):
+    calls.codes[call] = 801
     with pytest.raises(CannotShare, match="failed: cudaErrorSomething"):
         sharing.export(START, DEVICE)
 
 
 @pytest.mark.parametrize("code", [214, 700, 710])
-def test_failed_device_is_not_a_refusal(cuda: Cuda, sharing: CudaSharing, code: int):
-    cuda.codes = {"get": code, "open": code}
+def test_failed_device_is_not_a_refusal(calls: Cuda, sharing: CudaSharing, code: int):
+    calls.codes = {"get": code, "open": code}
     with pytest.raises(CudaError):
         sharing.export(START, DEVICE)
     with pytest.raises(CudaError):
         sharing.map(HANDLE, DEVICE)
 
 
-def test_refused_mapping(cuda: Cuda, sharing: CudaSharing):
-    cuda.codes["open"] = 400
+def test_refused_mapping(calls: Cuda, sharing: CudaSharing):
+    calls.codes["open"] = 400
     with pytest.raises(CannotShare, match="cudaIpcOpenMemHandle failed"):
         sharing.map(HANDLE, DEVICE)
 
@@ -184,3 +213,112 @@ def test_devices_that_do_not_reach_each_other(monkeypatch, sharing: CudaSharing)
     assert "cannot reach the memory of cuda:0" in sharing.obstacle(DEVICE, "GPU-0")
     assert sharing.obstacle(DEVICE, "GPU-1") == ""
     assert sharing.obstacle(DEVICE, "one that this process does not see") == ""
+
+
+# While a thread of the user's captures a graph in the mode "global".
+
+
+@pytest.fixture
+def accelerator(calls: Cuda, monkeypatch: pytest.MonkeyPatch) -> CudaAccelerator:
+    class Event:
+        def __init__(self, interprocess: bool = False):
+            """Calls nothing of CUDA's."""
+
+        def record(self, stream: Any) -> None:
+            calls.check_mode()
+
+        def query(self) -> bool:
+            calls.check_mode()
+            return True
+
+        def ipc_handle(self) -> bytes:
+            calls.check_mode()
+            return b"event"
+
+        @staticmethod
+        def from_ipc_handle(device: torch.device, handle: bytes) -> None:
+            calls.check_mode()
+
+    def external(raw: int, device: torch.device) -> Any:
+        return SimpleNamespace(raw=raw, device=device, wait_event=lambda event: None)
+
+    def empty(*shape: int, **options: Any) -> None:
+        calls.check_mode()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", external)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "current")
+    monkeypatch.setattr(torch, "empty", empty)
+    return CudaAccelerator()
+
+
+def event_of(calls: Cuda) -> CudaEvent:
+    reached = SimpleNamespace(query=lambda: calls.check_mode() is None)
+    return CudaEvent(reached, DEVICE)
+
+
+class Copied:
+    """A target on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, calls: Cuda):
+        self._calls = calls
+
+    def numel(self) -> int:
+        return 1 << 20
+
+    def copy_(self, source: Any, non_blocking: bool) -> None:
+        self._calls.check_mode()
+
+
+HOST = SimpleNamespace(data_ptr=lambda: 4096, nbytes=8192)
+AWAY = SimpleNamespace(is_cuda=True, get_device=lambda: 1, data_ptr=lambda: START)
+
+
+def enter(block: Any, calls: Cuda) -> None:
+    with block:
+        calls.check_mode()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(lambda a, calls: a.empty(3, DEVICE), id="empty"),
+        pytest.param(lambda a, calls: a.pinned(3), id="pinned"),
+        pytest.param(lambda a, calls: a.record(DEVICE), id="record"),
+        pytest.param(lambda a, calls: a.copy([(Copied(calls), AWAY)], DEVICE), id="copy"),
+        pytest.param(lambda a, calls: a.pin(HOST)(), id="pin"),
+        pytest.param(lambda a, calls: a.segment(AWAY), id="segment"),
+        pytest.param(lambda a, calls: a.new_stream(DEVICE), id="new_stream"),
+        pytest.param(lambda a, calls: enter(a.aside(), calls), id="aside"),
+        pytest.param(lambda a, calls: enter(a.on(SimpleNamespace(device=1)), calls), id="on"),
+        pytest.param(lambda a, calls: event_of(calls).is_reached(), id="is_reached"),
+        pytest.param(lambda a, calls: event_of(calls).wait(1), id="wait"),
+        pytest.param(lambda a, calls: a.sharing.driver.export(START, DEVICE), id="export"),
+        pytest.param(lambda a, calls: a.sharing.driver.map(HANDLE, DEVICE), id="map"),
+        pytest.param(lambda a, calls: a.sharing.driver.unmap(START, DEVICE), id="unmap"),
+        pytest.param(
+            lambda a, calls: a.sharing.driver.export_event(event_of(calls)), id="export_event"
+        ),
+        pytest.param(
+            lambda a, calls: a.sharing.driver.import_event(b"event", DEVICE), id="import_event"
+        ),
+    ],
+)
+def test_calls_disturb_no_capture_of_another_thread(
+    calls: Cuda, accelerator: CudaAccelerator, use: Callable[[CudaAccelerator, Cuda], Any]
+):
+    use(accelerator, calls)
+    assert calls.checked
+    assert calls.mode == "global"
+
+
+def test_private_streams_do_not_wait_for_the_default_stream(
+    calls: Cuda, accelerator: CudaAccelerator
+):
+    stream: Any = accelerator.new_stream(DEVICE)
+    assert calls.log == [("device", 1), ("stream", "non-blocking")]
+    assert (stream.raw, stream.device) == (77, DEVICE)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ray.experimental.rdt import capture
-from ray.experimental.rdt.accelerators import cuda, cuda_calls
+from ray.experimental.rdt.accelerators import cuda, cuda_calls, cuda_events
 from ray.experimental.rdt.accelerators.base import have_ended
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
@@ -170,6 +170,16 @@ def test_target_that_requires_grad_receives():
     target = torch.nn.Parameter(torch.zeros(3, device=TYPE))
     deliver(captured, [target])
     assert target.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("device", ["cpu", TYPE])
+@pytest.mark.parametrize("step", [1, 2])
+def test_target_of_inference_mode_receives(device: str, step: int):
+    captured = lay_out([torch.arange(3.0, device=TYPE)])
+    with torch.inference_mode():
+        target = torch.zeros(3 * step, device=device)[::step]
+    deliver(captured, [target])
+    assert on_host(target).tolist() == [0, 1, 2]
 
 
 def test_bytes_are_read_after_what_the_producers_stream_had():
@@ -408,6 +418,17 @@ def test_cuda_copy_keeps_its_memory_until_it_has_ended(torch_cuda):
     assert all(each() is None for each in kept)
 
 
+def test_cuda_copies_of_each_direction_have_streams_of_their_own(torch_cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda.Event, "reached", True)
+    away, here = OnGpu(torch_cuda, 10), OnGpu(torch_cuda, 10, is_cuda=False)
+    accelerator = CudaAccelerator()
+    for pair in ((here, away), (away, here), (here, away)):
+        accelerator.copy([pair], torch.device("cuda", 0))
+    there, back, there_again = [call[1] for call in torch_cuda if call[0] == "event"]
+    assert there is there_again
+    assert there is not back
+
+
 @pytest.mark.parametrize("is_capturing", [False, True])
 def test_cuda_event_is_recorded_beside_a_graph_that_is_captured(
     torch_cuda, monkeypatch, is_capturing
@@ -419,18 +440,35 @@ def test_cuda_event_is_recorded_beside_a_graph_that_is_captured(
     assert torch_cuda == [("event", "default" if is_capturing else "current")]
 
 
-def test_cuda_event_is_looked_at_without_a_pause_and_then_with():
-    looks: list[float] = []
+def test_cuda_event_is_spun_for_before_the_first_sleep(monkeypatch):
+    now, slept = [0.0], []
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    def sleep(seconds):
+        slept.append((now[0], seconds))
+        pass_time(seconds)
 
     class Late:
         def query(self):
-            looks.append(time.monotonic())
-            return False
+            pass_time(1e-5)
+            return now[0] > reached_after_s
 
+    monkeypatch.setattr(cuda_events, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(cuda_events, "sleep", sleep)
+    reached_after_s = 5e-5
+    CudaEvent(Late(), torch.device("cuda", 0)).wait(5)
+    assert slept == []
+    reached_after_s = 1.0
+    now[0] = 0.0
+    CudaEvent(Late(), torch.device("cuda", 0)).wait(5)
+    assert slept[0][0] > 5e-5
+    assert max(seconds for _, seconds in slept) == pytest.approx(1e-3)
+    reached_after_s = 9.0
     with pytest.raises(TimeoutError, match=r"cuda:0 did not finish.*0.05 s"):
         CudaEvent(Late(), torch.device("cuda", 0)).wait(0.05)
-    assert looks[-1] - looks[0] < 5
-    assert len(looks) > 10
+    assert now[0] < 1.1
 
 
 def test_the_segment_of_a_tensor_is_what_the_driver_says(monkeypatch):

@@ -390,6 +390,21 @@ def test_neighbouring_segments_are_read_apart(producer, consumer, monkeypatch):
     assert [one.tolist() for one in received] == [one.tolist() for one in pattern(*[4096] * 3)]
 
 
+def test_device_memory_is_read_in_few_requests(fabric, producer, consumer):
+    """A request costs more than the copy of 16 MiB."""
+    sent, received = ([torch.zeros(40 << 20, dtype=torch.uint8, device=TYPE)] for _ in range(2))
+    read(consumer, expose(producer, sent), received)
+    calls = [call for engine in fabric.engines.values() for call, _ in engine.log]
+    assert calls.count("post") == 1
+    assert nixl_consumer._DEVICE_BATCH_NBYTES >= 256 << 20
+
+
+def test_small_tensors_of_a_device_are_one_registration(fabric, producer):
+    expose(producer, on_device(pattern(*[100] * 20)))
+    (engine,) = fabric.engines.values()
+    assert len(engine.registered) == 1
+
+
 def test_a_device_that_does_not_finish_makes_it_unavailable(producer, short_fetch, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: ended.wait(10))

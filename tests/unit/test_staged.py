@@ -261,15 +261,17 @@ def test_withdraw_releases_what_nobody_took(sides):
     wait_until(lambda: not producer.transport._chunks and not served(producer), "released")
 
 
-def test_a_pull_waits_for_no_later_work_of_either_side(sides):
-    given, got = sources(3 * CHUNK), blanks(3 * CHUNK)
+@pytest.mark.parametrize("sizes", [[3 * CHUNK], [10, 20, 30]], ids=["large", "packed"])
+def test_a_pull_waits_for_no_later_work_of_either_side(sides, sizes):
+    given = [tensor for size in sizes for tensor in sources(size)]
+    got = [torch.zeros_like(tensor) for tensor in given]
     exposed, gate = sides[0].transport.expose(given), threading.Event()
     launch(torch.zeros(1, device=TYPE), 1, gate)
     try:
         read(sides, exposed, got)
     finally:
         gate.set()
-    assert got[0].tolist() == given[0].tolist()
+    assert [g.tolist() for g in got] == [s.tolist() for s in given]
 
 
 def test_memory_is_written_after_what_it_was_used_for(sides, monkeypatch):
