@@ -24,6 +24,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as NotDone
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -226,7 +227,14 @@ class Server:
                 with self._lock:
                     del self._exposed[entry]
                 mine.set_exception(error)
-        return known.result().described
+        try:
+            return known.result(max(0.0, deadline - time.monotonic())).described
+        except NotDone as error:
+            if known.done():
+                raise
+            raise CallError(
+                f"exposing the object over {body['transport']} for another reader has not ended"
+            ) from error
 
     def _on_done(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         key = bytes.fromhex(body["key"])
