@@ -91,12 +91,63 @@ def all_is_given_back(*sides) -> None:
 
 
 @pytest.mark.parametrize("target", [f"{TYPE}:0", f"{TYPE}:1"])
-def test_bytes_arrive_and_memory_is_unmapped(sides, target):
+def test_bytes_arrive_and_memory_is_unmapped_when_the_object_goes(sides, target):
     sources = [bytes_on(f"{TYPE}:1"), bytes_on(f"{TYPE}:0", 7)[3:], bytes_on(f"{TYPE}:0", 0)]
     exposed = sides[0].transport.expose(sources)
     got = [torch.zeros(len(source), dtype=torch.uint8, device=target) for source in sources]
     read(sides, exposed, *got)
     assert [g.tolist() for g in got] == [s.tolist() for s in sources]
+    assert sides[1].driver.live == len(sides[0].transport._loans) + 1 == 2
+    sides[0].transport.withdraw(exposed)
+    all_is_given_back(*sides)
+
+
+def test_object_is_mapped_once_for_all_its_reads(sides, monkeypatch):
+    producer, consumer, _ = sides
+    calls, call = [], consumer.session.call
+    monkeypatch.setattr(
+        consumer.session, "call", lambda *args: calls.append(args[1]) or call(*args)
+    )
+    exposed = producer.transport.expose([bytes_on(TYPE)])
+    for _ in range(3):
+        got = torch.zeros(100, dtype=torch.uint8, device=TYPE)
+        read(sides, exposed, got)
+        assert got.tolist() == bytes_on(TYPE).tolist()
+    assert (len(calls), consumer.driver.opened) == (1, 1)
+    producer.transport.withdraw(exposed)
+    all_is_given_back(*sides)
+
+
+def test_object_that_goes_while_it_is_read_is_unmapped_after_that(sides, monkeypatch):
+    producer, consumer, _ = sides
+    exposed = producer.transport.expose([bytes_on(TYPE)])
+    read(sides, exposed, bytes_on(TYPE))
+    target, gate = torch.zeros(100, dtype=torch.uint8, device=TYPE), threading.Event()
+    launch(target, 7, gate)
+    taken = accelerator.record(DEVICE)
+    reading = threading.Thread(
+        target=read, args=(sides, exposed, target), kwargs={"timeout_s": 20, "after": [taken]}
+    )
+    reading.start()
+    (source,) = consumer.transport._sources[producer.peer.agent_id].values()
+    wait_until(lambda: source.readers == 1, "it is read")
+    producer.transport.withdraw(exposed)
+    wait_until(lambda: source.is_over, "the consumer hears of it")
+    assert (consumer.driver.live, len(producer.transport._loans)) == (1, 1)
+    gate.set()
+    reading.join(20)
+    assert target.tolist() == bytes_on(TYPE).tolist()
+    all_is_given_back(*sides)
+
+
+def test_lost_producer_and_the_end_of_a_session_unmap_what_was_copied(sides):
+    producer, consumer, third = sides
+    exposed = producer.transport.expose([bytes_on(TYPE)])
+    for reader in (consumer, third):
+        read((producer, reader, None), exposed, bytes_on(TYPE))
+        assert reader.driver.live == 1
+    consumer.transport._on_peer_lost(producer.peer.agent_id)
+    third.transport.close()
     all_is_given_back(*sides)
 
 
@@ -112,6 +163,7 @@ def test_ten_thousand_tensors_are_a_few_handles(sides, monkeypatch):
     assert all(g.equal(s) for g, s in zip(map(on_host, got), map(on_host, sources), strict=True))
     assert sides[0].driver.exported <= 6
     assert len(json.dumps([exposed, *answers])) < 200_000
+    sides[0].transport.withdraw(exposed)
     all_is_given_back(*sides)
 
 
@@ -133,19 +185,21 @@ def test_segment_is_mapped_once_and_until_its_last_user(sides):
 def test_memory_is_unmapped_before_the_producer_is_told(sides, monkeypatch):
     consumer = sides[1]
     live, tell = [], consumer.session.tell
+    exposed = sides[0].transport.expose([bytes_on(TYPE)])
+    read(sides, exposed, bytes_on(TYPE))
     monkeypatch.setattr(
         consumer.session, "tell", lambda *args: (live.append(consumer.driver.live), tell(*args))
     )
-    exposed = sides[0].transport.expose([bytes_on(TYPE)])
-    read(sides, exposed, bytes_on(TYPE))
+    sides[0].transport.withdraw(exposed)
     all_is_given_back(*sides)
     assert live == [0]
 
 
-def test_reader_does_not_wait_for_the_memory_to_be_unmapped(sides):
+def test_producer_does_not_wait_for_the_memory_to_be_unmapped(sides):
     sides[1].driver.rest = rest = threading.Event()
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     read(sides, exposed, bytes_on(TYPE))
+    sides[0].transport.withdraw(exposed)
     assert (sides[1].driver.live, len(sides[0].transport._loans)) == (1, 1)
     rest.set()
     all_is_given_back(*sides)
@@ -208,6 +262,7 @@ def test_devices_that_do_not_reach_each_other(sides):
     with pytest.raises(TransportUnavailable, match=rf"{TYPE}:0 cannot reach.*fake-1"):
         read(sides, exposed, bytes_on(f"{TYPE}:0"))
     read(sides, exposed, bytes_on(f"{TYPE}:1"))
+    sides[0].transport.withdraw(exposed)
     all_is_given_back(*sides)
 
 

@@ -31,7 +31,8 @@ class SlowTransport:
 
 
 def make_server() -> Any:
-    nothing = lambda *_: None  # noqa: E731
+    def nothing(*_: Any) -> None: ...
+
     session: Any = SimpleNamespace(
         serve=nothing, on_peer_lost=nothing, on_tick=nothing, on_close=nothing
     )

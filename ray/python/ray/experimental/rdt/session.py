@@ -301,7 +301,8 @@ def boot_id_of(address: bytes) -> bytes:
 
 _lock = threading.Lock()
 _session: Session | None = None
-#: The node of Ray's that was connected to when a session last ended; each connection has its own.
+#: The node of Ray's that a driver was connected to when its last session ended; each connection has
+#: its own.
 _ended: Callable[[], Any] = object
 
 
@@ -328,11 +329,12 @@ def peek() -> Session | None:
 
 
 def end() -> None:
-    """Ends the process's session if it has one; until the next ``ray.init`` none begins."""
+    """Ends the process's session if it has one; in a driver none begins until ``ray.init``."""
     global _session, _ended
     import ray
 
-    node = ray._private.worker.global_worker.node
+    worker = ray._private.worker.global_worker
+    node = worker.node if worker.mode == ray.SCRIPT_MODE else None
     with _lock:
         session, _session = _session, None
         _ended = object if node is None else weakref.ref(node)

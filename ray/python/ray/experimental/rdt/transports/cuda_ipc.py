@@ -1,7 +1,8 @@
 """cuda_ipc: GPU memory of one host, mapped by the consumer and copied, or used where it is.
 
-The consumer maps the producer's memory on its own GPU, copies it into its own and unmaps it. It
-need not see the producer's GPU. A consumer that named this transport and uses the producer's GPU
+The consumer maps the producer's memory on its own GPU and copies it into its own. The memory stays
+mapped until the object goes, since mapping may take longer than the copy. The consumer need not
+see the producer's GPU. A consumer that named this transport and uses the producer's GPU
 gets the memory itself (``Lending``): what one side writes, the other sees. The producer keeps the
 memory until the consumer's last tensor over it has died, or its process has ended; see ``loans``.
 
@@ -10,7 +11,9 @@ here is tested with another accelerator.
 
 Requests (JSON, through the session):
 
-* ``rdt.<name>.share`` {exposure, loan, pid, timeout_s}: answers with where the buffers lie.
+* ``rdt.<name>.share`` {exposure, loan, pid, address, timeout_s}: answers with where the buffers
+  lie.
+* ``rdt.<name>.gone`` {exposure}: the object is not stored any more; the consumer unmaps it.
 * ``rdt.<name>.keep`` {loan}: the consumer uses the memory from now on, without a deadline.
 * ``rdt.<name>.close`` {loan}: the consumer has unmapped it.
 
@@ -27,6 +30,7 @@ import sys
 import time
 from array import array
 from base64 import b64decode, b64encode
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -54,6 +58,9 @@ _PID_NAMESPACE = Path("/proc/self/ns/pid")
 #: How long a failed read waits for copies that are still under way.
 _GRACE_S = 5.0
 
+#: How long ``close`` waits for memory to be unmapped.
+_CLOSE_S = 2.0
+
 #: How often the closing thread looks whether work over memory that died has ended.
 _SETTLE_S = 0.05
 
@@ -78,6 +85,29 @@ class _Use:
     loan: str = field(default_factory=lambda: os.urandom(16).hex())
     mappings: list[Mapping] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+
+
+@dataclass
+class _Source:
+    """An object of a producer that is mapped here, for all reads of it until it goes.
+
+    Attributes:
+        exposure: The producer's number for it.
+        use: What is mapped of it.
+        layout: Where its buffers lie.
+        starts: For each device of this process, where the object's segments are mapped.
+        readers: How many reads use it now.
+        is_over: Whether the last of them gives it back.
+    """
+
+    exposure: int
+    use: _Use
+    layout: Layout
+    starts: defaultdict[torch.device, dict[int, int]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
+    readers: int = 0
+    is_over: bool = False
 
 
 class DeviceIpcTransport:
@@ -109,14 +139,19 @@ class DeviceIpcTransport:
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._exposed: dict[int, Buffers] = {}
+        # By exposure, the agents of the consumers that have it mapped, and their addresses.
+        self._readers: defaultdict[int, dict[bytes, bytes]] = defaultdict(dict)
+        # By the producer's agent and its exposure.
+        self._sources: defaultdict[bytes, dict[int, _Source]] = defaultdict(dict)
         self._loans = _loans.setdefault(accelerator.sharing, Loans())
         self._is_closed = False
         self._uses = 0
-        self._dying: SimpleQueue[_Use | None] = SimpleQueue()
+        self._dying: SimpleQueue[_Use | threading.Event | None] = SimpleQueue()
         self._closer: threading.Thread | None = None
         session.serve(f"rdt.{name}.share", self._on_share)
         session.serve(f"rdt.{name}.keep", self._on_keep)
         session.serve(f"rdt.{name}.close", self._on_close)
+        session.serve(f"rdt.{name}.gone", self._on_gone)
         session.on_peer_lost(self._on_peer_lost)
         session.on_tick(self._on_tick)
 
@@ -136,26 +171,49 @@ class DeviceIpcTransport:
             raise TransportUnavailable(f"{self._name} carries {device_type} memory only")
 
     def withdraw(self, exposed: Route) -> None:
-        """See ``OneSided``."""
+        """See ``OneSided``. The memory is kept until its consumers have unmapped it."""
+        number = exposed["exposure"]
         with self._lock:
-            self._exposed.pop(exposed["exposure"], None)
+            self._exposed.pop(number, None)
+            readers = self._readers.pop(number, {})
+        for address in readers.values():
+            self._session.tell(address, f"rdt.{self._name}.gone", {"exposure": number})
 
     def close(self) -> None:
-        """See ``OneSided``. What was lent and borrowed stays, since tensors outlive the session."""
+        """See ``OneSided``. What was lent and borrowed stays, since tensors outlive the session.
+
+        What was mapped for copies is given back, if that does not take long.
+        """
+        with self._lock:
+            producers = list(self._sources)
+        for producer in producers:
+            self._forget(producer)
+        if producers and self._closer is not None:
+            is_given_back = threading.Event()
+            self._dying.put(is_given_back)
+            is_given_back.wait(_CLOSE_S)
         self._is_closed = True
         self._dying.put(None)
         with self._lock:
             self._exposed.clear()
+            self._readers.clear()
 
     def _on_share(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
         with self._lock:
             buffers = self._exposed.get(body["exposure"])
         if buffers is None:
-            raise CallError("the object is not exposed here any more", "not_found")
+            raise _not_exposed()
         deadline = time.monotonic() + float(body["timeout_s"])
         described = self._describe(buffers)
         self._loans.add(body["loan"], peer_id, body["pid"], buffers, deadline)
+        with self._lock:
+            is_exposed = body["exposure"] in self._exposed
+            if is_exposed:
+                self._readers[body["exposure"]][peer_id] = bytes.fromhex(body["address"])
+        if not is_exposed:
+            self._loans.end(body["loan"])
+            raise _not_exposed()
         return described
 
     def lend(
@@ -218,23 +276,79 @@ class DeviceIpcTransport:
             raise TransportUnavailable(
                 f"{self._name} writes device memory only, and the tensors go to host memory"
             )
-        use = _Use(peer)
-        body = {
-            "exposure": exposed["exposure"],
-            "loan": use.loan,
-            "pid": os.getpid(),
-            "timeout_s": _left(deadline),
-        }
+        source = self._source(peer, exposed["exposure"], deadline)
+        copies: list[Event] = []
         try:
-            self._read(use, body, buffers, deadline, after)
+            self._read(source, copies, buffers, deadline, after)
         except BaseException as error:
-            has_ended = have_ended(use.events, _GRACE_S)
-            if not has_ended:
-                self._keep(use)
+            source.is_over = True
+            has_ended = have_ended(copies, _GRACE_S)
             error.may_still_write = not has_ended  # type: ignore[attr-defined]
             raise
         finally:
+            self._end_read(source, copies, deadline)
+
+    def _source(self, peer: Peer, exposure: int, deadline: float) -> _Source:
+        """The object for one more read; its producer is asked where it is the first time."""
+        with self._lock:
+            known = self._sources.get(peer.agent_id, {}).get(exposure)
+            if known is not None:
+                known.readers += 1
+                return known
+        use = _Use(peer)
+        body = {
+            "exposure": exposure,
+            "loan": use.loan,
+            "pid": os.getpid(),
+            "address": self._session.address.hex(),
+            "timeout_s": _left(deadline),
+        }
+        try:
+            op = f"rdt.{self._name}.share"
+            answer = self._session.call(peer.address, op, body, _left(deadline))
+        except BaseException as error:
             self.give_back(use)
+            if isinstance(error, CallError) and error.code == TransportUnavailable.code:
+                raise TransportUnavailable(str(error)) from error
+            raise
+        self._keep(use)
+        source = _Source(exposure, use, _decode(answer), readers=1)
+        with self._lock:
+            # Of two threads that asked at once, one keeps its own for this read alone.
+            source.is_over = self._sources[peer.agent_id].setdefault(exposure, source) is not source
+        return source
+
+    def _end_read(self, source: _Source, copies: Sequence[Event], deadline: float) -> None:
+        """Ends one read. After its deadline the producer may have said already that all is over."""
+        with self._lock:
+            source.readers -= 1
+            source.use.events += [copy for copy in copies if not copy.is_reached()]
+            source.is_over = source.is_over or time.monotonic() >= deadline
+            of_producer = self._sources.get(source.use.peer.agent_id, {})
+            if source.is_over and of_producer.get(source.exposure) is source:
+                del of_producer[source.exposure]
+            is_last = source.is_over and not source.readers
+        if is_last:
+            self.give_back(source.use)
+
+    def _forget(self, producer: bytes, exposure: int | None = None) -> None:
+        """Unmaps an object of a producer, or all of them, once no read uses it."""
+        with self._lock:
+            of_producer = self._sources.get(producer, {})
+            names = list(of_producer) if exposure is None else [exposure]
+            sources = [of_producer.pop(name) for name in names if name in of_producer]
+            if not of_producer:
+                self._sources.pop(producer, None)
+            for source in sources:
+                source.is_over = True
+            unused = [source.use for source in sources if not source.readers]
+        for use in unused:
+            self.give_back(use)
+
+    def _on_gone(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        """Runs on: consumer, an rdt-call thread."""
+        self._forget(peer_id, body["exposure"])
+        return {}
 
     def _keep(self, use: _Use) -> None:
         """Tells the producer that its memory is used beyond the deadline."""
@@ -242,41 +356,40 @@ class DeviceIpcTransport:
 
     def _read(
         self,
-        use: _Use,
-        body: dict[str, Any],
+        source: _Source,
+        copies: list[Event],
         buffers: Buffers,
         deadline: float,
         after: Sequence[Event],
     ) -> None:
-        op = f"rdt.{self._name}.share"
-        try:
-            answer = self._session.call(use.peer.address, op, body, _left(deadline))
-        except CallError as error:
-            if error.code == TransportUnavailable.code:
-                raise TransportUnavailable(str(error)) from error
-            raise
-        layout, copied = _decode(answer), []
+        """Copies an object into buffers; adds the copies that it begins to ``copies``."""
+        layout, copied = source.layout, []
         for device in {buffer.device for buffer in buffers}:
             here = [i for i, b in enumerate(buffers) if b.device == device and b.numel()]
-            starts = self._map(layout, here, device, use)
+            starts = source.starts[device]
+            self._map(layout, here, device, source.use, starts)
             pairs = []
             for i in here:
                 address = starts[layout.indices[i]] + layout.offsets[i]
-                source = self._memory.tensor(address, buffers[i].numel(), device, use)
-                pairs.append((buffers[i], source))
+                memory = self._memory.tensor(address, buffers[i].numel(), device, source.use)
+                pairs.append((buffers[i], memory))
             copied += pairs
             if pairs:
-                use.events.append(self._accelerator.copy(pairs, device, after))
-        for event in use.events:
-            event.wait(_left(deadline))
-        self._memory.check_owners([source for _, source in copied])
+                copies.append(self._accelerator.copy(pairs, device, after))
+        for copy in copies:
+            copy.wait(_left(deadline))
+        self._memory.check_owners([memory for _, memory in copied])
 
     def _map(
-        self, layout: Layout, indices: Sequence[int], device: torch.device, use: _Use
-    ) -> dict[int, int]:
-        """Maps the segments of some buffers; for each its address here."""
-        starts = {}
-        for index in sorted({layout.indices[i] for i in indices}):
+        self,
+        layout: Layout,
+        indices: Sequence[int],
+        device: torch.device,
+        use: _Use,
+        starts: dict[int, int],
+    ) -> None:
+        """Maps the segments of some buffers that are not in ``starts`` yet, and adds them there."""
+        for index in sorted({layout.indices[i] for i in indices} - starts.keys()):
             try:
                 mapping = self._memory.map(layout.segments[index], device)
             except CannotShare as error:
@@ -285,7 +398,6 @@ class DeviceIpcTransport:
                 ) from error
             use.mappings.append(mapping)
             starts[index] = mapping.address
-        return starts
 
     # Consumer: the memory itself.
 
@@ -303,7 +415,9 @@ class DeviceIpcTransport:
     ) -> list[torch.Tensor]:
         """See ``Borrowing.take``. Runs on: consumer, the fetching thread."""
         layout = _decode(lent)
-        starts = self._map(layout, [i for i, nbytes in enumerate(sizes) if nbytes], device, use)
+        starts: dict[int, int] = {}
+        filled = [i for i, nbytes in enumerate(sizes) if nbytes]
+        self._map(layout, filled, device, use, starts)
         try:
             events = [self._memory.import_event(b64decode(h), device) for h in lent["events"]]
         except CannotShare as error:
@@ -355,11 +469,14 @@ class DeviceIpcTransport:
         """
         waiting: list[_Use] = []
         while not (self._is_closed and self._uses == 0):
+            dying = None
             with suppress(Empty):
-                use = self._dying.get(timeout=_SETTLE_S if waiting else None)
-                if use is not None:
-                    waiting.append(use)
+                dying = self._dying.get(timeout=_SETTLE_S if waiting else None)
+            if isinstance(dying, _Use):
+                waiting.append(dying)
             waiting = [use for use in waiting if not self._try_to_close(use)]
+            if isinstance(dying, threading.Event):
+                dying.set()
 
     def _try_to_close(self, use: _Use) -> bool:
         if not have_ended(use.events, 0):
@@ -383,6 +500,7 @@ class DeviceIpcTransport:
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread."""
         self._loans.on_peer_lost(peer_id)
+        self._forget(peer_id)
         self._say_what_is_lost()
 
     def _on_tick(self) -> None:
@@ -465,6 +583,10 @@ class CudaIpcTransport(DeviceIpcTransport):
 
     def __init__(self, session: Session):
         super().__init__(session, "cuda")
+
+
+def _not_exposed() -> CallError:
+    return CallError("the object is not exposed here any more", "not_found")
 
 
 def _encode(layout: Layout) -> Route:
