@@ -320,9 +320,10 @@ class DeviceIpcTransport:
 
     def _end_read(self, source: _Source, copies: Sequence[Event], deadline: float) -> None:
         """Ends one read. After its deadline the producer may have said already that all is over."""
+        pending = [copy for copy in copies if not have_ended([copy], 0)]
         with self._lock:
             source.readers -= 1
-            source.use.events += [copy for copy in copies if not copy.is_reached()]
+            source.use.events += pending
             source.is_over = source.is_over or time.monotonic() >= deadline
             of_producer = self._sources.get(source.use.peer.agent_id, {})
             if source.is_over and of_producer.get(source.exposure) is source:
