@@ -151,7 +151,7 @@ def difference(wheel: Path, base_wheel: Path) -> tuple[Files, set[str]]:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a file of a Ray wheel goes into the kit."""
+    """Tell whether a file of a Ray wheel goes into the kit."""
     return not name.startswith(NOT_OF_RAY) and ".data/" not in name and not name.endswith("/")
 
 
@@ -212,7 +212,7 @@ def wheels_of_needs(work: Path) -> dict[str, Path]:
 
 
 def imports_of(wheels: Mapping[str, Path]) -> dict[str, list[str]]:
-    """What each package that a machine may have itself is imported as."""
+    """The import name of each package that a machine may have itself."""
     found = {}
     for name, wheel in wheels.items():
         if name.startswith("nixl"):
@@ -287,7 +287,7 @@ def checkout(root: Path) -> Files:
 
 
 def commit(root: Path) -> str:
-    """What the reports call this version of the sources, "" outside a git checkout."""
+    """The commit of the sources for the reports, "" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip()

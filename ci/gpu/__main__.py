@@ -57,7 +57,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def find_facts() -> dict[str, Any]:
-    """What the machine is; asked in a process of its own, which has the GPU to itself."""
+    """Describe the machine, in a process of its own, which has the GPU to itself."""
     found = runner.run(_MACHINE, ROOT, _MACHINE.limit_s)
     return found.figures or {"machine": found.remark}
 

@@ -1,4 +1,4 @@
-"""How long a hand-over of tensors takes that exist already, from actor to actor on one GPU.
+"""Time hand-overs of tensors that exist already, from actor to actor on one GPU.
 
 Each arm is a Ray of its own (``bench_arm``). All are started first and then measured in turns, one
 at a time: what changes on the machine meanwhile changes for all. A figure is the median over all
@@ -229,7 +229,7 @@ def _cell(ms: float | None, nbytes: int) -> str:
 
 
 def bounds(found: Figures, limits: dict[str, float]) -> list[tuple[str, bool]]:
-    """What has to be reached, as far as it was measured: in words, and whether it is.
+    """The bounds that were measured: each in words, and whether it is met.
 
     Args:
         found: Milliseconds.

@@ -1,4 +1,4 @@
-"""Whether a pull waits for what the producer queues after it gave the object; it must not.
+"""Check that no pull waits for what the producer queues after it gave the object.
 
 The producer's default stream is given some seconds of work once the object exists. The pull has to
 end long before that work does.
@@ -67,7 +67,7 @@ def queue_work(worker: pair.Worker, seconds: float) -> None:
 
 
 def is_busy(worker: pair.Worker) -> bool:
-    """Whether that work is still under way."""
+    """Tell whether that work is still under way."""
     return not worker.kept["end"].query()
 
 
