@@ -14,7 +14,7 @@ import torch
 import ray
 from ray.experimental import register_tensor_transport
 from ray.experimental.rdt import config
-from tests.integration.peers import Peer
+from tests.integration.peers import LANES, Peer
 from tests.integration.user_transports import (
     AlphaTransport,
     FilesTransport,
@@ -107,3 +107,15 @@ def eagerness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     yield request.param
     monkeypatch.undo()
     config.settings.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def takers(local_ray: None) -> Iterator[dict[str, Any]]:
+    """Consumers that use one of the agent's lanes each."""
+    made = {
+        lane: Peer.options(runtime_env={"env_vars": {"RAY_RDT_LANES": lane}}).remote()
+        for lane in LANES
+    }
+    yield made
+    for actor in made.values():
+        ray.kill(actor)

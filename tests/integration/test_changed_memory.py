@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,17 +23,6 @@ class Way(NamedTuple):
 
     transport: str
     consumer: Any
-
-
-@pytest.fixture(scope="module")
-def takers(local_ray: None) -> Iterator[dict[str, Any]]:
-    made = {
-        lane: Peer.options(runtime_env={"env_vars": {"RAY_RDT_LANES": lane}}).remote()
-        for lane in LANES
-    }
-    yield made
-    for actor in made.values():
-        ray.kill(actor)
 
 
 @pytest.fixture(params=[*LANES, "gloo", pytest.param("nixl", marks=needs_nixl()), "pipe"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,17 +15,6 @@ from tests.unit import values
 LAYERS, BLOCKS, BLOCK = 16, 64, (2, 8, 256)
 #: Of one block in all layers: 256 KiB of 16 MiB.
 NBYTES = LAYERS * 2 * 8 * 256 * 2
-
-
-@pytest.fixture(scope="module")
-def takers(local_ray: None) -> Iterator[dict[str, Any]]:
-    made = {
-        lane: Peer.options(runtime_env={"env_vars": {"RAY_RDT_LANES": lane}}).remote()
-        for lane in LANES
-    }
-    yield made
-    for actor in made.values():
-        ray.kill(actor)
 
 
 @pytest.fixture(params=[*LANES, "gloo", pytest.param("nixl", marks=needs_nixl()), "files"])

@@ -1,4 +1,4 @@
-"""What the machine itself can do: what the lanes are held against. One GPU, two processes.
+"""Measure the ceilings of the machine, which the lanes are held against: one GPU, two processes.
 
 Rates count each byte once: a copy of 1 GB in a second is 1 GB/s, wherever the bytes come from.
 """

@@ -1,4 +1,4 @@
-"""Whether the machine is fit for the other steps: torch, Ray and nixl see the GPU."""
+"""Check that the machine is fit for the other steps: torch, Ray and nixl see the GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every transport must do, with tensors on the GPU."""
+"""Run the conformance suite with tensors on the GPU."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def _pull(lane: str, producer: Any, consumer: Any, capturing: Any) -> str:
 
 
 def prepare(worker: pair.Worker) -> None:
-    """What capture waits for and tells."""
+    """Makes the events that tell how far the capture is."""
     worker.kept["begun"], worker.kept["over"] = threading.Event(), threading.Event()
 
 
@@ -103,7 +103,7 @@ def get_only(worker: pair.Worker, refs: list[Any]) -> None:
 
 
 def check_kept(worker: pair.Worker) -> str:
-    """What is wrong with that tensor."""
+    """The fault of that tensor."""
     wrong = pair.wrong_bytes(worker.kept.pop("tensor"), 8)
     return f"{wrong} bytes are wrong" if wrong else ""
 

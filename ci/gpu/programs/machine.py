@@ -75,14 +75,14 @@ def version(package: str) -> str:
 
 
 def commit() -> str:
-    """What the kit was made of, or what this checkout is at."""
+    """The commit that the kit was made of, or that this checkout is at."""
     if _KIT.exists():
         return str(json.loads(_KIT.read_text())["commit"] or "unknown")
     return _output("git", "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def host() -> str:
-    """What of the host bears on the figures."""
+    """The facts of the host that bear on the figures."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     shared = shutil.disk_usage("/dev/shm").free / 2**30
     kernel = platform.release()

@@ -1,4 +1,4 @@
-"""What several programs share: a local Ray, and two actors on one GPU that hand tensors over."""
+"""Parts of several programs: a local Ray, and two actors on one GPU that hand tensors over."""
 
 from __future__ import annotations
 
