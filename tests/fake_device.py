@@ -488,7 +488,7 @@ def launch(tensor: torch.Tensor, value: float, gate: threading.Event | None = No
 
 def make_ipc(session: Any) -> Any:
     """The transport "fakegpu_ipc": what cuda_ipc is, over this device."""
-    from ray.experimental.rdt.transports.cuda_ipc import DeviceIpcTransport
+    from ray.experimental.rdt.transports.cuda_ipc.transport import DeviceIpcTransport
 
     return DeviceIpcTransport(session, TYPE)
 

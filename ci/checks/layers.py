@@ -1,12 +1,12 @@
-"""The layer rule for ray.experimental.rdt: a module imports its own layer or a lower one.
+"""Check the layers of ray.experimental.rdt: a module imports its own layer or a lower one.
 
-Counts every import, also those inside functions and for types only. Module-level imports must
-form no cycle. A module that no layer names is an error: decide where it belongs.
+Every import counts, also those inside functions and for types only, and none of them may be part of
+a circle of modules. A module that no layer names is an error, and so is a name without a module.
 """
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,65 +15,26 @@ SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
 # From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
 LAYERS: list[set[str]] = [
-    {"real_threads"},
-    {
-        "_tensors",
-        "accelerators",
-        "cancellation",
-        "config",
-        "daemon_threads",
-        "descriptor",
-        "device_failures",
-        "errors",
-        "interrupts",
-        "processes",
-        "tensor_transport_manager",
-    },
+    {"common", "tensor_transport_manager"},
+    {"accelerators", "_tensors"},
     {"_agent"},
-    {"session"},
-    {"checksums"},
-    {"transports", "groups"},
-    {
-        "arguments",
-        "arrays",
-        "capture",
-        "core_worker",
-        "deferred",
-        "device_lanes",
-        "directory",
-        "dynamic",
-        "fetch",
-        "gauges",
-        "hints",
-        "holder",
-        "landing",
-        "lanes",
-        "lineage",
-        "links",
-        "method_calls",
-        "owners",
-        "reasons",
-        "remake",
-        "room",
-        "serialized",
-        "serve",
-        "snapshots",
-        "spread",
-        "store",
-        "streams",
-        "targets",
-        "unclaimed",
-    },
+    {"rpc"},
+    {"groups", "transports"},
+    {"serialization"},
+    {"producer"},
+    {"owner"},
+    {"consumer"},
+    {"observe"},
+    {"session_services"},
     {"manager"},
     {
         "api",
         "collective_tensor_transport",
         "explain_api",
-        "guarded",
+        "hooks",
         "nixl_api",
         "nixl_memory_pool",
         "nixl_tensor_transport",
-        "observe",
         "rdt_manager",
         "util",
         "",
@@ -82,55 +43,57 @@ LAYERS: list[set[str]] = [
 
 
 def layer_of(module: str) -> int | None:
-    """The layer of a module of the package, named within it ('transports.gloo')."""
-    head = module.partition(".")[0]
-    return next((n for n, names in enumerate(LAYERS) if module in names or head in names), None)
+    """The layer of a module of the package, named within it ("transports.gloo")."""
+    folder = module.partition(".")[0]
+    return next((n for n, names in enumerate(LAYERS) if folder in names), None)
 
 
-def imported(node: ast.AST, known: set[str]) -> Iterator[str]:
-    """The package's modules that one statement imports, named within the package."""
-    names: list[str] = []
-    if isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-        inner = [f"{node.module}.{alias.name}" for alias in node.names]
-        names = [name if within(name) in known else node.module for name in inner]
-    for name in names:
-        if name == PACKAGE or name.startswith(PACKAGE + "."):
-            yield within(name)
+def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """The package's modules that a module imports anywhere, named within the package."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if within(name) in known else node.module for name in inner]
+        for name in names:
+            if name == PACKAGE or name.startswith(PACKAGE + "."):
+                yield within(name)
 
 
 def within(name: str) -> str:
     return name.removeprefix(PACKAGE).removeprefix(".")
 
 
-def higher(module: str, tree: ast.AST, known: Iterable[str]) -> Iterator[str]:
-    """What a module imports from a layer above its own."""
-    ours = layer_of(module)
-    for node in ast.walk(tree):
-        for name in imported(node, set(known)):
-            theirs = layer_of(name)
-            if ours is not None and theirs is not None and theirs > ours:
-                yield name
-
-
-def check(sources: Path = SOURCES) -> list[str]:
-    """What breaks the rule, a line each."""
-    files = {}
+def modules(sources: Path) -> dict[str, Path]:
+    """The files of the package's modules, Cython's among them, by name within the package."""
+    found = {}
     for file in sorted((sources / Path(*PACKAGE.split("."))).rglob("*.py*")):
         if file.suffix in (".py", ".pyx"):
             dotted = ".".join(file.relative_to(sources).with_suffix("").parts)
-            files[within(dotted.removesuffix(".__init__"))] = file
+            found[within(dotted.removesuffix(".__init__"))] = file
+    return found
+
+
+def check(sources: Path = SOURCES) -> list[str]:
+    """The violations of the rule, a line each."""
+    files = modules(sources)
     found = [f"{files[m]}: no layer names it" for m in files if layer_of(m) is None]
+    folders = {module.partition(".")[0] for module in files}
+    found += [
+        f"LAYERS names {name!r}, which is not there"
+        for name in sorted(set().union(*LAYERS) - folders)
+    ]
     graph: dict[str, set[str]] = {}
     for module, file in files.items():
         if file.suffix == ".pyx":
             continue
-        tree = ast.parse(file.read_text(), str(file))
-        graph[module] = {name for node in tree.body for name in imported(node, set(files))}
-        found += [
-            f"{file}: imports {name}, of a higher layer" for name in higher(module, tree, files)
-        ]
+        graph[module] = set(imported(ast.parse(file.read_text(), str(file)), set(files)))
+        for name in sorted(graph[module]):
+            ours, theirs = layer_of(module), layer_of(name)
+            if ours is not None and theirs is not None and theirs > ours:
+                found.append(f"{file}: imports {name}, of a higher layer")
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

@@ -34,7 +34,7 @@ from ci.leaks import EXACT, ROUGH
 from ci.soak.actors import Worker, counters_here
 from ci.soak.faults import DRIVER, Faults
 from ci.soak.work import BOUND_S, PATHS, Job
-from ray.experimental.rdt import config
+from ray.experimental.rdt.common import config
 
 #: All can talk over tcp, so that each pair has a lane.
 ACTORS = {

@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import RayError
 
 import ray
-from ray.experimental.rdt import session
+from ray.experimental.rdt.rpc import session
 from tests.integration.peers import LARGE, Peer, ones, total_of_refs
 from tests.support import BUSY_S, KNOWN_WITHIN_S, wait_until
 

@@ -14,7 +14,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError
 import ray
 from ray.experimental import set_target_for_ref
 from ray.experimental.rdt import receive_into
-from ray.experimental.rdt.errors import RDTProducerDiedError
+from ray.experimental.rdt.common.errors import RDTProducerDiedError
 from tests.chaos.faults import LONG, fetch, kill, numbers, pid_of, stat, wait_idle, wait_pinned
 from tests.integration.peers import LARGE, Peer, ones, total_of_refs
 from tests.support import wait_until

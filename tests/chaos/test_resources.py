@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import ray
-from ray.experimental.rdt.errors import RDTFetchError
+from ray.experimental.rdt.common.errors import RDTFetchError
 from tests.chaos.faults import LONG, agent_port, cut_control, cut_while_pulling, fetch, numbers
 from tests.integration import user_transports
 from tests.integration.peers import LARGE, Peer, ones, pulls, total_of_refs

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import ObjectLostError
 
 import ray
-from ray.experimental.rdt import config
+from ray.experimental.rdt.common import config
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
 from tests.support import BUSY_S, KNOWN_WITHIN_S, ROOT, stopped, wait_until
 

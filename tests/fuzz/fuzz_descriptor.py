@@ -10,8 +10,8 @@ import ray
 
 assert ray  # imported first, so that it is not instrumented as well
 
-with atheris.instrument_imports(include=["ray.experimental.rdt.descriptor"]):
-    from ray.experimental.rdt import descriptor
+with atheris.instrument_imports(include=["ray.experimental.rdt.common.descriptor"]):
+    from ray.experimental.rdt.common import descriptor
 
 SEED = descriptor.Descriptor(bytes(16), 1 << 20, bytes(16), "auto", b"address", False)
 

@@ -17,19 +17,19 @@ assert ray  # imported first, so that it is not instrumented as well
 
 with atheris.instrument_imports(
     include=[
-        "ray.experimental.rdt.session",
-        "ray.experimental.rdt.serve",
-        "ray.experimental.rdt.hints",
-        "ray.experimental.rdt.streams",
+        "ray.experimental.rdt.rpc.session",
+        "ray.experimental.rdt.producer.transport_server",
+        "ray.experimental.rdt.consumer.prefetcher",
+        "ray.experimental.rdt.producer.streams",
     ]
 ):
-    from ray.experimental.rdt.hints import HintedPulls
-    from ray.experimental.rdt.serve import Server
-    from ray.experimental.rdt.session import Session
-    from ray.experimental.rdt.store import Store
-    from ray.experimental.rdt.streams import ProducedStreams, TakenStreams
+    from ray.experimental.rdt.consumer.prefetcher import HintedPulls
+    from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
+    from ray.experimental.rdt.producer.tensor_store import Store
+    from ray.experimental.rdt.producer.transport_server import Server
+    from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.registry import Transports
-    from ray.experimental.rdt.transports.ways import Unnamed
+    from ray.experimental.rdt.transports.selection import Unnamed
 
 PEER = bytes(16)
 KEY = "00" * 16

@@ -14,7 +14,7 @@ import torch
 
 import ray
 from ray.experimental import set_target_device_for_ref, set_target_for_ref
-from ray.experimental.rdt import config
+from ray.experimental.rdt.common import config
 from tests.integration.peers import Peer
 from tests.support import ROOT, needs_nixl
 

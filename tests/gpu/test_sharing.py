@@ -17,7 +17,7 @@ import torch
 from ray.exceptions import RayError
 
 import ray
-from ray.experimental.rdt import config
+from ray.experimental.rdt.common import config
 from tests.gpu.test_cuda import GPUS
 from tests.integration.peers import Peer
 from tests.support import ROOT, needs_nixl, wait_until

@@ -13,7 +13,7 @@ import torch
 
 import ray
 from ray.experimental import register_tensor_transport
-from ray.experimental.rdt import config
+from ray.experimental.rdt.common import config
 from tests.integration.peers import LANES, Peer
 from tests.integration.user_transports import (
     AlphaTransport,

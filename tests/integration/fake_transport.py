@@ -19,13 +19,14 @@ import torch
 
 from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
-from ray.experimental.rdt.transports import registered, registry
+from ray.experimental.rdt.transports import registry
 from ray.experimental.rdt.transports.base import (
     Capabilities,
     Peer,
     Route,
     TransportUnavailable,
 )
+from ray.experimental.rdt.transports.user import registered
 from tests.integration import user_transports
 
 Buffers = Sequence[torch.Tensor]

@@ -12,8 +12,9 @@ from ray.exceptions import RayTaskError
 
 import ray
 from ray.experimental.rdt import explain
-from ray.experimental.rdt.transports import nixl_engine, ways
-from ray.experimental.rdt.transports.nixl_consumer import Consumer
+from ray.experimental.rdt.transports import selection as ways
+from ray.experimental.rdt.transports.nixl import engine as nixl_engine
+from ray.experimental.rdt.transports.nixl.consumer import Consumer
 from tests.integration.peers import LARGE, Peer, count_up, ones, pulls, total
 from tests.support import needs_nixl
 

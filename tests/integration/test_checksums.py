@@ -67,7 +67,7 @@ def test_bytes_that_changed_do_not_pass(producer: Any, careful: Any, lane: str) 
         return peer.kept["tensor"]
 
     def get_error(peer: Peer, refs: list[Any]) -> str:
-        from ray.experimental.rdt.errors import RDTChecksumError, RDTFetchError
+        from ray.experimental.rdt.common.errors import RDTChecksumError, RDTFetchError
 
         with pytest.raises(RDTFetchError) as caught:
             ray.get(refs[0])

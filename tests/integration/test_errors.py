@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 
 import ray
-from ray.experimental.rdt.errors import RDTFetchError
+from ray.experimental.rdt.common.errors import RDTFetchError
 from tests.integration import user_transports
 from tests.integration.conftest import needs_nixl
 from tests.integration.peers import LARGE, SMALL, Peer, ones, total, total_of_refs

@@ -10,8 +10,9 @@ import torch
 from ray.exceptions import RayTaskError
 
 import ray
-from ray.experimental.rdt import hints, lanes
-from ray.experimental.rdt.errors import RDTError, RDTFetchError
+from ray.experimental.rdt.common.errors import RDTError, RDTFetchError
+from ray.experimental.rdt.consumer import prefetcher as hints
+from ray.experimental.rdt.consumer import transfer as lanes
 from tests.integration import user_transports
 from tests.integration.peers import FAKES, LARGE, Peer, ones, pulls, total
 from tests.support import wait_until

@@ -12,7 +12,7 @@ import torch
 
 import ray
 from ray.experimental import collective
-from ray.experimental.rdt import config
+from ray.experimental.rdt.common import config
 from ray.experimental.rdt.groups.membership import membership
 from tests.integration.peers import LARGE, count_up, total
 from tests.support import wait_until

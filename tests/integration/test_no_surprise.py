@@ -177,7 +177,7 @@ before = dict(os.environ)
 import ray
 import ray.experimental
 from ray.experimental import TensorTransportManager, set_target_for_ref, wait_tensor_freed
-heavy = ("torch", "ray.experimental.rdt._agent", "ray.experimental.rdt.session")
+heavy = ("torch", "ray.experimental.rdt._agent", "ray.experimental.rdt.rpc.session")
 print("loaded", [name for name in heavy if name in sys.modules])
 print("threads", threading.active_count())
 changed = before.items() ^ dict(os.environ).items()
@@ -201,7 +201,7 @@ class Plain:
 
     def loaded(self):
         from ray._private.worker import global_worker
-        modules = ("torch", "ray.experimental.rdt.session")
+        modules = ("torch", "ray.experimental.rdt.rpc.session")
         return *(name in sys.modules for name in modules), global_worker._rdt_manager is None
 
 plain = Plain.remote()

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import ray
-from ray.experimental.rdt import descriptor, explain
+from ray.experimental.rdt import explain
+from ray.experimental.rdt.common import descriptor
 from tests.integration.peers import LARGE, ones, pulls, total
 from tests.support import START, run_driver
 
@@ -47,7 +48,7 @@ def look_everywhere() -> None:
     import logging
 
     from ray.experimental import internal_kv
-    from ray.experimental.rdt import session as rdt_session
+    from ray.experimental.rdt.rpc import session as rdt_session
     from tests.integration.peers import Peer
 
     def talk(peer: Any) -> None:

@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, ObjectFetchTimedOutError, RayTaskErro
 
 import ray
 from ray.experimental import register_tensor_transport
-from ray.experimental.rdt.errors import RDTFetchError
+from ray.experimental.rdt.common.errors import RDTFetchError
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 from tests.integration import user_transports
 from tests.integration.peers import Peer, count_up, total

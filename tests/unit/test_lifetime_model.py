@@ -17,9 +17,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ray.experimental.rdt.capture import lay_out
-from ray.experimental.rdt.directory import Directory, Free, Hint, Instruction, Location, Own
-from ray.experimental.rdt.store import Store
+from ray.experimental.rdt.owner.object_directory import (
+    Directory,
+    Free,
+    Hint,
+    Instruction,
+    Location,
+    Own,
+)
+from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.serialization.capture import lay_out
 
 PRODUCER, CONSUMER = b"p" * 16, b"c" * 16
 

@@ -81,7 +81,7 @@ class Mover(TensorTransportManager):
 
 @pytest.fixture
 def mover(monkeypatch: pytest.MonkeyPatch) -> str:
-    from ray.experimental.rdt.transports import registered
+    from ray.experimental.rdt.transports.user import registered
 
     monkeypatch.setattr(registered, "_registered", {})
     assert util.has_custom_transports is False

@@ -21,7 +21,7 @@ from libc.string cimport memcpy
 from libcpp.utility cimport move
 from posix.unistd cimport getpid
 
-from ray.experimental.rdt.cancellation import raise_if_cancelled
+from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 
 cdef double _SLICE_S = 0.25
 

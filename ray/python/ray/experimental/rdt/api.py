@@ -98,7 +98,7 @@ def receive_into(**tensors_of: Callable[..., Any]) -> Callable[[_Function], _Fun
     """
 
     def declare(function: _Function) -> _Function:
-        from ray.experimental.rdt import arguments
+        from ray.experimental.rdt.consumer import argument_context as arguments
 
         arguments.declare(function, tensors_of)
         return function

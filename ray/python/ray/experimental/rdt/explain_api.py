@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     import ray
-    from ray.experimental.rdt.reasons import Explainer, Explanation, Question
+    from ray.experimental.rdt.observe.explainer import Explainer, Explanation, Question
 
 
 @PublicAPI(stability="alpha")
@@ -46,7 +46,7 @@ def explain(
         RayActorError: an actor is dead.
     """
     import ray
-    from ray.experimental.rdt.reasons import plain
+    from ray.experimental.rdt.observe.explainer import plain
 
     source, consumer = what if isinstance(what, tuple) else (what, None)
     is_actor = isinstance(source, ray.actor.ActorHandle)
@@ -72,7 +72,7 @@ def explain(
 
 
 def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Question:
-    from ray.experimental.rdt.reasons import Question
+    from ray.experimental.rdt.observe.explainer import Question
 
     address = _address_of(producer, deadline)
     offers = _explainer().offers(address, transport, None, deadline)
@@ -82,8 +82,9 @@ def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Ques
 def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
     """None for an object that is none of RDT's."""
     import ray
-    from ray.experimental.rdt import capture, descriptor
-    from ray.experimental.rdt.reasons import Question
+    from ray.experimental.rdt.common import descriptor
+    from ray.experimental.rdt.observe.explainer import Question
+    from ray.experimental.rdt.serialization import capture
 
     worker = ray._private.worker.global_worker
     left_ms = int(1e3 * max(0.0, deadline - time.monotonic()))

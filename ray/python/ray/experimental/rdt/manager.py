@@ -24,13 +24,29 @@ from ray._common.ray_option_utils import task_options
 from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
-from ray.experimental.rdt import arguments, capture, descriptor, session, targets
-from ray.experimental.rdt import real_threads as threading
-from ray.experimental.rdt.capture import Captured, Skeleton, Wanted
-from ray.experimental.rdt.config import settings
-from ray.experimental.rdt.deferred import Deferred, Puller, must_not_block, without_turn
-from ray.experimental.rdt.descriptor import Descriptor
-from ray.experimental.rdt.directory import (
+from ray.experimental.rdt.common import descriptor
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.descriptor import Descriptor
+from ray.experimental.rdt.common.errors import RDTError
+from ray.experimental.rdt.consumer import argument_context as arguments
+from ray.experimental.rdt.consumer import targets
+from ray.experimental.rdt.consumer.deferred import Deferred, Puller, must_not_block, without_turn
+from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
+from ray.experimental.rdt.consumer.prefetcher import (
+    MIN_HINTED_BYTES,
+    HintedPulls,
+    HintSender,
+    publish,
+)
+from ray.experimental.rdt.consumer.recovery import Remakes, Result
+from ray.experimental.rdt.consumer.targets import Targets
+from ray.experimental.rdt.groups import service as groups
+from ray.experimental.rdt.hooks.dynamic_generator import DynamicCall
+from ray.experimental.rdt.observe.explainer import Explainer
+from ray.experimental.rdt.observe.metrics import Gauges
+from ray.experimental.rdt.owner.argument_pins import ArgumentHolder
+from ray.experimental.rdt.owner.object_directory import (
     Directory,
     Free,
     Hint,
@@ -41,36 +57,29 @@ from ray.experimental.rdt.directory import (
     Row,
     WarnShared,
 )
-from ray.experimental.rdt.dynamic import DynamicCall
-from ray.experimental.rdt.errors import RDTError
-from ray.experimental.rdt.fetch import Arrival, Fetcher, Request, as_fetch_error
-from ray.experimental.rdt.gauges import Gauges
-from ray.experimental.rdt.groups import service as groups
-from ray.experimental.rdt.hints import MIN_HINTED_BYTES, HintedPulls, HintSender, publish
-from ray.experimental.rdt.holder import ArgumentHolder
-from ray.experimental.rdt.lineage import Lineage, call_method, refs_in
-from ray.experimental.rdt.links import Links
-from ray.experimental.rdt.owners import OwnerWatch, publish_worker
-from ray.experimental.rdt.reasons import Explainer
-from ray.experimental.rdt.remake import Remakes, Result
-from ray.experimental.rdt.room import Room
-from ray.experimental.rdt.serve import Server
-from ray.experimental.rdt.snapshots import Snapshots
-from ray.experimental.rdt.store import Store, StoredObject
-from ray.experimental.rdt.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
-from ray.experimental.rdt.targets import Targets
-from ray.experimental.rdt.transports import registered
+from ray.experimental.rdt.owner.recipes import Lineage, call_method, refs_in
+from ray.experimental.rdt.producer.admission import Room
+from ray.experimental.rdt.producer.orphan_collector import ClaimWatch
+from ray.experimental.rdt.producer.owner_monitor import OwnerWatch, publish_worker
+from ray.experimental.rdt.producer.snapshots import Snapshots
+from ray.experimental.rdt.producer.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
+from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
+from ray.experimental.rdt.producer.transport_server import Server
+from ray.experimental.rdt.rpc import session
+from ray.experimental.rdt.serialization import capture
+from ray.experimental.rdt.serialization.capture import Captured, Skeleton, Wanted
+from ray.experimental.rdt.session_services import Links
 from ray.experimental.rdt.transports.base import Shipment, Transport, TransportUnavailable
-from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.registry import Transports
-from ray.experimental.rdt.transports.user import UserTransport, own_actor_handle
-from ray.experimental.rdt.transports.ways import Unnamed
-from ray.experimental.rdt.unclaimed import ClaimWatch
+from ray.experimental.rdt.transports.selection import Unnamed
+from ray.experimental.rdt.transports.user import registered
+from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
+from ray.experimental.rdt.transports.user.transport import UserTransport, own_actor_handle
 
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.transports.nixl import NixlTransport
+    from ray.experimental.rdt.transports.nixl.transport import NixlTransport
 
 logger = logging.getLogger("ray.rdt")
 

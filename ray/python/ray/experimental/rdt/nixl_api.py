@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, cast
 
 from ray.util.annotations import PublicAPI
 
-from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.nixl_engine import NixlError
+from ray.experimental.rdt.transports.nixl.engine import NixlError
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.manager import RDTManager
-    from ray.experimental.rdt.transports.nixl import NixlTransport
+    from ray.experimental.rdt.transports.nixl.transport import NixlTransport
 
 
 logger = logging.getLogger("ray.rdt")

@@ -11,7 +11,7 @@ from ray.util.annotations import PublicAPI
 from ray.experimental.rdt import nixl_api
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
-from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
     TensorTransportManager,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.manager import RDTManager
-    from ray.experimental.rdt.transports.nixl import NixlTransport
+    from ray.experimental.rdt.transports.nixl.transport import NixlTransport
 
 
 @PublicAPI(stability="alpha")

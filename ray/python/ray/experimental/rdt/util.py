@@ -16,8 +16,8 @@ from ray.experimental.rdt.tensor_transport_manager import (
     TensorTransportManager,
     TensorTransportMetadata,
 )
-from ray.experimental.rdt.transports import registered
-from ray.experimental.rdt.transports.registered import BUILT_IN_TRANSPORTS, RegisteredTransport
+from ray.experimental.rdt.transports.user import registered
+from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS, RegisteredTransport
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.cuda_calls import relaxed
-from ray.experimental.rdt.real_threads import sleep
+from ray.experimental.rdt.common.real_threads import sleep
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,8 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
     relaxed,
 )
 from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
+from ray.experimental.rdt.accelerators.device_failures import is_device_failure
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
-from ray.experimental.rdt.device_failures import is_device_failure
 
 if TYPE_CHECKING:
     import torch

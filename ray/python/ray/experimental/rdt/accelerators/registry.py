@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
-from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
+from ray.experimental.rdt.common import real_threads as threading
 
 if TYPE_CHECKING:
     import torch

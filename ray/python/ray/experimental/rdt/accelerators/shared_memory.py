@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt._tensors import tensor_over
 from ray.experimental.rdt.accelerators.base import CannotShare, Event, Sharing
-from ray.experimental.rdt.processes import Process
-from ray.experimental.rdt.real_threads import Future
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.processes import Process
+from ray.experimental.rdt.common.real_threads import Future
 
 if TYPE_CHECKING:
     from typing import Any

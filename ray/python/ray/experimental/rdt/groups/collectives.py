@@ -10,11 +10,11 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.groups.membership import Group
 
 if TYPE_CHECKING:
-    from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
+    from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 logger = logging.getLogger("ray.rdt")
 

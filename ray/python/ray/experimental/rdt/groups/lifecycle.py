@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups import collectives, records, service
 from ray.experimental.rdt.groups.membership import Member
 from ray.experimental.rdt.groups.records import Record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
 
-from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.common import real_threads as threading
 
 
 @dataclass(frozen=True)

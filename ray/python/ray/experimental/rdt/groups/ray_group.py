@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ray.util.collective import types
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 
-from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.groups import collectives
 
 if TYPE_CHECKING:

@@ -24,16 +24,19 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt import real_threads as threading
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.groups import collectives, membership
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
-from ray.experimental.rdt.interrupts import raise_if_interrupt
-from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, serve_links
+from ray.experimental.rdt.transports.process_group.transport import (
+    ProcessGroupTransport,
+    serve_links,
+)
 
 if TYPE_CHECKING:
     from ray.experimental.collective.communicator import CommunicatorHandle
 
-    from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.rpc.session import Session
 
 logger = logging.getLogger("ray.rdt")
 

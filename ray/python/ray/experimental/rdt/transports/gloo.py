@@ -14,19 +14,19 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt._agent import read_memory
-from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
-from ray.experimental.rdt.transports.link import CONSUMER, MAX_TAG, PRODUCER, Buffers
-from ray.experimental.rdt.transports.process_group import ProcessGroupTransport, node_ip
+from ray.experimental.rdt.transports.process_group.link import CONSUMER, MAX_TAG, PRODUCER, Buffers
+from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport, node_ip
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.accelerators.base import Event
-    from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.rpc.session import Session
 
 
 class GlooBackend:

@@ -20,19 +20,19 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt import real_threads as threading
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
-from ray.experimental.rdt.config import settings
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities, TransportUnavailable
-from ray.experimental.rdt.transports.link import PRODUCER, Buffers
-from ray.experimental.rdt.transports.process_group import ProcessGroupTransport
+from ray.experimental.rdt.transports.process_group.link import PRODUCER, Buffers
+from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.session import Session
+    from ray.experimental.rdt.rpc.session import Session
 
 # Torch's watchdog ends the process when an operation outlasts this, so it never may: our own
 # deadlines abort the communicator.

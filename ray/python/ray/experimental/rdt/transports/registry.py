@@ -8,21 +8,21 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from ray.experimental.rdt import real_threads as threading
-from ray.experimental.rdt.real_threads import Future
-from ray.experimental.rdt.session import Session
-from ray.experimental.rdt.transports import registered
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.real_threads import Future
+from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import Transport, TransportUnavailable
-from ray.experimental.rdt.transports.user import UserTransport
+from ray.experimental.rdt.transports.user import registered
+from ray.experimental.rdt.transports.user.transport import UserTransport
 
 #: Lower-case name -> module and class. ``auto`` is no transport: it means the best lane for each
 #: pair. ``staged`` is none that users name.
 _FACTORIES = {
-    "cuda_ipc": ("ray.experimental.rdt.transports.cuda_ipc", "CudaIpcTransport"),
+    "cuda_ipc": ("ray.experimental.rdt.transports.cuda_ipc.transport", "CudaIpcTransport"),
     "gloo": ("ray.experimental.rdt.transports.gloo", "GlooTransport"),
     "nccl": ("ray.experimental.rdt.transports.nccl", "NcclTransport"),
-    "nixl": ("ray.experimental.rdt.transports.nixl", "NixlTransport"),
-    "staged": ("ray.experimental.rdt.transports.staged", "StagedTransport"),
+    "nixl": ("ray.experimental.rdt.transports.nixl.transport", "NixlTransport"),
+    "staged": ("ray.experimental.rdt.transports.staged.transport", "StagedTransport"),
 }
 
 

@@ -1,0 +1,1 @@
+"""What every other folder uses: settings, errors, threads, clocks."""

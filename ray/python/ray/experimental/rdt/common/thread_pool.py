@@ -1,0 +1,77 @@
+"""Threads that take actions in turn and do not keep their process from ending.
+
+Those of ``concurrent.futures`` are waited for before Python's exit handlers run, Ray's among them,
+and an action of RDT may wait for a peer for as long as a fetch may take.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ray.experimental.rdt.common import real_threads as threading
+
+logger = logging.getLogger("ray.rdt")
+
+_Task = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class DaemonThreads:
+    """Up to ``count`` threads, started as they are needed. Thread-safe.
+
+    Args:
+        count: How many at most; actions beyond that wait.
+        name: Of the threads, before a number.
+    """
+
+    def __init__(self, count: int, name: str):
+        self._count = count
+        self._name = name
+        self._tasks: threading.SimpleQueue[_Task | None] = threading.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._is_closed = False
+
+    def submit(self, action: Callable[..., Any], *args: Any) -> None:
+        """Has a thread run an action; what it raises is logged.
+
+        Raises:
+            RuntimeError: the threads were closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError(f"threads {self._name} have been closed")
+            self._tasks.put((action, args))
+            if self._idle.acquire(blocking=False) or self._begun == self._count:
+                return
+            name = f"{self._name}_{self._begun}"
+            self._begun += 1
+        threading.Thread(target=self._work, name=name).start()
+
+    def close(self) -> None:
+        """Lets the threads end after what they are at; drops what waits. Returns at once."""
+        with self._lock:
+            self._is_closed = True
+            while not self._tasks.empty():
+                self._tasks.get_nowait()
+            for _ in range(self._begun):
+                self._tasks.put(None)
+
+    def _next(self) -> _Task | None:
+        try:
+            return self._tasks.get_nowait()
+        except threading.Empty:
+            self._idle.release()
+            return self._tasks.get()
+
+    def _work(self) -> None:
+        """Runs on: each of the threads."""
+        while (task := self._next()) is not None:
+            action, args = task
+            try:
+                action(*args)
+            except BaseException:
+                logger.warning("RDT could not finish %s", action, exc_info=True)
+            del task, action, args

@@ -1,0 +1,301 @@
+"""Memory that the bytes of an object land in: receive-pool blocks, memory of this process's device,
+or the user's own tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt._tensors import Table, build_tensors, place
+from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.consumer.target_spans import Spread, spans, takes_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.rpc.session import Session
+
+Targets = Sequence["torch.Tensor"]
+
+#: A region of at least this many bytes gets a block of its own, so that keeping one large tensor
+#: does not keep the memory of all the others.
+_OWN_BLOCK_BYTES = 1 << 20
+
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Landing:
+    """Where a pull's bytes land.
+
+    Attributes:
+        regions: The bytes of each region.
+        places: For each region its buffer and the offset in it; on a device a flat tensor and 0.
+        addresses: For each region its address, as uint64.
+        lengths: For each region its bytes, as uint64.
+        direct: Regions that land in a tensor of the user's, and that tensor.
+        devices: The producer's device type of each region that is not in its host memory. The agent
+            does not fill these: ``addresses`` and ``lengths`` leave them out.
+        after: What memory on devices may be written after: what this thread's streams had when the
+            memory was taken.
+        spreads: Regions that land in several tensors of the user's. Only the agent can do that:
+            ``flat`` has none of them.
+    """
+
+    regions: array[int]
+    places: list[tuple[Any, int]]
+    addresses: array[int]
+    lengths: array[int]
+    direct: Mapping[int, torch.Tensor]
+    devices: Mapping[int, str]
+    after: list[Event] = field(default_factory=list)
+    spreads: Mapping[int, Spread] = field(default_factory=dict)
+
+    @property
+    def is_users(self) -> bool:
+        """Whether some of the memory is the user's."""
+        return bool(self.direct or self.spreads)
+
+    def put(self, region: int, tensor: torch.Tensor) -> None:
+        """Has a region land in a flat tensor on a device."""
+        self.places[region] = (tensor, 0)
+
+    def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
+        """Regions as flat uint8 tensors, for a transport to fill.
+
+        Args:
+            device_type: Those that are on such a device at the producer, in their order.
+        """
+        return [
+            self._flat(region)
+            for region in range(len(self.regions))
+            if self.devices.get(region, "cpu") == device_type
+        ]
+
+    def _flat(self, region: int) -> torch.Tensor:
+        import torch
+
+        (buffer, offset), nbytes = self.places[region], self.regions[region]
+        if region in self.direct:
+            return writable(self.direct[region]).view(-1).view(torch.uint8)
+        if isinstance(buffer, torch.Tensor):
+            return buffer
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def deliver(self, table: Table, targets: Targets | None) -> Targets:
+        """The object's tensors over the memory, now that the bytes are there."""
+        if targets is None:
+            return build_tensors(table, self.places)
+        arrived = {
+            index: self.direct[row[0]]
+            for index, row in enumerate(table.rows)
+            if row[0] in self.direct
+        }
+        for spread in self.spreads.values():
+            arrived.update(spread.arrived)
+        note_written(arrived.values())
+        if len(self.direct) == len(table.regions):
+            return targets
+        return fill(targets, build_tensors(table, self.places, arrived))
+
+
+def allocate(
+    session: Session,
+    regions: array[int],
+    direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
+    spreads: Mapping[int, Spread] = MappingProxyType({}),
+) -> Landing:
+    """Memory for all regions of an object.
+
+    Args:
+        session: Its agent's receive pool gives the blocks.
+        regions: The bytes of each region, as uint64.
+        direct: Regions that go straight into a tensor of the user's.
+        spreads: Regions that go straight into several.
+    """
+    take = session.agent.allocate
+    users = {**direct, **{region: spread.parts[0] for region, spread in spreads.items()}}
+    places, addresses = place(regions, users, _OWN_BLOCK_BYTES, _ALIGNMENT, take)
+    if not spreads:
+        return Landing(regions, places, addresses, regions, direct, {})
+    scratch = take(max(spread.lead for spread in spreads.values()) or 1)
+    cut = [
+        each
+        for region, address in enumerate(addresses)
+        for each in (
+            spans(spreads[region], scratch.address)
+            if region in spreads
+            else [(address, regions[region])]
+        )
+    ]
+    for region in spreads:
+        places[region] = (scratch, 0)
+    at, lengths = (array("Q", column) for column in zip(*cut))
+    return Landing(regions, places, at, lengths, direct, {}, spreads=spreads)
+
+
+def allocate_on_devices(
+    session: Session,
+    table: Table,
+    direct: Mapping[int, torch.Tensor],
+    wish: torch.device | None,
+    spared: Collection[str] = (),
+    hosted: Collection[int] = (),
+) -> Landing:
+    """Memory for an object with tensors on devices.
+
+    A region lands on this thread's current device of the type that it has at the producer, or in
+    host memory where this process has no such device.
+
+    Args:
+        session: Its agent's receive pool gives the blocks of host memory.
+        table: The object's layout.
+        direct: Regions that go straight into a tensor of the user's.
+        wish: The device that the user wants all tensors on, if any.
+        spared: Types of devices whose regions get no memory: ``Landing.put`` gives it to them, or
+            ``take_memory``.
+        hosted: Regions that land in host memory all the same.
+    """
+    import torch
+
+    types = set(table.devices.values()) - set(spared)
+    on_device = _take(table, types, {*direct, *hosted}, wish)
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+    put_later = {region: nothing for region, name in table.devices.items() if name in spared}
+    host = allocate(session, table.regions, {**direct, **on_device, **put_later})
+    agents = [region for region in range(len(table.regions)) if region not in table.devices]
+    landing = Landing(
+        table.regions,
+        list(host.places),
+        array("Q", [host.addresses[region] for region in agents]),
+        array("Q", [table.regions[region] for region in agents]),
+        direct,
+        table.devices,
+        accelerators.record([*on_device.values(), *direct.values()]),
+    )
+    for region, tensor in on_device.items():
+        landing.put(region, tensor)
+    return landing
+
+
+def take_memory(
+    session: Session, table: Table, landing: Landing, device_type: str, wish: torch.device | None
+) -> None:
+    """Memory for the regions of one type of device that were spared."""
+    on_device = _take(table, {device_type}, landing.direct, wish)
+    for region, tensor in on_device.items():
+        landing.put(region, tensor)
+    left = [r for r, name in table.devices.items() if name == device_type and r not in on_device]
+    host = allocate(session, array("Q", [table.regions[region] for region in left]))
+    for region, where in zip(left, host.places):
+        landing.places[region] = where
+    landing.after.extend(accelerators.record(on_device.values()))
+
+
+def landing_device(device_type: str, wish: torch.device | None) -> torch.device | None:
+    """The device that regions of a type land on; None: host memory."""
+    accelerator = accelerators.usable(device_type if wish is None else wish.type)
+    if accelerator is None:
+        return None
+    is_exact = wish is not None and wish.index is not None
+    return wish if is_exact else accelerator.current_device()
+
+
+def _take(
+    table: Table,
+    types: Collection[str],
+    others: Collection[int],
+    wish: torch.device | None,
+) -> dict[int, torch.Tensor]:
+    """New memory on devices for the regions of some types that land there, and are no others."""
+    devices = {name: landing_device(name, wish) for name in types}
+    on_device = {}
+    for region, device_type in table.devices.items():
+        device = devices.get(device_type)
+        if device is not None and region not in others:
+            accelerator = accelerators.of(device.type)
+            assert accelerator is not None
+            on_device[region] = accelerator.empty(table.regions[region], device)
+    return on_device
+
+
+def hosted_regions(table: Table, targets: Targets | None) -> set[int]:
+    """Regions that only targets in host memory are filled from.
+
+    In memory of a device they would be copied from there to memory that is not pinned.
+    """
+    if targets is None:
+        return set()
+    rows = list(zip(table.rows, targets))
+    return {row[0] for row, _ in rows} - {row[0] for row, target in rows if not target.is_cpu}
+
+
+def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Tensor]:
+    """Regions that are exactly one contiguous target's bytes, and that target."""
+    if targets is None:
+        return {}
+    users: dict[int, list[int]] = {}
+    for index, row in enumerate(table.rows):
+        users.setdefault(row[0], []).append(index)
+    direct = {}
+    for region, (first, *others) in users.items():
+        target, row = targets[first], table.rows[first]
+        is_exact = takes_bytes(target, row) and target.nbytes == table.regions[region]
+        is_near = target.is_cpu or target.device.type == table.devices.get(region)
+        if not others and is_exact and is_near:
+            direct[region] = target
+    return direct
+
+
+def fill(targets: Targets, tensors: Targets) -> Targets:
+    """Copies the tensors into the user's. Autograd has no part in it, but is told."""
+    import torch
+
+    copies = [(target, tensor) for target, tensor in zip(targets, tensors) if target is not tensor]
+    written = [target for target, _ in copies]
+    with accelerators.copying(written, settings().fetch_timeout_s):
+        for target, tensor in copies:
+            # Only within inference mode may what it has made be written to.
+            with torch.inference_mode() if target.is_inference() else torch.no_grad():
+                target.copy_(tensor)
+    return targets
+
+
+def note_written(targets: Iterable[torch.Tensor]) -> None:
+    """Tells autograd that tensors of the user's have been written to behind its back."""
+    import torch
+
+    for target in targets:
+        if not target.is_inference():
+            torch.autograd.graph.increment_version(target)
+
+
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory that any thread may write to, in any mode."""
+    import torch
+
+    with torch.inference_mode(False):
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+        return empty.set_(storage, offset, tensor.shape, tensor.stride())
+
+
+def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
+    """The tensors on a device; those that are there are as they were."""
+    import torch
+
+    where = torch.device(device)
+    accelerator = accelerators.of(where.type)
+    with accelerator.aside() if accelerator is not None else contextlib.nullcontext():
+        moved = [tensor.to(where) for tensor in tensors]
+    with accelerators.copying([m for m, t in zip(moved, tensors) if m is not t], timeout_s):
+        return moved

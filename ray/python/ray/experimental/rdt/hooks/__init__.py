@@ -1,0 +1,1 @@
+"""Where calls of Ray's worker enter RDT."""

@@ -1,0 +1,82 @@
+"""Generators that are called with ``num_returns="dynamic"``.
+
+Ray runs such a generator to its end and gives its caller one reference, to a
+``DynamicObjectRefGenerator`` of references. The core makes those itself and flags none of them. So
+here the call asks for a single return, and the producer makes the same of it: each item is put,
+with the transport, as an object of the producer's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from typing import Any, NamedTuple
+
+from ray._private.object_ref_generator import DynamicObjectRefGenerator
+from ray.exceptions import RayTaskError
+
+from ray.experimental.rdt.hooks.actor_calls import STREAM_KEYWORD
+
+
+class DynamicSpec(NamedTuple):
+    """What the producer of a dynamic generator is told.
+
+    Attributes:
+        transport: How its items travel.
+        retried: The exceptions that make Ray run the task again.
+    """
+
+    transport: str
+    retried: tuple[type[BaseException], ...]
+
+    def items_of(self, generator: Any) -> DynamicObjectRefGenerator:
+        """The references of all that a generator yields, and of the error that ended it.
+
+        Runs on: producer, the thread of the task.
+
+        Raises:
+            ValueError: it is no generator; a coroutine's is none here, as in plain Ray.
+        """
+        if not inspect.isgenerator(generator):
+            raise ValueError(
+                'a function with num_returns="dynamic" must return a generator, and this is '
+                f'{type(generator).__name__}; async generators go with num_returns="streaming"'
+            )
+        import ray
+
+        refs = []
+        try:
+            for value in generator:
+                refs.append(ray.put(value, _tensor_transport=self.transport))
+        except self.retried:
+            raise
+        except Exception as error:
+            name = generator.__name__
+            refs.append(ray.put(RayTaskError(name, traceback.format_exc(), error)))
+        return DynamicObjectRefGenerator(refs)
+
+
+class DynamicCall:
+    """One call of such a generator, at its caller.
+
+    Args:
+        transport: What the user named.
+        retry_exceptions: The call's option of this name.
+    """
+
+    num_returns = 1
+
+    def __init__(self, transport: str, retry_exceptions: Any):
+        if isinstance(retry_exceptions, (list, tuple)):
+            retried = tuple(retry_exceptions)
+        else:
+            retried = (Exception,) if retry_exceptions else ()
+        self.spec = DynamicSpec(transport.lower(), retried)
+
+    def add_to(self, flat_arguments: list[Any]) -> list[Any]:
+        """The flattened arguments of the call with the spec as one more keyword."""
+        return [*flat_arguments, STREAM_KEYWORD, self.spec]
+
+    def attach(self, ref: Any, actor: Any = None) -> Any:
+        """What the call gives to the user. The items end with the actor, which is their owner."""
+        return ref

@@ -1,0 +1,194 @@
+"""RDT values that Ray's core does not flag: returns of normal tasks.
+
+The core calls RDT only for the returns of actor methods and for puts (for items of generators see
+``streams``). A normal task's function is wrapped, so that what it returns says by itself that it
+stays here. Such a value holds a *guard*: a small put of this process, flagged, nested in the value.
+Ray's own reference counter frees the guard when the value's last reference is gone, and the guard's
+end frees the tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.hooks.actor_calls import STREAM_KEYWORD
+from ray.experimental.rdt.transports.user import registered
+
+if TYPE_CHECKING:
+    from ray.remote_function import RemoteFunction
+
+Function = Callable[..., Any]
+
+
+class GuardedValue:
+    """A value on its way out of a task. Ray's serialization context knows the method's name."""
+
+    def __init__(self, value: Any, transport: str, index: int = 0):
+        self._value = value
+        self._transport = transport
+        self._index = index
+
+    def __ray_rdt_serialize__(self, context: Any) -> Any:
+        """The serialized object. Runs on: producer, the thread of the task."""
+        import ray
+
+        worker = ray._private.worker.global_worker
+        # Returns are numbered from one, after the task's id.
+        origin = worker.current_task_id.binary() + (self._index + 1).to_bytes(4, "little")
+        return worker.rdt_manager.serialize_guarded(context, self._value, self._transport, origin)
+
+
+def submit(
+    remote_function: RemoteFunction,
+    transport: str,
+    args: Any,
+    kwargs: Any,
+    runtime_env_info: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Submits a normal task whose returns, or items, are RDT objects.
+
+    Runs on: caller, the thread that called ``.remote()``.
+
+    Args:
+        remote_function: The user's.
+        transport: The transport that the user named.
+        args: The task's arguments.
+        kwargs: The same by keyword.
+        runtime_env_info: As ``RemoteFunction._remote`` takes it.
+        options: The task's other options.
+
+    Raises:
+        ValueError: no such transport, or the task's returns cannot be RDT objects.
+    """
+    import ray
+    from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
+
+    name = normalize_and_validate_tensor_transport(transport)
+    registered.refresh(name)
+    num_returns = options.get("num_returns")
+    if num_returns is None and inspect.isgeneratorfunction(remote_function._function):
+        num_returns = "streaming"
+    if num_returns is None or isinstance(num_returns, int):
+        variant = _variant(remote_function, name, num_returns)
+        return _submit(variant, args, kwargs, runtime_env_info, options)
+    manager = ray._private.worker.global_worker.rdt_manager
+    call = manager.open_stream(
+        name, num_returns, options.get("_num_objects_per_yield"), options.get("retry_exceptions")
+    )
+    variant = _variant(remote_function, name, num_returns)
+    marked = {**(kwargs or {}), STREAM_KEYWORD: call.spec}
+    options["num_returns"] = call.num_returns
+    return call.attach(_begin(variant, args, marked, runtime_env_info, options))
+
+
+def _submit(
+    variant: RemoteFunction,
+    args: Any,
+    kwargs: Any,
+    runtime_env_info: Any,
+    options: dict[str, Any],
+) -> Any:
+    import ray
+
+    def call(args: Any, kwargs: Any) -> Any:
+        return _begin(variant, args, kwargs, runtime_env_info, options)
+
+    def call_again(args: Any, kwargs: Any) -> Any:
+        return _submit(variant, args, kwargs, runtime_env_info, options)
+
+    manager = ray._private.worker.global_worker.rdt_manager
+    return manager.submit_task(call, call_again, args, kwargs, options.get("max_retries"))
+
+
+def _begin(
+    variant: RemoteFunction,
+    args: Any,
+    kwargs: Any,
+    runtime_env_info: Any,
+    options: dict[str, Any],
+) -> Any:
+    """Submits a task as ``variant._remote`` does, but in the trace span that has begun already.
+
+    Where Ray traces, ``kwargs`` has the context of the user's ``.remote()`` call.
+    """
+    submit_untraced = inspect.unwrap(type(variant)._remote)
+    return submit_untraced(variant, args, kwargs, runtime_env_info, **options)
+
+
+def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:
+    """The remote function whose returns are RDT objects; made once for each transport."""
+    variants: dict[Any, RemoteFunction] = remote_function.__dict__.setdefault("_rdt_variants", {})
+    if (transport, num_returns) not in variants:
+        variants[transport, num_returns] = _make_variant(remote_function, transport, num_returns)
+    return variants[transport, num_returns]
+
+
+def _make_variant(
+    remote_function: RemoteFunction, transport: str, num_returns: Any
+) -> RemoteFunction:
+    from ray.remote_function import RemoteFunction
+    from ray.util.tracing.tracing_helper import _is_tracing_enabled
+
+    options = dict(remote_function._default_options)
+    options.pop("tensor_transport", None)
+    user_function = remote_function._function
+    function = _guard(user_function, transport, num_returns)
+    if not _is_tracing_enabled():  # a traced function's descriptor names Ray's own file
+        function.__module__ = _module_of(user_function)
+    variant = RemoteFunction(remote_function._language, function, None, options)
+    variant._function_name = remote_function._function_name
+    return variant
+
+
+def _module_of(function: Function) -> str:
+    """The module that Ray's descriptor of a function names: a driver's is called as its file is."""
+    name = None
+    if function.__module__ == "__main__":
+        with suppress(TypeError):  # what is no function of Python's is in no file
+            name = inspect.getmodulename(inspect.getfile(function))
+    return name or function.__module__
+
+
+def _guard(function: Function, transport: str, num_returns: Any) -> Function:
+    """Wraps a task's function so that each of its returns, or items, is an RDT object."""
+    if num_returns in ("streaming", "dynamic"):
+        return _guard_items(function, num_returns)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _guard_result(function(*args, **kwargs), transport, num_returns)
+
+    return call
+
+
+def _guard_items(function: Function, num_returns: str) -> Function:
+    def items(*args: Any, **kwargs: Any) -> Any:
+        spec = kwargs.pop(STREAM_KEYWORD)
+        return spec.items_of(function(*args, **kwargs))
+
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        yield from items(*args, **kwargs)
+
+    call = functools.wraps(function)(stream if num_returns == "streaming" else items)
+    # Ray checks a call's arguments against the signature.
+    signature = inspect.signature(function)
+    mark = inspect.Parameter(STREAM_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD]
+    call.__signature__ = signature.replace(parameters=[*own, mark, *rest])  # type: ignore[attr-defined]
+    return call
+
+
+def _guard_result(result: Any, transport: str, num_returns: Any) -> Any:
+    if num_returns in (None, 1):
+        return GuardedValue(result, transport)
+    if num_returns == 0:
+        return result
+    if isinstance(result, (list, tuple)):
+        return [GuardedValue(item, transport, index) for index, item in enumerate(result)]
+    return result  # Ray reports that the number of returns is wrong.

@@ -1,0 +1,1 @@
+"""Metrics, and the explanation of a transport's selection."""

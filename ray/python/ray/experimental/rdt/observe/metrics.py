@@ -1,0 +1,67 @@
+"""RDT's memory in Ray's metrics: ``ray_rdt_stored_bytes`` and three more, for each process.
+
+Set by the reaper thread, so a process that does not use RDT does nothing for them and imports
+nothing. Ray adds the tags that tell processes apart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ray.experimental.rdt.rpc.session import Session
+
+_EVERY_S = 2.0
+
+#: By the name that ``stats`` has for it. Ray puts "ray_" before the name of a metric.
+_DESCRIPTIONS = {
+    "stored_bytes": "Host memory that RDT objects of this process keep.",
+    "pinned_bytes": "Of RDT objects that other processes read at the moment.",
+    "pooled_bytes": "The receive pool of RDT: received tensors, and free memory for more.",
+    "hinted_bytes": "RDT objects that were received before anybody asked.",
+}
+
+
+class Gauges:
+    """The gauges of one process.
+
+    Args:
+        session: Its reaper thread sets them.
+        read: Gives the numbers.
+        make: Makes a gauge from a name and a description; None for ``ray.util.metrics.Gauge``.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        read: Callable[[], dict[str, int]],
+        make: Callable[[str, str], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._read = read
+        self._make = make
+        self._clock = clock
+        self._last = clock()
+        self._gauges: dict[str, Any] = {}
+        session.on_tick(self._on_tick)
+
+    def _on_tick(self) -> None:
+        """Runs on: the reaper thread, after every batch of events and every two seconds."""
+        now = self._clock()
+        if now - self._last < _EVERY_S:
+            return
+        self._last = now
+        numbers = self._read()
+        for name, gauge in (self._gauges or self._begin()).items():
+            gauge.set(numbers.get(name, 0))
+
+    def _begin(self) -> dict[str, Any]:
+        if self._make is None:
+            from ray.util.metrics import Gauge
+
+            self._make = Gauge
+        for name, description in _DESCRIPTIONS.items():
+            self._gauges[name] = self._make(f"rdt_{name}", description)
+        return self._gauges

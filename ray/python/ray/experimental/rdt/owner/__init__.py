@@ -1,0 +1,1 @@
+"""The process that holds an object's reference count: metadata, no tensors."""

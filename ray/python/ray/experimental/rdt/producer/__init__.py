@@ -1,0 +1,1 @@
+"""The process that made an object: its tensors and who may have them."""

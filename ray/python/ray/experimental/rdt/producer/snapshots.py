@@ -1,0 +1,150 @@
+"""Copies of what is put over nixl, in the pool of ``register_nixl_memory_pool``.
+
+A program with a pool may overwrite its tensors as soon as they are put or returned. So the copy is
+made then, and whatever lane a consumer takes, it reads the copy.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators import writers
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.errors import NixlOutOfMemoryError, RDTError
+from ray.experimental.rdt.producer.admission import Room, may_wait
+from ray.experimental.rdt.serialization.capture import Captured, region_bytes
+from ray.experimental.rdt.transports.base import TransportUnavailable
+from ray.experimental.rdt.transports.nixl.pool import Copies, MemoryPool
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.transports.nixl.transport import NixlTransport
+
+#: Finds this process's nixl transport, None if it has not been used.
+FindNixl = Callable[[], "NixlTransport | None"]
+
+
+class Snapshots:
+    """The pool of one process, if it has one.
+
+    Args:
+        room: Where objects go that find no room.
+        find_nixl: Knows the memory that the user has registered, and the stream that writes.
+    """
+
+    def __init__(self, room: Room, find_nixl: FindNixl):
+        self._room = room
+        self._find_nixl = find_nixl
+        self._lock = threading.Lock()
+        self._pool: MemoryPool | None = None
+
+    def make_pool(self, nbytes: int, device: torch.device | str) -> torch.Tensor:
+        """Makes the pool; returns its memory.
+
+        Raises:
+            ValueError: there is one, or the size is not above 0.
+        """
+        if nbytes <= 0:
+            raise ValueError(f"a nixl memory pool needs a size above 0, not {nbytes}")
+        with self._lock:
+            if self._pool is not None:
+                raise ValueError("this process has a nixl memory pool already; it can have one")
+            self._pool = MemoryPool(nbytes, device)
+            return self._pool.memory
+
+    def drop_pool(self) -> None:
+        """Objects that lie in it keep its memory. Runs on: whoever shuts Ray down."""
+        with self._lock:
+            self._pool = None
+
+    def take(self, captured: Captured) -> bool:
+        """Copies an object into the pool, if there is one and it is meant for the object.
+
+        Not meant for it are objects that ride in their value, those with memory that the user has
+        registered, and those with tensors elsewhere than on the pool's GPU.
+
+        Runs on: producer, the thread of the task. Waits for room, for devices where the pool is in
+        host memory, and for whole devices after ``set_nixl_cuda_stream(None)``.
+
+        Returns:
+            False if there is no room: the object is to go through Ray's object store.
+
+        Raises:
+            NixlOutOfMemoryError: there is no room, and the object cannot go through Ray's object
+                store or may not, because ``RAY_RDT_STRICT_TRANSPORT=1``.
+            ValueError: a tensor is on another device than the stream of ``set_nixl_cuda_stream``.
+        """
+        pool, table = self._pool, captured.table
+        if pool is None or (table.nbytes <= settings().eager_bytes and not table.devices):
+            return True
+        buffers = [region_bytes(captured, region) for region in range(len(table.regions))]
+        if not self._is_meant_for(pool, buffers):
+            return True
+        patience_s = settings().store_wait_s if may_wait() else 0.0
+        copies = pool.take([buffer.numel() for buffer in buffers], patience_s)
+        if copies is None:
+            self._refuse(pool, captured, patience_s)
+            return False
+        self._copy(captured, copies, buffers)
+        return True
+
+    def _is_meant_for(self, pool: MemoryPool, buffers: Sequence[torch.Tensor]) -> bool:
+        device = pool.memory.device
+        if device.type != "cpu" and any(buffer.device != device for buffer in buffers):
+            return False
+        nixl = self._find_nixl()
+        return nixl is None or not nixl.has_registered(buffers)
+
+    def _refuse(self, pool: MemoryPool, captured: Captured, patience_s: float) -> None:
+        nbytes, waited = captured.table.nbytes, ""
+        if nbytes <= pool.memory.numel():
+            waited = f" within {patience_s:g} s (RAY_RDT_STORE_WAIT_S)"
+        full = (
+            f"the nixl memory pool of {pool.memory.numel()} bytes had no room for an object of "
+            f"{nbytes} bytes{waited}"
+        )
+        advice = "Drop ObjectRefs sooner, or register a larger pool."
+        if captured.table.devices:
+            raise NixlOutOfMemoryError(
+                f"{full}, and tensors on devices cannot go through Ray's object store. {advice}"
+            )
+        self._room.refuse(full, advice, NixlOutOfMemoryError)
+
+    def _copy(self, captured: Captured, copies: Copies, buffers: Sequence[torch.Tensor]) -> None:
+        """Copies an object's buffers, and puts the copies in their place.
+
+        What the streams that write the tensors are given afterwards runs after the copies.
+        """
+        pairs = list(zip(copies.buffers, buffers))
+        for copy, buffer in pairs:
+            if buffer.is_cpu:
+                copy.copy_(buffer)
+        nixl, deadline = self._find_nixl(), time.monotonic() + settings().fetch_timeout_s / 2
+        devices = {buffer.device for buffer in buffers if not buffer.is_cpu}
+        if nixl is not None and devices:
+            try:
+                nixl.check_writers(buffers)
+            except TransportUnavailable as error:
+                raise RDTError(
+                    f"an object cannot be copied into the nixl memory pool: {error}"
+                ) from error
+        events = []
+        for device in devices:
+            here = [pair for pair in pairs if pair[1].device == device]
+            accelerator = accelerators.of(device.type)
+            assert accelerator is not None, f"RDT took a tensor on {device}"
+            event = accelerator.copy(here, device, captured.events)
+            writers.follow(event, device)
+            events.append(event)
+        if all(copy.is_cpu for copy in copies.buffers):
+            for event in events:
+                event.wait(max(0.0, deadline - time.monotonic()))
+            events = []
+        captured.addresses = array("Q", [copy.data_ptr() for copy in copies.buffers])
+        captured.copies, captured.events = copies, events

@@ -1,0 +1,234 @@
+"""What a producer keeps: the tensors of its RDT objects, until the owner says that they are free.
+
+Thread-safe; every method returns at once but ``wait_freed`` and ``wait_object``. The store holds
+references only: no copy, no registration with any transport, no export is made here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.cancellation import raise_if_cancelled
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.serialization.capture import Captured
+
+
+_SLICE_S = 0.25
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """The tensors of one object.
+
+    Attributes:
+        key: The object's key at this process's agent.
+        object_id: Its Ray id in hex.
+        captured: Its tensors, regions and layout.
+        transport: The transport that the user named.
+        token: Names it in the agent's events.
+    """
+
+    key: bytes = field(repr=False)
+    object_id: str
+    captured: Captured
+    transport: str
+    token: int
+
+
+class Store:
+    """The stored objects of one process, by key, by token and by object id."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._by_key: dict[bytes, StoredObject] = {}
+        self._by_token: dict[int, StoredObject] = {}
+        self._by_id: dict[str, StoredObject] = {}
+        self._memory_users: dict[bytes, int] = {}
+        self._memory_nbytes: dict[bytes, int] = {}
+        self._borrowed: Counter[bytes] = Counter()
+        self._released: set[bytes] = set()
+        self._last_token = 0
+        self._nbytes = 0
+        self._full_since: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of the stored objects. Those over the same storages count once."""
+        return self._nbytes
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def add(self, key: bytes, object_id: str, captured: Captured, transport: str) -> StoredObject:
+        """Keeps the tensors of an object.
+
+        Runs on: producer, the thread that ran the task. The caller registers the regions with the
+        agent under the returned token afterwards.
+        """
+        with self._changed:
+            self._last_token += 1
+            stored = StoredObject(key, object_id, captured, transport, self._last_token)
+            self._by_key[key] = self._by_token[stored.token] = self._by_id[object_id] = stored
+            self._count(captured)
+            self._changed.notify_all()
+        return stored
+
+    def await_room(self, captured: Captured, limit: int, patience_s: float) -> bool:
+        """Waits until one more object can be stored within a limit; those that are freed wake it.
+
+        The patience is counted from when the store was first found full after the last object had
+        gone: a store that nothing leaves holds up one return, not each of many in turn.
+
+        Runs on: producer, the thread of the task; blocks without the GIL. Threads that are let in
+        at the same moment may pass the limit together.
+
+        Args:
+            captured: The object.
+            limit: For ``nbytes``.
+            patience_s: How long to wait, 0 to look only.
+
+        Returns:
+            Whether there is room.
+        """
+        memory, nbytes = _memory_of(captured)
+
+        def has_room() -> bool:
+            return self._nbytes + nbytes - self._memory_nbytes.get(memory, 0) <= limit
+
+        with self._changed:
+            if has_room():
+                return True
+            if nbytes > limit:
+                return False
+            if self._full_since is None:
+                self._full_since = time.monotonic()
+            return self._wait(has_room, self._full_since + patience_s - time.monotonic())
+
+    def _count(self, captured: Captured) -> None:
+        memory, nbytes = _memory_of(captured)
+        known = self._memory_nbytes.get(memory, 0)
+        self._memory_users[memory] = self._memory_users.get(memory, 0) + 1
+        self._memory_nbytes[memory] = max(known, nbytes)
+        self._nbytes += max(0, nbytes - known)
+
+    def _uncount(self, captured: Captured) -> None:
+        memory, _ = _memory_of(captured)
+        self._memory_users[memory] -= 1
+        if not self._memory_users[memory]:
+            del self._memory_users[memory]
+            self._nbytes -= self._memory_nbytes.pop(memory)
+
+    def by_key(self, key: bytes) -> StoredObject | None:
+        return self._by_key.get(key)
+
+    def by_id(self, object_id: str) -> StoredObject | None:
+        return self._by_id.get(object_id)
+
+    def borrow(self, key: bytes) -> StoredObject | None:
+        """Keeps an object, freed or not, until ``give_back``. None if it is not here any more."""
+        with self._changed:
+            stored = self._by_key.get(key)
+            if stored is not None:
+                self._borrowed[key] += 1
+            return stored
+
+    def give_back(self, key: bytes) -> list[StoredObject]:
+        """Ends one ``borrow``; returns the object if this was all that kept it."""
+        with self._changed:
+            self._borrowed[key] -= 1
+            if self._borrowed[key]:
+                return []
+            del self._borrowed[key]
+            if key not in self._released:
+                return []
+            self._released.discard(key)
+            dropped = [self._forget(self._by_key[key].token)]
+            self._changed.notify_all()
+        return dropped
+
+    def drop(self, tokens: Sequence[int]) -> list[StoredObject]:
+        """Lets go of objects whose memory the agent does not read any more.
+
+        Borrowed ones stay until they are given back.
+
+        Runs on: producer, the reaper thread. The tensors may die with the returned objects, and so
+        outside the store's lock.
+        """
+        with self._changed:
+            known = [self._by_token[token] for token in tokens if token in self._by_token]
+            self._released.update(stored.key for stored in known if stored.key in self._borrowed)
+            dropped = [
+                self._forget(stored.token) for stored in known if stored.key not in self._borrowed
+            ]
+            self._changed.notify_all()
+        return dropped
+
+    def _forget(self, token: int) -> StoredObject:
+        stored = self._by_token.pop(token)
+        del self._by_key[stored.key]
+        if self._by_id.get(stored.object_id) is stored:
+            del self._by_id[stored.object_id]
+        self._uncount(stored.captured)
+        self._full_since = None
+        return stored
+
+    def clear(self) -> list[StoredObject]:
+        """Lets go of everything, borrowed or not. Runs on: whoever shuts Ray down."""
+        with self._changed:
+            self._borrowed.clear()
+            self._released.clear()
+        return self.drop(list(self._by_token))
+
+    def wait_freed(self, tensor: torch.Tensor, timeout_s: float | None) -> None:
+        """Blocks until no stored object uses the tensor's storage.
+
+        Raises:
+            TimeoutError: some still do after ``timeout_s`` seconds.
+        """
+        users: set[bytes] = set()
+
+        def is_freed() -> bool:
+            # All objects are looked through only when those that were found are gone.
+            if self._by_key.keys().isdisjoint(users):
+                users.clear()
+                users.update(k for k, o in self._by_key.items() if o.captured.uses(tensor))
+            return not users
+
+        if not self._wait(is_freed, timeout_s):
+            raise TimeoutError(
+                f"the tensor is still in use by RDT objects after {timeout_s} s; drop every "
+                "ObjectRef that holds it, or wait longer"
+            )
+
+    def wait_object(self, object_id: str, timeout_s: float | None) -> StoredObject:
+        """Blocks until the object is stored here. Raises TimeoutError."""
+        if not self._wait(lambda: object_id in self._by_id, timeout_s):
+            raise TimeoutError(f"RDT object {object_id} is not here after {timeout_s} s")
+        return self._by_id[object_id]
+
+    def _wait(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._changed:
+            while not is_done():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                # In slices: what cancels a task sets a flag that does not wake a wait.
+                self._changed.wait(_SLICE_S if left is None else min(left, _SLICE_S))
+                raise_if_cancelled()
+        return True
+
+
+def _memory_of(captured: Captured) -> tuple[bytes, int]:
+    """A name for the storages that an object lies in, and its bytes of host memory."""
+    table = captured.table
+    nbytes = sum(captured.host_spans()[1]) if table.devices else table.nbytes
+    return captured.storages.tobytes(), nbytes

@@ -1,0 +1,1 @@
+"""Requests between the processes of a job."""

@@ -1,0 +1,1 @@
+"""Tensors taken out of a value and put back."""

@@ -1,0 +1,1 @@
+"""CUDA IPC: GPUs of one host map each other's memory."""

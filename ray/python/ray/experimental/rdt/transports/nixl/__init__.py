@@ -1,0 +1,1 @@
+"""NIXL: the consumer reads the producer's registered memory."""

@@ -1,0 +1,321 @@
+"""nixl itself, behind the few calls that the transport needs. The only module that imports it.
+
+Written for nixl 1.5. Its agent is opened here a little differently from its own Python constructor,
+for two reasons:
+
+1. Its progress thread. The constructor fixes the thread's delay at 0, and with that it polls
+   without a pause: one core is lost in every process that has ever used nixl. With a delay it
+   sleeps until UCX has an event, and looks by itself once a delay (UCX loses an event at times).
+2. Its locking. Without a listener the constructor turns nixl's own lock off, but nixl releases the
+   GIL during a transfer, and RDT calls it from several threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.transports.base import TransportUnavailable
+from ray.experimental.rdt.transports.nixl.plan import Batch
+
+if TYPE_CHECKING:
+    from ray.experimental.rdt.transports.nixl.plan import Rows
+
+logger = logging.getLogger("ray.rdt")
+
+_PROGRESS_DELAY_US = 10_000
+
+#: Open engines. They are closed, never collected: in a forked child a collected one would wait for
+#: a thread that only its parent has.
+_open_engines: list[NixlEngine] = []
+
+
+class NixlError(Exception):
+    """nixl reports that something failed.
+
+    Attributes:
+        code: "peer_lost" where the connection to the peer broke, else "".
+    """
+
+    def __init__(self, message: str, code: str = ""):
+        super().__init__(message)
+        self.code = code
+
+
+class NixlMissing(TransportUnavailable, ImportError):
+    """The nixl library is not installed in this process's environment."""
+
+
+class Read(Protocol):
+    """A transfer under way."""
+
+    def is_done(self) -> bool:
+        """Whether all bytes are in place; makes progress. Raises NixlError if it failed."""
+
+    def release(self) -> None:
+        """Ends it, whatever its state. Never raises; idempotent."""
+
+
+class Engine(Protocol):
+    """One nixl agent. Thread-safe."""
+
+    @property
+    def name(self) -> str:
+        """The agent's name, unique in the world."""
+
+    @property
+    def agent(self) -> Any:
+        """Nixl's own object."""
+
+    @property
+    def backend(self) -> str:
+        """The nixl backend that it moves bytes with."""
+
+    @property
+    def reach(self) -> str:
+        """Compared with a peer's by ``is_direct``."""
+
+    def register(self, kind: str, rows: Rows) -> Any:
+        """Registers memory; returns what ``deregister`` takes. Raises NixlError."""
+
+    def deregister(self, handle: Any) -> None:
+        """Ends a registration. Never raises."""
+
+    def describe(self, kind: str, rows: Rows) -> bytes:
+        """What another agent needs to reach this memory, registered as exactly these rows."""
+
+    def attach(self, metadata: bytes) -> None:
+        """Learns what another agent's ``describe`` gave. Raises NixlError."""
+
+    def detach(self, name: str) -> None:
+        """Forgets another agent and hangs up. Never raises."""
+
+    def post(self, batch: Batch, name: str) -> Read:
+        """Starts a read from the attached agent ``name``. Raises NixlError."""
+
+    def close(self) -> None:
+        """Ends the agent with all its registrations and connections. Idempotent."""
+
+
+def check_installed() -> None:
+    """Raises NixlMissing unless nixl can be imported. Imports nothing."""
+    if importlib.util.find_spec("nixl") is None:
+        raise NixlMissing(
+            "the nixl library is missing in this process: pip install nixl (or nixl-cu12 / "
+            "nixl-cu13 for one CUDA version)",
+            name="nixl",
+        )
+
+
+def open_engine(options: Mapping[str, str] = MappingProxyType({})) -> NixlEngine:
+    """Makes this process's nixl agent.
+
+    Args:
+        options: For the backend, as nixl's ``create_backend`` takes them.
+
+    Raises:
+        TransportUnavailable: nixl is missing, not a version that this is written for, or finds no
+            backend that works here.
+    """
+    check_installed()
+    try:
+        api = _import_nixl()
+        engine = NixlEngine(api, f"rdt-{uuid.uuid4().hex}", options)
+    except Exception as error:
+        raise_if_interrupt(error)
+        raise TransportUnavailable(
+            f"nixl cannot be started here ({type(error).__name__}: {error}); RDT is written for "
+            "nixl 1.5"
+        ) from error
+    logger.info("RDT uses nixl with its %s backend in process %d", engine.backend, os.getpid())
+    return engine
+
+
+def choose_backend(plugins: Sequence[str], sysfs: Path = Path("/sys/class")) -> str:
+    """The nixl backend to use: LIBFABRIC where there are AWS EFA devices, else UCX.
+
+    EFA devices in a container show as InfiniBand devices only, as those of other vendors do: what
+    tells them apart is their kernel driver.
+    """
+    drivers = (os.path.realpath(device / "device/driver") for device in sysfs.glob("infiniband/*"))
+    has_efa = any(sysfs.glob("net/efa*")) or any(Path(d).name == "efa" for d in drivers)
+    return "LIBFABRIC" if has_efa and "LIBFABRIC" in plugins else "UCX"
+
+
+def find_reach(sysfs: Path = Path("/sys/class"), proc: Path = Path("/proc")) -> str:
+    """The host (more exactly: where processes can read each other), and RDMA if it has a device."""
+    boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
+    processes = (proc / "self/ns/pid").stat().st_ino
+    return f"{boot_id}/{processes}" + (" rdma" if has_rdma(sysfs) else "")
+
+
+def has_rdma(sysfs: Path = Path("/sys/class")) -> bool:
+    """Whether this host has an RDMA device."""
+    return any(sysfs.glob("infiniband/*"))
+
+
+def is_direct(reach: str, other: str) -> bool:
+    """Whether two agents can read each other's memory without help of the other process."""
+    return reach.partition(" ")[0] == other.partition(" ")[0] or has_rdma_both(reach, other)
+
+
+def has_rdma_both(reach: str, other: str) -> bool:
+    """Whether the hosts of two agents have RDMA devices."""
+    return reach.partition(" ")[2] == other.partition(" ")[2] == "rdma"
+
+
+class NixlEngine:
+    """The process's nixl agent. See ``Engine``.
+
+    Args:
+        api: The module ``nixl._api``.
+        name: The agent's name.
+        options: For the backend.
+
+    Attributes:
+        name: The same.
+        agent: nixl's own.
+        backend: The nixl backend that it moves bytes with.
+        reach: See ``Engine``.
+    """
+
+    def __init__(self, api: Any, name: str, options: Mapping[str, str]):
+        self.name = name
+        self.reach = find_reach()
+        self._pid = os.getpid()
+        with _quiet():
+            self.agent = api.nixl_agent(name, api.nixl_agent_config(backends=[]))
+            self.agent.agent = api.nixlBind.nixlAgent(name, _core_config(api.nixlBind))
+            self.backend = choose_backend(self.agent.get_plugin_list())
+            self.agent.create_backend(self.backend, dict(options))
+        _open_engines.append(self)
+
+    def register(self, kind: str, rows: Rows) -> Any:
+        """See ``Engine``."""
+        with _mapped("cannot register memory"):
+            return self.agent.register_memory(rows, kind, [self.backend])
+
+    def deregister(self, handle: Any) -> None:
+        """See ``Engine``."""
+        with _logged("could not deregister memory"):
+            self.agent.deregister_memory(handle, [self.backend])
+
+    def describe(self, kind: str, rows: Rows) -> bytes:
+        """See ``Engine``."""
+        with _mapped("cannot describe memory"):
+            registered = self.agent.get_reg_descs(rows, kind)
+            return bytes(self.agent.get_partial_agent_metadata(registered, True, [self.backend]))
+
+    def attach(self, metadata: bytes) -> None:
+        """See ``Engine``."""
+        with _mapped("cannot use the peer's memory"):
+            self.agent.add_remote_agent(metadata)
+
+    def detach(self, name: str) -> None:
+        """See ``Engine``."""
+        with _logged("could not forget a peer"):
+            self.agent.remove_remote_agent(name)
+
+    def post(self, batch: Batch, name: str) -> NixlRead:
+        """See ``Engine``."""
+        with _mapped("cannot read"):
+            handle = self.agent.initialize_xfer(
+                "READ",
+                self.agent.get_xfer_descs(batch.local, batch.local_kind),
+                self.agent.get_xfer_descs(batch.remote, batch.remote_kind),
+                name,
+            )
+        return NixlRead(self.agent, handle)
+
+    def close(self) -> None:
+        """See ``Engine``. What a parent process opened is left alone."""
+        if self in _open_engines and self._pid == os.getpid():
+            _open_engines.remove(self)
+            del self.agent
+
+
+class NixlRead:
+    """One nixl transfer request. See ``Read``. Starts when made."""
+
+    def __init__(self, agent: Any, handle: Any):
+        self._agent = agent
+        self._handle = handle
+        try:
+            with _mapped("the read failed"):
+                self._state = agent.transfer(handle)
+        except NixlError:
+            self.release()
+            raise
+
+    def is_done(self) -> bool:
+        """See ``Read``."""
+        if self._state == "PROC":
+            with _mapped("the read failed"):
+                self._state = self._agent.check_xfer_state(self._handle)
+        if self._state not in ("PROC", "DONE"):
+            raise NixlError("nixl: the read failed; nixl's own log says more")
+        return bool(self._state == "DONE")
+
+    def release(self) -> None:
+        """See ``Read``."""
+        with _logged("could not end a read"):
+            self._handle.release()
+
+
+def _import_nixl() -> Any:
+    """Nixl's Python API, without what importing it does to the process's logging."""
+    raise_exceptions = logging.raiseExceptions
+    try:
+        return importlib.import_module("nixl._api")
+    finally:
+        logging.raiseExceptions = raise_exceptions
+
+
+def _core_config(bind: Any) -> Any:
+    config = bind.nixlAgentConfig()
+    config.useProgThread = True
+    config.pthrDelay = _PROGRESS_DELAY_US
+    config.syncMode = bind.NIXL_THREAD_SYNC_STRICT
+    config.useListenThread = False
+    config.captureTelemetry = False
+    return config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nixl prints to stdout that it has started; our own log line says that."""
+    nixl_logger = logging.getLogger("nixl")
+    level = nixl_logger.level
+    nixl_logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        nixl_logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _mapped(what: str) -> Iterator[None]:
+    """Turns nixl's exceptions, which have no common base, into ours."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_interrupt(error)
+        kind = type(error).__name__
+        code = "peer_lost" if kind == "nixlRemoteDisconnectError" else ""
+        raise NixlError(f"nixl: {what}: {error}", code) from error
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logger.debug("nixl: %s: %s", what, error)

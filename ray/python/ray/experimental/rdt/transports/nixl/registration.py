@@ -1,0 +1,351 @@
+"""The memory of this process that its nixl agent may touch, and for how long.
+
+Large storages in host memory are registered whole, once, and stay registered until they die:
+weights that are sent every step are registered in the first one. Small buffers in host memory are
+registered for one use only, many in one stretch of memory. Device memory is registered by segment:
+all of the allocation (cudaMalloc) that a buffer lies in, for torch carves many tensors out of one.
+Memory that a user registers stays so until they end it.
+
+Never stale. A registration is found by address, but only while a storage in it lives with the same
+extent, which a weak reference to the storage tells: torch keeps a segment at least as long. At the
+peers, each registration of host memory has a number of its own (nixl's "region", where GPU memory
+has the device's index), so what they know of one that has ended is never mistaken for another at
+the same address. GPU memory cannot be told apart like that: for it the version grows whenever a
+registration ends, and peers that know an older version forget all and learn anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from bisect import insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.transports.nixl.engine import Engine
+from ray.experimental.rdt.transports.nixl.plan import KINDS, Spans, cover, spans_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from ray.experimental.rdt.transports.nixl.plan import Rows
+
+#: A buffer of at least this many bytes has its whole storage registered, to be found again.
+LARGE_NBYTES = 1 << 20
+
+_HOST = KINDS.index("DRAM")
+
+
+#: Gives the address and bytes of the device allocation that a tensor lies in; None if not known.
+FindSegment = Callable[["torch.Tensor"], "tuple[int, int] | None"]
+
+
+@dataclass(order=True)
+class Registration:
+    """One storage in host memory or one segment of device memory, registered whole.
+
+    Attributes:
+        row: Its address, bytes and device.
+        kind: Its place in ``KINDS``.
+        handle: What the engine gave.
+        tenants: Storages in it, weakly, and their bytes, by address. It is kept while one lives.
+        pins: By address of a tenant, how often a user has registered it.
+        leases: How many leases use it.
+    """
+
+    row: tuple[int, int, int]
+    kind: int = field(compare=False)
+    handle: Any = field(compare=False)
+    tenants: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = field(
+        default_factory=dict, compare=False
+    )
+    pins: dict[int, int] = field(default_factory=dict, compare=False)
+    leases: int = field(default=0, compare=False)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the memory still is what was registered."""
+        return any(
+            (storage := ref()) is not None and (storage.data_ptr(), storage.nbytes()) == known
+            for known, ref in self._extents()
+        )
+
+    def has_pinned(self, start: int, end: int) -> bool:
+        """Whether a user has registered the storage that these bytes lie in."""
+        return any(
+            address in self.pins and address <= start and end <= address + nbytes
+            for (address, nbytes), _ in self._extents()
+        )
+
+    def _extents(self) -> list[tuple[tuple[int, int], weakref.ref[torch.UntypedStorage]]]:
+        # A copy: a storage may die meanwhile.
+        tenants = list(self.tenants.items())
+        return [((address, nbytes), ref) for address, (ref, nbytes) in tenants]
+
+
+@dataclass
+class Lease:
+    """Registered memory that something uses.
+
+    Attributes:
+        spans: The memory, each row with the device that nixl knows it by.
+        version: See the module; 0 if no GPU memory is among it.
+        registrations: The storages and segments that it uses.
+        bundle: The host memory that was registered for it alone, if any: rows, handle.
+    """
+
+    spans: Spans
+    version: int = 0
+    registrations: list[Registration] = field(default_factory=list)
+    bundle: tuple[Rows, Any] | None = None
+
+    def registered(self, kind: int) -> Rows:
+        """All that is registered of one kind of memory."""
+        import numpy as np
+
+        storages = [r.row for r in self.registrations if r.kind == kind]
+        rows = np.array(storages, np.uint64).reshape(-1, 3)
+        if kind == _HOST and self.bundle is not None:
+            return np.concatenate([rows, self.bundle[0]])
+        return rows
+
+
+class Registrations:
+    """All registrations of one engine. Thread-safe; no call waits for another but in nixl itself.
+
+    Args:
+        engine: The process's nixl agent; when it closes, all registrations end with it.
+        find_segment: Where device memory was allocated.
+    """
+
+    def __init__(self, engine: Engine, find_segment: FindSegment):
+        self._engine = engine
+        self._find_segment = find_segment
+        self._lock = threading.Lock()
+        self._regions = itertools.count(1)
+        self._version = 1
+        self._found: list[Registration] = []  # can be found; sorted by address
+        self._ended: list[Registration] = []  # the storages are gone, leases still use it
+
+    def pin(self, tensor: torch.Tensor) -> None:
+        """Registers a tensor's storage until ``unpin`` has been called as often.
+
+        Raises:
+            NixlError: nixl cannot register it.
+        """
+        with self._lock:
+            self._sweep()
+            known = self._find(tensor) or self._register(tensor)
+            self._add_tenant(known, tensor)
+            address = tensor.untyped_storage().data_ptr()
+            known.pins[address] = known.pins.get(address, 0) + 1
+
+    def unpin(self, tensor: torch.Tensor) -> None:
+        """Undoes one ``pin``.
+
+        Raises:
+            ValueError: there is none to undo.
+        """
+        with self._lock:
+            self._sweep()
+            known = self._find(tensor)
+            address = tensor.untyped_storage().data_ptr()
+            if known is None or address not in known.pins:
+                raise ValueError("this tensor's memory is not registered with nixl")
+            known.pins[address] -= 1
+            if not known.pins[address]:
+                del known.pins[address], known.tenants[address]
+                self._sweep()
+
+    def has_pinned(self, spans: Spans) -> bool:
+        """Whether a user has registered any of this memory."""
+        with self._lock:
+            self._sweep()
+            hits = self._match(spans)
+            return any(
+                self._found[hit].has_pinned(start, start + nbytes)
+                for hit, (start, nbytes, _) in zip(hits.tolist(), spans.rows.tolist())
+                if hit >= 0 and self._found[hit].pins
+            )
+
+    def acquire(self, spans: Spans, buffers: Sequence[torch.Tensor]) -> Lease:
+        """Registers the memory of buffers where it is not registered yet.
+
+        Runs on: any thread. The memory must stay until ``release``.
+
+        Args:
+            spans: The buffers' memory.
+            buffers: The buffers.
+
+        Raises:
+            NixlError: nixl cannot register it.
+        """
+        import numpy as np
+
+        with self._lock:
+            self._sweep()
+            is_kept = (spans.rows[:, 1] >= LARGE_NBYTES) | (spans.kinds != _HOST)
+            is_kept &= spans.rows[:, 1] > 0
+            hits = self._match(spans)
+            while (missing := np.flatnonzero(is_kept & (hits < 0))).size:
+                self._register(buffers[missing[0]])
+                hits = self._match(spans)
+            lease = Lease(Spans(spans.kinds, spans.rows.copy()))
+            self._lease_registered(lease, hits, buffers)
+            try:
+                self._bundle(lease, (hits < 0) & (spans.rows[:, 1] > 0))
+            except Exception:
+                self._end(lease)
+                raise
+            lease.version = self._version if spans.has_device_memory else 0
+            return lease
+
+    def release(self, lease: Lease) -> None:
+        """Ends a lease. What is registered whole stays so while its storages live."""
+        with self._lock:
+            self._end(lease)
+            self._sweep()
+
+    def _match(self, spans: Spans) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """For each span the place in ``_found`` of the storage that it lies in, else -1."""
+        import numpy as np
+
+        if not self._found:
+            return np.full(len(spans.rows), -1)
+        known = np.array([registration.row[:2] for registration in self._found], np.uint64)
+        kinds = np.array([registration.kind for registration in self._found], np.uint8)
+        starts, ends = spans.rows[:, 0], spans.rows[:, 0] + spans.rows[:, 1]
+        hits = np.searchsorted(known[:, 0], starts, "right") - 1
+        is_inside = (hits >= 0) & (ends <= known[hits].sum(axis=1)) & (kinds[hits] == spans.kinds)
+        return np.where(is_inside & (starts < ends), hits, -1)
+
+    def _find(self, tensor: torch.Tensor) -> Registration | None:
+        hit = self._match(spans_of([_whole(tensor)]))[0]
+        return self._found[hit] if hit >= 0 else None
+
+    def _register(self, tensor: torch.Tensor) -> Registration:
+        """Registers all of a storage in host memory, or the segment of one in device memory."""
+        import numpy as np
+
+        spans = spans_of([_whole(tensor)])
+        kind, row = int(spans.kinds[0]), spans.rows[0]
+        if kind == _HOST:
+            row[2] = next(self._regions)
+        else:
+            row[:2] = _around(row[:2].tolist(), self._find_segment(tensor))
+        registration = self._take_ended(kind, tuple(row.tolist()))
+        if registration is None:
+            handle = self._engine.register(KINDS[kind], row[np.newaxis])
+            registration = Registration(tuple(row.tolist()), kind, handle)
+        self._add_tenant(registration, tensor)
+        insort(self._found, registration)
+        return registration
+
+    def _take_ended(self, kind: int, row: tuple[int, int, int]) -> Registration | None:
+        """The same memory, which a lease has kept registered."""
+        for registration in self._ended:
+            if (registration.kind, registration.row) == (kind, row):
+                self._ended.remove(registration)
+                return registration
+        return None
+
+    def _add_tenant(self, registration: Registration, tensor: torch.Tensor) -> None:
+        """Keeps a registration while a tensor's storage lives."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        known = registration.tenants.get(address)
+        if known is not None and known[0]() is storage and known[1] == storage.nbytes():
+            return
+
+        def on_death(dead: Any) -> None:
+            """Runs on: any thread, even within a call of ``Registrations``, which sweeps."""
+            current = registration.tenants.get(address)
+            if current is not None and current[0] is dead:
+                del registration.tenants[address]
+                registration.pins.pop(address, None)
+            if not registration.tenants:
+                self._sweep_if_free()
+
+        registration.tenants[address] = weakref.ref(storage, on_death), storage.nbytes()
+
+    def _lease_registered(
+        self,
+        lease: Lease,
+        hits: np.ndarray[Any, np.dtype[np.int64]],
+        buffers: Sequence[torch.Tensor],
+    ) -> None:
+        import numpy as np
+
+        for hit, first in zip(*(found.tolist() for found in np.unique(hits, return_index=True))):
+            if hit < 0:
+                continue
+            registration = self._found[hit]
+            # One storage is enough: others only make the registration last longer.
+            self._add_tenant(registration, buffers[first])
+            registration.leases += 1
+            lease.registrations.append(registration)
+            lease.spans.rows[hits == hit, 2] = registration.row[2]
+            if registration.kind != _HOST:
+                lease.spans.starts.append(registration.row[0])
+
+    def _bundle(self, lease: Lease, is_loose: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        """Registers for the lease what is not registered: small buffers in host memory."""
+        if not is_loose.any():
+            return
+        rows = cover(lease.spans.rows[is_loose])
+        lease.spans.rows[is_loose, 2] = rows[:, 2] = next(self._regions)
+        lease.bundle = rows, self._engine.register(KINDS[_HOST], rows)
+
+    def _end(self, lease: Lease) -> None:
+        if lease.bundle is not None:
+            self._deregister(_HOST, lease.bundle[1])
+        lease.bundle = None
+        for registration in lease.registrations:
+            registration.leases -= 1
+
+    def _sweep(self) -> None:
+        """Ends registrations whose storages are gone."""
+        found, ended = self._found, self._ended
+        self._found, self._ended = [], []
+        for registration in (*found, *ended):
+            if registration.is_valid:
+                self._found.append(registration)
+            elif registration.leases:
+                self._ended.append(registration)
+            else:
+                self._deregister(registration.kind, registration.handle)
+
+    def _deregister(self, kind: int, handle: Any) -> None:
+        self._engine.deregister(handle)
+        if kind != _HOST:
+            self._version += 1
+
+    def _sweep_if_free(self) -> None:
+        """Runs on: any thread. A call that is under way sweeps by itself, or the next one does."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage, as flat bytes."""
+    import torch
+
+    empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return empty.set_(tensor.untyped_storage())
+
+
+def _around(extent: Sequence[int], segment: tuple[int, int] | None) -> Sequence[int]:
+    """The segment if all of a storage lies in it, else the storage.
+
+    A storage in expandable segments may lie in several allocations.
+    """
+    if segment is None:
+        return extent
+    (start, nbytes), (first, size) = extent, segment
+    return segment if first <= start and start + nbytes <= first + size else extent

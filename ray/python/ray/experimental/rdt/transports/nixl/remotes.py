@@ -1,0 +1,135 @@
+"""What this process's nixl agent knows of others'."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.transports.base import TransportUnavailable
+from ray.experimental.rdt.transports.nixl.engine import Engine, NixlError
+
+#: nixl cannot forget single exposures of a peer; after this many the peer is met anew.
+_MAX_EXPOSURES = 4096
+
+#: Peers known at once; the one that was not read from for longest is forgotten first.
+_MAX_PEERS = 1024
+
+
+@dataclass
+class _Remote:
+    """One peer's agent, as known to ours.
+
+    Attributes:
+        version: The newest version of its GPU registrations that it has told us of.
+        exposures: The exposures of it that ours knows.
+        readers: Reads from it in progress.
+        is_broken: Whether the connection broke: nobody reads from it any more.
+    """
+
+    version: int
+    exposures: set[int] = field(default_factory=set)
+    readers: int = 0
+    is_broken: bool = False
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What a producer says of exposed memory, besides its spans.
+
+    Attributes:
+        agent: The name of its nixl agent.
+        number: Tells its exposures apart.
+        version: The version of its GPU registrations, 0 if it exposes none.
+        metadata: nixl's own description, a blob for each kind of memory, base64.
+    """
+
+    agent: str
+    number: int
+    version: int
+    metadata: Sequence[str]
+
+
+class Remotes:
+    """The known agents. Thread-safe. None is forgotten while it is read from.
+
+    Args:
+        engine: Our agent.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._changed = threading.Condition()
+        self._known: dict[str, _Remote] = {}  # least recently used first
+
+    @contextlib.contextmanager
+    def reading(self, exposure: Exposure, deadline: float) -> Iterator[None]:
+        """Makes our agent know an exposure, while the context lasts.
+
+        A NixlError that leaves the context makes the peer be met anew by the next read.
+
+        Raises:
+            TransportUnavailable: our agent cannot reach the memory.
+            TimeoutError: reads of what is to be forgotten first have not ended by the deadline.
+        """
+        remote = self._enter(exposure, deadline)
+        try:
+            yield
+        except NixlError:
+            remote.is_broken = True
+            raise
+        finally:
+            with self._changed:
+                remote.readers -= 1
+                self._changed.notify_all()
+
+    def _enter(self, exposure: Exposure, deadline: float) -> _Remote:
+        with self._changed:
+            while (remote := self._current(exposure)) is None:
+                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError("other reads from this peer did not end in time")
+            if exposure.number not in remote.exposures:
+                self._learn(remote, exposure)
+            remote.readers += 1
+            return remote
+
+    def _current(self, exposure: Exposure) -> _Remote | None:
+        """The peer, up to date; None while it has to be forgotten first and is still read from."""
+        remote = self._known.pop(exposure.agent, None)
+        if remote is None:
+            self._make_room()
+            remote = _Remote(exposure.version)
+        elif remote.is_broken or exposure.version > remote.version:
+            self._known[exposure.agent] = remote
+            if remote.readers:
+                return None
+            self._forget(exposure.agent)
+            remote = _Remote(exposure.version)
+        elif len(remote.exposures) >= _MAX_EXPOSURES and not remote.readers:
+            self._engine.detach(exposure.agent)
+            remote = _Remote(remote.version)
+        self._known[exposure.agent] = remote
+        return remote
+
+    def _learn(self, remote: _Remote, exposure: Exposure) -> None:
+        try:
+            for metadata in exposure.metadata:
+                self._engine.attach(base64.b64decode(metadata))
+            remote.exposures.add(exposure.number)
+        except NixlError as error:
+            remote.is_broken = True
+            raise TransportUnavailable(
+                f"nixl cannot reach the producer's memory: {error}"
+            ) from error
+
+    def _make_room(self) -> None:
+        idle = [name for name, remote in self._known.items() if not remote.readers]
+        for name in idle[: max(0, len(self._known) + 1 - _MAX_PEERS)]:
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        del self._known[name]
+        self._engine.detach(name)

@@ -1,0 +1,1 @@
+"""Links over torch process groups, for gloo and nccl."""

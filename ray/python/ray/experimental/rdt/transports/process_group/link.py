@@ -1,0 +1,474 @@
+"""One process group of two: bytes from one producer to one consumer.
+
+The consumer makes a link for what it receives and the producer answers, so each direction between
+two processes has its own, and nothing has to be agreed when both begin at once. A link that fails
+is closed and never used again; the next transfer gets a new one.
+
+Threads: each transfer runs on a thread of its own, ``rdt-<backend>``, because gloo's waits can be
+ended neither by Ctrl-C nor, once a message has begun to move, by the loss of the peer. The caller
+waits for that thread in slices and leaves it behind if it must; gloo then ends it within
+``peer_timeout_s``. Whoever raises to the caller has ended the process group before, so that no byte
+is written any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.cancellation import raise_if_cancelled
+from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.transports.base import Capabilities, Peer, TransportUnavailable
+from ray.experimental.rdt.transports.process_group import packing
+from ray.experimental.rdt.transports.process_group.packing import Direct, Header, Message, Packed
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.accelerators.base import Event
+
+CONSUMER, PRODUCER = 0, 1  # ranks in the process group
+
+_PROOF_TAG = 0
+MAX_TAG = 2**31 - 1  # gloo takes a C int
+_SLICE_S = 0.2
+_HEADER_SLACK_S = 1.0
+#: How long an end waits for the other's reason once a connection has broken. The consumer waits
+#: longer, since it reports the failure.
+_REASON_S = {CONSUMER: 1.0, PRODUCER: 0.1}
+
+Buffers = Sequence["torch.Tensor"]
+
+
+class TransferError(Exception):
+    """The transfer failed; no byte is written any more."""
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """The deadline passed before all bytes were there."""
+
+
+class LinkClosed(TransferError, TransportUnavailable):
+    """The link broke or was closed before the transfer ended; another may begin anew.
+
+    A transfer that was given up closes its link, and the next one may have picked that just before.
+    """
+
+    is_stale = True
+
+
+class TransferRefused(TransferError, TransportUnavailable):
+    """One end refused these buffers and said why; another lane may serve.
+
+    The link stays good if that was the producer, which then has sent nothing.
+    """
+
+
+class Backend(Protocol):
+    """What a kind of process group needs from us. Its methods import torch."""
+
+    capabilities: Capabilities
+    #: Whether tags keep transfers apart, so that one link can carry many at once.
+    has_tags: bool
+
+    def unavailable(self) -> str:
+        """Why this process cannot use the backend; "" if it can."""
+
+    def make(
+        self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
+    ) -> Any:
+        """Makes a process group; blocks until all ranks are connected, without the GIL.
+
+        Args:
+            store: Where its ranks meet.
+            rank: This process's rank.
+            size: How many ranks there are.
+            timeout_s: How long to wait for the other ranks, and for each operation.
+            has_collectives: Whether it runs more than send and receive.
+        """
+
+    def kill(self, group: Any) -> None:
+        """Ends a process group for good: when this returns, no byte is written any more."""
+
+    def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
+        """Begins to send from rank ``PRODUCER`` to rank ``CONSUMER``; returns the work."""
+
+    def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
+        """Begins to receive at rank ``CONSUMER`` what ``PRODUCER`` sends; returns the work."""
+
+    def wait(self, work: Any, timeout_s: float) -> None:
+        """Waits for a send or receive, without the GIL. Raises on failure and timeout."""
+
+    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+        """Entered on the transfer's thread: orders the work of devices.
+
+        Args:
+            after: The transfer comes after these.
+        """
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Memory for messages."""
+
+    def reject(self, buffers: Buffers) -> str:
+        """Why a link cannot carry these; "" if it can."""
+
+    def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
+        """Copies small buffers one after the other into ``slot``."""
+
+    def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
+        """The reverse of ``pack``."""
+
+
+class _UnderWay(NamedTuple):
+    """A message that was posted, how long it may take, and what to do when it is through."""
+
+    work: Any
+    timeout_s: float
+    arrived: Callable[[], None]
+
+
+class _Job:
+    """One transfer: what its thread and its caller share."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+        self._stopping: TransferError | None = None
+        self._lock = threading.Lock()
+
+    def stop(self, error: TransferError) -> None:
+        """Asks the transfer's thread to end after the messages that are under way."""
+        self._stopping = error
+
+    def check(self) -> None:
+        """Raises if it has to end."""
+        if self._stopping is not None:
+            raise self._stopping
+
+    def step(self, write: Callable[[], None]) -> None:
+        """Writes into the caller's memory, unless the end has been reported to the caller."""
+        with self._lock:
+            self.check()
+            write()
+
+    def finish(self, error: BaseException | None) -> None:
+        """Reports the end; the first report counts."""
+        with self._lock:
+            if not self.done.is_set():
+                self.error = error
+                self.done.set()
+
+
+class Link:
+    """A connected process group of two and the transfers on it.
+
+    Args:
+        link_id: The same at both ends.
+        peer: The process at the other end.
+        scope: The id of the collective group it belongs to, "" for none.
+        rank: ``CONSUMER`` or ``PRODUCER``.
+        backend: Its kind.
+        group: The process group.
+        store: What it was made with, kept as long: torch does not keep a store written in Python.
+        on_close: Called once, with the link and the reason, after it has closed.
+    """
+
+    def __init__(
+        self,
+        link_id: str,
+        peer: Peer,
+        scope: str,
+        rank: int,
+        backend: Backend,
+        group: Any,
+        store: Any,
+        on_close: Callable[[Link, str], None],
+    ):
+        self.id = link_id
+        self.peer = peer
+        self.scope = scope
+        self.leased_until = 0.0  # guarded by the transport
+        self._other = 1 - rank
+        self._backend = backend
+        self._group = group
+        self._store = store
+        self._on_close = on_close
+        self._lock = threading.Lock()
+        self._closed = ""
+        self._ended = threading.Event()
+        self._killed = threading.Event()
+        self._jobs: set[_Job] = set()
+        self._tag = _PROOF_TAG
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed."""
+        return bool(self._closed)
+
+    def next_tag(self) -> int:
+        """A tag for one transfer. Runs on: consumer, any thread."""
+        with self._lock:
+            self._tag = self._tag % (MAX_TAG - 1) + 1
+            return self._tag
+
+    # Transfers.
+
+    def prove(self, timeout_s: float) -> None:
+        """Moves one byte, to know that both ends are connected. Runs on: both, any thread.
+
+        Raises:
+            TransferError: it did not come; the link is closed.
+        """
+
+        def move(job: _Job) -> None:
+            byte = self._backend.empty(1)
+            self._backend.wait(self._post(byte, _PROOF_TAG), timeout_s + _HEADER_SLACK_S)
+
+        self._run(move, time.monotonic() + timeout_s)
+
+    def send(self, tag: int, buffers: Buffers, deadline: float) -> None:
+        """Sends one transfer. Runs on: producer; blocks until the buffers may change again.
+
+        Buffers that the backend cannot carry are not sent: the consumer is told why.
+
+        Raises:
+            TransferError: it failed; the link is closed.
+        """
+        self._run(lambda job: self._send(job, tag, buffers, deadline), deadline)
+
+    def receive(
+        self, tag: int, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+    ) -> None:
+        """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
+
+        Buffers on devices are written after the events in ``after``.
+
+        Raises:
+            TransferRefused: the producer does not send these buffers, or the backend cannot write
+                them; the producer has then been stopped by closing the link.
+            TransferError: it failed; no byte is written any more.
+        """
+        refusal = self._backend.reject(buffers)
+        if refusal:
+            self.close(refusal)
+            raise TransferRefused(refusal)
+        self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline, after)
+
+    def _send(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
+        """Runs on: producer, the transfer's thread."""
+        import torch
+
+        refusal = self._backend.reject(buffers)
+        header = Header.describing(tag, [b.numel() for b in buffers])
+        if refusal:
+            header, buffers = Header.refusing(tag, refusal), ()
+        message = self._backend.empty(packing.HEADER_NBYTES)
+        message.copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
+        header_sent = self._post(message, header.tag)
+
+        def post(message: Message, slot: torch.Tensor | None) -> Any:
+            if isinstance(message, Packed):
+                assert slot is not None
+                self._backend.pack(buffers[message.first : message.last], slot)
+                return self._post(slot, header.tag)
+            return self._post(_part(buffers, message), header.tag)
+
+        # Messages follow the header at once: after a wait this thread may get the GIL late.
+        begun = _UnderWay(header_sent, _until(deadline) + _HEADER_SLACK_S, lambda: None)
+        self._stream(job, buffers, post, lambda message, slot: None, begun)
+
+    def _receive(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
+        """Runs on: consumer, the transfer's thread."""
+        message = self._backend.empty(packing.HEADER_NBYTES)
+        self._backend.wait(self._post(message, tag), _until(deadline) + _HEADER_SLACK_S)
+        header = Header.decode(bytes(message.tolist()))
+        if header.refusal:
+            raise TransferRefused(header.refusal)
+        expected = Header.describing(tag, [b.numel() for b in buffers])
+        if header != expected:
+            raise TransferError(f"expected {expected}, the producer sends {header}")
+
+        def post(message: Message, slot: torch.Tensor | None) -> Any:
+            return self._post(slot if slot is not None else _part(buffers, message), tag)
+
+        def arrived(message: Message, slot: torch.Tensor | None) -> None:
+            if isinstance(message, Packed):
+                assert slot is not None
+                self._backend.unpack(slot, buffers[message.first : message.last])
+
+        self._stream(job, buffers, post, arrived)
+
+    def _stream(
+        self,
+        job: _Job,
+        buffers: Buffers,
+        post: Callable[[Message, torch.Tensor | None], Any],
+        arrived: Callable[[Message, torch.Tensor | None], None],
+        *begun: _UnderWay,
+    ) -> None:
+        """Moves all messages of a plan, ``WINDOW`` at once, in order, after what has begun."""
+        messages = list(packing.plan([b.numel() for b in buffers]))
+        slots = _Slots(self._backend, messages)
+        window = deque(begun)
+
+        def retire() -> None:
+            first = window.popleft()
+            self._backend.wait(first.work, first.timeout_s)
+            job.step(first.arrived)
+
+        for message in messages:
+            if len(window) == packing.WINDOW:
+                retire()
+            job.check()
+            slot = slots.take(message)
+            work = post(message, slot)
+            then = partial(arrived, message, slot)
+            window.append(_UnderWay(work, settings().peer_timeout_s, then))
+        while window:
+            retire()
+
+    def _post(self, tensor: torch.Tensor, tag: int) -> Any:
+        group = self._group
+        if group is None:
+            raise self._closed_error()
+        if self._other == CONSUMER:
+            return self._backend.send(group, tensor, tag)
+        return self._backend.receive(group, tensor, tag)
+
+    # Life.
+
+    def _run(
+        self, transfer: Callable[[_Job], None], deadline: float, after: Sequence[Event] = ()
+    ) -> None:
+        """Runs a transfer on a thread of its own and waits for it, interruptibly."""
+        job = _Job()
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            self._jobs.add(job)
+        name = f"rdt-{self._backend.capabilities.name}"
+        try:
+            arguments = (transfer, job, self._backend.turn(after))
+            threading.Thread(target=_work, args=arguments, name=name).start()
+            self._await(job, deadline)
+        except TransferRefused:
+            raise
+        except BaseException as error:
+            self.close(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            with self._lock:
+                self._jobs.discard(job)
+
+    def _await(self, job: _Job, deadline: float) -> None:
+        while not job.done.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                raise TransferTimeout(
+                    f"not all bytes came over {self._backend.capabilities.name} in time"
+                )
+            raise_if_cancelled()
+        if isinstance(job.error, TransferError):
+            raise job.error
+        if job.error is not None:
+            # A broken connection is often the end of a link whose reason is still on its way.
+            if self._ended.wait(_REASON_S[1 - self._other]):
+                raise self._closed_error() from job.error
+            raise LinkClosed(_in_short(job.error)) from job.error
+
+    def _closed_error(self) -> TransferError:
+        return LinkClosed(self._closed)
+
+    def close(self, reason: str, grace_s: float = 0.0) -> None:
+        """Ends the link; transfers in progress fail with the reason. Idempotent.
+
+        When it returns, no byte is written any more, also for those who come second: they may be
+        about to report the failure to the user, whose memory it is.
+
+        Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little, or for
+        as long as another thread that is closing the link.
+
+        Args:
+            reason: For people.
+            grace_s: How long messages that are half through may take to end.
+        """
+        with self._lock:
+            is_first = not self._closed
+            if is_first:
+                self._closed = reason
+                self._ended.set()
+            jobs = list(self._jobs)
+        if not is_first:
+            self._killed.wait(settings().peer_timeout_s)
+            return
+        error = self._closed_error()
+        for job in jobs:
+            job.stop(error)
+        _await_all(jobs, grace_s)
+        group, self._group = self._group, None
+        try:
+            self._backend.kill(group)
+            for job in jobs:
+                job.finish(error)
+        finally:
+            self._killed.set()
+        self._on_close(self, reason)
+
+
+class _Slots:
+    """The staging slots of one transfer, made if it needs any, used in turn.
+
+    At most ``WINDOW`` messages are under way, in order, so a slot is free when its turn comes.
+    """
+
+    def __init__(self, backend: Backend, messages: Iterable[Message]):
+        packed = [m.nbytes for m in messages if isinstance(m, Packed)]
+        count = min(len(packed), packing.WINDOW)
+        self._memory = backend.empty(count * packing.SLOT_NBYTES) if packed else None
+        self._turns = itertools.cycle(range(count)) if count else None
+
+    def take(self, message: Message) -> torch.Tensor | None:
+        """The memory for this message, None if it needs none."""
+        if isinstance(message, Direct):
+            return None
+        assert self._memory is not None
+        assert self._turns is not None
+        start = next(self._turns) * packing.SLOT_NBYTES
+        return self._memory[start : start + message.nbytes]
+
+
+def _part(buffers: Buffers, message: Message) -> torch.Tensor:
+    assert isinstance(message, Direct)
+    return buffers[message.index][message.start : message.stop]
+
+
+def _in_short(error: BaseException) -> str:
+    """A torch error without the source file it names first and the advice it ends with."""
+    return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]
+
+
+def _until(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
+def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextManager[None]) -> None:
+    """Runs on: the transfer's thread."""
+    try:
+        with turn:
+            transfer(job)
+    except BaseException as error:  # stored for the caller, who waits for it
+        job.finish(error)
+    else:
+        job.finish(None)
+
+
+def _await_all(jobs: Iterable[_Job], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    for job in jobs:
+        job.done.wait(max(0.0, end - time.monotonic()))

@@ -1,0 +1,231 @@
+"""The consumer's side of the staged way."""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.accelerators.base import Event, have_ended
+from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.rpc import checksums
+from ray.experimental.rdt.rpc.session import Session, boot_id_of
+from ray.experimental.rdt.transports.base import Peer
+from ray.experimental.rdt.transports.staged.chunk_copies import (
+    ChunkCopies,
+    accelerator_of,
+    cut,
+    pieces_of,
+)
+from ray.experimental.rdt.transports.staged.shared_slots import Mapped, Mappings
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK_NBYTES = 16 << 20
+_WINDOW = 3
+_COPIES = 2  # chunks that a read copies to its devices at once
+
+#: How long a failed read waits for a device that still writes.
+_GRACE_S = 5.0
+
+Buffers = Sequence["torch.Tensor"]
+
+
+class Reader:
+    """What the reads of one process share. Thread-safe.
+
+    Args:
+        session: Asks for the chunks; its agent pulls those that cannot be mapped.
+        copies: What copies between devices and chunks.
+
+    Attributes:
+        session: The same.
+        copies: The same.
+    """
+
+    def __init__(self, session: Session, copies: ChunkCopies):
+        self.session = session
+        self.copies = copies
+        self._mappings = Mappings()
+        self._unmapped: set[bytes] = set()
+
+    def read(
+        self,
+        peer: Peer,
+        exposure: int,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event],
+    ) -> None:
+        """See ``OneSided.read``."""
+        reading = _Reading(self, peer, exposure, buffers, deadline, after)
+        try:
+            reading.run()
+        except BaseException as error:
+            error.may_still_write = not reading.end()  # type: ignore[attr-defined]
+            raise
+
+    def forget(self, producer: bytes) -> None:
+        """Unmaps what a lost producer has shared. Runs on: the reaper thread."""
+        self._unmapped.discard(producer)
+        self.session.run_in_background(self._mappings.forget, producer)
+
+    def map(self, peer: Peer, slot: dict[str, Any] | None, pieces: Buffers) -> Mapped | None:
+        """The producer's memory, if the devices of these pieces can copy out of it."""
+        is_near = boot_id_of(peer.address) == boot_id_of(self.session.address)
+        is_wanted = "shm" in settings().lanes and not settings().checksum
+        is_for_devices = all(not piece.is_cpu for piece in pieces)
+        if slot is None or not (is_near and is_wanted and is_for_devices):
+            return None
+        if peer.agent_id in self._unmapped:
+            return None
+        try:
+            return self._mappings.open(peer.agent_id, slot, accelerator_of(pieces[0].device))
+        except (OSError, RuntimeError) as error:
+            self._unmapped.add(peer.agent_id)
+            self.session.say_once(
+                f"RDT cannot map the host memory of agent {peer.agent_id.hex()[:8]} and has its "
+                f"agent pull tensors on devices: {error}",
+                logging.INFO,
+            )
+            return None
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """A chunk that goes from host memory to devices.
+
+    Attributes:
+        key: What the producer's agent serves it by.
+        begun: The copies.
+        mapped: The producer's memory that they copy out of, if it is mapped here.
+    """
+
+    key: bytes
+    begun: list[Event] = field(default_factory=list)
+    mapped: Mapped | None = None
+
+
+class _Reading:
+    """One object on its way to this process. Runs on: consumer, the fetching thread."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        peer: Peer,
+        exposure: int,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event],
+    ):
+        self._reader = reader
+        self._session = reader.session
+        self._peer = peer
+        self._exposure = exposure
+        self._buffers = buffers
+        self._deadline = deadline
+        self._after = after
+        self._landing: deque[_Landing] = deque()
+
+    def run(self) -> None:
+        """Returns when all bytes are in place."""
+        total = sum(buffer.numel() for buffer in self._buffers)
+        asked: deque[tuple[int, int, Callable[[float], dict[str, Any]]]] = deque()
+        for start in range(0, total, CHUNK_NBYTES):
+            stop = min(start + CHUNK_NBYTES, total)
+            asked.append((start, stop, self._ask(start, stop)))
+            if len(asked) == _WINDOW:
+                self._take(*asked.popleft())
+        while asked:
+            self._take(*asked.popleft())
+        while self._landing:
+            self._finish_first()
+
+    def end(self) -> bool:
+        """After a failure: waits a while; whether nothing is written any more."""
+        begun = [event for chunk in self._landing for event in chunk.begun]
+        has_ended = have_ended(begun, _GRACE_S)
+        for chunk in self._landing:
+            self._free(chunk)
+        return has_ended
+
+    def _left(self) -> float:
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _ask(self, start: int, stop: int) -> Callable[[float], dict[str, Any]]:
+        body = {
+            "exposure": self._exposure,
+            "start": start,
+            "stop": stop,
+            "timeout_s": self._left(),
+        }
+        return self._session.start_call(self._peer.address, "rdt.staged.chunk", body)
+
+    def _take(self, start: int, stop: int, answer: Callable[[float], dict[str, Any]]) -> None:
+        while len(self._landing) >= _COPIES or self._has_first_ended():
+            self._finish_first()
+        answered = answer(self._left())
+        pieces = list(pieces_of(self._buffers, start, stop))
+        mapped = self._reader.map(self._peer, answered["slot"], pieces)
+        chunk = _Landing(bytes.fromhex(answered["key"]), mapped=mapped)
+        self._landing.append(chunk)
+        if mapped is not None:
+            memory, away = mapped.memory[: stop - start], pieces
+        else:
+            memory, away = self._pull(chunk, pieces)
+        self._reader.copies.to_devices(memory, away, self._after, chunk.begun)
+
+    def _pull(self, chunk: _Landing, pieces: Buffers) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Has the agent pull a chunk; what is in host memory is then in place.
+
+        Returns:
+            The bytes for devices, and the pieces there that they belong to.
+        """
+        away = [piece for piece in pieces if not piece.is_cpu]
+        memory = _host_memory_for(away)
+        parts = iter(cut(memory, [piece.numel() for piece in away]))
+        landed = [piece if piece.is_cpu else next(parts) for piece in pieces]
+        pull = checksums.pull(
+            self._session,
+            self._peer.address,
+            chunk.key,
+            array("Q", [part.data_ptr() for part in landed]),
+            array("Q", [part.numel() for part in landed]),
+            landed,
+        )
+        try:
+            pull.wait(self._left())
+        finally:
+            if not pull.done:
+                pull.cancel()
+        self._free(chunk)
+        return memory, away
+
+    def _has_first_ended(self) -> bool:
+        return bool(self._landing) and all(event.is_reached() for event in self._landing[0].begun)
+
+    def _finish_first(self) -> None:
+        chunk = self._landing[0]
+        for event in chunk.begun:
+            event.wait(self._left())
+        if chunk.mapped is not None:
+            chunk.mapped.check()
+            self._free(chunk)
+        self._landing.popleft()
+
+    def _free(self, chunk: _Landing) -> None:
+        self._session.agent.free(self._peer.address, chunk.key)
+
+
+def _host_memory_for(away: Buffers) -> torch.Tensor:
+    """Memory that the agent writes and devices read, for pieces on devices."""
+    import torch
+
+    if not away:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return accelerator_of(away[0].device).pinned(sum(piece.numel() for piece in away))

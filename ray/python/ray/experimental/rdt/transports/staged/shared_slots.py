@@ -1,0 +1,219 @@
+"""Host memory that the processes of one host share, registered with the devices of each.
+
+The producer copies a chunk into a slot, a consumer of the same host maps the slot once and copies
+out of it: no copy between host memory and host memory is made. A slot is a memfd, which a consumer
+opens as ``/proc/<pid>/fd/<number>``; the kernel allows that to processes of the same user.
+
+A slot may be given to another reader before its first one has read it, if the connection to that
+one broke. Behind its bytes a slot has the number of its present use, so a reader finds out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.common import real_threads as threading
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.accelerators.base import Accelerator
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class SlotLost(Exception):
+    """The producer has used a slot again before this process had read it."""
+
+    code = "broken"
+
+
+class Slot:
+    """One slot at its producer.
+
+    Args:
+        slots: Where it is given back.
+        nbytes: Its size.
+        accelerator: The kind of devices that copy into it.
+
+    Attributes:
+        memory: Its bytes.
+
+    Raises:
+        OSError: there is no such memory here.
+        RuntimeError: the devices cannot use it.
+    """
+
+    def __init__(self, slots: Slots, nbytes: int, accelerator: Accelerator):
+        self._slots = slots
+        name = f"rdt-{secrets.token_hex(16)}"
+        self._descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        weakref.finalize(self, os.close, self._descriptor)
+        # Reserved now, for memory that is short is an error here and a signal later.
+        os.posix_fallocate(self._descriptor, 0, nbytes + mmap.PAGESIZE)
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        self.memory, self._uses = _map(self._descriptor, nbytes, accelerator)
+        self._place = {"pid": os.getpid(), "fd": self._descriptor, "name": name, "nbytes": nbytes}
+
+    def begin_use(self) -> None:
+        """Ends what earlier readers may do with the slot."""
+        self._uses[0] += 1
+
+    def describe(self) -> dict[str, Any]:
+        """What a consumer needs to read the slot as it is used now. For JSON."""
+        return {**self._place, "use": self._uses[0]}
+
+    def give_back(self) -> None:
+        """Ends the use. Runs on: any thread."""
+        self._slots.give_back(self)
+
+
+class Slots:
+    """The slots of one producer, made when they are needed. Thread-safe.
+
+    Args:
+        limit: How many there are at most.
+        nbytes: The size of each.
+        accelerator: The kind of devices that copy into them.
+    """
+
+    def __init__(self, limit: int, nbytes: int, accelerator: Accelerator):
+        self._limit = limit
+        self._nbytes = nbytes
+        self._accelerator = accelerator
+        self._changed = threading.Condition()
+        self._free: list[Slot] = []
+        self._made = 0
+
+    def take(self, timeout_s: float) -> Slot | None:
+        """A slot that nobody reads; None if there is none within the time, or can be none.
+
+        Runs on: producer, a thread that may block.
+
+        Raises:
+            OSError, RuntimeError: one more cannot be made, see ``Slot``; none is tried again.
+        """
+        deadline = time.monotonic() + timeout_s
+        slot = None
+        with self._changed:
+            while not self._free and self._made >= self._limit:
+                left = deadline - time.monotonic() if self._limit else 0.0
+                if left <= 0 or not self._changed.wait(left):
+                    return None
+            if self._free:
+                slot = self._free.pop()
+            else:
+                self._made += 1
+        slot = slot if slot is not None else self._make()
+        slot.begin_use()
+        return slot
+
+    def _make(self) -> Slot:
+        try:
+            return Slot(self, self._nbytes, self._accelerator)
+        except (OSError, RuntimeError):
+            with self._changed:
+                self._made -= 1
+                self._limit = self._made
+            raise
+
+    def give_back(self, slot: Slot) -> None:
+        """Undoes one ``take``. Runs on: any thread."""
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A producer's slot as a consumer sees it, for one use.
+
+    Attributes:
+        memory: Its bytes.
+    """
+
+    memory: torch.Tensor
+    _uses: memoryview
+    _use: int
+
+    def check(self) -> None:
+        """Raises SlotLost if what was read until now may be of another use."""
+        if self._uses[0] != self._use:
+            raise SlotLost("the producer took back a chunk that this process had not read yet")
+
+
+class Mappings:
+    """Other processes' slots, mapped by this one. Thread-safe.
+
+    They stay mapped until ``forget``: a producer uses a few slots again and again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[tuple[bytes, str], tuple[torch.Tensor, memoryview]] = {}
+
+    def open(self, owner: bytes, described: dict[str, Any], accelerator: Accelerator) -> Mapped:
+        """The slot that a producer has described.
+
+        Runs on: consumer, the fetching thread.
+
+        Args:
+            owner: The producer's agent, for ``forget``.
+            described: See ``Slot.describe``.
+            accelerator: The kind of devices that copy out of it.
+
+        Raises:
+            OSError: this process may not open it.
+            RuntimeError: it is not there, or the devices cannot use it.
+        """
+        entry = owner, described["name"]
+        with self._lock:
+            mapped = self._known.get(entry)
+        if mapped is None:
+            opened = _open(described, accelerator)
+            with self._lock:
+                mapped = self._known.setdefault(entry, opened)
+        return Mapped(*mapped, described["use"])
+
+    def forget(self, owner: bytes) -> None:
+        """Unmaps the slots of a producer, each when its last copy has ended. May block."""
+        with self._lock:
+            entries = [entry for entry in self._known if entry[0] == owner]
+            gone = [self._known.pop(entry) for entry in entries]
+        gone.clear()  # not with the lock: what pinned them is undone here
+
+
+def _open(described: dict[str, Any], accelerator: Accelerator) -> tuple[torch.Tensor, memoryview]:
+    path = f"/proc/{described['pid']}/fd/{described['fd']}"
+    _check_name(path, described["name"])
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _check_name(f"/proc/self/fd/{descriptor}", described["name"])
+        return _map(descriptor, described["nbytes"], accelerator)
+    finally:
+        os.close(descriptor)
+
+
+def _check_name(path: str, name: str) -> None:
+    """A process of another PID namespace has another number here."""
+    if name not in os.readlink(path):
+        raise RuntimeError(f"{path} is not the producer's memory")
+
+
+def _map(descriptor: int, nbytes: int, accelerator: Accelerator) -> tuple[torch.Tensor, memoryview]:
+    """The bytes of a slot and the number of its use. Unmapped when the last tensor over it dies."""
+    import torch
+
+    mapping = mmap.mmap(descriptor, nbytes + mmap.PAGESIZE)
+    whole = torch.frombuffer(mapping, dtype=torch.uint8)
+    undo: Callable[[], None] = accelerator.pin(whole)
+    weakref.finalize(whole.untyped_storage(), undo).atexit = False
+    return whole[:nbytes], memoryview(mapping)[nbytes : nbytes + 8].cast("Q")

@@ -1,0 +1,258 @@
+"""staged: device memory through host memory, for every pair that nothing better serves.
+
+The producer copies a chunk into a slot of host memory that its devices use at full speed. A
+consumer of the same host maps the slot and copies out of it to its own device. For any other
+consumer, and for one that receives in host memory, the agent pulls the chunk over its best lane.
+Three chunks are under way at once, so the copies of both sides and the pull run side by side, and
+neither side pins more than a few chunks however large the object is. Nothing is copied before the
+first remote pull.
+
+The slots are few. When all are read, a request waits for one for a moment, then its chunk goes
+through other pinned memory, which only the agent reads.
+
+No transport that users name: the last way of tensors on devices, see ``device_lanes``.
+
+Request (JSON, through the session):
+
+* ``rdt.staged.chunk`` {exposure, start, stop, timeout_s}: copies bytes ``start`` to ``stop`` of the
+  exposed buffers, taken one after the other, and answers with the key to pull them by, and the slot
+  they are in, if any. The consumer frees the key at the producer's agent when it has them; the
+  producer itself does so soon after ``timeout_s``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.accelerators.base import Accelerator, Event, have_ended
+from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.thread_pool import DaemonThreads
+from ray.experimental.rdt.rpc.session import CallError, Session
+from ray.experimental.rdt.transports.base import Capabilities, Peer, Route
+from ray.experimental.rdt.transports.staged import reading as staged_reading
+from ray.experimental.rdt.transports.staged.chunk_copies import (
+    ChunkCopies,
+    accelerator_of,
+    pieces_of,
+)
+from ray.experimental.rdt.transports.staged.reading import Reader
+from ray.experimental.rdt.transports.staged.shared_slots import Slot, Slots
+
+if TYPE_CHECKING:
+    import torch
+
+_SLOTS = 8
+_THREADS = 8
+
+#: How long a request waits for a slot. One is read within some milliseconds, unless its reader
+#: waits for its device, and readers that wait for each other's slots must go on.
+_SLOT_WAIT_S = 0.1
+
+#: A reader gives up at its deadline. A chunk that was copied for it may stay for so much longer, if
+#: it could not say so.
+_READER_SLACK_S = 5.0
+
+Buffers = Sequence["torch.Tensor"]
+
+
+@dataclass
+class _Exposed:
+    """One object's buffers.
+
+    Attributes:
+        buffers: They share the storages of the user's tensors.
+        chunks: The agent's keys for copies that readers may still pull.
+    """
+
+    buffers: Buffers
+    chunks: set[bytes] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A copy in host memory, kept while the agent serves it.
+
+    Attributes:
+        memory: The copy.
+        slot: Where it is, if that is a slot.
+        key: What the agent serves it by.
+        reader: The agent of the consumer that asked for it.
+        until: When that will have given up.
+        exposed: The object.
+    """
+
+    memory: torch.Tensor
+    slot: Slot | None
+    key: bytes
+    reader: bytes
+    until: float
+    exposed: _Exposed
+
+
+class StagedTransport:
+    """See ``base.OneSided``. Thread-safe.
+
+    Args:
+        session: Brings the requests; its agent serves and pulls the chunks.
+    """
+
+    capabilities = Capabilities("staged", frozenset(), two_sided=False)
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._exposed: dict[int, _Exposed] = {}
+        self._chunks: dict[int, _Chunk] = {}
+        # The store's own tokens are above 0.
+        self._tokens = itertools.count(-1, -1)
+        self._copies = ChunkCopies()
+        self._reader = Reader(session, self._copies)
+        self._slots: dict[str, Slots] = {}
+        # Slots of requests that failed while devices wrote.
+        self._written: list[tuple[Slot, list[Event]]] = []
+        threads = DaemonThreads(_THREADS, "rdt-staged")
+        session.serve("rdt.staged.chunk", self._on_chunk, threads)
+        session.on_close(threads.close)
+        session.on_released(self._on_released)
+        session.on_peer_lost(self._on_peer_lost)
+        session.on_tick(self._on_tick)
+
+    # Producer.
+
+    def expose(self, buffers: Buffers) -> Route:
+        """See ``OneSided``."""
+        with self._lock:
+            number = next(self._numbers)
+            self._exposed[number] = _Exposed(buffers)
+        return {"exposure": number}
+
+    def withdraw(self, exposed: Route) -> None:
+        """See ``OneSided``."""
+        with self._lock:
+            ended = self._exposed.pop(exposed["exposure"], None)
+            keys = list(ended.chunks) if ended is not None else []
+        for key in keys:
+            self._session.agent.release(key)
+
+    def close(self) -> None:
+        """See ``OneSided``. The agent, which ends after this, reads the chunks until then."""
+        with self._lock:
+            self._exposed.clear()
+
+    def _on_chunk(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+        """Runs on: producer, an rdt-staged thread."""
+        with self._lock:
+            exposed = self._exposed.get(body["exposure"])
+        if exposed is None:
+            raise CallError("the object is not exposed here any more", "not_found")
+        start, stop, deadline = body["start"], body["stop"], time.monotonic() + body["timeout_s"]
+        pieces = list(pieces_of(exposed.buffers, start, stop))
+        accelerator = accelerator_of(pieces[0].device)
+        slot = self._take_slot(accelerator, deadline)
+        if slot is None:
+            place, memory = None, accelerator.pinned(stop - start)
+        else:
+            place, memory = slot.describe(), slot.memory[: stop - start]
+        self._fill(memory, slot, pieces, deadline)
+        until = deadline + _READER_SLACK_S
+        chunk = _Chunk(memory, slot, os.urandom(16), peer_id, until, exposed)
+        with self._lock:
+            token = next(self._tokens)
+            self._chunks[token] = chunk
+            exposed.chunks.add(chunk.key)
+        where = array("Q", [memory.data_ptr()]), array("Q", [memory.numel()])
+        self._session.agent.register(chunk.key, *where, token)
+        if self._session.is_asker_lost():
+            self._session.agent.release(chunk.key)
+        return {"key": chunk.key.hex(), "slot": place}
+
+    def _take_slot(self, accelerator: Accelerator, deadline: float) -> Slot | None:
+        """A slot that devices of a kind write; None where there is none."""
+        if "shm" not in settings().lanes:
+            return None
+        device_type = accelerator.device_type
+        with self._lock:
+            if device_type not in self._slots:
+                nbytes = staged_reading.CHUNK_NBYTES
+                self._slots[device_type] = Slots(_SLOTS, nbytes, accelerator)
+            slots = self._slots[device_type]
+        try:
+            return slots.take(min(_SLOT_WAIT_S, deadline - time.monotonic()))
+        except (OSError, RuntimeError) as error:
+            self._session.say_once(
+                f"RDT can share no more host memory for tensors on {device_type} with other "
+                f"processes, whose agents pull it: {error}",
+                logging.INFO,
+            )
+            return None
+
+    def _fill(
+        self, memory: torch.Tensor, slot: Slot | None, pieces: Buffers, deadline: float
+    ) -> None:
+        """Copies pieces, which their writers have finished, to host memory."""
+        begun: list[Event] = []
+        try:
+            self._copies.to_host(memory, pieces, begun)
+            for event in begun:
+                event.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            if slot is not None:
+                with self._lock:
+                    self._written.append((slot, begun))
+            raise
+
+    def _on_released(self, tokens: list[int]) -> None:
+        """Runs on: producer, the reaper thread."""
+        with self._lock:
+            ended = [chunk for token in tokens if (chunk := self._chunks.pop(token, None))]
+            for chunk in ended:
+                chunk.exposed.chunks.discard(chunk.key)
+        for chunk in ended:
+            if chunk.slot is not None:
+                chunk.slot.give_back()
+
+    def _on_peer_lost(self, peer_id: bytes) -> None:
+        """Runs on: producer, the reaper thread."""
+        self._release(lambda chunk: chunk.reader == peer_id)
+        self._reader.forget(peer_id)
+
+    def _on_tick(self) -> None:
+        """Runs on: producer, the reaper thread."""
+        now = time.monotonic()
+        self._release(lambda chunk: chunk.until < now)
+        with self._lock:
+            written, self._written = self._written, []
+        for slot, begun in written:
+            if have_ended(begun, 0):
+                slot.give_back()
+            else:
+                with self._lock:
+                    self._written.append((slot, begun))
+
+    def _release(self, is_over: Callable[[_Chunk], bool]) -> None:
+        with self._lock:
+            keys = [chunk.key for chunk in self._chunks.values() if is_over(chunk)]
+        for key in keys:
+            self._session.agent.release(key)
+
+    # Consumer.
+
+    def read(
+        self,
+        peer: Peer,
+        exposed: Route,
+        buffers: Buffers,
+        deadline: float,
+        after: Sequence[Event] = (),
+    ) -> None:
+        """See ``OneSided``."""
+        self._reader.read(peer, exposed["exposure"], buffers, deadline, after)

@@ -1,0 +1,60 @@
+"""The producer's side of a pull over a transport."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.transport_server import Server
+from ray.experimental.rdt.rpc.session import CallError
+from ray.experimental.rdt.serialization.capture import lay_out
+
+
+class SlowTransport:
+    """Exposes nothing before its gate is opened."""
+
+    capabilities = SimpleNamespace(name="slow", is_users=False)
+
+    def __init__(self) -> None:
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def expose(self, buffers: list[torch.Tensor]) -> dict[str, Any]:
+        self.begun.set()
+        self.gate.wait(20)
+        return {"exposed": len(buffers)}
+
+
+def make_server() -> Any:
+    def nothing(*_: Any) -> None: ...
+
+    session: Any = SimpleNamespace(
+        serve=nothing, on_peer_lost=nothing, on_tick=nothing, on_close=nothing
+    )
+    return Server(session, Store(), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_a_reader_waits_for_anothers_exposure_no_longer_than_it_has_time() -> None:
+    server, transport = make_server(), SlowTransport()
+    stored: Any = SimpleNamespace(key=b"k" * 16, captured=lay_out([torch.ones(3)]))
+    body, answers = {"device": "cpu", "transport": "slow"}, []
+
+    def expose(seconds: float) -> None:
+        answers.append(server._expose_once(transport, stored, body, time.monotonic() + seconds))
+
+    first = threading.Thread(target=expose, args=(20,))
+    first.start()
+    try:
+        assert transport.begun.wait(10)
+        with pytest.raises(CallError, match="over slow for another reader has not ended"):
+            expose(0.05)
+    finally:
+        transport.gate.set()
+        first.join(20)
+    expose(5)
+    assert answers == [{"exposed": 1}] * 2
