@@ -1,4 +1,4 @@
-"""The collective groups of actors that RDT transports use; see ``rdt.groups``."""
+"""Public functions for collective groups of actors; see ``rdt.groups``."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ def create_collective_group(
     backend: str,
     name: str | None = None,
 ) -> CommunicatorHandle:
-    """Makes a group of actors that are connected to one another.
+    """Create a group of connected actors.
 
-    RDT objects of the group's transport then move between its members over these connections.
-    Without a group, each pair connects by itself at the first transfer. An actor may be in any
-    number of groups, and any process that holds the handles may make one.
+    RDT objects that use the transport of the group move between its members over the connections
+    of the group. Without a group, each pair of processes connects at its first transfer. An actor
+    may be in any number of groups. Any process that holds the handles may create a group.
 
     Args:
-        actors: The members; their order gives the ranks. They must be alive and finish what they
-            are busy with within ``RAY_RDT_GROUP_TIMEOUT_S`` (60 s).
-        backend: "gloo" or "nccl", in lower or upper case, or one that every member and this process
-            have registered by ``ray.util.collective.backend_registry.register_collective_backend``.
-        name: The group's name, which no other group of this Ray namespace may have; a random one
-            if None.
+        actors: The members. Their order defines the ranks. They must be alive and finish their
+            running tasks within ``RAY_RDT_GROUP_TIMEOUT_S`` (60 s).
+        backend: "gloo" or "nccl", in lower or upper case. A backend of your own must be registered
+            in every member and in this process, with
+            ``ray.util.collective.backend_registry.register_collective_backend``.
+        name: The name of the group, unique in its Ray namespace. None selects a random name.
 
     Returns:
-        A handle to the group. All members are connected.
+        A handle to the group, whose members are all connected.
 
     Raises:
-        ValueError: the backend is unknown, an actor is given twice, or the name is in use.
-        RuntimeError: an actor is dead, does not answer in time, or cannot use the backend; names
-            it. Nothing of the group is left on the others.
+        ValueError: The backend is unknown, an actor is given twice, or the name is in use.
+        RuntimeError: An actor is dead, does not answer in time, or cannot use the backend. The
+            message names the actor, and no part of the group remains on the others.
     """
     return lifecycle.create(actors, backend, name)
 
@@ -44,30 +44,30 @@ def create_collective_group(
 def get_collective_groups(
     actors: list[ray.actor.ActorHandle] | None = None, backend: str | None = None
 ) -> list[CommunicatorHandle]:
-    """Finds the groups of this Ray namespace that all given actors are in.
+    """Return the groups of this Ray namespace that contain all given actors.
 
     Args:
-        actors: The actors; none for all groups.
-        backend: Only groups of this backend.
+        actors: The actors. None or an empty list returns all groups.
+        backend: If given, only groups of this backend are returned.
 
     Returns:
-        Handles to the groups, whichever process made them.
+        Handles to the groups. The groups may have been created by other processes.
     """
     return lifecycle.find(actors, backend)
 
 
 @PublicAPI(stability="alpha")
 def destroy_collective_group(group_or_name: CommunicatorHandle | str) -> None:
-    """Ends a group, whichever process made it.
+    """Destroy a group. Any process may call this function.
 
-    Its transfers in progress fail, or go on over another lane. Members that have died are no error,
-    and busy ones leave all the same. The same actors can be grouped again at once.
+    In-flight transfers of the group fail or continue over a fallback lane. Dead members are not an
+    error, and busy members leave as well. The same actors can form a new group immediately.
 
     Args:
-        group_or_name: The group's handle or name.
+        group_or_name: The handle or the name of the group.
 
     Raises:
-        ValueError: there is no such group.
+        ValueError: The group does not exist.
     """
     if isinstance(group_or_name, CommunicatorHandle):
         lifecycle.destroy(group_or_name.name)
@@ -79,5 +79,5 @@ def destroy_collective_group(group_or_name: CommunicatorHandle | str) -> None:
 
 @PublicAPI(stability="alpha")
 def destroy_all_collective_groups() -> None:
-    """Ends all groups that this process has made."""
+    """Destroy all groups that this process created."""
     lifecycle.destroy_all()

@@ -1,4 +1,4 @@
-"""What users of RDT call directly, beside Ray's own API."""
+"""Public functions of RDT in addition to Ray's own API."""
 
 from __future__ import annotations
 
@@ -25,60 +25,60 @@ def _manager() -> RDTManager:
 
 @PublicAPI(stability="alpha")
 def wait_tensor_freed(tensor: torch.Tensor, timeout: float | None = None) -> None:
-    """Blocks until no RDT object uses the memory of a tensor any more.
+    """Block until no RDT object uses the memory of a tensor.
 
-    RDT keeps a reference to what a task returned, no copy. A task that wants to change such a
-    tensor in place calls this first; then every ObjectRef to it is gone and nobody reads it.
-    Another tensor over the same storage, a view for instance, counts as the same.
+    RDT keeps a reference to a returned tensor and no copy. Call this function before you change
+    such a tensor in place. When it returns, no ObjectRef to the tensor exists and no transfer reads
+    it. Tensors over the same storage, such as views, count as the same tensor.
 
-    Runs on: producer, any thread but an event loop's.
+    Runs on: producer, any thread except that of an event loop.
 
     Args:
-        tensor: A tensor that a task of this process returned, or that it put.
-        timeout: Seconds to wait, None for as long as it takes.
+        tensor: A tensor that a task of this process returned or that this process put.
+        timeout: Seconds to wait. None waits without a limit.
 
     Raises:
-        TimeoutError: it is still in use.
+        TimeoutError: The tensor is still in use.
     """
     _manager().store.wait_freed(tensor, timeout)
 
 
 @PublicAPI(stability="alpha")
 def set_target_for_ref(ref: ray.ObjectRef, target: list[Any]) -> None:
-    """Lets ``ray.get`` of an RDT object in this process receive into given tensors.
+    """Make ``ray.get`` of an RDT object in this process receive into the given tensors.
 
-    They replace the tensors in the value, in the order in which these were pickled; a list of
-    tensors keeps its order. They need not be contiguous. A later call replaces an earlier one.
-    They serve every ``ray.get`` while they live; RDT keeps them alive until the first.
+    The targets replace the tensors of the value in pickling order, which for a list is the order
+    of the list. Targets do not have to be contiguous. A later call replaces an earlier one. RDT
+    keeps the targets alive until the first ``ray.get`` and holds weak references afterwards.
 
     Args:
         ref: The object.
-        target: As many tensors as the object has, of the same shapes and dtypes.
+        target: One tensor for each tensor of the object, with the same shape and dtype.
 
     Raises:
-        ValueError: by ``ray.get``, where a target does not fit or the object turns out to be none
-            of RDT's; the reference stays usable.
+        ValueError: Raised by ``ray.get`` if a target does not fit or the object is not an RDT
+            object. The reference stays usable.
     """
     _manager().set_targets(ref.hex(), target)
 
 
 @PublicAPI(stability="alpha")
 def receive_into(**tensors_of: Callable[..., Any]) -> Callable[[_Function], _Function]:
-    """Lets arguments of an actor's method or a task be received into given tensors.
+    """Receive arguments of an actor method or a task into given tensors.
 
-    Where an RDT object is passed for such a parameter, its tensors go straight into the given ones,
-    and these are in the value that the function gets, as with ``set_target_for_ref``. A value that
-    is no RDT object arrives as it would without.
+    If an RDT object is passed for a declared parameter, its tensors are received into the targets.
+    The value that the function gets holds the targets, as with ``set_target_for_ref``. Other
+    values arrive as they do without this decorator.
 
     Args:
-        **tensors_of: By name of a parameter, a function that gives the tensors, in the order in
-            which those of the object were pickled; None lets this call's be new ones. It is called
-            right before each fetch, in the consumer: for a method with the actor, for a task
-            without arguments.
+        **tensors_of: For each parameter name, a function that returns the targets in pickling
+            order. If it returns None, this call receives new tensors. The consumer calls it before
+            each fetch: for a method with the actor instance, for a task without arguments.
 
     Raises:
-        ValueError: no such parameter; from the call, where a tensor does not fit its target.
-        TypeError: what is decorated is no function.
+        ValueError: The function has no such parameter. The call itself raises ValueError if a
+            tensor does not fit its target.
+        TypeError: The decorated object is not a function.
 
     Example:
         .. code-block:: python
@@ -108,39 +108,45 @@ def receive_into(**tensors_of: Callable[..., Any]) -> Callable[[_Function], _Fun
 
 @PublicAPI(stability="alpha")
 def set_target_device_for_ref(ref: ray.ObjectRef, target_device: str) -> None:
-    """Lets ``ray.get`` of an RDT object in this process put its tensors on another device.
+    """Make ``ray.get`` of an RDT object in this process put its tensors on the given device.
 
-    A later call, or one of ``set_target_for_ref``, replaces an earlier one.
+    A later call, or a later call of ``set_target_for_ref``, replaces an earlier one.
 
     Args:
         ref: The object.
-        target_device: A torch device, ``"cpu"`` or ``"cuda:1"`` for instance.
+        target_device: A torch device such as ``"cpu"`` or ``"cuda:1"``.
     """
     _manager().set_target_device(ref.hex(), target_device)
 
 
 @PublicAPI(stability="alpha")
 def stats() -> dict[str, int]:
-    """Counters of this process's part in RDT.
+    """Return the RDT counters of this process.
 
     Memory, in bytes:
 
-    * ``stored_bytes``: host memory of objects stored here; ``RAY_RDT_STORE_BYTES`` limits it
-    * ``pinned_bytes``: of objects that other processes read right now
-    * ``pooled_bytes``: the receive pool, made of ``pool_used`` (in tensors that were received) and
-      ``pool_free`` (kept for the next; ``RAY_RDT_POOL_BYTES`` limits it)
-    * ``hinted_bytes``: received before anybody asked; ``RAY_RDT_HINT_BYTES`` limits it
+    * ``stored_bytes``: host memory of stored objects; ``RAY_RDT_STORE_BYTES`` limits it
+    * ``pinned_bytes``: memory that other processes are reading
+    * ``pooled_bytes``: the receive pool, the sum of ``pool_used`` (in received tensors) and
+      ``pool_free`` (kept for reuse; ``RAY_RDT_POOL_BYTES`` limits it)
+    * ``hinted_bytes``: memory of prefetched objects; ``RAY_RDT_HINT_BYTES`` limits it
 
-    Ray's metrics show these four as ``ray_rdt_stored_bytes`` and so on, for each process that uses
-    RDT.
+    Ray's metrics show these four for each process that uses RDT, under names such as
+    ``ray_rdt_stored_bytes``.
+
+    Objects and tasks:
+
+    * ``stored_objects``: objects whose tensors this process holds
+    * ``plain_objects``: objects that went through Ray's object store because the store was full
+    * ``directory_rows``: objects that this process owns, including those behind task results
+    * ``held_arguments``: submitted tasks whose arguments are kept for them
+    * ``recipes``: objects that this process can reconstruct
+    * ``exposed``: objects described to one-sided transports
+    * ``streams``: generators in progress
 
     Returns:
-        Those, ``stored_objects`` (tensors that wait for consumers), ``plain_objects`` (which went
-        through Ray's object store because there was no room), ``directory_rows`` (objects that it
-        owns; the guards of its tasks' results among them), ``held_arguments`` (tasks that have not
-        got their arguments yet), ``recipes`` (objects that it may make again), ``exposed`` (objects
-        described to one-sided transports), ``streams`` (generators under way), and the agent's own:
-        ``regions``, ``pinned`` (those being read), ``pulls_live``, ``calls_live``, ``connections``,
-        and for each lane what came over it.
+        All of the above and the counters of the agent: ``regions``, ``pinned`` (regions being
+        read), ``pulls_live``, ``calls_live``, ``connections``, ``bytes_granted`` (sent on any
+        lane), and for each lane the received pulls and bytes, such as ``bytes_in_cma``.
     """
     return _manager().stats()

@@ -1,8 +1,8 @@
-"""A base class for transports over collective groups, as Ray's alpha has it.
+"""Base class for transports over collective groups, with the names of Ray's alpha.
 
-RDT's own gloo and nccl are other classes. These move tensors by ``ray.util.collective``, over a
-group that ``create_collective_group`` has made: of gloo or nccl, or of a backend that a user has
-registered with Ray.
+The built-in gloo and nccl transports are other classes. These classes move tensors with
+``ray.util.collective`` over a group that ``create_collective_group`` created. The backend of the
+group is gloo, nccl, or a backend that the user registered with Ray.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 @PublicAPI(stability="alpha")
 @dataclass
 class CollectiveTransportMetadata(TensorTransportMetadata):
-    """Transports with groups tell no more of an object than any other."""
+    """Description of an object's tensors, without additional fields."""
 
 
 @PublicAPI(stability="alpha")
 @dataclass
 class CollectiveCommunicatorMetadata(CommunicatorMetadata):
-    """Two members of a group.
+    """The two members of a group that take part in a transfer.
 
     Attributes:
         communicator_name: The group's name.
@@ -50,10 +50,10 @@ class CollectiveCommunicatorMetadata(CommunicatorMetadata):
 
 @PublicAPI(stability="alpha")
 class CollectiveTensorTransport(TensorTransportManager):
-    """Moves tensors between two members of a group. Subclasses name the group's backend."""
+    """Transport between two members of a group. Subclasses name the backend of the group."""
 
     def tensor_transport_backend(self) -> str:
-        """The backend of the groups, and the name that users write for ``tensor_transport``."""
+        """Return the backend of the groups, which is also the name of the transport."""
         raise NotImplementedError(
             f"{type(self).__name__}.tensor_transport_backend has to name a collective backend"
         )
@@ -64,13 +64,13 @@ class CollectiveTensorTransport(TensorTransportManager):
         return False
 
     def actor_has_tensor_transport(self, actor: ray.actor.ActorHandle) -> bool:
-        """Whether the actor is in a group of this backend."""
+        """Return whether the actor is in a group of this backend."""
         return bool(_groups([actor], self.tensor_transport_backend()))
 
     def extract_tensor_transport_metadata(
         self, obj_id: str, rdt_object: list[torch.Tensor]
     ) -> CollectiveTransportMetadata:
-        """See ``TensorTransportManager``. Raises ValueError for several types of devices."""
+        """See ``TensorTransportManager``. Raises ValueError for more than one device type."""
         types = {tensor.device.type for tensor in rdt_object}
         if len(types) > 1:
             raise ValueError(f"the tensors of one object are on several devices: {sorted(types)}")
@@ -85,17 +85,18 @@ class CollectiveTensorTransport(TensorTransportManager):
         dst_actor: ray.actor.ActorHandle,
         backend: str | None = None,
     ) -> CollectiveCommunicatorMetadata:
-        """The ranks of both in the oldest group that they share.
+        """Return the ranks of both actors in the oldest group that they share.
 
         Raises:
-            TransportUnavailable: they share none; another lane is taken then.
+            TransportUnavailable: They share no group. RDT then uses a fallback lane.
         """
         actors = [actor for actor in (src_actor, dst_actor) if actor is not None]
         shared = _groups(actors, backend or self.tensor_transport_backend())
         if len(actors) < 2 or not shared:
             raise TransportUnavailable(
                 f"no collective group of {backend or self.tensor_transport_backend()} has both "
-                "sides as members; ray.experimental.collective.create_collective_group makes one"
+                "actors as members; create one with "
+                "ray.experimental.collective.create_collective_group"
             )
         group = shared[0]
         ranks = [group.get_rank(actor) for actor in actors]
@@ -133,7 +134,7 @@ class CollectiveTensorTransport(TensorTransportManager):
 
 @PublicAPI(stability="alpha")
 class NCCLTensorTransport(CollectiveTensorTransport):
-    """Over groups of nccl."""
+    """Transport over nccl groups."""
 
     def tensor_transport_backend(self) -> str:
         """See ``CollectiveTensorTransport``."""
@@ -142,7 +143,7 @@ class NCCLTensorTransport(CollectiveTensorTransport):
 
 @PublicAPI(stability="alpha")
 class GLOOTensorTransport(CollectiveTensorTransport):
-    """Over groups of gloo."""
+    """Transport over gloo groups."""
 
     def tensor_transport_backend(self) -> str:
         """See ``CollectiveTensorTransport``."""

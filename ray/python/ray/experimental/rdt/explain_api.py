@@ -1,4 +1,4 @@
-"""What users call to learn which way their tensors take."""
+"""Public function that reports the transport selection for an object."""
 
 from __future__ import annotations
 
@@ -24,26 +24,32 @@ def explain(
     transport: str = "auto",
     timeout: float = 30.0,
 ) -> Explanation:
-    """Tells what would move an object's tensors, and why nothing else would. Moves nothing.
+    """Explain which transport or lane would carry an object, and why the others would not.
 
-    ``print(explain(ref))`` is about a ``ray.get`` in this process, ``explain((ref, actor))`` about
-    the object as an argument of the actor's method, ``explain((producer, consumer))`` about what
-    one actor's methods return and the other's take. An actor is asked between two of its tasks.
+    No tensor is moved. The form of the first argument selects the transfer:
 
-    Runs on: any process, any thread but an event loop's; blocks.
+    * ``explain(ref)``: a ``ray.get`` in this process
+    * ``explain((ref, actor))``: the object as an argument of a method of the actor
+    * ``explain((producer, consumer))``: results of one actor as arguments of another
+
+    An actor answers between two of its tasks.
+
+    Runs on: any process, any thread except that of an event loop. Blocks.
 
     Args:
-        what: A reference, or a pair of a reference or an actor and the consuming actor.
-        transport: The one that is named, for a pair of actors; a reference's object knows its own.
-        timeout: Seconds for all of it, until the object exists included.
+        what: A reference, or a pair whose first part is a reference or the producing actor and
+            whose second part is the consuming actor.
+        transport: The named transport, for a pair of actors. A reference knows its own.
+        timeout: Seconds for the whole call. The time until the object exists counts.
 
     Returns:
-        By type of device all ways, in the order in which they are tried; ``str`` of it is a table.
+        For each type of device, all transports and lanes in the order in which RDT tries them.
+        ``str`` of it is a table.
 
     Raises:
-        TypeError: neither a reference nor such a pair.
-        GetTimeoutError: the object does not exist yet, or an actor is busy.
-        RayActorError: an actor is dead.
+        TypeError: The argument is neither a reference nor such a pair.
+        GetTimeoutError: The object does not exist yet, or an actor is busy.
+        RayActorError: An actor is dead.
     """
     import ray
     from ray.experimental.rdt.observe.explainer import plain
@@ -80,7 +86,7 @@ def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Ques
 
 
 def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
-    """None for an object that is none of RDT's."""
+    """Return the question about an object, None if it is not an RDT object."""
     import ray
     from ray.experimental.rdt.common import descriptor
     from ray.experimental.rdt.observe.explainer import Question
@@ -123,7 +129,7 @@ def _address_of(actor: ActorHandle, deadline: float) -> bytes:
 
 
 def _own_address(instance: Any = None) -> bytes:
-    """Runs on: the process that is asked about, as a task of the actor."""
+    """Return the address of this process's agent. Runs on: the actor in question, as a task."""
     return _explainer().address
 
 

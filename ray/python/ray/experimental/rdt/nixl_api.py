@@ -1,7 +1,7 @@
-"""What users of the nixl transport call directly. Each acts on the process that calls it.
+"""Public functions for the nixl transport. Each acts on the calling process.
 
-Where nixl cannot be used, because it is not installed for instance, they are no error but a line in
-the log, unless ``RAY_RDT_STRICT_TRANSPORT=1``.
+If nixl cannot be used, for example because it is not installed, each function logs a warning. With
+``RAY_RDT_STRICT_TRANSPORT=1`` it raises an error instead.
 """
 
 from __future__ import annotations
@@ -34,33 +34,32 @@ def _manager() -> RDTManager:
 
 
 def _wherever_nixl_is(act: Callable[[NixlTransport], None], what: str) -> None:
-    """Does something with this process's transport. Where nixl cannot be used, says so instead.
+    """Call a function with this process's nixl transport, or log why it is unavailable.
 
-    A program names nixl as a wish: without it the best other lane serves, and needs none of this.
+    A named transport is preferred, not required. The fallback lanes need none of these calls.
 
     Raises:
-        TransportUnavailable: nixl cannot be used, and ``RAY_RDT_STRICT_TRANSPORT=1``; also an
-            ImportError where it is not installed.
-        NixlError: it cannot use this memory, and ``RAY_RDT_STRICT_TRANSPORT=1``.
+        TransportUnavailable: nixl cannot be used, and ``RAY_RDT_STRICT_TRANSPORT=1``. If nixl is
+            not installed, the error is also an ImportError.
+        NixlError: nixl cannot use this memory, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
     try:
         act(cast("NixlTransport", _manager().transport("nixl")))
     except (TransportUnavailable, NixlError) as error:
         if settings().strict_transport:
             raise
-        logger.warning(
-            "%s does nothing in this process: %s. The best other lane is used.", what, error
-        )
+        logger.warning("%s does nothing in this process: %s. A fallback lane is used.", what, error)
 
 
 @PublicAPI(stability="alpha")
 def register_nixl_memory(tensor: torch.Tensor) -> None:
-    """Registers a tensor's memory with nixl and keeps it registered.
+    """Register a tensor's memory with nixl and keep it registered.
 
-    RDT registers memory by itself when an object is first pulled, and large tensors stay
-    registered while they live. This function does it ahead of time, for small tensors too: the
-    whole storage is registered until ``deregister_nixl_memory`` has been called as often, or the
-    storage dies. Objects made of it, or of views of it, use this registration and no memory pool.
+    Without this call, RDT registers memory when an object is first pulled, and large tensors stay
+    registered while they live. This function registers the whole storage ahead of time, for small
+    tensors as well. The registration ends when the storage dies or when ``deregister_nixl_memory``
+    has been called as often as this function. Objects made of the tensor or of its views use this
+    registration and not the memory pool.
 
     Args:
         tensor: A tensor on the CPU or a GPU.
@@ -85,14 +84,14 @@ def register_nixl_memory(tensor: torch.Tensor) -> None:
 
 @PublicAPI(stability="alpha")
 def deregister_nixl_memory(tensor: torch.Tensor) -> None:
-    """Undoes one ``register_nixl_memory`` of this tensor's memory.
+    """Undo one call of ``register_nixl_memory`` for this tensor's memory.
 
-    After as many calls of both the memory is no longer registered, unless RDT objects made of it
-    have been pulled: these keep it registered until they are gone. For memory that is not
-    registered it does nothing, and says so in the log.
+    The memory stays registered until both functions have been called equally often. RDT objects
+    that have been pulled keep the memory registered until they are freed. If the memory is not
+    registered, the function logs a warning and does nothing else.
 
     Args:
-        tensor: A tensor whose storage was registered.
+        tensor: A tensor whose storage is registered.
     """
 
     def deregister(nixl: NixlTransport) -> None:
@@ -106,31 +105,33 @@ def deregister_nixl_memory(tensor: torch.Tensor) -> None:
 
 @PublicAPI(stability="alpha")
 def register_nixl_memory_pool(size: int, device: torch.device) -> None:
-    """Makes a pool of registered memory that this process's objects over nixl are copied into.
+    """Create a pool of registered memory and copy this process's nixl objects into it.
 
-    A copy costs less than a registration on many networks, and a pool registers once. An object is
-    copied when it is put or returned: the program may overwrite its tensors then, and consumers get
-    what they were. Tensors that share memory are copied once. Tensors in this process's own value
-    stay the program's. The room is free again when the last ObjectRef has gone.
+    A pool is registered once, and on many networks a copy costs less than a registration. RDT
+    copies an object when it is put or returned. The program may then overwrite its tensors, and
+    consumers receive the copies. Tensors that share memory are copied once. The producing process
+    itself gets its own tensors. The pool memory is released when the last ObjectRef is gone.
 
-    Not copied, but sent from where they are: objects with memory that the user has registered, and
-    objects with tensors elsewhere than on a pool's GPU. A pool on the CPU takes tensors of GPUs.
+    RDT does not copy objects that contain memory registered by ``register_nixl_memory``. A pool on
+    a GPU takes only objects whose tensors are all on that GPU. A pool on the CPU takes tensors on
+    GPUs as well.
 
-    Is the pool full, the put or return waits as it does at ``RAY_RDT_STORE_BYTES``; then the object
-    goes through Ray's object store. Where nixl cannot be used, the pool's copies go over the best
-    other lane.
+    If the pool is full, the put or return waits as it does at ``RAY_RDT_STORE_BYTES``. Then the
+    object goes through Ray's object store. If nixl cannot be used, the copies are sent over a
+    fallback lane.
 
-    On a GPU the copy is queued on the current stream, and the put waits for no more than the GPU to
-    have finished what it was given; with ``set_nixl_cuda_stream`` for nothing.
+    Copies of GPU tensors run after the work that the current stream has at that time, and before
+    its later work. With a pool on the CPU, the put waits for these copies. After
+    ``set_nixl_cuda_stream(None)``, the put also waits for all work on the devices.
 
     Args:
-        size: Bytes of the pool.
-        device: Where it is, for instance ``torch.device("cpu")``.
+        size: Size of the pool in bytes.
+        device: Device of the pool, for example ``torch.device("cpu")``.
 
     Raises:
-        ValueError: this process has a pool already, or the size is not above 0.
-        NixlOutOfMemoryError: by a put or return, where the pool stays full and the object has
-            tensors on devices, or ``RAY_RDT_STRICT_TRANSPORT=1``.
+        ValueError: This process has a pool already, or the size is not positive.
+        NixlOutOfMemoryError: Raised by a put or return if the pool stays full and either the
+            object has tensors on devices or ``RAY_RDT_STRICT_TRANSPORT=1``.
         ImportError: nixl is not installed, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
     memory = _manager().make_nixl_pool(size, device)
@@ -141,16 +142,16 @@ def register_nixl_memory_pool(size: int, device: torch.device) -> None:
 
 @PublicAPI(stability="alpha")
 def set_nixl_cuda_stream(stream: torch.cuda.Stream | None) -> None:
-    """Says which CUDA stream writes the tensors that this process sends over nixl.
+    """Set the CUDA stream that writes the tensors that this process sends over nixl.
 
-    The bytes of a tensor are read after what the current stream has when the object is made. With a
-    stream set they are also read after what that stream has then. It holds for all objects that are
-    made after the call; the first pull of one with tensors on another device than the stream's
-    fails with a ValueError.
+    A pull always waits for the work that the current stream had when the object was created. With
+    this call it also waits for the work that the given stream had at that time. The setting applies
+    to all objects created after the call. If an object has tensors on another device than the
+    stream, its first pull fails with a ValueError.
 
     Args:
-        stream: The stream; None makes each first pull wait until the tensors' devices have finished
-            everything, also what they were given after the object was made.
+        stream: The stream. With None, the first pull of each object waits until the devices of its
+            tensors have finished all work, including work queued after the object was created.
 
     Raises:
         ImportError: nixl is not installed, and ``RAY_RDT_STRICT_TRANSPORT=1``.

@@ -1,4 +1,4 @@
-"""Where Ray's alpha has the error of a full memory pool."""
+"""Name of Ray's alpha in this module: the error for a full memory pool."""
 
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError
 

@@ -1,4 +1,4 @@
-"""This process's nixl, for programs that reach for it by the names of Ray's alpha."""
+"""Access to the nixl agent of this process, with the names of Ray's alpha."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 @PublicAPI(stability="alpha")
 @dataclass
 class NixlCommunicatorMetadata(CommunicatorMetadata):
-    """nixl's agents find each other by what describes the object."""
+    """Empty. The description of an object is enough for nixl agents to connect."""
 
 
 @PublicAPI(stability="alpha")
 @dataclass
 class NixlTransportMetadata(TensorTransportMetadata):
-    """Where an object's tensors are.
+    """Location of an object's tensors.
 
     Attributes:
-        exposed: What the producer's agent says of their memory; empty without tensors.
+        exposed: The producer's description of the memory. Empty if there are no tensors.
     """
 
     exposed: dict[str, Any] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class NixlTransportMetadata(TensorTransportMetadata):
 
 @PublicAPI(stability="alpha")
 class NixlTensorTransport(TensorTransportManager):
-    """Acts on the agent that RDT uses in this process; RDT itself does not go through it.
+    """Interface to the nixl agent of this process for programs. RDT itself does not use it.
 
-    An object that a program describes here is sent from where it is, not from a memory pool. Its
-    tensors have to be contiguous.
+    Objects described here are sent from their own memory and not from a memory pool. Their tensors
+    must be contiguous.
     """
 
     def __init__(self) -> None:
@@ -66,27 +66,28 @@ class NixlTensorTransport(TensorTransportManager):
         return True
 
     def get_nixl_agent(self) -> Any:
-        """Nixl's own ``nixl_agent``; started if it is not.
+        """Return the ``nixl_agent`` of this process; start it on the first call.
 
         Raises:
-            TransportUnavailable: nixl cannot be started; an ImportError if it is not installed.
+            TransportUnavailable: nixl cannot be started. If it is not installed, the error is also
+                an ImportError.
         """
         return _transport().engine.agent
 
     def select_backend(self) -> str:
-        """The nixl backend that the agent uses: "UCX" or "LIBFABRIC"."""
+        """Return the nixl backend of the agent: "UCX" or "LIBFABRIC"."""
         return _transport().engine.backend
 
-    # Ray's benchmark of weight transfer and its tests look at these parts of Ray's class.
+    # Ray's weight transfer benchmark and its tests read these attributes of Ray's class.
 
     _backend = property(select_backend)
     _memory_pool = None
 
     def _get_meta(self, object_id: str) -> None:
-        """RDT describes objects to their consumers when they ask, and not before."""
+        """Return None: RDT describes an object only when a consumer asks for it."""
 
     def _get_num_managed_meta_nixl(self) -> int:
-        """How many objects of this process are described to consumers."""
+        """Return the number of objects of this process that are described to consumers."""
         return _manager().stats()["exposed"]
 
     def register_nixl_memory(self, tensor: torch.Tensor) -> None:
@@ -108,14 +109,15 @@ class NixlTensorTransport(TensorTransportManager):
     def extract_tensor_transport_metadata(
         self, obj_id: str, rdt_object: list[torch.Tensor]
     ) -> NixlTransportMetadata:
-        """Describes tensors for another process's ``recv_multiple_tensors``.
+        """Describe tensors for ``recv_multiple_tensors`` in another process.
 
-        They are kept, and may be read, until ``garbage_collect``. Waits for what writes them.
+        The tensors are kept and stay readable until ``garbage_collect``. Waits for pending writes
+        to them.
 
         Raises:
-            ValueError: one is not contiguous.
-            TransportUnavailable: nixl cannot send them.
-            TimeoutError: a device does not finish them in the time of a fetch.
+            ValueError: A tensor is not contiguous.
+            TransportUnavailable: nixl cannot send the tensors.
+            TimeoutError: A device does not finish the writes within the fetch timeout.
         """
         deadline = time.monotonic() + settings().fetch_timeout_s
         for event in writers.record(rdt_object):
@@ -134,11 +136,11 @@ class NixlTensorTransport(TensorTransportManager):
         communicator_metadata: CommunicatorMetadata,
         target_buffers: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """See ``TensorTransportManager``. Waits for no longer than a fetch may take.
+        """See ``TensorTransportManager``. Waits at most for the fetch timeout.
 
         Raises:
-            ValueError: a target is not contiguous, or of another size.
-            NixlError, TimeoutError: the transfer failed.
+            ValueError: A target is not contiguous or has another size.
+            NixlError, TimeoutError: The transfer failed.
         """
         exposed = cast(NixlTransportMetadata, tensor_transport_metadata).exposed
         tensors = target_buffers or create_empty_tensors_from_metadata(tensor_transport_metadata)
@@ -172,7 +174,7 @@ def _transport() -> NixlTransport:
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, as bytes."""
+    """Return the memory of a contiguous tensor as bytes."""
     import torch
 
     if not tensor.is_contiguous():

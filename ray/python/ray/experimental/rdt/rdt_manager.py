@@ -1,4 +1,4 @@
-"""Where Ray's alpha has its manager, and functions of users."""
+"""Names of Ray's alpha in this module: the manager and functions for users."""
 
 from ray.experimental.rdt.api import (
     set_target_device_for_ref,

@@ -1,8 +1,9 @@
-"""The interface for a transport that a user writes.
+"""Interface of user-defined transports.
 
-Only ``tensor_transport_backend``, ``is_one_sided``, ``extract_tensor_transport_metadata`` and
-``recv_multiple_tensors`` (and ``send_multiple_tensors`` where it is two-sided) have to be written.
-The names and arguments are those of Ray's alpha, so that code written for it runs unchanged.
+Required methods are ``tensor_transport_backend``, ``is_one_sided``,
+``extract_tensor_transport_metadata`` and ``recv_multiple_tensors``. A two-sided transport also
+needs ``send_multiple_tensors``. Names and arguments are those of Ray's alpha, so that code written
+for it runs unchanged.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ if TYPE_CHECKING:
 @PublicAPI(stability="alpha")
 @dataclass
 class CommunicatorMetadata:
-    """What both sides of a transfer need to find each other. Subclass it; it is pickled."""
+    """Data that connects the two sides of a transfer. It is pickled. Subclass it to add fields."""
 
 
 @PublicAPI(stability="alpha")
 @dataclass
 class TensorTransportMetadata:
-    """What a consumer needs to know to receive an object's tensors. Subclass it; it is pickled.
+    """Description of an object's tensors for consumers. It is pickled. Subclass it to add fields.
 
     Attributes:
-        tensor_meta: For each tensor its shape and dtype.
-        tensor_device: The type of the device that the tensors are on.
+        tensor_meta: The shape and dtype of each tensor.
+        tensor_device: The device type of the tensors.
     """
 
     tensor_meta: list[tuple[Any, Any]]
@@ -40,11 +41,11 @@ class TensorTransportMetadata:
 @PublicAPI(stability="alpha")
 @dataclass
 class FetchRequest:
-    """A fetch under way. A transport that works in the background may subclass it.
+    """An in-flight fetch. A transport that works in the background may subclass it.
 
     Attributes:
         obj_id: The object's id in hex.
-        tensors: The tensors received.
+        tensors: The received tensors.
     """
 
     obj_id: str
@@ -53,37 +54,37 @@ class FetchRequest:
 
 @PublicAPI(stability="alpha")
 class TensorTransportManager(ABC):
-    """Moves the tensors of an object from the process that made them to one that uses them."""
+    """Base class for transports that move an object's tensors from a producer to a consumer."""
 
     @abstractmethod
     def tensor_transport_backend(self) -> str:
-        """The name that users write for ``tensor_transport``, in any case."""
+        """Return the name to use as ``tensor_transport``. Case does not matter."""
 
     @staticmethod
     @abstractmethod
     def is_one_sided() -> bool:
-        """True if the consumer alone acts; False if the producer has to send for each transfer."""
+        """Return True if only the consumer acts, False if the producer sends for each transfer."""
 
     @staticmethod
     def can_abort_transport() -> bool:
-        """Whether ``abort_transport`` ends a transfer that does not come to its end."""
+        """Return whether ``abort_transport`` ends a transfer that hangs."""
         return False
 
     def actor_has_tensor_transport(self, actor: ray.actor.ActorHandle) -> bool:
-        """Whether an actor can use this transport."""
+        """Return whether an actor can use this transport."""
         return True
 
     @abstractmethod
     def extract_tensor_transport_metadata(
         self, obj_id: str, rdt_object: list[Any]
     ) -> TensorTransportMetadata:
-        """Describes new tensors for their consumers.
+        """Describe new tensors for their consumers.
 
-        Runs on: producer, the thread of the task that made them.
+        Runs on: producer, the thread of the task that created the tensors.
 
         Args:
             obj_id: The object's id in hex.
-            rdt_object: Its tensors.
+            rdt_object: The tensors of the object.
         """
 
     def get_communicator_metadata(
@@ -92,7 +93,7 @@ class TensorTransportManager(ABC):
         dst_actor: ray.actor.ActorHandle,
         backend: str | None = None,
     ) -> CommunicatorMetadata:
-        """What both sides need for one transfer, ranks in a group for instance."""
+        """Return the data that both sides need for one transfer, such as ranks in a group."""
         return CommunicatorMetadata()
 
     @abstractmethod
@@ -103,13 +104,13 @@ class TensorTransportManager(ABC):
         communicator_metadata: CommunicatorMetadata,
         target_buffers: list[Any] | None = None,
     ) -> list[Any]:
-        """Receives an object's tensors. Runs on: consumer; may block.
+        """Receive an object's tensors. Runs on: consumer. May block.
 
         Args:
             obj_id: The object's id in hex.
-            tensor_transport_metadata: What the producer extracted.
-            communicator_metadata: What ``get_communicator_metadata`` gave.
-            target_buffers: Tensors to receive into, None for new ones.
+            tensor_transport_metadata: The result of ``extract_tensor_transport_metadata``.
+            communicator_metadata: The result of ``get_communicator_metadata``.
+            target_buffers: Tensors to receive into. None means new tensors.
         """
 
     def fetch_multiple_tensors(
@@ -119,21 +120,21 @@ class TensorTransportManager(ABC):
         communicator_metadata: CommunicatorMetadata,
         target_buffers: list[Any] | None = None,
     ) -> FetchRequest:
-        """Begins to receive; arguments as ``recv_multiple_tensors``, which it calls by default."""
+        """Start to receive. The default calls ``recv_multiple_tensors`` with the same arguments."""
         received = self.recv_multiple_tensors(
             obj_id, tensor_transport_metadata, communicator_metadata, target_buffers
         )
         return FetchRequest(obj_id, received)
 
     def wait_fetch_complete(self, fetch_request: FetchRequest, timeout: float = -1) -> list[Any]:
-        """Waits for ``fetch_multiple_tensors``.
+        """Wait for a fetch that ``fetch_multiple_tensors`` started.
 
         Args:
-            fetch_request: What it returned.
-            timeout: Seconds; -1 waits for ever, 0 not at all.
+            fetch_request: The result of ``fetch_multiple_tensors``.
+            timeout: Seconds to wait. -1 means no limit, 0 means no wait.
 
         Raises:
-            TimeoutError: the tensors are not here yet.
+            TimeoutError: The tensors have not arrived.
         """
         return fetch_request.tensors
 
@@ -143,7 +144,7 @@ class TensorTransportManager(ABC):
         tensor_transport_metadata: TensorTransportMetadata,
         communicator_metadata: CommunicatorMetadata,
     ) -> None:
-        """Sends an object's tensors to one consumer. Two-sided only. Runs on: producer."""
+        """Send an object's tensors to one consumer. Two-sided only. Runs on: producer."""
         raise NotImplementedError(f"{type(self).__name__} is two-sided but does not send")
 
     def garbage_collect(
@@ -152,7 +153,7 @@ class TensorTransportManager(ABC):
         tensor_transport_meta: TensorTransportMetadata,
         tensors: list[Any],
     ) -> None:
-        """Gives back what ``extract_tensor_transport_metadata`` took. Runs on: producer."""
+        """Release the resources of ``extract_tensor_transport_metadata``. Runs on: producer."""
 
     def abort_transport(self, obj_id: str, communicator_metadata: CommunicatorMetadata) -> None:
-        """Ends a transfer that failed on the other side. Runs on: both."""
+        """End a transfer that failed or hangs. Runs on: producer or consumer."""

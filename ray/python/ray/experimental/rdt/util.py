@@ -1,4 +1,4 @@
-"""What Ray's alpha has under this name: transports by name, and what nixl's users call."""
+"""Names of Ray's alpha in this module: registered transports and the functions for nixl."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = [
     "set_nixl_cuda_stream",
 ]
 
-#: Those of Ray's alpha.
+#: The names that Ray's alpha lists.
 DEFAULT_TRANSPORTS = ["NIXL", "GLOO", "NCCL", "CUDA_IPC"]
 
-#: By name of RDT's own transports, the devices that they carry tensors of.
+#: For each built-in transport, the device types that it carries.
 _OWN_DEVICES = {
     "AUTO": ("cpu", "cuda"),
     "NIXL": ("cuda", "cpu"),
@@ -50,7 +50,7 @@ _OWN_DEVICES = {
     "CUDA_IPC": ("cuda",),
 }
 
-#: Spellings that mean another name.
+#: Alternative names.
 _ALIASES = {"TORCH_GLOO": "GLOO"}
 
 
@@ -61,19 +61,21 @@ def register_tensor_transport(
     transport_manager_class: type[TensorTransportManager],
     data_type: type,
 ) -> None:
-    """Makes a transport of the user's usable by name, in every process of the job.
+    """Register a user-defined transport by name for every process of the job.
 
-    Actors and tasks find it whether they began before or after. Without Ray, it is kept until
-    ``ray.init``.
+    Actors and tasks find it even if they started before the call. Before ``ray.init``, the
+    registration is kept until Ray starts.
 
     Args:
-        transport_name: The name for ``tensor_transport``, in any case.
-        devices: Types of the devices that it moves data from and to.
-        transport_manager_class: Does the work; made once in each process that needs it.
-        data_type: The class of the values that it moves, for instance ``torch.Tensor``.
+        transport_name: The name to use as ``tensor_transport``. Case does not matter.
+        devices: The device types that the transport moves data from and to.
+        transport_manager_class: The implementation. Each process that needs it creates one
+            instance.
+        data_type: The class of the values that it moves, for example ``torch.Tensor``.
 
     Raises:
-        ValueError: the name is taken, or the class is no ``TensorTransportManager``.
+        ValueError: Another class is registered under this name, or the class is not a subclass of
+            ``TensorTransportManager``.
     """
     if not issubclass(transport_manager_class, TensorTransportManager):
         raise ValueError(
@@ -86,12 +88,13 @@ def register_tensor_transport(
 
 
 def get_tensor_transport_manager(transport_name: str) -> TensorTransportManager:
-    """This process's instance of a transport, made if there is none.
+    """Return this process's instance of a transport; create it on the first call.
 
-    Of RDT's own, nixl, gloo and nccl have one, for programs that call it; RDT does not.
+    Of the built-in transports, nixl, gloo and nccl have an instance. It serves programs that call
+    it directly. RDT does not use it.
 
     Raises:
-        ValueError: no such transport, or one that is no such class.
+        ValueError: The transport is unknown or has no instance.
     """
     import ray
 
@@ -110,17 +113,17 @@ def get_tensor_transport_manager(transport_name: str) -> TensorTransportManager:
     return _stand_ins[name]
 
 
-#: Instances of the classes that stand for RDT's own transports.
+#: Instances of the classes that represent built-in transports.
 _stand_ins: dict[str, TensorTransportManager] = {}
 
 
 class TransportManagerInfo(NamedTuple):
-    """What is known of a transport.
+    """Description of a transport.
 
     Attributes:
-        transport_manager_class: Does the work; ``TensorTransportManager`` itself for a transport of
-            RDT's own that has no such class.
-        devices: Types of the devices that it moves data from and to.
+        transport_manager_class: The implementation. A built-in transport without one has
+            ``TensorTransportManager`` itself.
+        devices: The device types that the transport moves data from and to.
         data_type: The class of the values that it moves.
     """
 
@@ -130,7 +133,7 @@ class TransportManagerInfo(NamedTuple):
 
 
 def _info(name: str) -> TransportManagerInfo:
-    """What is known of a transport, by its upper-case name. Raises ValueError for an unknown."""
+    """Return the description of a transport by its upper-case name. Raises ValueError."""
     entry = registered.find(name)
     if entry is not None:
         return TransportManagerInfo(entry.manager_class, list(entry.devices), entry.data_type)
@@ -154,30 +157,42 @@ def _info(name: str) -> TransportManagerInfo:
 
 
 def is_one_sided_transport(tensor_transport: str) -> bool:
-    """Whether the consumer alone acts, and not the producer as well. ValueError for an unknown."""
+    """Tell whether only the consumer acts in a transfer.
+
+    Raises:
+        ValueError: The transport is unknown.
+    """
     if tensor_transport in _OWN_DEVICES:
         return tensor_transport not in ("GLOO", "NCCL")
     return _info(tensor_transport).transport_manager_class.is_one_sided()
 
 
 def device_match_transport(device: str, tensor_transport: str) -> bool:
-    """Whether a transport moves data from and to a type of device. ValueError for an unknown."""
+    """Tell whether a transport moves data from and to a device type.
+
+    Raises:
+        ValueError: The transport is unknown.
+    """
     return device in _info(tensor_transport).devices
 
 
 def get_transport_data_type(tensor_transport: str) -> type:
-    """The class of the values that a transport moves. Raises ValueError for an unknown one."""
+    """Return the class of the values that a transport moves.
+
+    Raises:
+        ValueError: The transport is unknown.
+    """
     return _info(tensor_transport).data_type
 
 
 def create_empty_tensors_from_metadata(
     tensor_transport_meta: TensorTransportMetadata, device: str | None = None
 ) -> list[torch.Tensor]:
-    """Uninitialized tensors to receive an object into.
+    """Create uninitialized tensors to receive an object into.
 
     Args:
-        tensor_transport_meta: The object.
-        device: Where; None for the type of device that the object is on.
+        tensor_transport_meta: The description of the object.
+        device: The device of the new tensors. None means the device type of the object.
     """
     import torch
 
@@ -189,7 +204,7 @@ def create_empty_tensors_from_metadata(
 
 
 def __getattr__(name: str) -> Any:
-    """What changes as users register transports."""
+    """Compute the module attributes that depend on registered transports."""
     if name == "has_custom_transports":
         return bool(registered.known_names())
     if name == "transport_manager_info":
@@ -198,10 +213,10 @@ def __getattr__(name: str) -> Any:
 
 
 def normalize_and_validate_tensor_transport(tensor_transport: str) -> str:
-    """The upper-case name of a transport.
+    """Return the upper-case name of a transport.
 
     Raises:
-        ValueError: no such transport; lists those that there are.
+        ValueError: The transport is unknown. The message lists the known transports.
     """
     if not isinstance(tensor_transport, str):
         raise ValueError(f"Invalid tensor transport: {tensor_transport!r} is not a string")
@@ -211,6 +226,6 @@ def normalize_and_validate_tensor_transport(tensor_transport: str) -> str:
         known = [known.lower() for known in (*BUILT_IN_TRANSPORTS, *registered.known_names())]
         raise ValueError(
             f"Invalid tensor transport: {tensor_transport}. Known transports are {known}; "
-            "your own becomes known by ray.experimental.register_tensor_transport."
+            "register others with ray.experimental.register_tensor_transport."
         )
     return name
