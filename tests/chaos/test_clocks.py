@@ -15,6 +15,8 @@ from tests.chaos.faults import LATEST_S, LONG, at_most, fetch, is_pulling, numbe
 from tests.integration.peers import LARGE
 from tests.support import stopped, wait_until
 
+pytestmark = pytest.mark.slow
+
 STEP_S = 2 * 3600
 
 

@@ -30,6 +30,8 @@ from tests.chaos.faults import (
 from tests.integration.peers import LARGE, Peer, ones, total_of_refs
 from tests.support import ROOT, stopped, wait_until
 
+pytestmark = pytest.mark.slow
+
 #: Longer than a producer waits before it asks who wants an object, and for the answer.
 STOPPED_S = 7
 

@@ -19,6 +19,8 @@ from tests.chaos.faults import LONG, fetch, kill, numbers, pid_of, stat, wait_id
 from tests.integration.peers import LARGE, Peer, ones, total_of_refs
 from tests.support import wait_until
 
+pytestmark = pytest.mark.slow
+
 RETRIED = {"max_restarts": -1, "max_task_retries": -1}
 
 

@@ -22,6 +22,8 @@ from tests.integration import user_transports
 from tests.integration.peers import LARGE, Peer, ones, pulls, total_of_refs
 from tests.support import wait_until
 
+pytestmark = pytest.mark.slow
+
 
 def test_connections_that_break_in_a_pull_of_a_gigabyte(
     producer: Any, taker: Any, huge: Any

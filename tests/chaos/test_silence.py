@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 import ray
 from tests.chaos.faults import LATEST_S, LONG, at_most, fetch, numbers, pid_of, stat, wait_idle
 from tests.integration.peers import LARGE, Peer, ones, total_of_refs
 from tests.support import stopped
+
+pytestmark = pytest.mark.slow
 
 #: Longer than the watches for dead owners take to look twice.
 STOPPED_S = 5

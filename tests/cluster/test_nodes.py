@@ -19,6 +19,8 @@ from ray.experimental.rdt.common import config
 from tests.integration.peers import LARGE, SMALL, Peer, count_up, ones, total, total_of_refs
 from tests.support import BUSY_S, KNOWN_WITHIN_S, ROOT, stopped, wait_until
 
+pytestmark = pytest.mark.slow
+
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
 
 
