@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "ray/rdt/door.h"
+#include "ray/rdt/acceptor.h"
 #include "ray/rdt/peer.h"
 #include "ray/rdt/pool.h"
 #include "ray/rdt/region.h"

@@ -7,7 +7,7 @@
 
 #include "ray/rdt/copy_pool.h"
 #include "ray/rdt/counters.h"
-#include "ray/rdt/dial.h"
+#include "ray/rdt/connector.h"
 #include "ray/rdt/events.h"
 #include "ray/rdt/huge_pages.h"
 #include "ray/rdt/lanes/lane_kind.h"

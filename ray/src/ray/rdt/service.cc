@@ -8,7 +8,7 @@
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp_source.h"
 #include "ray/rdt/read_memory.h"
-#include "ray/rdt/sum_job.h"
+#include "ray/rdt/checksum_job.h"
 
 namespace ray::rdt {
 

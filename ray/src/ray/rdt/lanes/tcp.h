@@ -11,7 +11,7 @@
 
 #include "ray/rdt/address.h"
 #include "ray/rdt/copy_pool.h"
-#include "ray/rdt/dial.h"
+#include "ray/rdt/connector.h"
 #include "ray/rdt/lanes/lane.h"
 #include "ray/rdt/lanes/tcp_stream.h"
 #include "ray/rdt/region.h"

@@ -1,4 +1,4 @@
-#include "ray/rdt/sum_job.h"
+#include "ray/rdt/checksum_job.h"
 
 #include <algorithm>
 #include <atomic>

@@ -1,4 +1,4 @@
-#include "ray/rdt/dial.h"
+#include "ray/rdt/connector.h"
 
 #include <sys/epoll.h>
 

@@ -9,7 +9,7 @@
 #include <future>
 
 #include "fixtures.h"
-#include "ray/rdt/dial.h"
+#include "ray/rdt/connector.h"
 #include "ray/rdt/net.h"
 
 namespace fixtures {

@@ -1,4 +1,4 @@
-#include "ray/rdt/door.h"
+#include "ray/rdt/acceptor.h"
 
 #include <sys/epoll.h>
 #include <unistd.h>
