@@ -62,8 +62,8 @@ struct Served {
 class Caller {
  public:
   explicit Caller(const Served &served, bool over_unix)
-      : fd_(over_unix ? DialUnix(served.address.agent)
-                      : DialTcp(served.address.ip, served.address.port)) {
+      : fd_(over_unix ? ConnectUnix(served.address.agent)
+                      : ConnectTcp(served.address.ip, served.address.port)) {
     Require(static_cast<bool>(fd_) && IsReady(POLLOUT), "the agent takes connections");
   }
 
@@ -120,7 +120,7 @@ class Caller {
   }
 
   // `early` goes out with the proof, before the agent has let anybody in.
-  bool Prove(const Served &served, Purpose purpose, ByteView early) {
+  bool Authenticate(const Served &served, Purpose purpose, ByteView early) {
     Identity self;
     self.agent.fill(7);
     self.secret = kSecret;
@@ -199,20 +199,20 @@ void Run(Served *served, Script *script, bool has_key) {
   bool is_control = mode == kControl || mode == kEarlyControl;
   bool is_early = mode == kEarlyControl || mode == kEarlyData;
   Caller caller(*served, mode == kRawUnix || is_control);
-  bool has_proved = false;
+  bool is_authenticated = false;
   if (mode != kRawUnix && mode != kRawTcp) {
     Purpose purpose = is_control ? Purpose::kControl : Purpose::kData;
     Bytes early = is_early ? OneFrame(script) : Bytes();
-    has_proved = caller.Prove(*served, purpose, early);
-    Require(has_proved || is_early, "who knows the secret gets in");
+    is_authenticated = caller.Authenticate(*served, purpose, early);
+    Require(is_authenticated || is_early, "who knows the secret gets in");
     SendFrames(&caller, script);
   } else {
     caller.Send(script->Rest());
   }
   Bytes heard = caller.ReceiveAll();
-  Require(((has_proved || is_early) && has_key) || !HoldsTreasure(heard),
+  Require(((is_authenticated || is_early) && has_key) || !HoldsTreasure(heard),
           "no byte of an object without its key");
-  Require(has_proved || heard.size() < 512, "a stranger is told little");
+  Require(is_authenticated || heard.size() < 512, "a stranger is told little");
   served->agent.NextEvents(0);
 }
 
@@ -238,7 +238,7 @@ std::vector<Bytes> Seeds() {
   Bytes fill = Scripted(FrameType::kFill, Fill{.offset = 0, .nbytes = 100});
   Bytes keys = Scripted(FrameType::kOwn, KeyList{.keys = {KeyOf(1)}});
   Bytes free = Scripted(FrameType::kFree, KeyList{.keys = {KeyOf(2)}});
-  Bytes sum = Scripted(FrameType::kSum, SumRequest{.key = KeyOf(1)});
+  Bytes sum = Scripted(FrameType::kChecksum, ChecksumRequest{.key = KeyOf(1)});
   Bytes read = Scripted(FrameType::kRead, Read{.offset = 0, .nbytes = 100});
   Bytes hello = EncodeFrame(FrameType::kHello, 0, Hello{});
   Bytes proof = EncodeFrame(FrameType::kProof, 0, Proof{});

@@ -29,8 +29,8 @@ constexpr Checker kCheckers[] = {Check<Error>,
                                  Check<Fill>,
                                  Check<Filled>,
                                  Check<Read>,
-                                 Check<SumRequest>,
-                                 Check<SumAnswer>};
+                                 Check<ChecksumRequest>,
+                                 Check<ChecksumReply>};
 
 Bytes Seed(size_t checker, const Bytes &payload) {
   Bytes seed = payload;

@@ -40,7 +40,8 @@ class Memory {
   std::vector<uint8_t> bytes_;
 };
 
-// What a Door and a Dial are made of, without an agent. The test starts the loop.
+// What an Acceptor and a Connector are made of, without an agent. The test starts the
+// loop.
 struct Bench {
   Bench() { self.agent.fill(5); }
   Loop loop{"test"};

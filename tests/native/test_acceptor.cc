@@ -24,7 +24,7 @@ class Caller {
     auto address = ParseAddress(agent.address());
     CHECK(address.has_value());
     agent_ = address->agent;
-    fd_ = over_unix ? DialUnix(agent_) : DialTcp(address->ip, address->port);
+    fd_ = over_unix ? ConnectUnix(agent_) : ConnectTcp(address->ip, address->port);
     CHECK(static_cast<bool>(fd_));
   }
 
@@ -43,7 +43,7 @@ class Caller {
   bool IsClosed() { return Take(1).empty(); }
 
   // Finishes a handshake in the name of an agent. `more` goes with the PROOF.
-  void Prove(Purpose purpose, uint8_t name, const Bytes &more = {}) {
+  void Authenticate(Purpose purpose, uint8_t name, const Bytes &more = {}) {
     Identity self;
     self.agent.fill(name);
     self.secret = "secret";
@@ -101,18 +101,18 @@ M MessageOf(const Bytes &frame) {
 
 void CheckServes(const Agent &agent) {
   Caller next(agent);
-  next.Prove(Purpose::kControl, 7);
+  next.Authenticate(Purpose::kControl, 7);
   next.Send(EncodeFrame(FrameType::kPing, 1));
   CHECK(TypeOf(next.Receive()) == FrameType::kPong);
 }
 
-TEST("door: without a proof every request is answered by an error and the end") {
+TEST("acceptor: without a proof every request is answered by an error and the end") {
   Served served;
   for (FrameType type : {FrameType::kPull,
                          FrameType::kCall,
                          FrameType::kFree,
                          FrameType::kOwn,
-                         FrameType::kSum,
+                         FrameType::kChecksum,
                          FrameType::kRead,
                          FrameType::kPing}) {
     Caller caller(*served.agent);
@@ -126,7 +126,7 @@ TEST("door: without a proof every request is answered by an error and the end") 
   }
 }
 
-TEST("door: a frame over 512 bytes is refused by its header alone") {
+TEST("acceptor: a frame over 512 bytes is refused by its header alone") {
   Served served;
   Caller caller(*served.agent);
   FrameHeader header{.type = FrameType::kHello, .length = kMaxFrameBeforeAuth + 1};
@@ -136,49 +136,48 @@ TEST("door: a frame over 512 bytes is refused by its header alone") {
   CHECK(caller.IsClosed());
 }
 
-TEST("door: of too many who do not prove themselves the oldest goes") {
+TEST("acceptor: of too many who do not prove themselves the oldest goes") {
   Served served;
   Caller oldest(*served.agent);
   std::vector<std::unique_ptr<Caller>> others;
-  for (size_t i = 0; i < Door::kMaxUnproved; ++i) {
+  for (size_t i = 0; i < Acceptor::kMaxUnauthenticated; ++i) {
     others.push_back(std::make_unique<Caller>(*served.agent));
   }
   CHECK(oldest.IsClosed());
   CheckServes(*served.agent);
 }
 
-TEST("door: a crowd over TCP is not in the way of who comes over Unix") {
+TEST("acceptor: a crowd over TCP is not in the way of who comes over Unix") {
   Served served;
   Caller slow(*served.agent);
   std::vector<std::unique_ptr<Caller>> crowd;
-  for (size_t i = 0; i < Door::kMaxUnproved + 2; ++i) {
+  for (size_t i = 0; i < Acceptor::kMaxUnauthenticated + 2; ++i) {
     crowd.push_back(std::make_unique<Caller>(*served.agent, false));
   }
   CHECK(crowd[1]->IsClosed());
-  slow.Prove(Purpose::kControl, 7);
+  slow.Authenticate(Purpose::kControl, 7);
 }
 
 // How a dial ends whose first connections, `drops` many, are closed unheard.
-Status DialDropped(int drops) {
+Status ConnectDropped(int drops) {
   Bench bench;
   auto &loop = bench.loop;
   const Identity &self = bench.self;
-  Door door(
-      &loop, self, &bench.log, [](const std::shared_ptr<Channel> &, const PeerFacts &) {
-      });
+  Acceptor acceptor(
+      &loop, self, &bench.log, [](const std::shared_ptr<Channel> &, const PeerInfo &) {});
   Fd listener = ListenUnix(self.agent);
   Loop::Id watch = loop.Watch(listener.get(), EPOLLIN, [&](uint32_t) {
     if (--drops >= 0) return AcceptOne(listener.get()).Reset();
     loop.Unwatch(watch);
-    door.ListenOn(std::move(listener), true, 5);
+    acceptor.ListenOn(std::move(listener), true, 5);
   });
   std::promise<Status> result;
-  Dial dial(
+  Connector connector(
       &loop,
       self,
       DescribeThisProcess(self.agent),
       {.over_unix = true},
-      [&](const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &) {
+      [&](const Status &status, std::shared_ptr<Channel> channel, const PeerInfo &) {
         if (channel) channel->Close();
         result.set_value(status);
       });
@@ -188,16 +187,16 @@ Status DialDropped(int drops) {
   return status;
 }
 
-TEST("door: who is dropped before the proof knocks again, but not for ever") {
-  CHECK_EQ(DialDropped(6).text, "");
+TEST("acceptor: who is dropped before the proof knocks again, but not for ever") {
+  CHECK_EQ(ConnectDropped(6).text, "");
   auto began = Clock::now();
-  Status status = DialDropped(1000);
+  Status status = ConnectDropped(1000);
   CHECK(Clock::now() - began > std::chrono::seconds(1));  // a crowd may be gone by then
   CHECK(status.code == Code::kUnreachable);
   CHECK(status.text.find("the handshake did not finish") != std::string::npos);
 }
 
-TEST("door: who proves nothing for five seconds is sent away") {
+TEST("acceptor: who proves nothing for five seconds is sent away") {
   Served served;
   auto began = std::chrono::steady_clock::now();
   Caller silent(*served.agent);
@@ -206,16 +205,16 @@ TEST("door: who proves nothing for five seconds is sent away") {
   silent.Send(hello);
   CHECK(silent.IsClosed());
   std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
-  CHECK(took.count() > Door::kProofDeadlineS / 2);
+  CHECK(took.count() > Acceptor::kHandshakeTimeoutS / 2);
 }
 
-TEST("door: another user of the host is turned away") {
+TEST("acceptor: another user of the host is turned away") {
   if (geteuid() != 0) return;  // only root can become another user
   Served served;
   AgentId agent = ParseAddress(served.agent->address())->agent;
   pid_t child = fork();
   if (child == 0) {
-    Fd fd = setuid(65534) == 0 ? DialUnix(agent) : Fd();
+    Fd fd = setuid(65534) == 0 ? ConnectUnix(agent) : Fd();
     char byte;
     pollfd one{.fd = fd.get(), .events = POLLIN, .revents = 0};
     bool is_closed = fd && poll(&one, 1, 20000) == 1 && recv(fd.get(), &byte, 1, 0) <= 0;
@@ -228,13 +227,13 @@ TEST("door: another user of the host is turned away") {
   CHECK(said && said->text.find("another user") != std::string::npos);
 }
 
-TEST("door: a peer reaches what it has a key for, and nothing else") {
+TEST("acceptor: a peer reaches what it has a key for, and nothing else") {
   Served served;
   Caller peer(*served.agent);
-  peer.Prove(Purpose::kControl, 7);
+  peer.Authenticate(Purpose::kControl, 7);
   peer.Send(EncodeFrame(FrameType::kPull, 1, PullRequest{.key = KeyOf(2)}));
   CHECK(TypeOf(peer.Receive()) == FrameType::kRefuse);
-  peer.Send(EncodeFrame(FrameType::kSum, 2, SumRequest{.key = KeyOf(2)}));
+  peer.Send(EncodeFrame(FrameType::kChecksum, 2, ChecksumRequest{.key = KeyOf(2)}));
   Bytes reply = peer.Receive();
   CHECK(TypeOf(reply) == FrameType::kReply);
   CHECK_EQ(reply[sizeof(FrameHeader)], 1);
@@ -243,14 +242,14 @@ TEST("door: a peer reaches what it has a key for, and nothing else") {
   CHECK_EQ(MessageOf<Grant>(peer.Receive()).total, kObjectBytes);
 }
 
-TEST("door: a data connection reads what its agent was granted, within its bounds") {
+TEST("acceptor: a data connection reads what its agent was granted, within its bounds") {
   Served served;
   Caller control(*served.agent);
   Caller data(*served.agent);
   Caller other(*served.agent);
-  control.Prove(Purpose::kControl, 7);
-  data.Prove(Purpose::kData, 7);
-  other.Prove(Purpose::kData, 8);
+  control.Authenticate(Purpose::kControl, 7);
+  data.Authenticate(Purpose::kData, 7);
+  other.Authenticate(Purpose::kData, 8);
   control.Send(EncodeFrame(FrameType::kPull, 1, PullRequest{.key = KeyOf(1)}));
   CHECK(TypeOf(control.Receive()) == FrameType::kGrant);
   auto read = [](Caller *caller, uint64_t pull, Read range) {
@@ -264,18 +263,19 @@ TEST("door: a data connection reads what its agent was granted, within its bound
   CHECK_EQ(read(&other, 1, {.offset = 0, .nbytes = 100}), 0u);
 }
 
-TEST("door: a data connection that asks before it is welcome ends, and only that") {
+TEST("acceptor: a data connection that asks before it is welcome ends, and only that") {
   Served served;
   Caller hasty(*served.agent);
-  hasty.Prove(Purpose::kData, 7, EncodeFrame(FrameType::kRead, 1, Read{.nbytes = 1}));
+  hasty.Authenticate(
+      Purpose::kData, 7, EncodeFrame(FrameType::kRead, 1, Read{.nbytes = 1}));
   CHECK(hasty.IsClosed());
   CheckServes(*served.agent);
 }
 
-TEST("door: who gave no ring has none filled, not even with nothing") {
+TEST("acceptor: who gave no ring has none filled, not even with nothing") {
   Served served;
   Caller peer(*served.agent);
-  peer.Prove(Purpose::kControl, 7);
+  peer.Authenticate(Purpose::kControl, 7);
   peer.Send(EncodeFrame(FrameType::kPull, 1, PullRequest{.key = KeyOf(1)}));
   CHECK(TypeOf(peer.Receive()) == FrameType::kGrant);
   peer.Send(EncodeFrame(FrameType::kFill, 1, Fill{}));
@@ -283,7 +283,7 @@ TEST("door: who gave no ring has none filled, not even with nothing") {
   CheckServes(*served.agent);
 }
 
-TEST("door: nobody guesses the pulls of another") {
+TEST("acceptor: nobody guesses the pulls of another") {
   Served served;
   auto consumer = MakeAgent();
   Memory destination(kObjectBytes);
@@ -300,10 +300,10 @@ TEST("door: nobody guesses the pulls of another") {
   }
 }
 
-TEST("door: a peer that sends nonsense loses its connection, and only that") {
+TEST("acceptor: a peer that sends nonsense loses its connection, and only that") {
   Served served;
   Caller peer(*served.agent);
-  peer.Prove(Purpose::kControl, 7);
+  peer.Authenticate(Purpose::kControl, 7);
   peer.Send(EncodeFrame(FrameType::kPull, 1, ByteView()));
   CHECK(peer.IsClosed());
   CheckServes(*served.agent);

@@ -161,7 +161,8 @@ TEST("agent: garbage on its sockets is dropped and everyone else served") {
   Address address = Parse(*producer);
   std::minstd_rand random(1);
   for (int i = 0; i < 200; ++i) {
-    Fd fd = i % 2 == 0 ? DialTcp(address.ip, address.port) : DialUnix(address.agent);
+    Fd fd =
+        i % 2 == 0 ? ConnectTcp(address.ip, address.port) : ConnectUnix(address.agent);
     CHECK(static_cast<bool>(fd));
     Bytes garbage(random() % 2000 + 1);
     for (uint8_t &byte : garbage) byte = static_cast<uint8_t>(random() >> 8);
@@ -188,7 +189,7 @@ TEST("agent: a flood of silent connections keeps nobody out") {
   Memory memory(8);
   producer->Register(KeyOf(1), memory.Whole(), 1);
   std::vector<Fd> silent;
-  for (int i = 0; i < 200; ++i) silent.push_back(DialUnix(Parse(*producer).agent));
+  for (int i = 0; i < 200; ++i) silent.push_back(ConnectUnix(Parse(*producer).agent));
   PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
   CHECK(Outcome(ticket.pull.get(), 4).ok());
 }

@@ -13,23 +13,23 @@ namespace {
 
 constexpr size_t kMiB = 1 << 20;
 
-uint64_t SumOf(const std::vector<Span> &spans) {
+uint64_t ChecksumOf(const std::vector<Span> &spans) {
   SpanList list(spans);
   return Checksum(list, {0, list.total()});
 }
 
 // What the producer says of KeyOf(9).
 uint64_t AskedSum(Agent *consumer, const Agent &producer) {
-  CallTicket ticket = consumer->StartSum(producer.address(), KeyOf(9));
+  CallTicket ticket = consumer->StartChecksum(producer.address(), KeyOf(9));
   CHECK_EQ(Outcome(ticket.call.get()).text, "");
-  auto answer = Unpack<SumAnswer>(ticket.call->TakeReply());
+  auto answer = Unpack<ChecksumReply>(ticket.call->TakeReply());
   CHECK(answer.has_value());
   return answer->sum;
 }
 
 TEST("checksum: of one block it is the CRC-64/NVME that its catalogue gives") {
   std::string text = "123456789";
-  CHECK_EQ(SumOf({{reinterpret_cast<uint64_t>(text.data()), text.size()}}),
+  CHECK_EQ(ChecksumOf({{reinterpret_cast<uint64_t>(text.data()), text.size()}}),
            0xAE8B14860A799888u);
 }
 
@@ -56,10 +56,10 @@ TEST("checksum: how memory is cut does not matter") {
     Memory memory(nbytes);
     memory.FillRandom(1);
     for (size_t cuts : {2, 13, 3000}) {
-      CHECK_EQ(SumOf(memory.Cut(cuts, 1)), SumOf(memory.Whole()));
+      CHECK_EQ(ChecksumOf(memory.Cut(cuts, 1)), ChecksumOf(memory.Whole()));
     }
   }
-  CHECK_EQ(SumOf({}), 0u);
+  CHECK_EQ(ChecksumOf({}), 0u);
 }
 
 TEST("checksum: the parts of whole blocks make up the whole") {
@@ -68,20 +68,20 @@ TEST("checksum: the parts of whole blocks make up the whole") {
   SpanList list(memory.Whole());
   uint64_t head = Checksum(list, {0, 2 * kChecksumBlock});
   uint64_t tail = Checksum(list, {2 * kChecksumBlock, 3 * kChecksumBlock + 5});
-  CHECK_EQ(head + tail, SumOf(memory.Whole()));
+  CHECK_EQ(head + tail, ChecksumOf(memory.Whole()));
 }
 
 TEST("checksum: a changed bit and exchanged blocks are found") {
   Memory memory(4 * kChecksumBlock);
   memory.FillRandom(1);
-  uint64_t before = SumOf(memory.Whole());
+  uint64_t before = ChecksumOf(memory.Whole());
   memory.data()[memory.size() - 1] ^= 1;
-  CHECK(SumOf(memory.Whole()) != before);
+  CHECK(ChecksumOf(memory.Whole()) != before);
   memory.data()[memory.size() - 1] ^= 1;
-  CHECK_EQ(SumOf(memory.Whole()), before);
+  CHECK_EQ(ChecksumOf(memory.Whole()), before);
   std::swap_ranges(
       memory.data(), memory.data() + kChecksumBlock, memory.data() + kChecksumBlock);
-  CHECK(SumOf(memory.Whole()) != before);
+  CHECK(ChecksumOf(memory.Whole()) != before);
 }
 
 TEST("checksum: on every lane what lands has the producer's checksum") {
@@ -99,8 +99,8 @@ TEST("checksum: on every lane what lands has the producer's checksum") {
         PullTicket ticket = consumer->StartPull(
             producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2), true);
         CHECK_EQ(Outcome(ticket.pull.get()).text, "");
-        CHECK_EQ(ticket.pull->sum(), SumOf(source.Whole()));
-        CHECK_EQ(AskedSum(consumer.get(), *producer), SumOf(source.Whole()));
+        CHECK_EQ(ticket.pull->checksum(), ChecksumOf(source.Whole()));
+        CHECK_EQ(AskedSum(consumer.get(), *producer), ChecksumOf(source.Whole()));
         CHECK(producer->Release(KeyOf(9)));
         CHECK(AwaitEvent(producer.get(), Event::Kind::kReleased));
       }
@@ -113,14 +113,14 @@ TEST("checksum: a producer finds it once, for all who ask at once") {
   auto consumer = MakeAgent();
   Memory source(20 * kMiB);
   source.FillRandom(3);
-  uint64_t expected = SumOf(source.Whole());
+  uint64_t expected = ChecksumOf(source.Whole());
   producer->Register(KeyOf(9), source.Whole(), 1);
   std::vector<CallTicket> tickets;
   for (int i = 0; i < 20; ++i)
-    tickets.push_back(consumer->StartSum(producer->address(), KeyOf(9)));
+    tickets.push_back(consumer->StartChecksum(producer->address(), KeyOf(9)));
   for (const CallTicket &ticket : tickets) {
     CHECK_EQ(Outcome(ticket.call.get()).text, "");
-    CHECK_EQ(Unpack<SumAnswer>(ticket.call->TakeReply())->sum, expected);
+    CHECK_EQ(Unpack<ChecksumReply>(ticket.call->TakeReply())->sum, expected);
   }
   source.data()[0] ^= 1;
   CHECK_EQ(AskedSum(consumer.get(), *producer), expected);
@@ -130,14 +130,14 @@ TEST("checksum: a producer finds it once, for all who ask at once") {
 TEST("checksum: of an object that is gone there is none") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
-  CallTicket ticket = consumer->StartSum(producer->address(), KeyOf(8));
+  CallTicket ticket = consumer->StartChecksum(producer->address(), KeyOf(8));
   CHECK(Outcome(ticket.call.get()).text.find("no such object") != std::string::npos);
-  CallTicket own = producer->StartSum(producer->address(), KeyOf(8));
+  CallTicket own = producer->StartChecksum(producer->address(), KeyOf(8));
   CHECK(!Outcome(own.call.get()).ok());
 }
 
 TEST("checksum: a number that many threads ask for is told to all, and found by one") {
-  LazyNumber number;
+  LazyChecksum number;
   std::atomic<int> finders{0};
   std::atomic<int> told{0};
   std::vector<std::thread> threads;

@@ -105,12 +105,12 @@ TEST("fallback: a connection that breaks before the grant is made a few times mo
   auto &[loop, events, log, identity] = bench;
   Address address = DescribeThisProcess(identity.agent);
   std::atomic<int> entered{0};
-  Door door(
-      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerFacts &) {
+  Acceptor acceptor(
+      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerInfo &) {
         ++entered;
         channel->Close();
       });
-  door.ListenOn(ListenUnix(identity.agent), true, 5);
+  acceptor.ListenOn(ListenUnix(identity.agent), true, 5);
   loop.Start();
   auto consumer = MakeAgent();
   PullTicket ticket = consumer->StartPull(Pack(address), KeyOf(1), {});
@@ -142,13 +142,14 @@ TEST("fallback: a pull whose connections break goes on over new ones") {
     uint64_t before = 0;
     for (uint64_t cut = 1; cut <= 2; ++cut) {
       // Something lands, so there is a connection.
-      CHECK(Await(
-          [&] { return ticket.pull->landed() > before || ticket.pull->is_settled(); }));
-      before = ticket.pull->landed();
+      CHECK(Await([&] {
+        return ticket.pull->received_bytes() > before || ticket.pull->is_settled();
+      }));
+      before = ticket.pull->received_bytes();
       CutConnections();
       CHECK(Await(
           [&] { return ticket.pull->attempt() >= cut || ticket.pull->is_settled(); }));
-      CHECK(ticket.pull->landed() >= before);
+      CHECK(ticket.pull->received_bytes() >= before);
     }
     CHECK_EQ(Outcome(ticket.pull.get()).text, "");
     CHECK(*destination == *expected);
@@ -200,8 +201,8 @@ TEST("fallback: one data connection after another breaks, and the pull goes on")
   for (int cut = 0; cut < 8; ++cut) {
     // What lands from here on came over connections that were made since the last cut.
     CHECK(Await([] { return !DataConnections().empty(); }));
-    uint64_t before = ticket.pull->landed();
-    CHECK(Await([&] { return ticket.pull->landed() > before; }));
+    uint64_t before = ticket.pull->received_bytes();
+    CHECK(Await([&] { return ticket.pull->received_bytes() > before; }));
     for (int fd : DataConnections()) shutdown(fd, SHUT_RDWR);
   }
   CHECK_EQ(Outcome(ticket.pull.get()).text, "");
@@ -229,13 +230,13 @@ TEST("fallback: a free that is lost with its connection is sent again, and then 
   Address address = DescribeThisProcess(identity.agent);
   Clerk clerk;
   std::atomic<int> entered{0};
-  Door door(
-      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerFacts &) {
+  Acceptor acceptor(
+      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerInfo &) {
         if (++entered == 1) return channel->Close();
         clerk.channel = std::move(channel);
         clerk.channel->set_handler(&clerk);
       });
-  door.ListenOn(ListenUnix(identity.agent), true, 5);
+  acceptor.ListenOn(ListenUnix(identity.agent), true, 5);
   loop.Start();
   auto owner = MakeAgent();
   owner->Notify(Pack(address), Notice::kFree, KeyOf(1));
@@ -304,18 +305,18 @@ TEST("fallback: without a way to watch its connection a pull says so") {
 }
 
 TEST("fallback: the choice of lanes follows the facts") {
-  LaneFacts near{
+  LaneInputs near{
       .mine = kAllLanes, .theirs = kAllLanes, .is_unix = true, .has_tcp = true};
-  CHECK(UsableLanes(JudgeLanes(near)) ==
+  CHECK(UsableLanes(EvaluateLanes(near)) ==
         (std::vector{LaneKind::kCma, LaneKind::kShm, LaneKind::kTcp}));
   near.cma_probe_error = "not permitted";
-  CHECK_EQ(JudgeLanes(near)[1], "not permitted");
-  LaneFacts far{.mine = kAllLanes, .theirs = kAllLanes, .has_tcp = true};
-  CHECK(UsableLanes(JudgeLanes(far)) == std::vector{LaneKind::kTcp});
+  CHECK_EQ(EvaluateLanes(near)[1], "not permitted");
+  LaneInputs far{.mine = kAllLanes, .theirs = kAllLanes, .has_tcp = true};
+  CHECK(UsableLanes(EvaluateLanes(far)) == std::vector{LaneKind::kTcp});
   far.has_tcp = false;
   far.no_tcp_reason = "TLS is required";
-  CHECK(UsableLanes(JudgeLanes(far)).empty());
-  CHECK_EQ(JudgeLanes(far)[3], "TLS is required");
+  CHECK(UsableLanes(EvaluateLanes(far)).empty());
+  CHECK_EQ(EvaluateLanes(far)[3], "TLS is required");
 }
 
 }  // namespace

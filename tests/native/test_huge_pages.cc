@@ -80,7 +80,7 @@ bool CanTell() {
 void PullOften(const SmallPages &source, const SmallPages &target, LaneKind lane) {
   auto producer = MakeAgent();
   auto consumer = MakeAgent(LaneBit(lane));
-  for (unsigned pull = 1; pull <= HugePages::kPulls; ++pull) {
+  for (unsigned pull = 1; pull <= HugePages::kPullsBeforeCollapse; ++pull) {
     producer->Register(KeyOf(1), source.Whole(), pull);
     PullTicket ticket =
         consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
@@ -98,7 +98,7 @@ void PullOften(const SmallPages &source, const SmallPages &target, LaneKind lane
   size_t released = 0;
   CHECK(Await([&] {
     for (Event &event : producer->NextEvents(0.1)) released += event.tokens.size();
-    return released == HugePages::kPulls;
+    return released == HugePages::kPullsBeforeCollapse;
   }));
 }
 
@@ -116,10 +116,10 @@ TEST("huge pages: what moved without a pull of the agent's counts when it is sai
   auto agent = MakeAgent();
   SmallPages memory;
   memory.Fill();
-  for (unsigned time = 1; time < HugePages::kPulls; ++time)
-    agent->NotePulled(memory.Whole());
+  for (unsigned time = 1; time < HugePages::kPullsBeforeCollapse; ++time)
+    agent->RecordPull(memory.Whole());
   CHECK(!Await([&] { return memory.HugeBytes() > 0; }, 0.1));
-  agent->NotePulled(memory.Whole());
+  agent->RecordPull(memory.Whole());
   CHECK(Await([&] { return memory.HugeBytes() >= HugePages::kMinSpan; }));
   CHECK(memory.IsAsWritten());
 }
@@ -127,7 +127,8 @@ TEST("huge pages: what moved without a pull of the agent's counts when it is sai
 TEST("huge pages: memory that is gone when its turn comes does no harm") {
   auto agent = MakeAgent();
   std::vector<Span> gone = SmallPages().Whole();
-  for (unsigned time = 1; time <= 2 * HugePages::kPulls; ++time) agent->NotePulled(gone);
+  for (unsigned time = 1; time <= 2 * HugePages::kPullsBeforeCollapse; ++time)
+    agent->RecordPull(gone);
   auto consumer = MakeAgent();
   Memory source(kPage), target(kPage);
   source.FillRandom(1);

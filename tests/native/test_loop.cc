@@ -56,16 +56,16 @@ TEST("loop: a channel that cannot be watched ends after its start") {
 TEST("loop: a door that cannot be watched says so and opens later") {
   Bench bench;
   auto &[loop, events, log, self] = bench;
-  Door door(
-      &loop, self, &log, [](const std::shared_ptr<Channel> &, const PeerFacts &) {});
+  Acceptor acceptor(
+      &loop, self, &log, [](const std::shared_ptr<Channel> &, const PeerInfo &) {});
   Fd fd = Unwatchable();
   int number = fd.get();
-  door.ListenOn(std::move(fd), true, 5);
+  acceptor.ListenOn(std::move(fd), true, 5);
   CHECK_EQ(events.Next(0).size(), 1u);
   Fd listener = ListenUnix(self.agent);
   CHECK_EQ(dup2(listener.get(), number), number);  // now it can
   loop.Start();
-  Fd caller = DialUnix(self.agent);
+  Fd caller = ConnectUnix(self.agent);
   Bytes no_frame(sizeof(FrameHeader));
   send(caller.get(), no_frame.data(), no_frame.size(), MSG_NOSIGNAL);
   bool is_answered = Await([&] { return IsHungUp(caller.get()); });

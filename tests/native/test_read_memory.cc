@@ -55,7 +55,7 @@ TEST("read memory: what is not there fails the pull on every lane, and nothing e
     for (LaneSet lanes : kLanes) {
       auto consumer = MakeAgent(lanes);
       CHECK(!Pulled(producer.get(), consumer.get(), nbytes).ok());
-      Outcome(consumer->StartSum(producer->address(), KeyOf(1)).call.get());
+      Outcome(consumer->StartChecksum(producer->address(), KeyOf(1)).call.get());
       producer->Register(KeyOf(2), whole.Whole(), 2);
       Memory destination(nbytes);
       PullTicket good =
@@ -83,7 +83,7 @@ TEST("read memory: a guard that has changed fails the pull on every lane") {
       for (LaneSet lanes : kLanes) {
         auto consumer = MakeAgent(lanes);
         CHECK(Pulled(producer.get(), consumer.get(), nbytes).code == expected);
-        CallTicket sum = consumer->StartSum(producer->address(), KeyOf(1));
+        CallTicket sum = consumer->StartChecksum(producer->address(), KeyOf(1));
         CHECK_EQ(Outcome(sum.call.get()).ok(), value == 8);
       }
     }

@@ -10,90 +10,100 @@
 namespace ray::rdt {
 
 // One connection that has not proved itself.
-class Door::Knock : public Channel::Handler {
+class Acceptor::PendingConnection : public Channel::Handler {
  public:
-  Knock(Door *door, Listener *listener, std::shared_ptr<Channel> channel)
-      : door_(door),
+  PendingConnection(Acceptor *acceptor,
+                    Listener *listener,
+                    std::shared_ptr<Channel> channel)
+      : acceptor_(acceptor),
         listener_(listener),
         channel_(std::move(channel)),
-        handshake_(Handshake::Server(door->self_)) {
-    deadline_ = door_->loop_->After(kProofDeadlineS, [this] {
-      door_->Drop(this, {Code::kAuth, "no proof came in time"});
+        handshake_(Handshake::Server(acceptor->self_)) {
+    deadline_ = acceptor_->loop_->After(kHandshakeTimeoutS, [this] {
+      acceptor_->Drop(this, {Code::kAuth, "no proof came in time"});
     });
     channel_->Start(this);
   }
 
-  ~Knock() override { door_->loop_->CancelTimer(deadline_); }
+  ~PendingConnection() override { acceptor_->loop_->CancelTimer(deadline_); }
 
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override {
     attached->Reset();
     Bytes answer = handshake_.OnFrame(header, payload);
     if (!answer.empty()) channel_->Send(std::move(answer));
-    if (handshake_.state() == Handshake::State::kDone) return door_->Enter(this);
+    if (handshake_.state() == Handshake::State::kDone)
+      return acceptor_->OnHandshakeDone(this);
     if (handshake_.state() == Handshake::State::kFailed)
-      door_->Drop(this, handshake_.status());
+      acceptor_->Drop(this, handshake_.status());
   }
 
-  void OnClosed(const Status &why) override { door_->Drop(this, why); }
+  void OnClosed(const Status &why) override { acceptor_->Drop(this, why); }
 
   Listener *listener() const { return listener_; }
   std::shared_ptr<Channel> channel() const { return channel_; }
-  const PeerFacts &peer() const { return handshake_.peer(); }
+  const PeerInfo &peer() const { return handshake_.peer(); }
 
  private:
-  Door *const door_;
+  Acceptor *const acceptor_;
   Listener *const listener_;
   const std::shared_ptr<Channel> channel_;
   Handshake handshake_;
   Loop::Id deadline_;
 };
 
-Door::Door(Loop *loop, const Identity &self, Log *log, OnEntered on_entered)
-    : loop_(loop), self_(self), log_(log), on_entered_(std::move(on_entered)) {}
+Acceptor::Acceptor(Loop *loop,
+                   const Identity &self,
+                   Log *log,
+                   OnAuthenticated on_authenticated)
+    : loop_(loop),
+      self_(self),
+      log_(log),
+      on_authenticated_(std::move(on_authenticated)) {}
 
-Door::~Door() {
+Acceptor::~Acceptor() {
   for (Listener &listener : listeners_) loop_->Unwatch(listener.watch);
   for (Loop::Id pause : pauses_) loop_->CancelTimer(pause);
 }
 
-void Door::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
+void Acceptor::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
   listeners_.push_back(
       {.fd = std::move(listener), .is_unix = is_unix, .peer_timeout_s = peer_timeout_s});
   Open(&listeners_.back());
 }
 
-void Door::Open(Listener *listener) {
+void Acceptor::Open(Listener *listener) {
   listener->watch = loop_->Watch(
       listener->fd.get(), EPOLLIN, [this, listener](uint32_t) { Accept(listener); });
-  if (listener->watch == 0) RestFrom(listener, errno);
+  if (listener->watch == 0) PauseAccepting(listener, errno);
 }
 
-void Door::Accept(Listener *listener) {
+void Acceptor::Accept(Listener *listener) {
   Fd fd = AcceptOne(listener->fd.get());
   if (!fd) {
-    if (IsShortage(errno)) RestFrom(listener, errno);
+    if (IsShortage(errno)) PauseAccepting(listener, errno);
     return;  // else the other side went away again
   }
   if (listener->is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
-    return log_->Warning("door", "RDT refused a connection from another user");
+    return log_->Warning("acceptor", "RDT refused a connection from another user");
   }
   if (!listener->is_unix) TuneTcp(fd.get(), listener->peer_timeout_s);
-  auto &knocks = listener->knocks;
-  if (knocks.size() == kMaxUnproved) {
-    Drop(knocks.front().get(), {Code::kRefused, "too many connections without proof"});
+  auto &pending = listener->pending;
+  if (pending.size() == kMaxUnauthenticated) {
+    Drop(pending.front().get(), {Code::kRefused, "too many connections without proof"});
   }
   auto channel = std::make_shared<Channel>(loop_, std::move(fd));
-  knocks.push_back(std::make_unique<Knock>(this, listener, std::move(channel)));
+  pending.push_back(
+      std::make_unique<PendingConnection>(this, listener, std::move(channel)));
 }
 
-size_t Door::unproved() const {
+size_t Acceptor::unauthenticated() const {
   size_t count = 0;
-  for (const Listener &listener : listeners_) count += listener.knocks.size();
+  for (const Listener &listener : listeners_) count += listener.pending.size();
   return count;
 }
 
-void Door::RestFrom(Listener *listener, int shortage) {
-  log_->Warning("door", WithErrno("RDT cannot take connections for now", shortage));
+void Acceptor::PauseAccepting(Listener *listener, int shortage) {
+  log_->Warning("acceptor", WithErrno("RDT cannot take connections for now", shortage));
   loop_->Unwatch(listener->watch);
   pauses_.push_back(loop_->After(kPauseS, [this, listener] {
     pauses_.pop_front();
@@ -101,23 +111,23 @@ void Door::RestFrom(Listener *listener, int shortage) {
   }));
 }
 
-void Door::Enter(Knock *knock) {
-  std::shared_ptr<Channel> channel = knock->channel();
-  PeerFacts peer = knock->peer();
-  Remove(knock);
+void Acceptor::OnHandshakeDone(PendingConnection *pending) {
+  std::shared_ptr<Channel> channel = pending->channel();
+  PeerInfo peer = pending->peer();
+  Remove(pending);
   channel->set_max_frame(kMaxFrame);
-  on_entered_(std::move(channel), peer);
+  on_authenticated_(std::move(channel), peer);
 }
 
-void Door::Drop(Knock *knock, const Status &why) {
-  log_->Warning("door", "RDT dropped an incoming connection: " + why.text);
-  knock->channel()->Close();
-  Remove(knock);
+void Acceptor::Drop(PendingConnection *pending, const Status &why) {
+  log_->Warning("acceptor", "RDT dropped an incoming connection: " + why.text);
+  pending->channel()->Close();
+  Remove(pending);
 }
 
-void Door::Remove(Knock *knock) {
-  knock->listener()->knocks.remove_if(
-      [knock](const auto &one) { return one.get() == knock; });
+void Acceptor::Remove(PendingConnection *pending) {
+  pending->listener()->pending.remove_if(
+      [pending](const auto &one) { return one.get() == pending; });
 }
 
 }  // namespace ray::rdt

@@ -13,32 +13,32 @@
 namespace ray::rdt {
 
 // Runs on: the loop it was made with (or before that starts).
-class Door {
+class Acceptor {
  public:
-  using OnEntered = std::function<void(std::shared_ptr<Channel>, const PeerFacts &)>;
+  using OnAuthenticated = std::function<void(std::shared_ptr<Channel>, const PeerInfo &)>;
 
   // More than this many connections without proof at one listener, and its oldest
   // is dropped: an honest one proves itself in milliseconds, and tries again if it
-  // was dropped (see Dial), so a flood keeps nobody out. A flood over TCP is not in
+  // was dropped (see Connector), so a flood keeps nobody out. A flood over TCP is not in
   // the way of the processes of this host.
-  static constexpr size_t kMaxUnproved = 64;
-  static constexpr double kProofDeadlineS = 5.0;
+  static constexpr size_t kMaxUnauthenticated = 64;
+  static constexpr double kHandshakeTimeoutS = 5.0;
 
-  Door(Loop *loop, const Identity &self, Log *log, OnEntered on_entered);
-  ~Door();
+  Acceptor(Loop *loop, const Identity &self, Log *log, OnAuthenticated on_authenticated);
+  ~Acceptor();
 
   void ListenOn(Fd listener, bool is_unix, double peer_timeout_s);
-  size_t unproved() const;
+  size_t unauthenticated() const;
 
  private:
-  class Knock;
+  class PendingConnection;
 
   struct Listener {
     Fd fd;
     bool is_unix;
     double peer_timeout_s;
     Loop::Id watch = 0;
-    std::list<std::unique_ptr<Knock>> knocks;  // oldest first
+    std::list<std::unique_ptr<PendingConnection>> pending;  // oldest first
   };
 
   // After a failure for want of descriptors or memory: a waiting connection
@@ -47,15 +47,15 @@ class Door {
 
   void Open(Listener *listener);
   void Accept(Listener *listener);
-  void RestFrom(Listener *listener, int shortage);
-  void Enter(Knock *knock);
-  void Drop(Knock *knock, const Status &why);
-  void Remove(Knock *knock);
+  void PauseAccepting(Listener *listener, int shortage);
+  void OnHandshakeDone(PendingConnection *pending);
+  void Drop(PendingConnection *pending, const Status &why);
+  void Remove(PendingConnection *pending);
 
   Loop *const loop_;
   const Identity self_;
   Log *const log_;
-  const OnEntered on_entered_;
+  const OnAuthenticated on_authenticated_;
   std::list<Listener> listeners_;
   std::list<Loop::Id> pauses_;
 };

@@ -69,7 +69,7 @@ Agent::Agent(std::string secret, const Settings &settings)
       service_(&loop_, &copies_, &huge_pages_, &regions_, &events_, &log_, &counters_) {
   Open();
   address_bytes_ = Pack(self_);
-  auto self = std::make_shared<SelfPeer>(MakeWorkplace(), &regions_, &service_);
+  auto self = std::make_shared<SelfPeer>(MakeContext(), &regions_, &service_);
   peers_[identity_.agent] = std::move(self);
   loop_.After(kTickS, [this] { TickAll(); });
   copies_.Start();
@@ -80,17 +80,17 @@ Agent::~Agent() { Stop(); }
 
 // Clear-text TCP that may not be used is not listened on either.
 void Agent::Open() {
-  door_ = std::make_unique<Door>(
+  acceptor_ = std::make_unique<Acceptor>(
       &loop_,
       identity_,
       &log_,
-      [this](std::shared_ptr<Channel> channel, const PeerFacts &peer) {
-        service_.Enter(std::move(channel), peer);
+      [this](std::shared_ptr<Channel> channel, const PeerInfo &peer) {
+        service_.AddConnection(std::move(channel), peer);
       });
-  door_->ListenOn(ListenUnix(identity_.agent), true, settings_.peer_timeout_s);
+  acceptor_->ListenOn(ListenUnix(identity_.agent), true, settings_.peer_timeout_s);
   self_.ip = settings_.bind_ip;
   if (settings_.clear_tcp) {
-    door_->ListenOn(
+    acceptor_->ListenOn(
         ListenTcp(settings_.bind_ip, &self_.port), false, settings_.peer_timeout_s);
   }
 }
@@ -114,13 +114,14 @@ void Agent::Notify(ByteView address, Notice notice, const Key &key) {
 PullTicket Agent::StartPull(ByteView address,
                             const Key &key,
                             const std::vector<Span> &destination,
-                            bool is_summed) {
+                            bool with_checksum) {
   PullTicket ticket;
   SpanList spans = CheckedSpans(destination);
   Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-    ticket = {std::make_shared<Pull>(
-                  FreshPullId(), key, std::move(spans), &counters_.pulls_live, is_summed),
-              peer};
+    ticket = {
+        std::make_shared<Pull>(
+            FreshPullId(), key, std::move(spans), &counters_.pulls_live, with_checksum),
+        peer};
     loop_.Post([peer, pull = ticket.pull] { peer->Submit(pull); });
   });
   if (status.ok()) return ticket;
@@ -135,23 +136,24 @@ void Agent::Cancel(const PullTicket &ticket) {
   loop_.Post([peer = ticket.peer, id = ticket.pull->id] { peer->ForgetPull(id); });
 }
 
-void Agent::NotePulled(const std::vector<Span> &spans) {
+void Agent::RecordPull(const std::vector<Span> &spans) {
   SpanList memory = CheckedSpans(spans);
-  loop_.Post([this, memory] { huge_pages_.NotePulled(memory, nullptr); });
+  loop_.Post([this, memory] { huge_pages_.RecordPull(memory, nullptr); });
 }
 
-CallTicket Agent::StartCall(ByteView address, Bytes payload, bool repeats) {
-  return StartRequest(address, FrameType::kCall, std::move(payload), repeats);
+CallTicket Agent::StartCall(ByteView address, Bytes payload, bool is_idempotent) {
+  return StartRequest(address, FrameType::kCall, std::move(payload), is_idempotent);
 }
 
-CallTicket Agent::StartSum(ByteView address, const Key &key) {
-  return StartRequest(address, FrameType::kSum, Pack(SumRequest{.key = key}), true);
+CallTicket Agent::StartChecksum(ByteView address, const Key &key) {
+  return StartRequest(
+      address, FrameType::kChecksum, Pack(ChecksumRequest{.key = key}), true);
 }
 
 CallTicket Agent::StartRequest(ByteView address,
                                FrameType kind,
                                Bytes payload,
-                               bool repeats) {
+                               bool is_idempotent) {
   CallTicket ticket;
   bool is_too_long = payload.size() > kMaxPayload;
   Status status =
@@ -159,7 +161,7 @@ CallTicket Agent::StartRequest(ByteView address,
           ? Status{Code::kRefused, kTooLong}
           : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
               ticket = {std::make_shared<Call>(
-                            next_call_++, kind, repeats, &counters_.calls_live),
+                            next_call_++, kind, is_idempotent, &counters_.calls_live),
                         peer};
               loop_.Post(
                   [peer, call = ticket.call, payload = std::move(payload)]() mutable {
@@ -167,7 +169,7 @@ CallTicket Agent::StartRequest(ByteView address,
                   });
             });
   if (status.ok()) return ticket;
-  ticket.call = std::make_shared<Call>(0, kind, repeats, &counters_.calls_live);
+  ticket.call = std::make_shared<Call>(0, kind, is_idempotent, &counters_.calls_live);
   ticket.call->Fail(status);
   return ticket;
 }
@@ -239,7 +241,7 @@ void Agent::Stop() {
 }
 
 void Agent::CloseAll() {
-  door_.reset();
+  acceptor_.reset();
   service_.Shutdown();
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto &[id, peer] : peers_) peer->Shutdown(Stopped());
@@ -256,7 +258,7 @@ void Agent::TickAll() {
   });
 }
 
-Workplace Agent::MakeWorkplace() {
+Context Agent::MakeContext() {
   return {&loop_,
           &copies_,
           &huge_pages_,
@@ -271,7 +273,7 @@ Workplace Agent::MakeWorkplace() {
 std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
   std::shared_ptr<Peer> &peer = peers_[address.agent];
   if (!peer) {
-    peer = std::make_shared<RemotePeer>(MakeWorkplace(), address);
+    peer = std::make_shared<RemotePeer>(MakeContext(), address);
   }
   return peer;
 }

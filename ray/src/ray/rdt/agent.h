@@ -58,15 +58,15 @@ class Agent {
   PullTicket StartPull(ByteView address,
                        const Key &key,
                        const std::vector<Span> &destination,
-                       bool is_summed = false);
+                       bool with_checksum = false);
   // When it returns, nobody writes to the destination.
   void Cancel(const PullTicket &ticket);
   // Something else has moved bytes out of or into this memory of ours.
-  void NotePulled(const std::vector<Span> &spans);
+  void RecordPull(const std::vector<Span> &spans);
 
-  CallTicket StartCall(ByteView address, Bytes payload, bool repeats = false);
-  // Asks for an object's checksum; the reply is a SumAnswer.
-  CallTicket StartSum(ByteView address, const Key &key);
+  CallTicket StartCall(ByteView address, Bytes payload, bool is_idempotent = false);
+  // Asks for an object's checksum; the reply is a ChecksumReply.
+  CallTicket StartChecksum(ByteView address, const Key &key);
   void Cancel(const CallTicket &ticket);
   void Reply(uint64_t call, Bytes payload, bool is_error);
 
@@ -84,8 +84,11 @@ class Agent {
   void Open();
   void TickAll();
   void CloseAll();
-  CallTicket StartRequest(ByteView address, FrameType kind, Bytes payload, bool repeats);
-  Workplace MakeWorkplace();
+  CallTicket StartRequest(ByteView address,
+                          FrameType kind,
+                          Bytes payload,
+                          bool is_idempotent);
+  Context MakeContext();
   std::shared_ptr<Peer> PeerLocked(const Address &address);
   Status WithPeer(ByteView address, const UsePeer &use);
 
@@ -103,7 +106,7 @@ class Agent {
   CopyPool copies_;
   HugePages huge_pages_;
   Service service_;
-  std::unique_ptr<Door> door_;
+  std::unique_ptr<Acceptor> acceptor_;
   mutable std::mutex mutex_;
   bool is_stopped_ = false;                         // guarded by mutex_
   uint64_t next_call_ = 1;                          // guarded by mutex_

@@ -125,7 +125,7 @@ Bytes Handshake::OnChallenge(ByteView payload) {
   peer_.agent = challenge->agent;
   Append(&transcript_, payload);
   Proof proof{.lanes = self_.lanes, .mac = {}};
-  proof.mac = Prove(kClientRole, ProofExtra(proof));
+  proof.mac = ComputeMac(kClientRole, ProofExtra(proof));
   awaited_ = FrameType::kWelcome;
   return EncodeFrame(FrameType::kProof, 0, proof);
 }
@@ -133,7 +133,7 @@ Bytes Handshake::OnChallenge(ByteView payload) {
 Bytes Handshake::OnProof(ByteView payload) {
   auto proof = Unpack<Proof>(payload);
   if (!proof) return Fail(Code::kAuth, "a malformed PROOF");
-  if (!EqualConstantTime(proof->mac, Prove(kClientRole, ProofExtra(*proof)))) {
+  if (!EqualConstantTime(proof->mac, ComputeMac(kClientRole, ProofExtra(*proof)))) {
     return Fail(Code::kAuth, kBadProof);
   }
   peer_.lanes = proof->lanes;
@@ -141,7 +141,7 @@ Bytes Handshake::OnProof(ByteView payload) {
                   .probe_address = self_.probe_address,
                   .probe = self_.probe,
                   .mac = {}};
-  welcome.mac = Prove(kServerRole, WelcomeExtra(proof->lanes, welcome));
+  welcome.mac = ComputeMac(kServerRole, WelcomeExtra(proof->lanes, welcome));
   state_ = State::kDone;
   return EncodeFrame(FrameType::kWelcome, 0, welcome);
 }
@@ -149,7 +149,7 @@ Bytes Handshake::OnProof(ByteView payload) {
 Bytes Handshake::OnWelcome(ByteView payload) {
   auto welcome = Unpack<Welcome>(payload);
   if (!welcome) return Fail(Code::kAuth, "a malformed WELCOME");
-  Mac expected = Prove(kServerRole, WelcomeExtra(self_.lanes, *welcome));
+  Mac expected = ComputeMac(kServerRole, WelcomeExtra(self_.lanes, *welcome));
   if (!EqualConstantTime(welcome->mac, expected)) return Fail(Code::kAuth, kBadProof);
   peer_.lanes = welcome->lanes;
   peer_.probe_address = welcome->probe_address;
@@ -181,7 +181,7 @@ Bytes Handshake::OnError(ByteView payload) {
   return {};
 }
 
-Mac Handshake::Prove(const char *role, const Bytes &extra) const {
+Mac Handshake::ComputeMac(const char *role, const Bytes &extra) const {
   const auto *name = reinterpret_cast<const uint8_t *>(role);
   return HmacSha256(self_.secret,
                     {ByteView(name, sizeof(kClientRole)), transcript_, extra});

@@ -31,7 +31,7 @@ struct Identity {
 };
 
 // What a side knows about the other after a finished handshake.
-struct PeerFacts {
+struct PeerInfo {
   AgentId agent{};
   Purpose purpose = Purpose::kControl;
   uint32_t lanes = 0;
@@ -55,7 +55,7 @@ class Handshake {
 
   State state() const { return state_; }
   const Status &status() const { return status_; }
-  const PeerFacts &peer() const { return peer_; }
+  const PeerInfo &peer() const { return peer_; }
 
  private:
   Handshake(const Identity &self, bool is_client) : self_(self), is_client_(is_client) {}
@@ -67,14 +67,14 @@ class Handshake {
   Bytes Fail(Code code, const std::string &text);
   Bytes FailVersion(uint16_t theirs);
   Bytes OnError(ByteView payload);
-  Mac Prove(const char *role, const Bytes &extra) const;
+  Mac ComputeMac(const char *role, const Bytes &extra) const;
 
   Identity self_;
   bool is_client_;
   FrameType awaited_ = FrameType::kHello;
   State state_ = State::kRunning;
   Status status_;
-  PeerFacts peer_;
+  PeerInfo peer_;
   AgentId expected_{};
   Bytes transcript_;  // HELLO and CHALLENGE payloads, which have fixed lengths
 };

@@ -68,7 +68,7 @@ void Channel::Receive() {
 
 // False when there is nothing more for now, or the channel failed.
 bool Channel::ReceiveOnce() {
-  MakeRoom(RoomWanted());
+  ReserveInput(NextReadBytes());
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
   iovec piece{in_.data() + end_, in_.size() - end_};
   msghdr message{};
@@ -79,7 +79,7 @@ bool Channel::ReceiveOnce() {
   ssize_t got = recvmsg(fd_.get(), &message, MSG_CMSG_CLOEXEC);
   if (got > 0) {
     end_ += static_cast<size_t>(got);
-    KeepAttached(&message);
+    TakeDescriptors(&message);
     return true;
   }
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
@@ -90,14 +90,14 @@ bool Channel::ReceiveOnce() {
 }
 
 // The rest of a large frame at once, else a little.
-size_t Channel::RoomWanted() const {
+size_t Channel::NextReadBytes() const {
   if (end_ - begin_ < kHeaderBytes) return kReadBytes;
   size_t whole = kHeaderBytes + DecodeHeader(in_.data() + begin_).length;
   size_t have = end_ - begin_;
   return std::max(kReadBytes, whole > have ? whole - have : 0);
 }
 
-void Channel::MakeRoom(size_t nbytes) {
+void Channel::ReserveInput(size_t nbytes) {
   if (begin_ == end_) {
     begin_ = end_ = 0;
     if (in_.size() > kKeptBytes) Bytes().swap(in_);
@@ -122,7 +122,7 @@ void Channel::Dispatch() {
   }
 }
 
-void Channel::KeepAttached(msghdr *message) {
+void Channel::TakeDescriptors(msghdr *message) {
   for (cmsghdr *c = CMSG_FIRSTHDR(message); c != nullptr; c = CMSG_NXTHDR(message, c)) {
     if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS) continue;
     size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);

@@ -52,10 +52,10 @@ class Channel : public std::enable_shared_from_this<Channel> {
   void OnReady(uint32_t events);
   void Receive();
   bool ReceiveOnce();
-  size_t RoomWanted() const;
-  void MakeRoom(size_t nbytes);
+  size_t NextReadBytes() const;
+  void ReserveInput(size_t nbytes);
   void Dispatch();
-  void KeepAttached(msghdr *message);
+  void TakeDescriptors(msghdr *message);
   bool SendFirst();
   void Flush();
   void Fail(Code code, const std::string &text);

@@ -16,7 +16,7 @@ uint64_t Crc(const void *data, uint64_t nbytes) {
       static_cast<const uint8_t *>(data), static_cast<int>(nbytes), 0);
 }
 
-uint64_t SumOfBlock(const SpanList &memory, Range block) {
+uint64_t ChecksumOfOneBlock(const SpanList &memory, Range block) {
   uint64_t number = block.offset / kChecksumBlock;
   std::vector<iovec> pieces;
   if (memory.Slice(block, &pieces) == block.nbytes && pieces.size() == 1) {
@@ -37,13 +37,13 @@ uint64_t Checksum(const SpanList &memory, Range range) {
   uint64_t sum = 0;
   while (range.nbytes > 0) {
     Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
-    sum += SumOfBlock(memory, block);
+    sum += ChecksumOfOneBlock(memory, block);
     range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
   }
   return sum;
 }
 
-bool LazyNumber::Ask(Told told) {
+bool LazyChecksum::Ask(Callback told) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (number_) {
     lock.unlock();
@@ -54,14 +54,14 @@ bool LazyNumber::Ask(Told told) {
   return !std::exchange(is_asked_, true);
 }
 
-void LazyNumber::Set(uint64_t number) {
-  std::vector<Told> waiting;
+void LazyChecksum::Set(uint64_t number) {
+  std::vector<Callback> waiting;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     number_ = number;
     waiting.swap(waiting_);
   }
-  for (const Told &told : waiting) told(number);
+  for (const Callback &told : waiting) told(number);
 }
 
 }  // namespace ray::rdt

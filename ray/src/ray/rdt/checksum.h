@@ -26,20 +26,20 @@ uint64_t Checksum(const SpanList &memory, Range range);
 uint64_t ChecksumOfBlock(const void *data, uint64_t nbytes, uint64_t number);
 
 // A number that is computed once and told to all who ask.
-class LazyNumber {
+class LazyChecksum {
  public:
-  using Told = std::function<void(uint64_t number)>;
+  using Callback = std::function<void(uint64_t number)>;
 
   // Tells at once, or when Set has been called. True for the first who asks: that
   // one is to find the number out and Set it.
-  bool Ask(Told told);
+  bool Ask(Callback told);
   void Set(uint64_t number);
 
  private:
   std::mutex mutex_;
   bool is_asked_ = false;  // guarded by mutex_, as is all below
   std::optional<uint64_t> number_;
-  std::vector<Told> waiting_;
+  std::vector<Callback> waiting_;
 };
 
 }  // namespace ray::rdt

@@ -12,9 +12,9 @@ namespace ray::rdt {
 namespace {
 
 // Shared by the steps of one region.
-class SumJob {
+class ChecksumJob {
  public:
-  explicit SumJob(Pin pin) : pin_(std::move(pin)) {}
+  explicit ChecksumJob(Pin pin) : pin_(std::move(pin)) {}
 
   // One chunk; true if there may be more.
   bool Step() {
@@ -22,8 +22,8 @@ class SumJob {
     uint64_t offset = next_.fetch_add(kChunk);
     if (offset >= total) return false;
     uint64_t nbytes = std::min(kChunk, total - offset);
-    sum_ += SumOf({offset, nbytes});
-    if (done_.fetch_add(nbytes) + nbytes == total) pin_->sum.Set(sum_);
+    sum_ += ChecksumOf({offset, nbytes});
+    if (done_.fetch_add(nbytes) + nbytes == total) pin_->checksum.Set(sum_);
     return true;
   }
 
@@ -33,7 +33,7 @@ class SumJob {
   static_assert(kChunk % kChecksumBlock == 0);
 
   // Blocks that cannot be read count for nothing: whoever pulls them is told why.
-  uint64_t SumOf(Range range) const {
+  uint64_t ChecksumOf(Range range) const {
     uint64_t sum = 0;
     std::vector<char> bytes(std::min(kChecksumBlock, range.nbytes));
     while (range.nbytes > 0) {
@@ -54,9 +54,9 @@ class SumJob {
 
 }  // namespace
 
-void StartSum(CopyPool *copies, Pin pin) {
-  if (pin->memory.total() == 0) return pin->sum.Set(0);
-  auto job = std::make_shared<SumJob>(std::move(pin));
+void StartChecksum(CopyPool *copies, Pin pin) {
+  if (pin->memory.total() == 0) return pin->checksum.Set(0);
+  auto job = std::make_shared<ChecksumJob>(std::move(pin));
   copies->Add([job] { return job->Step(); }, copies->threads());
 }
 

@@ -6,7 +6,7 @@
 
 namespace ray::rdt {
 
-// Ends with pin->sum.Set. Runs on: any thread.
-void StartSum(CopyPool *copies, Pin pin);
+// Ends with pin->checksum.Set. Runs on: any thread.
+void StartChecksum(CopyPool *copies, Pin pin);
 
 }  // namespace ray::rdt

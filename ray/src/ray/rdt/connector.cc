@@ -14,16 +14,16 @@ constexpr double kRetryS = 0.01;
 
 }  // namespace
 
-Dial::Dial(Loop *loop,
-           const Identity &self,
-           const Address &address,
-           const DialOptions &options,
-           OnResult on_result)
+Connector::Connector(Loop *loop,
+                     const Identity &self,
+                     const Address &address,
+                     const ConnectOptions &options,
+                     OnResult on_result)
     : loop_(loop),
       self_(self),
       address_(address),
       options_(options),
-      handshake_(Greeting()),
+      handshake_(NewHandshake()),
       on_result_(std::move(on_result)) {
   deadline_ = loop_->After(options_.connect_timeout_s, [this] {
     if (shortage_ != 0) return Finish({Code::kIo, WithErrno("connect", shortage_)});
@@ -32,16 +32,16 @@ Dial::Dial(Loop *loop,
   retry_ = loop_->After(0, [this] { Connect(); });
 }
 
-Dial::~Dial() {
+Connector::~Connector() {
   loop_->CancelTimer(deadline_);
   loop_->CancelTimer(retry_);
   if (connecting_) loop_->Unwatch(watch_);
   if (channel_) channel_->Close();
 }
 
-void Dial::Connect() {
-  connecting_ =
-      options_.over_unix ? DialUnix(address_.agent) : DialTcp(address_.ip, address_.port);
+void Connector::Connect() {
+  connecting_ = options_.over_unix ? ConnectUnix(address_.agent)
+                                   : ConnectTcp(address_.ip, address_.port);
   shortage_ = !connecting_ && IsShortage(errno) ? errno : 0;
   // EAGAIN: the backlog of a Unix socket is full.
   if (!connecting_ && (shortage_ != 0 || errno == EAGAIN)) {
@@ -56,25 +56,25 @@ void Dial::Connect() {
   retry_ = loop_->After(kRetryS, [this] { Connect(); });
 }
 
-void Dial::OnWritable() {
+void Connector::OnWritable() {
   loop_->Unwatch(watch_);
   int error = SocketError(connecting_.get());
   if (error != 0) return Finish({Code::kUnreachable, WithErrno("connect", error)});
   if (!options_.over_unix) TuneTcp(connecting_.get(), options_.peer_timeout_s);
-  Greet();
+  StartHandshake();
 }
 
-void Dial::Greet() {
+void Connector::StartHandshake() {
   channel_ = std::make_shared<Channel>(loop_, std::move(connecting_));
   channel_->Start(this);
   channel_->Send(handshake_.FirstFrame());
 }
 
-Handshake Dial::Greeting() const {
+Handshake Connector::NewHandshake() const {
   return Handshake::Client(self_, options_.purpose, address_.agent);
 }
 
-void Dial::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
+void Connector::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
   attached->Reset();
   Bytes answer = handshake_.OnFrame(header, payload);
   if (!answer.empty()) channel_->Send(std::move(answer));
@@ -83,18 +83,19 @@ void Dial::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
 
 // Who is gone refuses the next attempt; a network that broke this one may not, nor a
 // crowd that had this one dropped. Each attempt waits twice as long as the last.
-void Dial::OnClosed(const Status &why) {
-  if (++broken_ < kMaxBroken) {
+void Connector::OnClosed(const Status &why) {
+  if (++broken_handshakes_ < kMaxHandshakes) {
     channel_.reset();
-    handshake_ = Greeting();
-    retry_ = loop_->After(kRetryS * (1 << (broken_ - 1)), [this] { Connect(); });
+    handshake_ = NewHandshake();
+    retry_ =
+        loop_->After(kRetryS * (1 << (broken_handshakes_ - 1)), [this] { Connect(); });
     return;
   }
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});
 }
 
 // The callback may drop this object, so nothing of it is used from the call on.
-void Dial::Finish(Status status) {
+void Connector::Finish(Status status) {
   std::shared_ptr<Channel> channel = std::move(channel_);
   OnResult on_result = std::move(on_result_);
   loop_->CancelTimer(deadline_);
@@ -104,7 +105,7 @@ void Dial::Finish(Status status) {
     channel.reset();
   }
   if (channel) channel->set_max_frame(kMaxFrame);
-  PeerFacts peer = handshake_.peer();
+  PeerInfo peer = handshake_.peer();
   on_result(status, std::move(channel), peer);
 }
 

@@ -12,7 +12,7 @@
 namespace ray::rdt {
 
 // How, besides the address, a connection is made.
-struct DialOptions {
+struct ConnectOptions {
   Purpose purpose = Purpose::kControl;
   bool over_unix = false;
   double connect_timeout_s = 10;
@@ -21,40 +21,40 @@ struct DialOptions {
 
 // Runs on: the loop it was made with. Reports exactly once, never from inside
 // the constructor; dropping the object before that drops the attempt.
-class Dial : private Channel::Handler {
+class Connector : private Channel::Handler {
  public:
   // On failure `channel` is empty.
   using OnResult = std::function<void(
-      const Status &status, std::shared_ptr<Channel> channel, const PeerFacts &peer)>;
+      const Status &status, std::shared_ptr<Channel> channel, const PeerInfo &peer)>;
 
-  Dial(Loop *loop,
-       const Identity &self,
-       const Address &address,
-       const DialOptions &options,
-       OnResult on_result);
-  ~Dial() override;
+  Connector(Loop *loop,
+            const Identity &self,
+            const Address &address,
+            const ConnectOptions &options,
+            OnResult on_result);
+  ~Connector() override;
 
  private:
   void Connect();
   void OnWritable();
-  void Greet();
-  Handshake Greeting() const;
+  void StartHandshake();
+  Handshake NewHandshake() const;
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   void OnClosed(const Status &why) override;
   void Finish(Status status);
 
   // Over a second and more: a crowd at the other's door is let in by then.
-  static constexpr int kMaxBroken = 8;
+  static constexpr int kMaxHandshakes = 8;
 
   Loop *const loop_;
   const Identity self_;
   const Address address_;
-  const DialOptions options_;
+  const ConnectOptions options_;
   Handshake handshake_;
   OnResult on_result_;
   Fd connecting_;
-  int broken_ = 0;    // attempts whose handshake was cut off
-  int shortage_ = 0;  // why the last attempt had no socket
+  int broken_handshakes_ = 0;  // attempts whose handshake was cut off
+  int shortage_ = 0;           // why the last attempt had no socket
   Loop::Id watch_ = 0;
   Loop::Id deadline_ = 0;
   Loop::Id retry_ = 0;

@@ -42,17 +42,18 @@ class CollapseJob {
 };
 
 // 3, 6, 12, 24 ...
-bool IsTurn(unsigned pulls) {
-  return pulls % HugePages::kPulls == 0 && std::has_single_bit(pulls / HugePages::kPulls);
+bool IsCollapseDue(unsigned pulls) {
+  return pulls % HugePages::kPullsBeforeCollapse == 0 &&
+         std::has_single_bit(pulls / HugePages::kPullsBeforeCollapse);
 }
 
 }  // namespace
 
-void HugePages::NotePulled(const SpanList &memory, std::shared_ptr<const void> keep) {
+void HugePages::RecordPull(const SpanList &memory, std::shared_ptr<const void> keep) {
   for (const Span &span : memory.spans()) {
     if (span.nbytes < kMinSpan) continue;
     if (pulls_.size() >= kMaxSpans) pulls_.clear();
-    if (!IsTurn(++pulls_[{span.address, span.nbytes}])) continue;
+    if (!IsCollapseDue(++pulls_[{span.address, span.nbytes}])) continue;
     auto job = std::make_shared<CollapseJob>(keep, span);
     copies_->Add([job] { return job->Step(); }, 1);
   }

@@ -25,11 +25,11 @@ class HugePages {
   // A pull has ended that read or wrote this memory of ours. `keep` holds it until
   // the collapsing has ended; without it the memory may go at any time, and what
   // comes to lie there instead is collapsed.
-  void NotePulled(const SpanList &memory, std::shared_ptr<const void> keep);
+  void RecordPull(const SpanList &memory, std::shared_ptr<const void> keep);
 
   // Collapsed after so many pulls, and again after each doubling: what is in use at
   // that moment is left out.
-  static constexpr unsigned kPulls = 3;
+  static constexpr unsigned kPullsBeforeCollapse = 3;
   static constexpr uint64_t kMinSpan = 16 << 20;
 
  private:

@@ -62,7 +62,7 @@ Fd Listen(SocketAddress name, const std::string &what) {
   return fd;
 }
 
-Fd DialName(SocketAddress name) {
+Fd ConnectTo(SocketAddress name) {
   Fd fd(socket(name.storage.ss_family, kStreamFlags, 0));
   if (!fd) return fd;
   fd.CloseInChildren();
@@ -110,11 +110,11 @@ Fd AcceptOne(int listener) {
   return fd;
 }
 
-Fd DialUnix(const AgentId &agent) { return DialName(UnixName(agent)); }
+Fd ConnectUnix(const AgentId &agent) { return ConnectTo(UnixName(agent)); }
 
-Fd DialTcp(const std::string &ip, uint16_t port) {
+Fd ConnectTcp(const std::string &ip, uint16_t port) {
   SocketAddress name;
-  if (TcpName(ip, port, &name)) return DialName(name);
+  if (TcpName(ip, port, &name)) return ConnectTo(name);
   errno = EINVAL;
   return Fd();
 }

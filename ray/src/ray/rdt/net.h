@@ -17,8 +17,8 @@ Fd ListenTcp(const std::string &ip, uint16_t *port);
 Fd AcceptOne(int listener);
 
 // EINPROGRESS counts as success: the result shows once the socket is writable.
-Fd DialUnix(const AgentId &agent);
-Fd DialTcp(const std::string &ip, uint16_t port);
+Fd ConnectUnix(const AgentId &agent);
+Fd ConnectTcp(const std::string &ip, uint16_t port);
 
 // No delay for small frames; a dead host is noticed after peer_timeout_s.
 void TuneTcp(int fd, double peer_timeout_s);

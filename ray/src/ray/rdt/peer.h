@@ -5,9 +5,9 @@
 #include <mutex>
 #include <vector>
 
+#include "ray/rdt/connector.h"
 #include "ray/rdt/copy_pool.h"
 #include "ray/rdt/counters.h"
-#include "ray/rdt/connector.h"
 #include "ray/rdt/events.h"
 #include "ray/rdt/huge_pages.h"
 #include "ray/rdt/lanes/lane_kind.h"
@@ -28,7 +28,7 @@ struct Settings {
 };
 
 // What every peer works with; owned by the agent, which outlives its peers.
-struct Workplace {
+struct Context {
   Loop *loop;
   CopyPool *copies;
   HugePages *huge_pages;

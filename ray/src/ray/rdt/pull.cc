@@ -9,12 +9,12 @@ uint64_t Pull::attempt() const {
   return attempt_;
 }
 
-uint64_t Pull::landed() const {
+uint64_t Pull::received_bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return landed_;
+  return received_;
 }
 
-uint64_t Pull::sum() const {
+uint64_t Pull::checksum() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return sum_;
 }
@@ -57,7 +57,7 @@ void Pull::EndWrite() {
 Status Pull::Fill(Range range,
                   const std::function<Status(Range part)> &copy,
                   uint64_t *sum) const {
-  if (!is_summed) return copy(range);
+  if (!with_checksum) return copy(range);
   while (range.nbytes > 0) {
     Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
     if (Status status = copy(block); !status.ok()) return status;
@@ -67,12 +67,12 @@ Status Pull::Fill(Range range,
   return {};
 }
 
-bool Pull::Landed(uint64_t attempt, Range range, uint64_t sum) {
+bool Pull::CompleteRange(uint64_t attempt, Range range, uint64_t sum) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (attempt != attempt_ || taken_.erase(range.offset) == 0) return false;
-  landed_ += range.nbytes;
+  received_ += range.nbytes;
   sum_ += sum;
-  return landed_ == destination.total();
+  return received_ == destination.total();
 }
 
 void Pull::Resume() {
@@ -85,7 +85,7 @@ void Pull::Resume() {
 void Pull::Restart() {
   std::unique_lock<std::mutex> lock(mutex_);
   EndAttemptLocked(&lock);
-  next_ = landed_ = 0;
+  next_ = received_ = 0;
   sum_ = 0;
   returned_.clear();
   taken_.clear();

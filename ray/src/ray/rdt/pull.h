@@ -35,17 +35,17 @@ class Pull : public Completion {
        const Key &key,
        SpanList destination,
        std::atomic<int64_t> *live,
-       bool is_summed = false)
+       bool with_checksum = false)
       : Completion(live),
         id(id),
         key(key),
         destination(std::move(destination)),
-        is_summed(is_summed) {}
+        with_checksum(with_checksum) {}
 
   const uint64_t id;
   const Key key;
   const SpanList destination;
-  const bool is_summed;  // whoever asked wants to verify it
+  const bool with_checksum;  // whoever asked wants to verify it
 
   uint64_t attempt() const;
   // Hands out up to max_bytes that nobody has taken. False when nothing is left
@@ -63,19 +63,19 @@ class Pull : public Completion {
               uint64_t *sum) const;
   // What has landed counts, its checksum with it. True for the one call that makes
   // the destination whole.
-  bool Landed(uint64_t attempt, Range range, uint64_t sum = 0);
+  bool CompleteRange(uint64_t attempt, Range range, uint64_t sum = 0);
   // Ends the attempt, once its writers have left (each is done with its chunk
   // soon): the next one fetches what has not landed.
   void Resume();
   // As Resume, and the next one fetches everything.
   void Restart();
-  uint64_t landed() const;
-  bool is_whole() const { return landed() == destination.total(); }
+  uint64_t received_bytes() const;
+  bool is_whole() const { return received_bytes() == destination.total(); }
 
   // Ok, or kSizeMismatch with both lengths.
   Status CheckTotal(uint64_t producer_total) const;
   // The checksum of the destination, once all is there; see checksum.h.
-  uint64_t sum() const;
+  uint64_t checksum() const;
   // The chunk that splits this pull fairly over `workers`, in whole blocks.
   uint64_t ChunkFor(int workers) const;
 
@@ -99,7 +99,7 @@ class Pull : public Completion {
   uint64_t next_ = 0;  // nothing from here on was ever taken
   std::deque<Range> returned_;
   std::map<uint64_t, uint64_t> taken_;  // lengths by offset; not landed, not returned
-  uint64_t landed_ = 0;
+  uint64_t received_ = 0;
   uint64_t sum_ = 0;  // of what has landed
   std::atomic<int> lane_{-1};
 };
@@ -109,11 +109,11 @@ class Call : public Completion {
  public:
   // `kind` is kCall, or kSum for a request that the agent itself answers. One that
   // `repeats` may reach the other side twice: it is sent again over a new connection.
-  Call(uint64_t id, FrameType kind, bool repeats, std::atomic<int64_t> *live)
-      : Completion(live), id(id), kind(kind), repeats(repeats) {}
+  Call(uint64_t id, FrameType kind, bool is_idempotent, std::atomic<int64_t> *live)
+      : Completion(live), id(id), kind(kind), is_idempotent(is_idempotent) {}
   const uint64_t id;
   const FrameType kind;
-  const bool repeats;
+  const bool is_idempotent;
 
   // An error reply settles as kRefused with the payload as text.
   void Answer(bool is_error, Bytes payload);

@@ -43,7 +43,7 @@ class Region {
 
   const SpanList memory;
   // The memory's checksum as it was when the first consumer asked.
-  mutable LazyNumber sum;
+  mutable LazyChecksum checksum;
 
  private:
   const std::vector<Guard> guards_;

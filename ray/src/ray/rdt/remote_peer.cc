@@ -26,23 +26,24 @@ constexpr std::chrono::milliseconds kNoticesApart{5};
 
 }  // namespace
 
-RemotePeer::RemotePeer(const Workplace &workplace, const Address &address)
-    : work_(workplace), address_(address) {}
+RemotePeer::RemotePeer(const Context &context, const Address &address)
+    : context_(context), address_(address) {}
 
 RemotePeer::~RemotePeer() { Disconnect(); }
 
 void RemotePeer::Submit(std::shared_ptr<Pull> pull) {
-  NoteWork();
+  StartSilenceClock();
   uint64_t id = pull->id;
-  Asked &asked = pulls_[id] = {.pull = std::move(pull)};
+  PendingPull &asked = pulls_[id] = {.pull = std::move(pull)};
   if (channel_) return SendPull(id, &asked);
   Connect();
 }
 
 void RemotePeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
-  NoteWork();
+  StartSilenceClock();
   uint64_t id = call->id;
-  Called &called = calls_[id] = {.call = std::move(call), .payload = std::move(payload)};
+  PendingCall &called =
+      calls_[id] = {.call = std::move(call), .payload = std::move(payload)};
   if (channel_) return SendCall(id, &called);
   Connect();
 }
@@ -60,10 +61,10 @@ void RemotePeer::SendNotices() {
   if (!channel_) return Connect();
   Clock::duration early = notices_sent_at_ + kNoticesApart - Clock::now();
   if (early > Clock::duration::zero()) {
-    work_.loop->After(std::chrono::duration<double>(early).count(),
-                      [weak = std::weak_ptr(alive_)] {
-                        if (auto peer = weak.lock()) (*peer)->SendNotices();
-                      });
+    context_.loop->After(std::chrono::duration<double>(early).count(),
+                         [weak = std::weak_ptr(alive_)] {
+                           if (auto peer = weak.lock()) (*peer)->SendNotices();
+                         });
     return;
   }
   FlushNotices();
@@ -86,7 +87,7 @@ void RemotePeer::SendKeys(FrameType type, std::vector<Key> keys) {
 // The answer to this PING tells that the peer has seen what was sent before it.
 void RemotePeer::FollowNotices(Notices notices) {
   if (notices.empty()) return;
-  NoteWork();
+  StartSilenceClock();
   unanswered_[++last_ping_] = std::move(notices);
   channel_->Send(EncodeFrame(FrameType::kPing, last_ping_));
 }
@@ -104,7 +105,7 @@ void RemotePeer::Tick() {
   }
   if (!is_waiting()) return;
   double silent_s = std::chrono::duration<double>(Clock::now() - last_heard_).count();
-  if (silent_s > work_.settings->peer_timeout_s) {
+  if (silent_s > context_.settings->peer_timeout_s) {
     // One more try: what is silent may well be silent again.
     for (auto &[id, asked] : pulls_) asked.tries = std::max(asked.tries, kMaxTries - 1);
     for (auto &[id, called] : calls_)
@@ -113,13 +114,13 @@ void RemotePeer::Tick() {
                  "the peer has not answered for " +
                      std::to_string(static_cast<int>(silent_s)) + " s"});
   }
-  if (silent_s > work_.settings->peer_timeout_s / 3) {
+  if (silent_s > context_.settings->peer_timeout_s / 3) {
     channel_->Send(EncodeFrame(FrameType::kPing, 0));
   }
 }
 
 bool RemotePeer::is_idle() const {
-  return !channel_ && !dial_ && !is_waiting() && !HasNotices();
+  return !channel_ && !connector_ && !is_waiting() && !HasNotices();
 }
 
 bool RemotePeer::is_waiting() const {
@@ -129,40 +130,40 @@ bool RemotePeer::is_waiting() const {
 void RemotePeer::Shutdown(const Status &why) {
   if (channel_) FlushNotices();
   Disconnect();
-  dial_.reset();
+  connector_.reset();
   FailAll(why);
 }
 
 // ---- connection ----
 
 void RemotePeer::Connect() {
-  if (dial_) return;
+  if (connector_) return;
   if (!OverUnix() && !NoTcpReason().empty()) {
     return GiveUp(Named({Code::kRefused, NoTcpReason()}));
   }
-  DialOptions options{.purpose = Purpose::kControl,
-                      .over_unix = OverUnix(),
-                      .connect_timeout_s = work_.settings->connect_timeout_s,
-                      .peer_timeout_s = work_.settings->peer_timeout_s};
-  dial_ = std::make_unique<Dial>(
-      work_.loop,
-      *work_.identity,
+  ConnectOptions options{.purpose = Purpose::kControl,
+                         .over_unix = OverUnix(),
+                         .connect_timeout_s = context_.settings->connect_timeout_s,
+                         .peer_timeout_s = context_.settings->peer_timeout_s};
+  connector_ = std::make_unique<Connector>(
+      context_.loop,
+      *context_.identity,
       address_,
       options,
       [this](const Status &status,
              std::shared_ptr<Channel> channel,
-             const PeerFacts &facts) { OnDialed(status, std::move(channel), facts); });
+             const PeerInfo &info) { OnConnected(status, std::move(channel), info); });
 }
 
-void RemotePeer::OnDialed(const Status &status,
-                          std::shared_ptr<Channel> channel,
-                          const PeerFacts &facts) {
-  dial_.reset();
+void RemotePeer::OnConnected(const Status &status,
+                             std::shared_ptr<Channel> channel,
+                             const PeerInfo &info) {
+  connector_.reset();
   if (!status.ok()) return GiveUp(Named(status));
   channel_ = std::move(channel);
   channel_->set_handler(this);
-  facts_ = facts;
-  ++work_.counters->connections;
+  info_ = info;
+  ++context_.counters->connections;
   cut_since_.reset();
   last_heard_ = Clock::now();
   if (OverUnix()) IdentifyProcess();
@@ -178,19 +179,19 @@ void RemotePeer::IdentifyProcess() {
   if (pid_ <= 0) return;
   pidfd_ = OpenPidFd(pid_);
   if (!pidfd_) return;
-  pidfd_watch_ = work_.loop->Watch(pidfd_.get(), EPOLLIN, [this](uint32_t) {
+  pidfd_watch_ = context_.loop->Watch(pidfd_.get(), EPOLLIN, [this](uint32_t) {
     Lose({Code::kPeerLost, "the peer's process ended"});
   });
 }
 
 void RemotePeer::SettleLanes() {
   LaneReasons reasons =
-      JudgeLanes({.mine = work_.settings->lanes,
-                  .theirs = facts_.lanes,
-                  .is_unix = OverUnix(),
-                  .cma_probe_error = OverUnix() ? ProbeCma(pid_, facts_) : "",
-                  .has_tcp = NoTcpReason().empty(),
-                  .no_tcp_reason = NoTcpReason()});
+      EvaluateLanes({.mine = context_.settings->lanes,
+                     .theirs = info_.lanes,
+                     .is_unix = OverUnix(),
+                     .cma_probe_error = OverUnix() ? ProbeCma(pid_, info_) : "",
+                     .has_tcp = NoTcpReason().empty(),
+                     .no_tcp_reason = NoTcpReason()});
   for (LaneKind kind : UsableLanes(reasons)) {
     lanes_[static_cast<size_t>(kind)] = MakeLane(kind);
   }
@@ -207,24 +208,24 @@ void RemotePeer::LogLanes(const LaneReasons &reasons) {
   for (size_t i = 0; i < kLaneCount && reasons[i] != "ok"; ++i) {
     text += std::string(i == 0 ? " (" : "; ") + kLaneNames[i] + ": " + reasons[i];
   }
-  work_.log->Info("lanes", text + (reasons[0] != "ok" ? ")" : ""));
+  context_.log->Info("lanes", text + (reasons[0] != "ok" ? ")" : ""));
 }
 
 std::unique_ptr<Lane> RemotePeer::MakeLane(LaneKind kind) {
   switch (kind) {
   case LaneKind::kCma:
-    return std::make_unique<CmaLane>(work_.copies, pid_);
+    return std::make_unique<CmaLane>(context_.copies, pid_);
   case LaneKind::kShm:
-    return std::make_unique<ShmLane>(work_.loop, work_.copies, channel_);
+    return std::make_unique<ShmLane>(context_.loop, context_.copies, channel_);
   case LaneKind::kTcp:
     return std::make_unique<TcpLane>(
-        work_.loop,
-        work_.copies,
-        *work_.identity,
+        context_.loop,
+        context_.copies,
+        *context_.identity,
         address_,
-        TcpOptions{.max_streams = work_.settings->tcp_streams,
-                   .connect_timeout_s = work_.settings->connect_timeout_s,
-                   .peer_timeout_s = work_.settings->peer_timeout_s});
+        TcpOptions{.max_streams = context_.settings->tcp_streams,
+                   .connect_timeout_s = context_.settings->connect_timeout_s,
+                   .peer_timeout_s = context_.settings->peer_timeout_s});
   case LaneKind::kInproc:
     break;
   }
@@ -236,7 +237,7 @@ std::unique_ptr<Lane> RemotePeer::MakeLane(LaneKind kind) {
 // bytes came from the pinned region and nowhere else.
 bool RemotePeer::IsMemoryValid() const {
   bool has_ended = pidfd_ && IsReadable(pidfd_.get());
-  return !has_ended && ProbeCma(pid_, facts_).empty() && !IsHungUp(channel_->fd());
+  return !has_ended && ProbeCma(pid_, info_).empty() && !IsHungUp(channel_->fd());
 }
 
 void RemotePeer::OnClosed(const Status &why) { Lose(why); }
@@ -244,15 +245,15 @@ void RemotePeer::OnClosed(const Status &why) { Lose(why); }
 void RemotePeer::Lose(const Status &why) {
   bool has_ended = pidfd_ && IsReadable(pidfd_.get());
   Disconnect();
-  work_.events->Push({.kind = Event::Kind::kLost, .agent = address_.agent});
+  context_.events->Push({.kind = Event::Kind::kLost, .agent = address_.agent});
   if (has_ended) DropNotices();
   for (auto &[ping, notices] : std::exchange(unanswered_, {}))
     PutBackNotices(std::move(notices));
-  std::map<uint64_t, Asked> again;
+  std::map<uint64_t, PendingPull> again;
   for (auto &[id, asked] : pulls_) {
     if (!has_ended && TryAgain(&asked)) again[id] = std::move(asked);
   }
-  std::map<uint64_t, Called> called_again;
+  std::map<uint64_t, PendingCall> called_again;
   for (auto &[id, called] : calls_) {
     if (!has_ended && TryAgain(&called)) called_again[id] = std::move(called);
   }
@@ -264,8 +265,8 @@ void RemotePeer::Lose(const Status &why) {
   if (!pulls_.empty() || !calls_.empty()) Connect();  // notices wait for the next Tick
 }
 
-bool RemotePeer::TryAgain(Called *called) {
-  if (called->call->repeats) called->is_sent = false;
+bool RemotePeer::TryAgain(PendingCall *called) {
+  if (called->call->is_idempotent) called->is_sent = false;
   return ++called->tries <= kMaxTries;
 }
 
@@ -280,23 +281,23 @@ void RemotePeer::FailBroken() {
   }
 }
 
-bool RemotePeer::TryAgain(Asked *asked) {
+bool RemotePeer::TryAgain(PendingPull *asked) {
   asked->pull->Resume();
-  uint64_t landed = asked->pull->landed();
-  int tries = landed == asked->landed_before ? asked->tries + 1 : 2;
+  uint64_t received_bytes = asked->pull->received_bytes();
+  int tries = received_bytes == asked->received_before ? asked->tries + 1 : 2;
   if (tries > kMaxTries) return false;
-  *asked = {.pull = asked->pull, .tries = tries, .landed_before = landed};
+  *asked = {.pull = asked->pull, .tries = tries, .received_before = received_bytes};
   return true;
 }
 
 void RemotePeer::Disconnect() {
   for (auto &lane : lanes_) lane.reset();
-  if (pidfd_) work_.loop->Unwatch(pidfd_watch_);
+  if (pidfd_) context_.loop->Unwatch(pidfd_watch_);
   pidfd_.Reset();
   if (!channel_) return;
   channel_->Close();
   channel_.reset();
-  --work_.counters->connections;
+  --context_.counters->connections;
 }
 
 // No connection. Notices wait for a later one.
@@ -320,10 +321,10 @@ void RemotePeer::FailAll(const Status &why) {
   }
 }
 
-bool RemotePeer::OverUnix() const { return work_.self->SharesHostWith(address_); }
+bool RemotePeer::OverUnix() const { return context_.self->SharesHostWith(address_); }
 
 std::string RemotePeer::NoTcpReason() const {
-  if (!work_.settings->clear_tcp) {
+  if (!context_.settings->clear_tcp) {
     return "TLS is required (RAY_USE_TLS), and RDT's connections over TCP are clear "
            "text: set RAY_RDT_ALLOW_CLEAR_TCP=1 on all nodes if the network is trusted, "
            "or "
@@ -353,7 +354,7 @@ void RemotePeer::SendAll() {
   FollowNotices(std::move(notices));
 }
 
-void RemotePeer::SendPull(uint64_t id, Asked *asked) {
+void RemotePeer::SendPull(uint64_t id, PendingPull *asked) {
   Lane *lane = BestLane(asked->tried, &asked->lane);
   if (lane == nullptr) {
     return FinishPull(id, Named({Code::kRefused, "no lane is left to the peer"}));
@@ -366,12 +367,12 @@ void RemotePeer::SendPull(uint64_t id, Asked *asked) {
   channel_->Send(EncodeFrame(FrameType::kPull, id, request));
 }
 
-void RemotePeer::SendCall(uint64_t id, Called *called) {
+void RemotePeer::SendCall(uint64_t id, PendingCall *called) {
   if (std::exchange(called->is_sent, true)) return;
   // A request may end what the notices before it keep.
   if (HasNotices()) FlushNotices();
   channel_->Send(EncodeFrame(called->call->kind, id, ByteView(called->payload)));
-  if (!called->call->repeats) called->payload = {};
+  if (!called->call->is_idempotent) called->payload = {};
 }
 
 Lane *RemotePeer::BestLane(LaneSet but_not, LaneKind *kind) {
@@ -382,14 +383,14 @@ Lane *RemotePeer::BestLane(LaneSet but_not, LaneKind *kind) {
   return nullptr;
 }
 
-void RemotePeer::BarLane(LaneKind lane, const std::string &why) {
+void RemotePeer::DisableLane(LaneKind lane, const std::string &why) {
   LaneReasons reasons = Reasons();
   reasons[static_cast<size_t>(lane)] = why;
   SetReasons(reasons);
   lanes_[static_cast<size_t>(lane)].reset();
-  work_.log->Warning("lanes",
-                     std::string("RDT gives up lane ") + LaneName(lane) + " with " +
-                         address_.Describe() + ": " + why);
+  context_.log->Warning("lanes",
+                        std::string("RDT gives up lane ") + LaneName(lane) + " with " +
+                            address_.Describe() + ": " + why);
 }
 
 void RemotePeer::OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) {
@@ -426,7 +427,7 @@ bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
   if (!grant || !TotalOf(grant->spans, &span_bytes)) return false;
   auto found = pulls_.find(id);
   if (found == pulls_.end()) return true;  // forgotten; an ABORT is on its way
-  Asked &asked = found->second;
+  PendingPull &asked = found->second;
   asked.is_granted = true;
   if (Status fit = asked.pull->CheckTotal(grant->total); !fit.ok()) {
     FinishPull(id, fit);
@@ -448,9 +449,9 @@ bool RemotePeer::OnGrant(uint64_t id, std::optional<Grant> grant) {
 }
 
 void RemotePeer::StartLane(uint64_t id, const Grant &grant) {
-  const Asked &asked = pulls_.at(id);
+  const PendingPull &asked = pulls_.at(id);
   uint64_t attempt = asked.pull->attempt();
-  auto report = [loop = work_.loop, weak = std::weak_ptr(alive_), id, attempt](
+  auto report = [loop = context_.loop, weak = std::weak_ptr(alive_), id, attempt](
                     const Status &status) {
     loop->Post([weak, id, attempt, status] {
       if (auto peer = weak.lock()) (*peer)->OnMoved(id, attempt, status);
@@ -471,7 +472,7 @@ bool RemotePeer::TakeAttached(uint64_t id, const Grant &grant) {
     };
     pull.Fill(range, copy, &sum);
     pull.EndWrite();
-    pull.Landed(attempt, range, std::exchange(sum, 0));
+    pull.CompleteRange(attempt, range, std::exchange(sum, 0));
   }
   FinishPull(id, {});
   return true;
@@ -509,12 +510,12 @@ void RemotePeer::OnMoved(uint64_t id, uint64_t attempt, const Status &status) {
   if (status.code == Code::kIo && found->second.tries < kMaxTries) return AskAgain(id);
   if (status.code != Code::kRefused) return FinishPull(id, status);
   LaneKind lane = found->second.lane;
-  if (lanes_[static_cast<size_t>(lane)]) BarLane(lane, status.text);
+  if (lanes_[static_cast<size_t>(lane)]) DisableLane(lane, status.text);
   TryNextLane(id);
 }
 
 void RemotePeer::TryNextLane(uint64_t id) {
-  Asked &asked = pulls_.at(id);
+  PendingPull &asked = pulls_.at(id);
   channel_->Send(EncodeFrame(FrameType::kAbort, id));
   asked.pull->Restart();
   asked.tried |= LaneBit(asked.lane);
@@ -523,7 +524,7 @@ void RemotePeer::TryNextLane(uint64_t id) {
 }
 
 void RemotePeer::AskAgain(uint64_t id) {
-  Asked &asked = pulls_.at(id);
+  PendingPull &asked = pulls_.at(id);
   channel_->Send(EncodeFrame(FrameType::kAbort, id));
   TryAgain(&asked);
   SendPull(id, &asked);
@@ -531,18 +532,18 @@ void RemotePeer::AskAgain(uint64_t id) {
 
 void RemotePeer::FinishPull(uint64_t id, const Status &status) {
   auto node = pulls_.extract(id);
-  Asked &asked = node.mapped();
+  PendingPull &asked = node.mapped();
   if (status.ok()) {
-    work_.counters->CountPull(asked.lane, asked.pull->destination.total());
+    context_.counters->CountPull(asked.lane, asked.pull->destination.total());
     asked.pull->Complete();
-    work_.huge_pages->NotePulled(asked.pull->destination, nullptr);
+    context_.huge_pages->RecordPull(asked.pull->destination, nullptr);
   } else {
     asked.pull->Fail(status);
   }
   if (asked.is_sent) channel_->Send(EncodeFrame(FrameType::kDone, id));
 }
 
-void RemotePeer::NoteWork() {
+void RemotePeer::StartSilenceClock() {
   if (!is_waiting()) last_heard_ = Clock::now();
 }
 

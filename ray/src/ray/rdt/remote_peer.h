@@ -19,7 +19,7 @@ namespace ray::rdt {
 // Others fail once it is known whether the peer lives: kBroken if it does.
 class RemotePeer : public Peer, private Channel::Handler {
  public:
-  RemotePeer(const Workplace &workplace, const Address &address);
+  RemotePeer(const Context &context, const Address &address);
   ~RemotePeer() override;
 
   void Submit(std::shared_ptr<Pull> pull) override;
@@ -34,16 +34,16 @@ class RemotePeer : public Peer, private Channel::Handler {
   static constexpr int kMaxTries = 5;
 
  private:
-  struct Asked {
+  struct PendingPull {
     std::shared_ptr<Pull> pull;
     LaneKind lane = LaneKind::kTcp;
     LaneSet tried = 0;  // lanes that could not carry it
     bool is_sent = false;
     bool is_granted = false;
-    int tries = 1;               // since bytes landed last
-    uint64_t landed_before = 0;  // when the last try began
+    int tries = 1;                 // since bytes landed last
+    uint64_t received_before = 0;  // when the last try began
   };
-  struct Called {
+  struct PendingCall {
     std::shared_ptr<Call> call;
     Bytes payload;  // until sent, or answered if it may be repeated
     bool is_sent = false;
@@ -52,9 +52,9 @@ class RemotePeer : public Peer, private Channel::Handler {
 
   // Connection.
   void Connect();
-  void OnDialed(const Status &status,
-                std::shared_ptr<Channel> channel,
-                const PeerFacts &facts);
+  void OnConnected(const Status &status,
+                   std::shared_ptr<Channel> channel,
+                   const PeerInfo &info);
   void IdentifyProcess();
   void SettleLanes();
   void LogLanes(const LaneReasons &reasons);
@@ -64,8 +64,8 @@ class RemotePeer : public Peer, private Channel::Handler {
   void Lose(const Status &why);
   void Disconnect();
   void GiveUp(const Status &why);
-  bool TryAgain(Asked *asked);
-  static bool TryAgain(Called *called);
+  bool TryAgain(PendingPull *asked);
+  static bool TryAgain(PendingCall *called);
   void FailBroken();
   void FailAll(const Status &why);
   bool OverUnix() const;
@@ -78,10 +78,10 @@ class RemotePeer : public Peer, private Channel::Handler {
   void FollowNotices(Notices notices);
   void DropNotices();
   void SendKeys(FrameType type, std::vector<Key> keys);
-  void SendPull(uint64_t id, Asked *asked);
-  void SendCall(uint64_t id, Called *called);
+  void SendPull(uint64_t id, PendingPull *asked);
+  void SendCall(uint64_t id, PendingCall *called);
   Lane *BestLane(LaneSet but_not, LaneKind *kind);
-  void BarLane(LaneKind lane, const std::string &why);
+  void DisableLane(LaneKind lane, const std::string &why);
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   bool Handle(const FrameHeader &header, ByteView payload);
   bool OnGrant(uint64_t id, std::optional<Grant> grant);
@@ -94,20 +94,20 @@ class RemotePeer : public Peer, private Channel::Handler {
   void AskAgain(uint64_t id);
   void FinishPull(uint64_t id, const Status &status);
   bool is_waiting() const;
-  void NoteWork();
+  void StartSilenceClock();
 
-  const Workplace work_;
+  const Context context_;
   const Address address_;
-  std::unique_ptr<Dial> dial_;
+  std::unique_ptr<Connector> connector_;
   std::shared_ptr<Channel> channel_;  // when connected
-  PeerFacts facts_;                   // of that connection
+  PeerInfo info_;                     // of that connection
   pid_t pid_ = 0;                     // in our pid namespace; over Unix only
   Fd pidfd_;
   Loop::Id pidfd_watch_ = 0;
   std::array<std::unique_ptr<Lane>, kLaneCount> lanes_;  // those that are usable
   bool were_lanes_logged_ = false;
-  std::map<uint64_t, Asked> pulls_;
-  std::map<uint64_t, Called> calls_;
+  std::map<uint64_t, PendingPull> pulls_;
+  std::map<uint64_t, PendingCall> calls_;
   // Notices that the peer has not answered for, by the PING that followed them.
   std::map<uint64_t, Notices> unanswered_;
   uint64_t last_ping_ = 0;

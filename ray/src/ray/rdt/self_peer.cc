@@ -4,13 +4,13 @@
 
 namespace ray::rdt {
 
-SelfPeer::SelfPeer(const Workplace &workplace, RegionTable *regions, Service *service)
-    : work_(workplace), regions_(regions), service_(service) {
-  LaneSet mine = work_.settings->lanes;
-  SetReasons(JudgeLanes({.mine = mine,
-                         .theirs = mine,
-                         .is_same_agent = true,
-                         .no_tcp_reason = "the peer is this process"}));
+SelfPeer::SelfPeer(const Context &context, RegionTable *regions, Service *service)
+    : context_(context), regions_(regions), service_(service) {
+  LaneSet mine = context_.settings->lanes;
+  SetReasons(EvaluateLanes({.mine = mine,
+                            .theirs = mine,
+                            .is_same_agent = true,
+                            .no_tcp_reason = "the peer is this process"}));
 }
 
 void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
@@ -23,10 +23,12 @@ void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
     return pull->Fail(fit);
   pull->set_lane(LaneKind::kInproc);
   pulls_[pull->id] = pull;
-  StartInprocCopy(
-      work_.copies, pull, std::move(source), [this, id = pull->id](const Status &status) {
-        work_.loop->Post([this, id, status] { OnCopied(id, status); });
-      });
+  StartInprocCopy(context_.copies,
+                  pull,
+                  std::move(source),
+                  [this, id = pull->id](const Status &status) {
+                    context_.loop->Post([this, id, status] { OnCopied(id, status); });
+                  });
 }
 
 void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
@@ -36,13 +38,14 @@ void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
   auto answer = [this, id](bool is_error, Bytes answer) {
     OnAnswer(id, is_error, std::move(answer));
   };
-  if (kind == FrameType::kCall) return service_->Ask(work_.self->agent, payload, answer);
-  service_->Sum(Unpack<SumRequest>(payload)->key, answer);
+  if (kind == FrameType::kCall)
+    return service_->ForwardCall(context_.self->agent, payload, answer);
+  service_->FindChecksum(Unpack<ChecksumRequest>(payload)->key, answer);
 }
 
 void SelfPeer::SendNotices() {
   Notices notices = TakeNotices();
-  regions_->SetOwner(notices.owned, work_.self->agent);
+  regions_->SetOwner(notices.owned, context_.self->agent);
   for (const Key &key : notices.freed) regions_->Release(key);
 }
 
@@ -57,7 +60,7 @@ void SelfPeer::OnCopied(uint64_t id, const Status &status) {
   auto node = pulls_.extract(id);
   if (!node) return;
   if (!status.ok()) return node.mapped()->Fail(status);
-  work_.counters->CountPull(LaneKind::kInproc, node.mapped()->destination.total());
+  context_.counters->CountPull(LaneKind::kInproc, node.mapped()->destination.total());
   node.mapped()->Complete();
 }
 

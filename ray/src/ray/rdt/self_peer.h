@@ -12,7 +12,7 @@ namespace ray::rdt {
 // Runs on: the agent's loop.
 class SelfPeer : public Peer {
  public:
-  SelfPeer(const Workplace &workplace, RegionTable *regions, Service *service);
+  SelfPeer(const Context &context, RegionTable *regions, Service *service);
 
   void Submit(std::shared_ptr<Pull> pull) override;
   void Submit(std::shared_ptr<Call> call, Bytes payload) override;
@@ -27,7 +27,7 @@ class SelfPeer : public Peer {
   void OnCopied(uint64_t id, const Status &status);
   void OnAnswer(uint64_t id, bool is_error, Bytes payload);
 
-  const Workplace work_;
+  const Context context_;
   RegionTable *const regions_;
   Service *const service_;
   std::map<uint64_t, std::shared_ptr<Pull>> pulls_;

@@ -5,17 +5,17 @@
 #include <utility>
 
 #include "ray/rdt/address.h"
+#include "ray/rdt/checksum_job.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp_source.h"
 #include "ray/rdt/read_memory.h"
-#include "ray/rdt/checksum_job.h"
 
 namespace ray::rdt {
 
 // One agent's control connection to us.
-class Service::Guest : public Channel::Handler {
+class Service::Session : public Channel::Handler {
  public:
-  Guest(Service *service, std::shared_ptr<Channel> channel, const AgentId &agent)
+  Session(Service *service, std::shared_ptr<Channel> channel, const AgentId &agent)
       : service_(service),
         channel_(std::move(channel)),
         agent_(agent),
@@ -23,10 +23,10 @@ class Service::Guest : public Channel::Handler {
     channel_->set_handler(this);
   }
 
-  ~Guest() override {
+  ~Session() override {
     channel_->Close();
     for (auto &[id, granted] : pulls_) service_->pins_->Remove(agent_, id, this);
-    for (uint64_t call : calls_) service_->answers_.erase(call);
+    for (uint64_t call : calls_) service_->repliers_.erase(call);
   }
 
   const AgentId &agent() const { return agent_; }
@@ -39,11 +39,11 @@ class Service::Guest : public Channel::Handler {
 
   void OnClosed(const Status &why) override {
     if (why.code != Code::kPeerLost) {
-      service_->log_->Warning("guest",
+      service_->log_->Warning("session",
                               "RDT dropped the connection of agent " +
                                   Hex(ByteView(agent_).first(4)) + ": " + why.text);
     }
-    service_->Leave(this);
+    service_->RemoveSession(this);
   }
 
  private:
@@ -53,7 +53,7 @@ class Service::Guest : public Channel::Handler {
     case FrameType::kPull:
       return OnPull(header.request, Unpack<PullRequest>(payload));
     case FrameType::kDone:
-      NoteDone(header.request);
+      RecordPull(header.request);
       Unpin(header.request);
       return true;
     case FrameType::kAbort:
@@ -64,10 +64,10 @@ class Service::Guest : public Channel::Handler {
     case FrameType::kOwn:
       return OnOwn(Unpack<KeyList>(payload));
     case FrameType::kCall:
-      service_->Ask(agent_, payload, Answering(header.request));
+      service_->ForwardCall(agent_, payload, ReplierFor(header.request));
       return true;
-    case FrameType::kSum:
-      return OnSum(header.request, Unpack<SumRequest>(payload));
+    case FrameType::kChecksum:
+      return OnChecksum(header.request, Unpack<ChecksumRequest>(payload));
     case FrameType::kRing:
       return OnRing(Unpack<Ring>(payload), Fd(std::move(*attached)));
     case FrameType::kFill:
@@ -127,10 +127,10 @@ class Service::Guest : public Channel::Handler {
     channel_->Send(EncodeFrame(FrameType::kRefuse, id, refuse));
   }
 
-  void NoteDone(uint64_t id) {
+  void RecordPull(uint64_t id) {
     auto found = pulls_.find(id);
     if (found == pulls_.end()) return;
-    service_->huge_pages_->NotePulled(found->second->memory, found->second);
+    service_->huge_pages_->RecordPull(found->second->memory, found->second);
   }
 
   void Unpin(uint64_t id) {
@@ -149,14 +149,14 @@ class Service::Guest : public Channel::Handler {
     return true;
   }
 
-  bool OnSum(uint64_t id, const std::optional<SumRequest> &request) {
-    if (request) service_->Sum(request->key, Answering(id));
+  bool OnChecksum(uint64_t id, const std::optional<ChecksumRequest> &request) {
+    if (request) service_->FindChecksum(request->key, ReplierFor(id));
     return request.has_value();
   }
 
   // For the service's next call. Ends with this guest (see the destructor), so
   // `this` is valid when it runs.
-  Answer Answering(uint64_t id) {
+  Replier ReplierFor(uint64_t id) {
     uint64_t call = service_->next_call_;
     calls_.insert(call);
     return [this, id, call](bool is_error, Bytes answer) {
@@ -174,7 +174,7 @@ class Service::Guest : public Channel::Handler {
   const AgentId agent_;
   ShmSource shm_;
   std::map<uint64_t, Pin> pulls_;
-  std::set<uint64_t> calls_;  // keys of answers_ that are ours
+  std::set<uint64_t> calls_;  // keys of repliers_ that are ours
 };
 
 Service::Service(Loop *loop,
@@ -194,33 +194,34 @@ Service::Service(Loop *loop,
 
 Service::~Service() = default;
 
-void Service::Enter(std::shared_ptr<Channel> channel, const PeerFacts &peer) {
-  if (peer.purpose == Purpose::kData) return Serve(channel->Release(), peer.agent);
-  auto guest = std::make_unique<Guest>(this, std::move(channel), peer.agent);
-  guests_[guest.get()] = std::move(guest);
+void Service::AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &peer) {
+  if (peer.purpose == Purpose::kData)
+    return StartTcpSource(channel->Release(), peer.agent);
+  auto session = std::make_unique<Session>(this, std::move(channel), peer.agent);
+  sessions_[session.get()] = std::move(session);
   ++counters_->connections;
 }
 
 // A data connection: from here on it lives on a copy thread.
-void Service::Serve(Fd fd, const AgentId &consumer) {
+void Service::StartTcpSource(Fd fd, const AgentId &consumer) {
   if (!fd) return;
   Loop *loop = copies_->loop(next_source_++);
   auto source = std::make_shared<TcpSource>(loop, std::move(fd), consumer, pins_);
   loop->Post([source] { source->Start(); });
 }
 
-void Service::Ask(const AgentId &from, ByteView payload, Answer answer) {
+void Service::ForwardCall(const AgentId &from, ByteView payload, Replier reply) {
   uint64_t call = next_call_++;
-  answers_[call] = std::move(answer);
+  repliers_[call] = std::move(reply);
   events_->Push({.kind = Event::Kind::kCall,
                  .call = call,
                  .agent = from,
                  .payload = Bytes(payload.begin(), payload.end())});
 }
 
-void Service::Sum(const Key &key, Answer answer) {
+void Service::FindChecksum(const Key &key, Replier reply) {
   uint64_t call = next_call_++;
-  answers_[call] = std::move(answer);
+  repliers_[call] = std::move(reply);
   Pin pin = regions_->Find(key);
   Status status{Code::kNotFound, "the producer holds no such object (it was freed)"};
   if (pin) status = pin->Check();
@@ -228,27 +229,28 @@ void Service::Sum(const Key &key, Answer answer) {
     Reply(call, true, Bytes(status.text.begin(), status.text.end()));
     return;
   }
-  bool is_first = pin->sum.Ask([this, call](uint64_t sum) {
-    loop_->Post([this, call, sum] { Reply(call, false, Pack(SumAnswer{.sum = sum})); });
+  bool is_first = pin->checksum.Ask([this, call](uint64_t sum) {
+    loop_->Post(
+        [this, call, sum] { Reply(call, false, Pack(ChecksumReply{.sum = sum})); });
   });
-  if (is_first) StartSum(copies_, std::move(pin));
+  if (is_first) StartChecksum(copies_, std::move(pin));
 }
 
 bool Service::Reply(uint64_t call, bool is_error, Bytes payload) {
-  auto node = answers_.extract(call);
+  auto node = repliers_.extract(call);
   if (!node) return false;
   node.mapped()(is_error, std::move(payload));
   return true;
 }
 
 void Service::Shutdown() {
-  guests_.clear();
-  answers_.clear();
+  sessions_.clear();
+  repliers_.clear();
 }
 
-void Service::Leave(Guest *guest) {
-  AgentId agent = guest->agent();
-  guests_.erase(guest);
+void Service::RemoveSession(Session *session) {
+  AgentId agent = session->agent();
+  sessions_.erase(session);
   --counters_->connections;
   events_->Push({.kind = Event::Kind::kLost, .agent = agent});
 }

@@ -18,7 +18,7 @@ namespace ray::rdt {
 // Runs on: the agent's loop.
 class Service {
  public:
-  using Answer = std::function<void(bool is_error, Bytes payload)>;
+  using Replier = std::function<void(bool is_error, Bytes payload)>;
 
   Service(Loop *loop,
           CopyPool *copies,
@@ -30,12 +30,12 @@ class Service {
   ~Service();
 
   // A connection that proved itself, for control or data.
-  void Enter(std::shared_ptr<Channel> channel, const PeerFacts &peer);
+  void AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &peer);
 
   // Hands a call to the Python side; `answer` runs when that replies.
-  void Ask(const AgentId &from, ByteView payload, Answer answer);
+  void ForwardCall(const AgentId &from, ByteView payload, Replier reply);
   // Has the copy threads find an object's checksum, unless it is known.
-  void Sum(const Key &key, Answer answer);
+  void FindChecksum(const Key &key, Replier reply);
   // False when nobody waits for that call any more.
   bool Reply(uint64_t call, bool is_error, Bytes payload);
 
@@ -44,10 +44,10 @@ class Service {
   void Shutdown();
 
  private:
-  class Guest;
+  class Session;
 
-  void Leave(Guest *guest);
-  void Serve(Fd fd, const AgentId &consumer);
+  void RemoveSession(Session *session);
+  void StartTcpSource(Fd fd, const AgentId &consumer);
 
   Loop *const loop_;
   CopyPool *const copies_;
@@ -58,9 +58,9 @@ class Service {
   Counters *const counters_;
   const std::shared_ptr<PinTable> pins_ = std::make_shared<PinTable>();
   uint64_t next_source_ = 0;
-  std::map<Guest *, std::unique_ptr<Guest>> guests_;
+  std::map<Session *, std::unique_ptr<Session>> sessions_;
   uint64_t next_call_ = 1;
-  std::map<uint64_t, Answer> answers_;
+  std::map<uint64_t, Replier> repliers_;
 };
 
 }  // namespace ray::rdt

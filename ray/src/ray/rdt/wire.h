@@ -70,7 +70,7 @@ enum class FrameType : uint16_t {
   kPing = 27,
   kPong = 28,
   kOwn = 29,
-  kSum = 30,  // answered by REPLY
+  kChecksum = 30,  // answered by REPLY
   kRead = 32,
   kData = 33,
 };
@@ -167,7 +167,7 @@ struct Refuse {
 };
 
 // "What is the checksum of that object?"
-struct SumRequest {
+struct ChecksumRequest {
   Key key{};
   template <class A>
   void Fields(A &a) {
@@ -176,7 +176,7 @@ struct SumRequest {
 };
 
 // In the REPLY to SUM, after the byte that says whether it is an error.
-struct SumAnswer {
+struct ChecksumReply {
   uint64_t sum = 0;
   template <class A>
   void Fields(A &a) {

@@ -67,7 +67,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         int EventFd() except +
         bool Wait(double timeout_s) except +
         int lane()
-        uint64_t sum()
+        uint64_t checksum()
 
     cdef cppclass NativeCall "ray::rdt::Call":
         bool is_settled()
@@ -121,11 +121,11 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         vector[Key] Unowned(const vector[Key] &keys)
         size_t ReleaseUnowned(const vector[Key] &keys)
         PullTicket StartPull(
-            ByteView address, const Key &key, const vector[Span] &to, bool is_summed) except +
+            ByteView address, const Key &key, const vector[Span] &to, bool with_checksum) except +
         void Cancel(const PullTicket &ticket)
-        void NotePulled(const vector[Span] &spans) except +
-        CallTicket StartCall(ByteView address, Bytes payload, bool repeats) except +
-        CallTicket StartSum(ByteView address, const Key &key) except +
+        void RecordPull(const vector[Span] &spans) except +
+        CallTicket StartCall(ByteView address, Bytes payload, bool is_idempotent) except +
+        CallTicket StartChecksum(ByteView address, const Key &key) except +
         void CancelCall "Cancel"(const CallTicket &ticket)
         void Reply(uint64_t call, Bytes payload, bool is_error)
         vector[Event] NextEvents(double timeout_s)

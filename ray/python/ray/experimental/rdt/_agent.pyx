@@ -189,7 +189,7 @@ cdef class Pull:
     def checksum(self):
         """Of what has landed, if Agent.pull was told to find it; whole once done."""
         _check_process(self._agent._pid)
-        return deref(self._ticket.pull).sum()
+        return deref(self._ticket.pull).checksum()
 
     @property
     def lane(self):
@@ -409,13 +409,13 @@ cdef class Agent:
         _check_process(self._pid)
         return self._native.ReleaseUnowned(_keys(keys))
 
-    def pull(self, address, bytes key, addrs, lens, bint is_summed=False):
+    def pull(self, address, bytes key, addrs, lens, bint with_checksum=False):
         """Starts to fetch `key` from the agent at `address`.
 
         Args:
             addrs, lens: The destination, as in register. It may be cut up in
                 another way than at the producer, but must have the same total.
-            is_summed: Find the checksum of what lands, for Pull.checksum.
+            with_checksum: Find the checksum of what lands, for Pull.checksum.
 
         Returns:
             A Pull. The destination must stay alive until it is done.
@@ -430,7 +430,7 @@ cdef class Agent:
             nbytes += span.nbytes
         pull.nbytes = nbytes
         with nogil:
-            pull._ticket = self._native.StartPull(where, native_key, spans, is_summed)
+            pull._ticket = self._native.StartPull(where, native_key, spans, with_checksum)
         pull._agent = self
         return pull
 
@@ -443,7 +443,7 @@ cdef class Agent:
             addrs, lens: As in register; the memory may go at any time.
         """
         _check_process(self._pid)
-        self._native.NotePulled(_spans(addrs, lens))
+        self._native.RecordPull(_spans(addrs, lens))
 
     def ask_checksum(self, address, bytes key):
         """Asks the agent at `address` for the checksum of `key`: a Call.
@@ -456,14 +456,14 @@ cdef class Agent:
         cdef ByteView where = _view(address)
         cdef Key native_key = _key(key)
         with nogil:
-            call._ticket = self._native.StartSum(where, native_key)
+            call._ticket = self._native.StartChecksum(where, native_key)
         call._agent = self
         return call
 
-    def call(self, address, payload, bool repeats=False):
+    def call(self, address, payload, bool is_idempotent=False):
         """Sends `payload` to the Python side of the agent at `address`: a Call.
 
-        One that `repeats` is sent again where the connection breaks, so it may be served
+        One that `is_idempotent` is sent again where the connection breaks, so it may be served
         twice. Another one then fails with "broken" if the process behind it lives.
         """
         cdef Call call = Call.__new__(Call)
@@ -471,7 +471,7 @@ cdef class Agent:
         cdef ByteView where = _view(address)
         cdef Bytes copied = _copy_in(payload)
         with nogil:
-            call._ticket = self._native.StartCall(where, copied, repeats)
+            call._ticket = self._native.StartCall(where, copied, is_idempotent)
         call._agent = self
         return call
 

@@ -4,7 +4,7 @@
 
 namespace ray::rdt {
 
-std::string ProbeCma(pid_t pid, const PeerFacts &peer) {
+std::string ProbeCma(pid_t pid, const PeerInfo &peer) {
   if (pid <= 0) return "the peer's pid cannot be seen from this pid namespace";
   Probe found{};
   SpanList to({{reinterpret_cast<uint64_t>(found.data()), found.size()}});

@@ -16,7 +16,7 @@ namespace ray::rdt {
 
 // Empty when `pid`'s memory can be read and holds the probe that the peer told
 // in its WELCOME; else what is in the way.
-std::string ProbeCma(pid_t pid, const PeerFacts &peer);
+std::string ProbeCma(pid_t pid, const PeerInfo &peer);
 
 class CmaLane : public Lane {
  public:

@@ -36,7 +36,7 @@ class CopyJob {
       Remember(status);
       return LastStep();
     }
-    if (pull_->Landed(attempt_, range, sum)) report_({});
+    if (pull_->CompleteRange(attempt_, range, sum)) report_({});
     return true;
   }
 

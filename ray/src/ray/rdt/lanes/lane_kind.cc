@@ -4,33 +4,33 @@ namespace ray::rdt {
 namespace {
 
 // What rules out `lane` for this pair, or "ok".
-std::string Obstacle(LaneKind lane, const LaneFacts &facts) {
+std::string UnavailableReason(LaneKind lane, const LaneInputs &inputs) {
   switch (lane) {
   case LaneKind::kInproc:
-    return facts.is_same_agent ? "ok" : "the peer is another process";
+    return inputs.is_same_agent ? "ok" : "the peer is another process";
   case LaneKind::kCma:
-    if (!facts.is_unix) return "the peer is on another host or network namespace";
-    return facts.cma_probe_error.empty() ? "ok" : facts.cma_probe_error;
+    if (!inputs.is_unix) return "the peer is on another host or network namespace";
+    return inputs.cma_probe_error.empty() ? "ok" : inputs.cma_probe_error;
   case LaneKind::kShm:
-    return facts.is_unix ? "ok" : "the peer is on another host or network namespace";
+    return inputs.is_unix ? "ok" : "the peer is on another host or network namespace";
   case LaneKind::kTcp:
-    return facts.has_tcp ? "ok" : facts.no_tcp_reason;
+    return inputs.has_tcp ? "ok" : inputs.no_tcp_reason;
   }
   return "unknown lane";
 }
 
 }  // namespace
 
-LaneReasons JudgeLanes(const LaneFacts &facts) {
+LaneReasons EvaluateLanes(const LaneInputs &inputs) {
   LaneReasons reasons;
   for (size_t i = 0; i < kLaneCount; ++i) {
     LaneKind lane = static_cast<LaneKind>(i);
-    if (!HasLane(facts.mine, lane)) {
+    if (!HasLane(inputs.mine, lane)) {
       reasons[i] = "forbidden by this process's settings";
-    } else if (!HasLane(facts.theirs, lane)) {
+    } else if (!HasLane(inputs.theirs, lane)) {
       reasons[i] = "forbidden by the peer's settings";
     } else {
-      reasons[i] = Obstacle(lane, facts);
+      reasons[i] = UnavailableReason(lane, inputs);
     }
   }
   return reasons;

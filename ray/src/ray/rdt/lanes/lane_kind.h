@@ -24,7 +24,7 @@ inline const char *LaneName(LaneKind lane) {
 }
 
 // What both sides know about each other once a connection is up.
-struct LaneFacts {
+struct LaneInputs {
   LaneSet mine = 0;
   LaneSet theirs = 0;
   bool is_same_agent = false;
@@ -36,7 +36,7 @@ struct LaneFacts {
 
 // For each lane "ok" or why it cannot serve this pair.
 using LaneReasons = std::array<std::string, kLaneCount>;
-LaneReasons JudgeLanes(const LaneFacts &facts);
+LaneReasons EvaluateLanes(const LaneInputs &inputs);
 
 // The lanes that are "ok", best first.
 std::vector<LaneKind> UsableLanes(const LaneReasons &reasons);

@@ -99,7 +99,7 @@ void ShmLane::CopySlot(size_t index) {
           };
           job->pull->Fill(range, copy, &sum);
           job->pull->EndWrite();
-          is_whole = job->pull->Landed(job->attempt, range, sum);
+          is_whole = job->pull->CompleteRange(job->attempt, range, sum);
         }
         loop->Post([weak, index, is_whole] {
           if (auto lane = weak.lock()) (*lane)->OnSlotCopied(index, is_whole);

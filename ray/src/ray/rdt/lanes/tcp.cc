@@ -30,33 +30,33 @@ void TcpLane::Start(std::shared_ptr<Pull> pull, const Grant &grant, Report repor
 
 void TcpLane::OpenUpTo(size_t wanted) {
   wanted = std::min(wanted, static_cast<size_t>(options_.max_streams));
-  while (dials_.size() + streams_.size() < wanted) Open();
+  while (connectors_.size() + streams_.size() < wanted) Open();
 }
 
 void TcpLane::Open() {
   uint64_t id = next_id_++;
-  DialOptions options{.purpose = Purpose::kData,
-                      .over_unix = false,
-                      .connect_timeout_s = options_.connect_timeout_s,
-                      .peer_timeout_s = options_.peer_timeout_s};
-  dials_[id] = std::make_unique<Dial>(
+  ConnectOptions options{.purpose = Purpose::kData,
+                         .over_unix = false,
+                         .connect_timeout_s = options_.connect_timeout_s,
+                         .peer_timeout_s = options_.peer_timeout_s};
+  connectors_[id] = std::make_unique<Connector>(
       loop_,
       self_,
       peer_,
       options,
       [this, id](const Status &status,
                  std::shared_ptr<Channel> channel,
-                 const PeerFacts &) { OnOpened(id, status, std::move(channel)); });
+                 const PeerInfo &) { OnOpened(id, status, std::move(channel)); });
 }
 
 void TcpLane::OnOpened(uint64_t id,
                        const Status &status,
                        std::shared_ptr<Channel> channel) {
-  dials_.erase(id);
+  connectors_.erase(id);
   Fd fd = status.ok() ? channel->Release() : Fd();
   if (!fd) {
     // Other streams, if there are any, do the work.
-    if (!streams_.empty() || !dials_.empty()) return;
+    if (!streams_.empty() || !connectors_.empty()) return;
     return FailWaiting(
         status.ok() ? Status{Code::kIo, "the producer sent what is no data"} : status);
   }
@@ -74,11 +74,11 @@ void TcpLane::OnOpened(uint64_t id,
 void TcpLane::OnBroken(uint64_t id) {
   streams_.erase(id);
   if (queue_->is_empty()) return;  // it was idle; the next pull opens another
-  uint64_t landed = queue_->landed();
-  if (std::exchange(landed_at_break_, landed) != landed) breaks_ = 0;
+  uint64_t received = queue_->received_ranges();
+  if (std::exchange(received_at_break_, received) != received) breaks_ = 0;
   if (++breaks_ <= kMaxBreaks) {
     Open();
-  } else if (streams_.empty() && dials_.empty()) {
+  } else if (streams_.empty() && connectors_.empty()) {
     FailWaiting({Code::kIo, "the data connections keep breaking"});
   }
   for (auto &[other, one] : streams_) {

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "ray/rdt/address.h"
-#include "ray/rdt/copy_pool.h"
 #include "ray/rdt/connector.h"
+#include "ray/rdt/copy_pool.h"
 #include "ray/rdt/lanes/lane.h"
 #include "ray/rdt/lanes/tcp_stream.h"
 #include "ray/rdt/region.h"
@@ -59,8 +59,8 @@ class TcpLane : public Lane {
   const std::shared_ptr<TcpQueue> queue_ = std::make_shared<TcpQueue>();
   uint64_t next_id_ = 0;
   int breaks_ = 0;
-  uint64_t landed_at_break_ = 0;
-  std::map<uint64_t, std::unique_ptr<Dial>> dials_;
+  uint64_t received_at_break_ = 0;
+  std::map<uint64_t, std::unique_ptr<Connector>> connectors_;
   std::map<uint64_t, Stream> streams_;
   const std::shared_ptr<TcpLane *> alive_ = std::make_shared<TcpLane *>(this);
 };

@@ -45,9 +45,9 @@ void TcpQueue::Return(const TcpRead &read) {
   if (!is_queued) jobs_.push_back(read.job);
 }
 
-bool TcpQueue::Land(const TcpRead &read, uint64_t sum) {
-  ++landed_;
-  return read.job->pull->Landed(read.job->attempt, read.range, sum);
+bool TcpQueue::Complete(const TcpRead &read, uint64_t sum) {
+  ++received_;
+  return read.job->pull->CompleteRange(read.job->attempt, read.range, sum);
 }
 
 bool TcpQueue::is_empty() const {
@@ -144,7 +144,8 @@ ssize_t TcpStream::ReceiveBody(uint64_t budget) {
   pull.destination.Slice(rest, &pieces);
   ssize_t got = readv(fd_.get(), pieces.data(), static_cast<int>(pieces.size()));
   int error = errno;
-  if (got > 0 && pull.is_summed) SumUpTo(body_bytes_ + static_cast<uint64_t>(got));
+  if (got > 0 && pull.with_checksum)
+    ChecksumUpTo(body_bytes_ + static_cast<uint64_t>(got));
   pull.EndWrite();
   errno = error;
   return got;
@@ -152,13 +153,14 @@ ssize_t TcpStream::ReceiveBody(uint64_t budget) {
 
 // Sums the blocks that are whole. A range that breaks off comes again as a whole,
 // so it counts for the pull only when it is.
-void TcpStream::SumUpTo(uint64_t nbytes) {
+void TcpStream::ChecksumUpTo(uint64_t nbytes) {
   const TcpRead &read = asked_.front();
   bool is_whole = nbytes == read.range.nbytes;
   uint64_t end = is_whole ? nbytes : nbytes / kChecksumBlock * kChecksumBlock;
-  body_sum_ += Checksum(read.job->pull->destination,
-                        {read.range.offset + summed_bytes_, end - summed_bytes_});
-  summed_bytes_ = end;
+  body_checksum_ +=
+      Checksum(read.job->pull->destination,
+               {read.range.offset + checksummed_bytes_, end - checksummed_bytes_});
+  checksummed_bytes_ = end;
 }
 
 // For a pull that ended meanwhile: its bytes are on the way all the same.
@@ -190,8 +192,8 @@ void TcpStream::OnBody(uint64_t nbytes) {
   TcpRead done = std::move(asked_.front());
   asked_.pop_front();
   header_bytes_ = 0;
-  body_bytes_ = summed_bytes_ = 0;
-  if (queue_->Land(done, std::exchange(body_sum_, 0))) done.job->ReportOnce({});
+  body_bytes_ = checksummed_bytes_ = 0;
+  if (queue_->Complete(done, std::exchange(body_checksum_, 0))) done.job->ReportOnce({});
   Pump();
 }
 

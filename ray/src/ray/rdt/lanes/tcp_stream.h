@@ -50,17 +50,17 @@ class TcpQueue {
   // A range that will not come over the stream that took it.
   void Return(const TcpRead &read);
   // One that came. True if its pull is whole now.
-  bool Land(const TcpRead &read, uint64_t sum);
+  bool Complete(const TcpRead &read, uint64_t sum);
   bool is_empty() const;
   // How many ranges ever came.
-  uint64_t landed() const { return landed_; }
+  uint64_t received_ranges() const { return received_; }
   // All jobs that have something left to be taken.
   std::deque<std::shared_ptr<TcpJob>> TakeAll();
 
  private:
   mutable std::mutex mutex_;
   std::deque<std::shared_ptr<TcpJob>> jobs_;  // guarded by mutex_
-  std::atomic<uint64_t> landed_{0};
+  std::atomic<uint64_t> received_{0};
 };
 
 // Runs on: the copy thread whose loop it was given. Owned by its watch on that
@@ -88,7 +88,7 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   ssize_t ReceiveHeader();
   ssize_t ReceiveBody(uint64_t budget);
   ssize_t Discard(uint64_t nbytes);
-  void SumUpTo(uint64_t nbytes);
+  void ChecksumUpTo(uint64_t nbytes);
   bool OnHeader();
   void OnBody(uint64_t nbytes);
   void Break();
@@ -101,10 +101,10 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   std::deque<TcpRead> asked_;  // in the order in which the answers come
   Bytes out_;                  // READ frames not yet sent
   FrameHeader header_;
-  size_t header_bytes_ = 0;    // of header_ received
-  uint64_t body_bytes_ = 0;    // of the first of asked_ received
-  uint64_t summed_bytes_ = 0;  // of these, blocks that are in body_sum_
-  uint64_t body_sum_ = 0;
+  size_t header_bytes_ = 0;         // of header_ received
+  uint64_t body_bytes_ = 0;         // of the first of asked_ received
+  uint64_t checksummed_bytes_ = 0;  // of these, blocks that are in body_sum_
+  uint64_t body_checksum_ = 0;
 };
 
 }  // namespace ray::rdt
