@@ -10,7 +10,6 @@ import os
 import select
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 from ray.experimental.rdt.transports import registry
 from ray.experimental.rdt.transports.base import (
@@ -68,7 +68,7 @@ class FakeOneSided:
         peer: Peer,
         exposed: Route,
         buffers: Buffers,
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         play("read")
@@ -104,7 +104,7 @@ class FakeTwoSided:
             with suppress(OSError):
                 os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
-    def route(self, peer: Peer, deadline: float) -> Route:
+    def route(self, peer: Peer, deadline: Deadline) -> Route:
         with self._lock:
             if self._is_closed:
                 raise OSError("the transport is closed")
@@ -115,7 +115,7 @@ class FakeTwoSided:
             self._senders[path] = peer.agent_id
         return {"path": path}
 
-    def send(self, route: Route, buffers: Buffers, deadline: float) -> None:
+    def send(self, route: Route, buffers: Buffers, deadline: Deadline) -> None:
         # Open first, so that the receiver sees the end of what failed.
         # Never made anew: a receiver that failed has removed it.
         with os.fdopen(os.open(route["path"], os.O_WRONLY), "wb", buffering=0) as pipe:
@@ -132,7 +132,7 @@ class FakeTwoSided:
             os.close(pipe)
 
     def receive(
-        self, route: Route, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+        self, route: Route, buffers: Buffers, deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
         path = route["path"]
         with self._lock:
@@ -166,12 +166,12 @@ class FakeTwoSided:
             self._end(*self._pipes.popitem())
 
 
-def _read(pipe: int, view: memoryview, deadline: float) -> int:
+def _read(pipe: int, view: memoryview, deadline: Deadline) -> int:
     """Reads some bytes, once there is a writer."""
     waiting = select.poll()
     waiting.register(pipe, select.POLLIN)
     while True:
-        left = deadline - time.monotonic()
+        left = deadline.left_s()
         if left <= 0 or not waiting.poll(left * 1000):
             raise TimeoutError("nothing was sent")
         with suppress(BlockingIOError):

@@ -19,6 +19,7 @@ import torch
 from ray.experimental.rdt.accelerators.base import CannotShare
 from ray.experimental.rdt.accelerators.shared_memory import MemoryLost, SharedMemory
 from ray.experimental.rdt.common import processes
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.processes import Process
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import loans
@@ -46,7 +47,7 @@ class Side:
     def borrow(self, other: Side, *sources: torch.Tensor, events=()):
         """What the consumer's fetch and the producer's server do."""
         borrowing = self.transport.borrow(DEVICE)
-        deadline = time.monotonic() + 5
+        deadline = Deadline.after(5)
         agent = self.session.agent.agent_id
         lent = other.transport.lend(agent, borrowing.asked, sources, events, deadline)
         lent = json.loads(json.dumps(lent))
@@ -68,7 +69,7 @@ def bytes_on(device: str | torch.device, count: int = 100) -> torch.Tensor:
 
 def read(sides, exposed, *targets, timeout_s=5.0, after=()):
     producer, consumer, _ = sides
-    consumer.transport.read(producer.peer, exposed, targets, time.monotonic() + timeout_s, after)
+    consumer.transport.read(producer.peer, exposed, targets, Deadline.after(timeout_s), after)
 
 
 def await_tick(sides, is_reached, what: str) -> None:
@@ -451,7 +452,7 @@ def test_borrowing_that_is_abandoned_is_given_back(sides):
     borrowing = consumer.transport.borrow(DEVICE)
     borrowing.abandon(producer.peer)
     wait_until(lambda: bool(producer.transport._loans._ended_early), "the producer hears of it")
-    until = time.monotonic() + 5
+    until = Deadline.after(5)
     agent = consumer.session.agent.agent_id
     producer.transport.lend(agent, borrowing.asked, [bytes_on(TYPE)], [], until)
     assert not len(producer.transport._loans)
@@ -531,13 +532,13 @@ def test_process_is_known_to_have_ended(other_process, monkeypatch, lacks):
 
 def test_process_that_is_looked_at_while_its_loan_ends_has_not_ended(other_process, monkeypatch):
     kept, look = Loans(), Process.has_ended
-    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    kept.add("first", b"peer", other_process.pid, ["memory"], Deadline.after(60))
 
     def look_late(process: Process) -> bool:
         monkeypatch.setattr(Process, "has_ended", look)
         kept.end("first")
         kept.look_after()
-        kept.add("second", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+        kept.add("second", b"peer", other_process.pid, ["memory"], Deadline.after(60))
         return look(process)
 
     monkeypatch.setattr(Process, "has_ended", look_late)
@@ -548,7 +549,7 @@ def test_process_that_is_looked_at_while_its_loan_ends_has_not_ended(other_proce
 def test_process_that_nobody_looks_at_any_more_costs_no_descriptor(other_process):
     before = len(os.listdir("/proc/self/fd"))
     kept = Loans()
-    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    kept.add("first", b"peer", other_process.pid, ["memory"], Deadline.after(60))
     assert len(os.listdir("/proc/self/fd")) == before + 1
     kept.end("first")
     kept.look_after()
@@ -557,7 +558,7 @@ def test_process_that_nobody_looks_at_any_more_costs_no_descriptor(other_process
 
 def test_lost_connection_ends_no_loan_while_the_consumer_lives(other_process):
     kept = Loans()
-    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    kept.add("first", b"peer", other_process.pid, ["memory"], Deadline.after(60))
     kept.confirm("first")
     kept.on_peer_lost(b"peer")
     kept.look_after()
@@ -568,7 +569,7 @@ def test_lost_connection_ends_no_loan_while_the_consumer_lives(other_process):
 
 def test_end_of_the_consumer_that_no_connection_tells_of(other_process):
     kept = Loans()
-    kept.add("first", b"peer", other_process.pid, ["memory"], time.monotonic() + 60)
+    kept.add("first", b"peer", other_process.pid, ["memory"], Deadline.after(60))
     kept.confirm("first")
     other_process.kill()
     wait_until(lambda: kept.look_after() or not len(kept), "the loan ends")

@@ -18,6 +18,7 @@ from ray.experimental.rdt.accelerators import cuda, cuda_calls, cuda_events
 from ray.experimental.rdt.accelerators.base import have_ended
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.consumer.receive_buffers import (
     allocate_on_devices,
     direct_targets,
@@ -189,7 +190,7 @@ def test_bytes_are_read_after_what_the_producers_stream_had():
     with pytest.raises(TimeoutError):
         await_writers(stored(captured), TYPE, 0)
     gate.set()
-    await_writers(stored(captured), TYPE, time.monotonic() + 5)
+    await_writers(stored(captured), TYPE, Deadline.after(5))
     assert flat_buffers(stored(captured), TYPE)[0].view(torch.float32).tolist() == [5] * 4
 
 
@@ -197,7 +198,7 @@ def test_work_of_other_streams_is_not_waited_for():
     tensor, gate = torch.zeros(4, device=TYPE), threading.Event()
     with accelerator.on(fake_device.Stream()):
         launch(tensor, 5, gate)
-    await_writers(stored(lay_out([tensor])), TYPE, time.monotonic() + 5)
+    await_writers(stored(lay_out([tensor])), TYPE, Deadline.after(5))
     gate.set()
 
 

@@ -30,7 +30,7 @@ FORBIDDEN: dict[str, list[str]] = {
 }
 
 #: Who may: the last is a program's part, and the first asks what thread it is on.
-EXCEPTIONS = {"deferred.py", "real_threads.py", "conformance.py"}
+EXCEPTIONS = {"thread_role.py", "real_threads.py", "conformance.py"}
 
 
 def test_condition_wakes_all_who_wait_and_can_be_entered_again() -> None:

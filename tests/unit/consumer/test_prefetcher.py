@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import time
 from array import array
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from ray._private import ray_constants
 
 from ray.experimental.rdt import _agent
 from ray.experimental.rdt.common import config
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.consumer.prefetcher import HintedPulls
 from tests.support import wait_until
 
@@ -84,12 +84,12 @@ def test_hinted_objects_keep_within_their_budget(make_world):
     assert world.hinted.nbytes == 2 * MIB
     assert world.hinted.take(third) is None
     pull = world.hinted.take(first)
-    pull.wait(time.monotonic() + LONG_S)
+    pull.wait(Deadline.after(LONG_S))
     assert world.hinted.nbytes == MIB
     fourth = world.hint(4)
     assert world.hinted.nbytes == 2 * MIB
     for key in (second, fourth):
-        world.hinted.take(key).wait(time.monotonic() + LONG_S)
+        world.hinted.take(key).wait(Deadline.after(LONG_S))
     assert world.hinted.nbytes == 0
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ray.util.collective import types
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups import collectives, ray_group
 from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.groups.service import GroupService, MemberFailed
@@ -39,15 +40,15 @@ def members_of(nodes):
 
 
 def form(creator, nodes, group_id="1", name="one", timeout_s=20):
-    deadline = time.monotonic() + timeout_s
+    deadline = Deadline.after(timeout_s)
     creator.service.form(group_id, name, "gloo", members_of(nodes), deadline)
 
 
 def assert_nothing_left(nodes):
     assert [n.groups.all() for n in nodes] == [[]] * len(nodes)
-    end = time.monotonic() + 5
+    end = Deadline.after(5)
     while any(n.transport._links or n.transport._meetings for n in nodes):
-        assert time.monotonic() < end
+        assert not end.has_passed()
         time.sleep(0.01)
 
 

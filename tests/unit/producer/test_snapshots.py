@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from ray.experimental.rdt.accelerators import writers
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError
 from ray.experimental.rdt.producer import admission as room
 from ray.experimental.rdt.producer import snapshots
@@ -40,7 +40,7 @@ def sent(captured: capture.Captured, device_type: str, lane: str = "nixl") -> li
     """What a transport reads of an object."""
     stored: Any = SimpleNamespace(captured=captured)
     transport: Any = SimpleNamespace(capabilities=SimpleNamespace(name=lane))
-    deadline = time.monotonic() + 60
+    deadline = Deadline.after(60)
     serve.await_writers(stored, device_type, deadline)
     return serve.buffers_for(transport, stored, device_type, deadline)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc.session import CallError
@@ -45,7 +45,7 @@ def test_a_reader_waits_for_anothers_exposure_no_longer_than_it_has_time() -> No
     body, answers = {"device": "cpu", "transport": "slow"}, []
 
     def expose(seconds: float) -> None:
-        answers.append(server._expose_once(transport, stored, body, time.monotonic() + seconds))
+        answers.append(server._expose_once(transport, stored, body, Deadline.after(seconds)))
 
     first = threading.Thread(target=expose, args=(20,))
     first.start()

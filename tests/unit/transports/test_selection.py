@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ray.experimental.rdt.common import deadline
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.transports import selection as ways
 from ray.experimental.rdt.transports.nixl.engine import has_rdma
@@ -70,7 +71,7 @@ def test_what_failed_is_left_alone_for_a_while(
     unnamed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(ways.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(deadline.time, "monotonic", lambda: clock.now)
     unnamed.judge.failed("nixl", FAR, RuntimeError("the cable is out"))
     unnamed.judge.failed("cuda_ipc", NEAR, RuntimeError("an expandable segment"))
     assert "RuntimeError: the cable is out" in unnamed.judge.obstacle("nixl", FAR)

@@ -16,6 +16,7 @@ import torch
 
 from ray.experimental.rdt import nixl_tensor_transport
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.nixl_tensor_transport import NixlTensorTransport
 from ray.experimental.rdt.producer.transport_server import await_writers
 from ray.experimental.rdt.serialization.capture import lay_out
@@ -67,7 +68,7 @@ def expose(transport, buffers):
 
 
 def read(transport, exposed, buffers, timeout_s=10.0):
-    transport.read(PEER, exposed, buffers, time.monotonic() + timeout_s)
+    transport.read(PEER, exposed, buffers, Deadline.after(timeout_s))
 
 
 def same(buffers, others):
@@ -307,9 +308,9 @@ def test_a_named_stream_is_waited_for_as_it_was_when_the_object_was_made(produce
         launch(torch.zeros(4, device=TYPE), 1, later)
     stored = SimpleNamespace(captured=captured)
     with pytest.raises(TimeoutError):
-        await_writers(stored, TYPE, time.monotonic() + 0.1)
+        await_writers(stored, TYPE, Deadline.after(0.1))
     written.set()
-    await_writers(stored, TYPE, time.monotonic() + 5)
+    await_writers(stored, TYPE, Deadline.after(5))
     assert tensor.tolist() == [5] * 4
     producer.close()
     assert len(lay_out([tensor]).events) == 1
@@ -327,7 +328,7 @@ def test_device_memory_goes_while_the_producers_device_is_busy(producer, consume
     captured = lay_out(sent)
     launch(torch.zeros(1, device=TYPE), 1, gate)
     try:
-        await_writers(SimpleNamespace(captured=captured), TYPE, time.monotonic() + 5)
+        await_writers(SimpleNamespace(captured=captured), TYPE, Deadline.after(5))
         read(consumer, expose(producer, sent), received)
     finally:
         gate.set()
@@ -438,7 +439,7 @@ def test_memory_is_read_into_after_what_it_was_used_for(fabric, producer, consum
         consumer.read(PEER, exposed, [memory], started + 0.2, [taken])
     assert time.monotonic() - started < 3
     gate.set()
-    consumer.read(PEER, exposed, [memory], time.monotonic() + 5, [taken])
+    consumer.read(PEER, exposed, [memory], Deadline.after(5), [taken])
     assert memory.tolist() == sent[0].tolist()
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import consumer as nixl_consumer
 from ray.experimental.rdt.transports.nixl.engine import NixlError, open_engine
@@ -97,7 +98,7 @@ def consumer():
 
 def read(transport, exposed, sizes, timeout_s=30.0):
     buffers = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-    transport.read(PEER, exposed, buffers, time.monotonic() + timeout_s)
+    transport.read(PEER, exposed, buffers, Deadline.after(timeout_s))
     return buffers
 
 
@@ -232,8 +233,8 @@ def test_a_child_of_a_fork_leaves_the_parents_agent_alone(producer, consumer):
     if not child:
         consumer.close()
         os._exit(0)
-    deadline = time.monotonic() + 20
-    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+    deadline = Deadline.after(20)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and not deadline.has_passed():
         time.sleep(0.01)
     if not ended[0]:
         os.kill(child, signal.SIGKILL)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl import remotes as nixl_remotes
 from ray.experimental.rdt.transports.nixl.engine import NixlError
@@ -32,7 +33,7 @@ def exposure(agent="peer", number=1, version=0):
 
 
 def soon():
-    return time.monotonic() + 10
+    return Deadline.after(10)
 
 
 def read(remotes, *args, **kwargs):
@@ -72,7 +73,7 @@ def test_a_peer_is_not_forgotten_under_a_read(engine, remotes):
 
 def test_waiting_for_other_reads_ends_at_the_deadline(remotes):
     with remotes.reading(exposure(version=1), soon()):
-        late = remotes.reading(exposure(number=2, version=2), time.monotonic() + 0.01)
+        late = remotes.reading(exposure(number=2, version=2), Deadline.after(0.01))
         with pytest.raises(TimeoutError), late:
             pass
     read(remotes, number=2, version=2)

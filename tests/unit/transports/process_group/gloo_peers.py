@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.gloo import GlooTransport
@@ -135,7 +135,7 @@ class Node:
 
     def fetch(self, peer: Peer, name: str, buffers, timeout_s: float = 20.0) -> None:
         """What the consumer's fetch does."""
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         route = self.transport.route(peer, deadline)
         body = {"name": name, "route": route, "timeout_s": timeout_s}
         self.session.call(peer.address, "send", body, timeout_s)
@@ -160,7 +160,7 @@ class Node:
 
     def _send(self, peer_id: bytes, body: dict[str, Any]) -> None:
         self._is_ending.wait(self.send_delay_s)
-        deadline = time.monotonic() + body["timeout_s"]
+        deadline = Deadline.after(body["timeout_s"])
         try:
             self.transport.send(body["route"], self.objects[body["name"]], deadline)
         except Exception as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.process_group.link import (
@@ -56,9 +57,9 @@ def run_all(actions, timeout_s=60):
     threads = [threading.Thread(target=guarded, args=(a,), daemon=True) for a in actions]
     for thread in threads:
         thread.start()
-    end = time.monotonic() + timeout_s
+    end = Deadline.after(timeout_s)
     for thread in threads:
-        thread.join(max(0, end - time.monotonic()))
+        thread.join(end.left_s())
         assert not thread.is_alive(), "a transfer hangs"
     if errors:
         raise errors[0]
@@ -125,7 +126,7 @@ def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
 
 def test_route_that_the_producer_refused_gives_the_link_back(nodes):
     consumer, producer = nodes()
-    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    route = consumer.transport.route(producer.peer, Deadline.after(20))
     consumer.transport.give_up(route, may_send=False)
     assert [link.leased_until for link in consumer.transport._links.values()] == [0.0]
     round_trip(consumer, producer, [4])
@@ -135,7 +136,7 @@ def test_route_that_the_producer_refused_gives_the_link_back(nodes):
 def test_route_that_is_given_up_ends_the_send(nodes):
     consumer, producer = nodes()
     producer.objects["x"] = pattern([MB], 1)
-    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    route = consumer.transport.route(producer.peer, Deadline.after(20))
     body = {"name": "x", "route": route, "timeout_s": 20}
     consumer.session.call(producer.peer.address, "send", body, 20)
     consumer.transport.give_up(route, may_send=True)
@@ -147,7 +148,7 @@ def test_route_that_is_given_up_ends_the_send(nodes):
 @pytest.mark.parametrize("may_send", [False, True])
 def test_route_whose_link_is_gone_can_be_given_up(nodes, may_send):
     consumer, producer = nodes()
-    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    route = consumer.transport.route(producer.peer, Deadline.after(20))
     consumer.transport.reset(producer.peer.agent_id)
     consumer.transport.give_up(route, may_send)
     assert not consumer.transport._links
@@ -191,7 +192,7 @@ def test_who_closes_a_link_second_waits_until_nothing_is_written(nodes, monkeypa
     consumer, producer = nodes()
     producer.objects["x"] = pattern([MB], 1)
     producer.send_delay_s = 30.0
-    route = consumer.transport.route(producer.peer, time.monotonic() + 20)
+    route = consumer.transport.route(producer.peer, Deadline.after(20))
     link = consumer.transport._find(route)
     killing, gate, ends = threading.Event(), threading.Event(), []
     kill = link._backend.kill
@@ -203,7 +204,7 @@ def test_who_closes_a_link_second_waits_until_nothing_is_written(nodes, monkeypa
 
     def receive():
         try:
-            consumer.transport.receive(route, blanks([MB]), time.monotonic() + 0.3)
+            consumer.transport.receive(route, blanks([MB]), Deadline.after(0.3))
         except TransferError as error:
             ends.append((error, gate.is_set()))
 
@@ -270,10 +271,10 @@ def test_unreachable_peer_is_not_tried_for_each_transfer(nodes):
     peer = producer.peer
     producer.session.close()
     with pytest.raises(TransportUnavailable, match="no gloo connection"):
-        consumer.transport.route(peer, time.monotonic() + 20)
+        consumer.transport.route(peer, Deadline.after(20))
     started = time.monotonic()
     with pytest.raises(TransportUnavailable, match="no gloo connection"):
-        consumer.transport.route(peer, time.monotonic() + 20)
+        consumer.transport.route(peer, Deadline.after(20))
     assert time.monotonic() - started < 0.05
 
 
@@ -282,7 +283,7 @@ def test_route_keeps_its_deadline(nodes):
     producer.session.serve("rdt.link.open", lambda peer, body: time.sleep(2) or {})
     started = time.monotonic()
     with pytest.raises(TransportUnavailable, match="in time"):
-        consumer.transport.route(producer.peer, time.monotonic() + 0.3)
+        consumer.transport.route(producer.peer, Deadline.after(0.3))
     assert time.monotonic() - started < 0.8
 
 
@@ -291,7 +292,7 @@ def test_route_gives_up_when_the_peer_is_lost_meanwhile(nodes):
     producer.session.serve("rdt.link.open", lambda peer, body: {})  # and never joins
     threading.Timer(0.2, consumer.session.lose, (producer.peer.agent_id,)).start()
     with pytest.raises(TransportUnavailable):
-        consumer.transport.route(producer.peer, time.monotonic() + 1.5)
+        consumer.transport.route(producer.peer, Deadline.after(1.5))
 
 
 def group_of(nodes, group_id="g1", name="group"):
@@ -301,10 +302,7 @@ def group_of(nodes, group_id="g1", name="group"):
     for rank, node in enumerate(nodes):
         node.groups.add(Group(group_id, name, "gloo", rank, members))
     run_all(
-        [
-            lambda n=n: n.transport.connect(n.groups.get(group_id), time.monotonic() + 20)
-            for n in nodes
-        ]
+        [lambda n=n: n.transport.connect(n.groups.get(group_id), Deadline.after(20)) for n in nodes]
     )
 
 
@@ -348,7 +346,7 @@ def test_connect_names_the_member_that_cannot_be_reached(nodes):
     )
     a.groups.add(Group("g1", "group", "gloo", 0, members))
     with pytest.raises(TransportUnavailable, match=r"actor1.*group was destroyed"):
-        a.transport.connect(a.groups.get("g1"), time.monotonic() + 20)
+        a.transport.connect(a.groups.get("g1"), Deadline.after(20))
 
 
 def test_tls_without_permission_is_refused(nodes, monkeypatch):
@@ -356,7 +354,7 @@ def test_tls_without_permission_is_refused(nodes, monkeypatch):
     settings.cache_clear()
     monkeypatch.setenv("RAY_USE_TLS", "1")
     with pytest.raises(TransportUnavailable, match="TLS"):
-        consumer.transport.route(producer.peer, time.monotonic() + 1)
+        consumer.transport.route(producer.peer, Deadline.after(1))
     monkeypatch.undo()
     settings.cache_clear()
 

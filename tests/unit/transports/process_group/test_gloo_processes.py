@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.process_group.link import TransferError
 from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern, same
@@ -152,8 +153,8 @@ def test_death_of_the_consumer_frees_the_producer(workers, node):
     node.objects["x"] = pattern([512 * MB], 1)
     job = (node.peer.address, node.peer.agent_id, "x", [512 * MB], 1, 0)
     consumer.pipe.send(("fetch_all", [job]))
-    end = time.monotonic() + 20
-    while not node.transport._links and time.monotonic() < end:
+    end = Deadline.after(20)
+    while not node.transport._links and not end.has_passed():
         time.sleep(0.001)
     time.sleep(0.05)
     os.kill(consumer.pid, signal.SIGKILL)

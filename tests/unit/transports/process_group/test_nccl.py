@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.gloo import GlooBackend
 from ray.experimental.rdt.transports.nccl import NcclBackend
@@ -227,7 +227,7 @@ class Receiving:
     def __init__(self, nodes, target, stream=None):
         consumer, producer = nodes
         self._stream = stream or accelerator.stream()
-        self._route = consumer.transport.route(producer.peer, time.monotonic() + 10)
+        self._route = consumer.transport.route(producer.peer, Deadline.after(10))
         self._producer = producer
         self._error = None
         arguments = (consumer.transport, target)
@@ -238,13 +238,13 @@ class Receiving:
         try:
             with accelerator.on(self._stream):
                 taken = [accelerator.record(DEVICE)]
-                transport.receive(self._route, [target], time.monotonic() + 10, taken)
+                transport.receive(self._route, [target], Deadline.after(10), taken)
         except Exception as error:
             self._error = error
 
     def send(self, value):
         sent = on_device([torch.full((4,), value, dtype=torch.uint8)])
-        self._producer.transport.send(self._route, sent, time.monotonic() + 10)
+        self._producer.transport.send(self._route, sent, Deadline.after(10))
 
     def finish(self):
         self.thread.join(10)

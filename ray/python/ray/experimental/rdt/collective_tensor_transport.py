@@ -16,9 +16,9 @@ from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
     TensorTransportManager,
     TensorTransportMetadata,
+    create_empty_tensors_from_metadata,
 )
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.util import create_empty_tensors_from_metadata
 
 if TYPE_CHECKING:
     import torch

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray.util.annotations import PublicAPI
 
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explain(
     is_pair = isinstance(consumer, ray.actor.ActorHandle)
     if not is_pair and (is_actor or consumer is not None):
         raise TypeError(f"the second of a pair is the consuming actor, not {consumer!r}")
-    deadline = time.monotonic() + timeout
+    deadline = Deadline.after(timeout)
     question: Question | None
     if is_actor:
         name = normalize_and_validate_tensor_transport(transport).lower()
@@ -77,7 +77,7 @@ def explain(
     return _explainer().ask(_address_of(consumer, deadline), asked, deadline)
 
 
-def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Question:
+def _about_actor(producer: ActorHandle, transport: str, deadline: Deadline) -> Question:
     from ray.experimental.rdt.observe.explainer import Question
 
     address = _address_of(producer, deadline)
@@ -85,7 +85,7 @@ def _about_actor(producer: ActorHandle, transport: str, deadline: float) -> Ques
     return Question(f"transport {transport!r} from {producer}", address, transport, offers)
 
 
-def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
+def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     """Return the question about an object, None if it is not an RDT object."""
     import ray
     from ray.experimental.rdt.common import descriptor
@@ -93,7 +93,7 @@ def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
     from ray.experimental.rdt.serialization import capture
 
     worker = ray._private.worker.global_worker
-    left_ms = int(1e3 * max(0.0, deadline - time.monotonic()))
+    left_ms = int(1e3 * deadline.left_s())
     ((data, metadata, _),) = worker.core_worker.get_objects([ref], left_ms)
     if not descriptor.is_rdt(metadata):
         return None
@@ -111,14 +111,14 @@ def _about_object(ref: ray.ObjectRef, deadline: float) -> Question | None:
     )
 
 
-def _address_of(actor: ActorHandle, deadline: float) -> bytes:
+def _address_of(actor: ActorHandle, deadline: Deadline) -> bytes:
     from ray.exceptions import GetTimeoutError
 
     import ray
 
     if ray.get_runtime_context().get_actor_id() == actor._ray_actor_id.hex():
         return _own_address()
-    left = max(0.0, deadline - time.monotonic())
+    left = deadline.left_s()
     try:
         address: bytes = ray.get(actor.__ray_call__.remote(_own_address), timeout=left)
     except GetTimeoutError as error:

@@ -29,9 +29,10 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTError
+from ray.experimental.rdt.common.thread_role import must_not_block, without_turn
 from ray.experimental.rdt.consumer import argument_context as arguments
 from ray.experimental.rdt.consumer import targets
-from ray.experimental.rdt.consumer.deferred import Deferred, Puller, must_not_block, without_turn
+from ray.experimental.rdt.consumer.deferred import Deferred, Puller
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.consumer.prefetcher import (
     MIN_HINTED_BYTES,

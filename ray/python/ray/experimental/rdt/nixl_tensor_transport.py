@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,13 +11,14 @@ from ray.experimental.rdt import nixl_api
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
     TensorTransportManager,
     TensorTransportMetadata,
+    create_empty_tensors_from_metadata,
 )
 from ray.experimental.rdt.transports.base import Peer
-from ray.experimental.rdt.util import create_empty_tensors_from_metadata
 
 if TYPE_CHECKING:
     import torch
@@ -119,9 +119,9 @@ class NixlTensorTransport(TensorTransportManager):
             TransportUnavailable: nixl cannot send the tensors.
             TimeoutError: A device does not finish the writes within the fetch timeout.
         """
-        deadline = time.monotonic() + settings().fetch_timeout_s
+        deadline = Deadline.after(settings().fetch_timeout_s)
         for event in writers.record(rdt_object):
-            event.wait(max(0.0, deadline - time.monotonic()))
+            event.wait(deadline.left_s())
         exposed = _transport().expose([_flat(tensor) for tensor in rdt_object])
         self._live[obj_id] = rdt_object, exposed
         device = rdt_object[0].device.type if rdt_object else None
@@ -145,7 +145,7 @@ class NixlTensorTransport(TensorTransportManager):
         exposed = cast(NixlTransportMetadata, tensor_transport_metadata).exposed
         tensors = target_buffers or create_empty_tensors_from_metadata(tensor_transport_metadata)
         buffers = [_flat(tensor) for tensor in tensors]
-        deadline = time.monotonic() + settings().fetch_timeout_s
+        deadline = Deadline.after(settings().fetch_timeout_s)
         after = accelerators.record(tensors)
         _transport().read(Peer(b"", b""), exposed, buffers, deadline, after)
         return tensors

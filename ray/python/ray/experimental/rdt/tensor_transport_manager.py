@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ray.util.annotations import PublicAPI
 
 if TYPE_CHECKING:
+    import torch
+
     import ray
 
 
@@ -157,3 +159,21 @@ class TensorTransportManager(ABC):
 
     def abort_transport(self, obj_id: str, communicator_metadata: CommunicatorMetadata) -> None:
         """End a transfer that failed or hangs. Runs on: producer or consumer."""
+
+
+def create_empty_tensors_from_metadata(
+    tensor_transport_meta: TensorTransportMetadata, device: str | None = None
+) -> list[torch.Tensor]:
+    """Create uninitialized tensors to receive an object into.
+
+    Args:
+        tensor_transport_meta: The description of the object.
+        device: The device of the new tensors. None means the device type of the object.
+    """
+    import torch
+
+    place = tensor_transport_meta.tensor_device if device is None else device
+    return [
+        torch.empty(shape, dtype=dtype, device=place)
+        for shape, dtype in tensor_transport_meta.tensor_meta
+    ]

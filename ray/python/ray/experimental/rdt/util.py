@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ray.util.annotations import PublicAPI
 
@@ -14,13 +14,10 @@ from ray.experimental.rdt.nixl_api import (
 )
 from ray.experimental.rdt.tensor_transport_manager import (
     TensorTransportManager,
-    TensorTransportMetadata,
+    create_empty_tensors_from_metadata,
 )
 from ray.experimental.rdt.transports.user import registered
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS, RegisteredTransport
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "DEFAULT_TRANSPORTS",
@@ -183,24 +180,6 @@ def get_transport_data_type(tensor_transport: str) -> type:
         ValueError: The transport is unknown.
     """
     return _info(tensor_transport).data_type
-
-
-def create_empty_tensors_from_metadata(
-    tensor_transport_meta: TensorTransportMetadata, device: str | None = None
-) -> list[torch.Tensor]:
-    """Create uninitialized tensors to receive an object into.
-
-    Args:
-        tensor_transport_meta: The description of the object.
-        device: The device of the new tensors. None means the device type of the object.
-    """
-    import torch
-
-    place = tensor_transport_meta.tensor_device if device is None else device
-    return [
-        torch.empty(shape, dtype=dtype, device=place)
-        for shape, dtype in tensor_transport_meta.tensor_meta
-    ]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,11 @@ thread; those that block hold no GIL.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
+
+from ray.experimental.rdt.common.deadline import Deadline
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +39,10 @@ def have_ended(events: Iterable[Event], timeout_s: float) -> bool:
 
     For what has to be waited for after a failure. Runs on: any thread; blocks.
     """
-    deadline, ended = time.monotonic() + timeout_s, True
+    deadline, ended = Deadline.after(timeout_s), True
     for event in events:
         try:
-            event.wait(max(0.0, deadline - time.monotonic()))
+            event.wait(deadline.left_s())
         except Exception:  # the failure that led here is the one to report
             ended = False
     return ended

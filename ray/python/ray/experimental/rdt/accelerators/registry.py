@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
 from ray.experimental.rdt.accelerators.base import Accelerator, Event
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +75,9 @@ def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]
     written = [tensor for tensor in tensors if not tensor.is_cpu]
     with aside(written):
         yield
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         for event in record(written):
-            event.wait(max(0.0, deadline - time.monotonic()))
+            event.wait(deadline.left_s())
 
 
 def register(accelerator: Accelerator) -> None:

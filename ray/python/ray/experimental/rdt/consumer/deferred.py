@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import inspect
-import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayError, RaySystemError, RayTaskError
+from ray.exceptions import RaySystemError, RayTaskError
 
 from ray.experimental.rdt.common.real_threads import Future, Lock
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
+from ray.experimental.rdt.common.thread_role import turn
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +31,6 @@ Tensors = Sequence["torch.Tensor"]
 #: Pulls at the same time in one process, and of them from one producer: one that is silent leaves
 #: the others their turn. More of them wait.
 _PULL_THREADS, _FROM_ONE_PRODUCER = 64, 16
-
-_IO_THREAD = "worker.io"
 
 
 class Deferred:
@@ -143,173 +138,10 @@ def _outcome(future: concurrent.futures.Future[Any]) -> Any:
 
 def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None) -> Any:
     """Runs on: an rdt-pull thread. What it raises is the value, so that nobody waits for ever."""
-    with _turn:
-        _thread.has_turn = True
+    with turn():
         try:
             return deserialize(into)
         except Exception as error:
             return RayTaskError("ray.get", traceback.format_exc(), error)
         except BaseException as error:  # SystemExit of a class that is unpickled, say
             return RaySystemError(error, traceback.format_exc())
-        finally:
-            _thread.has_turn = False
-
-
-#: Held by the one rdt-pull thread that runs RDT's own Python. Many that want the GIL at once would
-#: keep it from the event loop for long.
-_turn = Lock()
-
-
-@contextmanager
-def without_turn() -> Iterator[None]:
-    """Around waits and the user's code: lets another rdt-pull thread run meanwhile.
-
-    The user's code runs under Ray's deserialization lock and may fetch objects itself, which then
-    waits for no turn.
-    """
-    if not _thread.has_turn:
-        yield
-        return
-    _thread.has_turn = False
-    _turn.release()
-    try:
-        yield
-    finally:
-        _turn.acquire()
-        _thread.has_turn = True
-
-
-def is_on_own_thread() -> bool:
-    """Whether the running thread fetches a value for another one, whose streams are not its own."""
-    return _thread.has_turn
-
-
-class _Thread(threading.local):
-    """What is known of the running thread."""
-
-    has_turn = False
-
-    def __init__(self) -> None:
-        # A Python thread inherits the name of the thread that starts it.
-        is_of_core = isinstance(threading.current_thread(), threading._DummyThread)
-        name = Path("/proc/thread-self/comm").read_text().strip()
-        self.is_io = is_of_core and name == _IO_THREAD
-
-
-_thread = _Thread()
-
-
-def must_not_block() -> bool:
-    """Whether the running thread is Ray's io thread or has a running event loop."""
-    return _thread.is_io or asyncio._get_running_loop() is not None
-
-
-def when_here(callback: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A callback for values as the core gives them, which passes on the values themselves."""
-
-    def deliver(value: Any) -> None:
-        if isinstance(value, Deferred):
-            value.then(callback)
-        else:
-            callback(value)
-
-    return deliver
-
-
-def are_here(arguments: Iterable[Any]) -> bool:
-    """Whether none of them is still to come."""
-    return not any(type(argument) is Deferred for argument in arguments)
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-class LateCall:
-    """The call of a plain method whose arguments are still to come; await it for its result.
-
-    Ray's ``sync_to_async`` knows it by the attribute.
-    """
-
-    __ray_rdt_late_call__ = True
-
-    def __init__(self, call: Coroutine[Any, Any, Any]):
-        self._call = call
-
-    def __await__(self) -> Any:
-        return self._call.__await__()
-
-
-def call_when_here(
-    method: Callable[..., Any],
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Calls a method of an async actor once its arguments are there.
-
-    Runs on: consumer, the event loop or (generators, Ray's own methods) the thread of the task.
-
-    Args:
-        method: What the user wrote: tells which kind of call it is.
-        call: What to call.
-        args: Positional arguments, ``Deferred`` ones among them.
-        kwargs: The same by keyword.
-
-    Returns:
-        What the core expects of such a method: a coroutine, an async generator, or for a plain
-        method a ``LateCall``, or its result where no event loop runs.
-    """
-    if inspect.isasyncgenfunction(method):
-        return _generate(call, args, kwargs)
-    if inspect.iscoroutinefunction(method):
-        return _await(call, args, kwargs)
-    if asyncio._get_running_loop() is not None:
-        return LateCall(_call(call, args, kwargs))
-    here = [_checked(_result(value)) for value in args]
-    return call(*here, **{name: _checked(_result(value)) for name, value in kwargs.items()})
-
-
-async def _generate(call: Callable[..., Any], args: Any, kwargs: Any) -> AsyncIterator[Any]:
-    args, kwargs = await _arrive(args, kwargs)
-    generator = call(*args, **kwargs)
-    try:
-        item = await generator.asend(None)
-        while True:
-            item = await generator.asend((yield item))
-    except StopAsyncIteration:
-        return
-    finally:
-        await generator.aclose()
-
-
-async def _await(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    args, kwargs = await _arrive(args, kwargs)
-    return await call(*args, **kwargs)
-
-
-async def _call(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    args, kwargs = await _arrive(args, kwargs)
-    return call(*args, **kwargs)
-
-
-async def _arrive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Deferred):
-            value.start()
-    here = [_checked(await _arrived(value)) for value in args]
-    return tuple(here), {name: _checked(await _arrived(value)) for name, value in kwargs.items()}
-
-
-async def _arrived(value: Any) -> Any:
-    return await value.arrive() if isinstance(value, Deferred) else value
-
-
-def _result(value: Any) -> Any:
-    return value.result() if isinstance(value, Deferred) else value
-
-
-def _checked(value: Any) -> Any:
-    """A failed argument fails the call, as in plain Ray."""
-    if isinstance(value, RayError):
-        raise value
-    return value

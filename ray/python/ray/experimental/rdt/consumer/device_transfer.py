@@ -12,12 +12,12 @@ producer is asked first for its own memory.
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.consumer.deferred import is_on_own_thread, without_turn
+from ray.experimental.rdt.common.thread_role import is_on_own_thread, without_turn
 from ray.experimental.rdt.consumer.receive_buffers import (
     Landing,
     Targets,
@@ -54,7 +54,7 @@ class PerDevice:
         RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
 
-    def __init__(self, links: Links, envelope: Envelope, target: Target, deadline: float):
+    def __init__(self, links: Links, envelope: Envelope, target: Target, deadline: Deadline):
         import torch
 
         table = envelope.table
@@ -86,7 +86,7 @@ class PerDevice:
             self.abandon()
             raise
 
-    def _begin_loans(self, types: set[str], deadline: float) -> None:
+    def _begin_loans(self, types: set[str], deadline: Deadline) -> None:
         for device_type in types:
             device = landing_device(device_type, self._wish)
             if device is not None and device.type == device_type:
@@ -95,7 +95,7 @@ class PerDevice:
                     loan = _Loan(self._links.session, self._head, lending, device, deadline)
                     self._loans.append(loan)
 
-    def _begin_share(self, device_type: str, deadline: float) -> None:
+    def _begin_share(self, device_type: str, deadline: Deadline) -> None:
         share = _Share(self._links, self._head, self._landing, device_type, deadline)
         self._shares.append(share)
 
@@ -103,7 +103,7 @@ class PerDevice:
     def lane(self) -> str:
         return "+".join(part.lane for part in self._parts())
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         for loan in self._loans.copy():
             if not loan.finish(self._table, self._landing, deadline):
                 self._loans.remove(loan)
@@ -144,7 +144,7 @@ class _Loan:
         head: Descriptor,
         lending: Lending,
         device: torch.device,
-        deadline: float,
+        deadline: Deadline,
     ):
         self.device_type = device.type
         self.lane = f"{head.transport} (shared)"
@@ -161,7 +161,7 @@ class _Loan:
         }
         self._answer = session.start_call(head.address, "rdt.lend", body)
 
-    def finish(self, table: Table, landing: Landing, deadline: float) -> bool:
+    def finish(self, table: Table, landing: Landing, deadline: Deadline) -> bool:
         """Puts the producer's memory where the regions land. False: a copy has to do."""
         regions = [r for r, name in sorted(table.devices.items()) if name == self.device_type]
         sizes = [table.regions[region] for region in regions]
@@ -203,7 +203,7 @@ class _Share:
         head: Descriptor,
         landing: Landing,
         device_type: str,
-        deadline: float,
+        deadline: Deadline,
     ):
         self._session = links.session
         self._head = head
@@ -216,7 +216,7 @@ class _Share:
         under_way = self._exchanges.current or self._pull
         return under_way.lane if under_way is not None else ""
 
-    def finish(self, deadline: float) -> None:
+    def finish(self, deadline: Deadline) -> None:
         with without_turn():
             has_moved = self._exchanges.move(self._landing, deadline)
         if not has_moved:
@@ -232,5 +232,5 @@ class _Share:
         return AgentPull(self._session, self._head.address, self._head.key, self._landing)
 
 
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
+def _left(deadline: Deadline) -> float:
+    return deadline.left_s()

@@ -7,7 +7,6 @@ the user's own tensors.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from ray.experimental.rdt.accelerators.device_failures import is_device_failure, is_out_of_memory
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import (
     FetchContext,
@@ -119,7 +119,7 @@ class Fetcher:
     def _begin(self, request: Request, patience: _Patience) -> lanes.Transfer | RayError:
         return _attempt(request, lambda: self._start(request, patience.deadline), patience)
 
-    def _start(self, request: Request, deadline: float) -> lanes.Transfer:
+    def _start(self, request: Request, deadline: Deadline) -> lanes.Transfer:
         head = request.envelope.head
         stored = self._store.by_key(head.key)
         if stored is not None:
@@ -142,7 +142,7 @@ class Fetcher:
             tensors = transfer.finish(patience.deadline)
             device = request.target.device
             if device is not None:
-                left_s = max(0.0, patience.deadline - time.monotonic())
+                left_s = patience.deadline.left_s()
                 tensors = move(tensors, device, left_s)
             return Arrival(request.envelope, tensors)
 
@@ -153,20 +153,20 @@ class Fetcher:
 class _Patience:
     """Until when a fetch may take, and whether that is the user's limit or RDT's own."""
 
-    deadline: float
+    deadline: Deadline
     is_users: bool
 
     def is_over(self, error: Exception) -> bool:
         """Whether the user's time ended a step that failed like this."""
-        is_late = isinstance(error, TimeoutError) or time.monotonic() >= self.deadline
+        is_late = isinstance(error, TimeoutError) or self.deadline.has_passed()
         return self.is_users and is_late and not _codes(error) & _FINAL
 
 
 def _patience(timeout_s: float | None) -> _Patience:
     own = settings().fetch_timeout_s
     if timeout_s is not None and 0 <= timeout_s < own:
-        return _Patience(time.monotonic() + timeout_s, True)
-    return _Patience(time.monotonic() + own, False)
+        return _Patience(Deadline.after(timeout_s), True)
+    return _Patience(Deadline.after(own), False)
 
 
 def _attempt(

@@ -20,6 +20,7 @@ from typing import Any
 from ray.experimental import internal_kv
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.consumer.receive_buffers import allocate
 from ray.experimental.rdt.consumer.transfer import AgentPull
 from ray.experimental.rdt.owner.object_directory import Location
@@ -79,7 +80,7 @@ class HintSender:
 class _Hinted:
     pull: AgentPull
     nbytes: int
-    until: float
+    until: Deadline
 
 
 class HintedPulls:
@@ -124,7 +125,7 @@ class HintedPulls:
         Returns:
             Whether there was room for it.
         """
-        until = time.monotonic() + settings().fetch_timeout_s
+        until = Deadline.after(settings().fetch_timeout_s)
         with self._lock:
             has_room = self.nbytes + nbytes <= settings().hint_bytes
             if has_room and key not in self._pulls:
@@ -138,8 +139,7 @@ class HintedPulls:
 
     def drop_stale(self) -> None:
         """Gives up what no task has asked for. Runs on: the reaper thread, now and then."""
-        now = time.monotonic()
-        self._drop([key for key, hinted in list(self._pulls.items()) if hinted.until < now])
+        self._drop([key for key, hinted in list(self._pulls.items()) if hinted.until.has_passed()])
 
     def _drop(self, keys: list[bytes]) -> None:
         for key in keys:
@@ -160,7 +160,7 @@ class HintedPulls:
             if key not in self._pulls and key not in self._asked and is_room:
                 landing = allocate(self._session, regions)
                 pull = AgentPull(self._session, address, key, landing)
-                until = time.monotonic() + settings().fetch_timeout_s
+                until = Deadline.after(settings().fetch_timeout_s)
                 self._pulls[key] = _Hinted(pull, nbytes, until)
         return {}
 

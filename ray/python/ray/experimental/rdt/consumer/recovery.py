@@ -16,10 +16,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.experimental.rdt.common import descriptor
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTProducerDiedError
 from ray.experimental.rdt.common.real_threads import sleep
+from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer import targets
-from ray.experimental.rdt.consumer.deferred import without_turn
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
 from ray.experimental.rdt.owner import recipes as lineage
 from ray.experimental.rdt.owner.recipes import ALIVE, MADE, UNKNOWN, Lineage, Outcome
@@ -110,7 +111,7 @@ class Remakes:
             ValueError: a target does not fit what the object is now.
         """
         found: list[Result] = list(results)
-        deadline = None if timeout_s is None or timeout_s < 0 else began + timeout_s
+        deadline = None if timeout_s is None or timeout_s < 0 else Deadline(began).later(timeout_s)
         lost = {
             index: _Lost(requests[index], refs[index], error)
             for index, error in enumerate(results)
@@ -125,12 +126,12 @@ class Remakes:
         lost: dict[int, _Lost],
         found: list[Result],
         began: float,
-        deadline: float | None,
+        deadline: Deadline | None,
     ) -> tuple[dict[int, _Lost], float]:
         """One round for all; returns what was lost once more, and since when it was fetched."""
         # A process that Ray counts as alive for as long as a fetch may take is taken to live, and
         # its task is not run a second time.
-        give_up = max(began + settings().fetch_timeout_s, time.monotonic() + _LEAST_S)
+        give_up = max(Deadline(began).later(settings().fetch_timeout_s), Deadline.after(_LEAST_S))
         made: dict[int, Any] = {}
         for index, one in lost.items():
             with without_turn():
@@ -155,16 +156,16 @@ class Remakes:
                 again[index] = _Lost(request, made[index], result)
         return again, began
 
-    def _made_again(self, one: _Lost, give_up: float, deadline: float | None) -> Outcome:
+    def _made_again(self, one: _Lost, give_up: Deadline, deadline: Deadline | None) -> Outcome:
         pause = _FIRST_PAUSE_S
         while True:
             outcome = self._ask(one)
             if outcome.state != ALIVE:
                 return outcome
-            if time.monotonic() > give_up:
+            if give_up.has_passed():
                 reason = outcome.reason or "Ray counts the process that made it as alive"
                 return Outcome(ALIVE, reason=reason)
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and deadline.has_passed():
                 raise GetTimeoutError(
                     f"ray.get timed out before Ray knew what became of {one.error.context.peer}, "
                     f"which made object {one.request.object_id}"
@@ -193,7 +194,7 @@ class Remakes:
                 return Outcome(answer["state"], ref, answer["reason"])
         return Outcome(state, reason=reason)
 
-    def _values(self, refs: list[Any], deadline: float | None) -> list[Any]:
+    def _values(self, refs: list[Any], deadline: Deadline | None) -> list[Any]:
         """What Ray has for the objects: waits, as ``ray.get`` does, until they are made."""
         import ray
 
@@ -227,8 +228,8 @@ def _busy_actor() -> str:
     return str(worker.actor_id.hex()) if is_single else ""
 
 
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+def _left(deadline: Deadline | None) -> float | None:
+    return None if deadline is None else deadline.left_s()
 
 
 def _request(old: Request, value: Any) -> Request:

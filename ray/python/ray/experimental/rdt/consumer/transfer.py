@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
@@ -18,10 +17,11 @@ from ray.exceptions import RayError
 from ray import cloudpickle
 from ray.experimental.rdt._tensors import Table, build_tensors
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
-from ray.experimental.rdt.consumer.deferred import without_turn
+from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer.receive_buffers import (
     Landing,
     Targets,
@@ -71,7 +71,7 @@ class Transfer(Protocol):
     @property
     def lane(self) -> str: ...
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         """Waits for the tensors. Raises AgentError, TimeoutError or what a transport raises."""
 
     def abandon(self) -> None:
@@ -87,7 +87,7 @@ class Here:
         self._captured = captured
         self._targets = targets
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         if self._targets is None:
             return self._captured.tensors
         self._captured.require_unchanged()
@@ -106,7 +106,7 @@ class Eager:
         self._envelope = envelope
         self._targets = targets
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         table, bytes_ = self._envelope.table, memoryview(self._envelope.eager or b"")
         # Each region begins where any dtype may: vector instructions fault elsewhere.
         memory = bytearray(len(bytes_) + (len(table.regions) + 1) * _ALIGNMENT)
@@ -137,9 +137,9 @@ class AgentPull:
     def lane(self) -> str:
         return self._pull.lane or ""
 
-    def wait(self, deadline: float) -> None:
+    def wait(self, deadline: Deadline) -> None:
         with without_turn():
-            self._pull.wait(max(0.0, deadline - time.monotonic()))
+            self._pull.wait(deadline.left_s())
 
     def abandon(self) -> None:
         if not self._pull.done:
@@ -159,7 +159,7 @@ class FromAgent:
     def lane(self) -> str:
         return self._pull.lane
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         self._pull.wait(deadline)
         return self._pull.landing.deliver(self._table, self._targets)
 
@@ -184,12 +184,12 @@ class FromHint(FromAgent):
         self._links = links
         self._envelope = envelope
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         try:
             return super().finish(deadline)
         except Exception as error:
             raise_if_interrupt(error)
-            if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
+            if isinstance(error, TimeoutError) or deadline.has_passed():
                 raise
             logger.debug("RDT pulls an object anew whose earlier pull failed", exc_info=True)
             return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
@@ -208,7 +208,7 @@ class Exchange:
         links: Links,
         name: str,
         head: Descriptor,
-        deadline: float,
+        deadline: Deadline,
         device_type: str = "cpu",
     ):
         session = links.session
@@ -224,12 +224,12 @@ class Exchange:
         self._is_reading = not transport.capabilities.two_sided
         self._exposed = self._ask("rdt.expose", {}, deadline) if self._is_reading else None
 
-    def _ask(self, op: str, route: Route, deadline: float) -> Callable[[float], dict[str, Any]]:
+    def _ask(self, op: str, route: Route, deadline: Deadline) -> Callable[[float], dict[str, Any]]:
         return _start_asking(
             self._session, self._head, self.lane, self._device_type, op, route, deadline
         )
 
-    def move(self, landing: Landing, deadline: float) -> None:
+    def move(self, landing: Landing, deadline: Deadline) -> None:
         """Returns when the bytes are in place. Raises TransportUnavailable, or that it failed.
 
         Where they are to be verified, ChecksumMismatch as well; device memory is not.
@@ -243,7 +243,7 @@ class Exchange:
         if expected is not None:
             expected.check_memory(landing.addresses, landing.lengths, deadline)
 
-    def _move(self, landing: Landing, deadline: float) -> None:
+    def _move(self, landing: Landing, deadline: Deadline) -> None:
         buffers, after = landing.flat(self._device_type), landing.after
         if self._exposed is None:
             retry_stale(lambda: self._receive(buffers, deadline, after), deadline)
@@ -253,7 +253,7 @@ class Exchange:
             self.abandon()
 
     def _receive(
-        self, buffers: list[torch.Tensor], deadline: float, after: Sequence[Event]
+        self, buffers: list[torch.Tensor], deadline: Deadline, after: Sequence[Event]
     ) -> None:
         transport = cast(TwoSided, self._transport)
         route = transport.route(self._peer, deadline)
@@ -265,7 +265,7 @@ class Exchange:
             raise
         transport.receive(route, buffers, deadline, after)
 
-    def _await_exposed(self, asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
+    def _await_exposed(self, asked: Callable[[float], dict[str, Any]], deadline: Deadline) -> Route:
         try:
             return _answer_of(asked, deadline)
         except (CallError, TransportUnavailable):
@@ -303,7 +303,7 @@ class Exchanges:
         RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
 
-    def __init__(self, links: Links, head: Descriptor, device_type: str, deadline: float):
+    def __init__(self, links: Links, head: Descriptor, device_type: str, deadline: Deadline):
         self._links = links
         self._head = head
         self._device_type = device_type
@@ -311,7 +311,7 @@ class Exchanges:
         self.current: Exchange | None = None
         self._begin_next(deadline)
 
-    def move(self, landing: Landing, deadline: float) -> bool:
+    def move(self, landing: Landing, deadline: Deadline) -> bool:
         """Waits for the bytes. False: no transport serves, the agent's lanes have to."""
         while self.current is not None:
             lane, until = self.current.lane, self._until(self.current.lane, deadline)
@@ -334,7 +334,7 @@ class Exchanges:
         if self.current is not None:
             self.current.abandon()
 
-    def _begin_next(self, deadline: float) -> None:
+    def _begin_next(self, deadline: Deadline) -> None:
         self.current = None
         while self._left and self.current is None:
             name = self._left.pop(0)
@@ -358,17 +358,16 @@ class Exchanges:
         if obstacle:
             raise _RuledOut(obstacle)
 
-    def _until(self, name: str, deadline: float) -> float:
+    def _until(self, name: str, deadline: Deadline) -> Deadline:
         """One that nobody named leaves half of the time to those after it."""
-        now = time.monotonic()
-        return now + (deadline - now) / 2 if self._is_unnamed(name) else deadline
+        return deadline.halfway() if self._is_unnamed(name) else deadline
 
-    def _may_pass_over(self, lane: str, error: Exception, deadline: float) -> bool:
+    def _may_pass_over(self, lane: str, error: Exception, deadline: Deadline) -> bool:
         if lane == STAGED:
             return False
         if isinstance(error, TransportUnavailable):
             return True
-        if not self._is_unnamed(lane) or time.monotonic() >= deadline:
+        if not self._is_unnamed(lane) or deadline.has_passed():
             return False
         is_final = isinstance(error, (MemoryError, RayError, ChecksumMismatch))
         is_gone = getattr(error, "code", "") in ("not_found", "changed")
@@ -411,7 +410,7 @@ class TransportPull:
         under_way = self._exchanges.current
         return under_way.lane if under_way is not None else ""
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         try:
             with without_turn():
                 tensors = self._move(deadline)
@@ -422,7 +421,7 @@ class TransportPull:
             self.abandon()
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
-    def _move(self, deadline: float) -> Targets | None:
+    def _move(self, deadline: Deadline) -> Targets | None:
         table = self._envelope.table
         direct = direct_targets(table, self._targets)
         landing = allocate(self._links.session, table.regions, direct)
@@ -443,7 +442,7 @@ class UserPull:
         self._peer = Peer(address, agent_id_of(address))
         self._is_reading = False
 
-    def finish(self, deadline: float) -> Targets:
+    def finish(self, deadline: Deadline) -> Targets:
         with without_turn():  # what runs here is the user's code
             shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
         try:
@@ -457,7 +456,7 @@ class UserPull:
             pull_again(self._links.session, self._envelope.head, self.lane, error)
         return _finish_on_agent(self._links, self._envelope, self._targets, deadline)
 
-    def _move(self, shipment: Shipment, deadline: float) -> Targets:
+    def _move(self, shipment: Shipment, deadline: Deadline) -> Targets:
         table = self._envelope.table
         transport = cast("UserTransport", self._links.transports.get(self.lane))
         direct = direct_targets(table, self._targets)
@@ -485,7 +484,7 @@ class UserPull:
         tensors = unpack_carriers(table, received)
         return tensors if self._targets is None else fill(self._targets, tensors)
 
-    def _ask(self, deadline: float) -> Callable[[str, Route], Route]:
+    def _ask(self, deadline: Deadline) -> Callable[[str, Route], Route]:
         def ask(op: str, route: Route) -> Route:
             head = self._envelope.head
             session = self._links.session
@@ -510,28 +509,28 @@ def _start_asking(
     device_type: str,
     op: str,
     route: Route,
-    deadline: float,
+    deadline: Deadline,
 ) -> Callable[[float], dict[str, Any]]:
     body = {
         "key": head.key.hex(),
         "transport": transport,
         "device": device_type,
         "route": route,
-        "timeout_s": max(0.0, deadline - time.monotonic()),
+        "timeout_s": deadline.left_s(),
     }
     return session.start_call(head.address, op, body, repeats=op == "rdt.expose")
 
 
-def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: float) -> Route:
+def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: Deadline) -> Route:
     try:
-        return asked(max(0.0, deadline - time.monotonic()))
+        return asked(deadline.left_s())
     except CallError as error:
         if error.code == TransportUnavailable.code:
             raise TransportUnavailable(str(error)) from error
         raise
 
 
-def retry_stale(move: Callable[[], _Moved], deadline: float) -> _Moved:
+def retry_stale(move: Callable[[], _Moved], deadline: Deadline) -> _Moved:
     """Moves the bytes again, up to ``_TRIES`` times, where all that failed was the way they took.
 
     A connection that breaks says nothing about the process behind it: the next try finds out.
@@ -542,7 +541,7 @@ def retry_stale(move: Callable[[], _Moved], deadline: float) -> _Moved:
         except Exception as error:
             raise_if_interrupt(error)
             is_stale = getattr(error, "is_stale", False) or getattr(error, "code", "") == "broken"
-            if not is_stale or not left or time.monotonic() >= deadline:
+            if not is_stale or not left or deadline.has_passed():
                 raise
             logger.debug("RDT moves an object again", exc_info=True)
     raise AssertionError("the last try returns or raises")
@@ -552,7 +551,7 @@ def choose(
     links: Links,
     envelope: Envelope,
     targets: Targets | None,
-    deadline: float,
+    deadline: Deadline,
 ) -> Transfer:
     """Starts the transfer of an object in the host memory of another process.
 
@@ -573,7 +572,7 @@ def choose(
 
 
 def _finish_on_agent(
-    links: Links, envelope: Envelope, targets: Targets | None, deadline: float
+    links: Links, envelope: Envelope, targets: Targets | None, deadline: Deadline
 ) -> Targets:
     pull = _agent_pull(links, envelope, targets)
     try:

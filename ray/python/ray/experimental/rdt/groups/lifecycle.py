@@ -7,7 +7,6 @@ since that is how an actor is reached and known to be able; the rest goes betwee
 
 from __future__ import annotations
 
-import time
 import uuid
 from base64 import b64decode
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups import collectives, records, service
 from ray.experimental.rdt.groups.membership import Member
 from ray.experimental.rdt.groups.records import Record
@@ -46,7 +46,7 @@ def create(
     """
     from ray.experimental.collective.communicator import CommunicatorHandle
 
-    deadline = time.monotonic() + settings().group_timeout_s
+    deadline = Deadline.after(settings().group_timeout_s)
     backend = normalized(backend)
     _check_actors(actors)
     _check_hardware(backend)
@@ -195,7 +195,7 @@ def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
     )
 
 
-def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> list[Member]:
+def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: Deadline) -> list[Member]:
     """Reaches every actor once, by a task, and learns how its process is reached directly."""
     own_id = ray.get_runtime_context().get_actor_id()
     answers: dict[int, dict[str, str]] = {}
@@ -217,14 +217,14 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: float) -> 
 
 
 def _collect(
-    actors: Sequence[ActorHandle], pending: dict[Any, int], deadline: float
+    actors: Sequence[ActorHandle], pending: dict[Any, int], deadline: Deadline
 ) -> dict[int, Any]:
     """The answers to tasks by rank. Raises RuntimeError, which names an actor that gave none."""
     answers: dict[int, Any] = {}
     # What is not answered is not cancelled: a cancelled task can leave a hole in the order of an
     # actor's tasks, for which Ray then waits for 30 s. A late introduction does nothing.
     while pending:
-        left = max(0.0, deadline - time.monotonic())
+        left = deadline.left_s()
         done, _ = ray.wait(list(pending), timeout=left)
         if not done:
             raise _silent([actors[rank] for rank in pending.values()])
@@ -233,7 +233,7 @@ def _collect(
     return answers
 
 
-def _join_users(actors: Sequence[ActorHandle], record: Record, deadline: float) -> list[Member]:
+def _join_users(actors: Sequence[ActorHandle], record: Record, deadline: Deadline) -> list[Member]:
     """Has actors join a group of a backend that a user has registered, as Ray's alpha does.
 
     It is ``ray.util.collective``'s alone: no process of it has to be reached directly.

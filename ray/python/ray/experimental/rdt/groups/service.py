@@ -17,7 +17,6 @@ Requests (JSON, through the session):
 from __future__ import annotations
 
 import logging
-import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.groups import collectives, membership
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
@@ -73,7 +73,7 @@ class _Forming:
             self.reports.setdefault(rank, error)
             self.changed.notify_all()
 
-    def wait(self, deadline: float) -> None:
+    def wait(self, deadline: Deadline) -> None:
         """Returns when all are connected.
 
         Raises:
@@ -87,7 +87,7 @@ class _Forming:
                 missing = set(range(len(self.members))) - set(self.reports)
                 if not missing:
                     return
-                left = deadline - time.monotonic()
+                left = deadline.left_s()
                 if left <= 0:
                     raise MemberFailed(min(missing), "it was not connected in time")
                 self.changed.wait(min(left, 0.2))
@@ -140,7 +140,7 @@ class GroupService:
     # Creator.
 
     def form(
-        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: float
+        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: Deadline
     ) -> None:
         """Makes a group: returns when every member is connected to every other.
 
@@ -170,16 +170,16 @@ class GroupService:
         for member in members:
             with suppress(Exception):  # it is gone, which is as good as having left
                 answers.append(self._ask(member, "rdt.group.leave", body))
-        deadline = time.monotonic() + _LEAVE_TIMEOUT_S
+        deadline = Deadline.after(_LEAVE_TIMEOUT_S)
         for answer in answers:
             try:
-                answer(max(0.0, deadline - time.monotonic()))
+                answer(deadline.left_s())
             except Exception as error:
                 raise_if_interrupt(error)
                 logger.debug("RDT had no answer from a member that leaves", exc_info=True)
 
     def _have_all_join(
-        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: float
+        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: Deadline
     ) -> None:
         body = {
             "id": group_id,
@@ -190,16 +190,18 @@ class GroupService:
         bodies = [body | {"rank": rank} for rank in range(len(members))]
         self._ask_all(members, "rdt.group.join", bodies, deadline)
 
-    def _have_all_connect(self, group_id: str, members: Sequence[Member], deadline: float) -> None:
+    def _have_all_connect(
+        self, group_id: str, members: Sequence[Member], deadline: Deadline
+    ) -> None:
         body = {
             "id": group_id,
-            "timeout_s": max(0.0, deadline - time.monotonic()),
+            "timeout_s": deadline.left_s(),
             "creator": b64encode(self._session.address).decode(),
         }
         self._ask_all(members, "rdt.group.connect", [body] * len(members), deadline)
 
     def _ask_all(
-        self, members: Sequence[Member], op: str, bodies: list[dict[str, Any]], deadline: float
+        self, members: Sequence[Member], op: str, bodies: list[dict[str, Any]], deadline: Deadline
     ) -> None:
         answers: list[Answer] = []
         for rank, (member, body) in enumerate(zip(members, bodies)):
@@ -210,7 +212,7 @@ class GroupService:
                 raise MemberFailed(rank, str(error)) from error
         for rank, answer in enumerate(answers):
             try:
-                answer(max(0.0, deadline - time.monotonic()))
+                answer(deadline.left_s())
             except Exception as error:
                 raise_if_interrupt(error)
                 raise MemberFailed(rank, str(error)) from error
@@ -273,13 +275,13 @@ class GroupService:
         group = self._groups.get(body["id"])
         if group is None:
             raise LookupError("the group was destroyed meanwhile")
-        deadline = time.monotonic() + float(body["timeout_s"])
+        deadline = Deadline.after(float(body["timeout_s"]))
         creator = Member(peer_id, b64decode(body["creator"]), "")
         arguments = (group, deadline, creator)
         threading.Thread(target=self._connect, args=arguments, name="rdt-group").start()
         return {}
 
-    def _connect(self, group: Group, deadline: float, creator: Member) -> None:
+    def _connect(self, group: Group, deadline: Deadline, creator: Member) -> None:
         """Runs on: member, a thread of its own."""
         error = ""
         try:

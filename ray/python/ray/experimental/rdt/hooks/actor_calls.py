@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray.experimental.rdt.consumer import argument_context as arguments
-from ray.experimental.rdt.consumer import deferred
-
-#: The keyword under which a call of a generator carries its ``StreamSpec`` or ``DynamicSpec``.
-STREAM_KEYWORD = "_ray_rdt_stream"
-
+from ray.experimental.rdt.hooks.deferred_calls import are_here, call_when_here
+from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
 #: Whether a method of this process's actor names nixl, until its constructor has been called.
 _has_to_begin_nixl = False
@@ -32,7 +29,7 @@ def is_special(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
     Ray's executor asks, so that ordinary calls have no frame of ours in their tracebacks.
     """
-    is_here = deferred.are_here(args) and deferred.are_here(kwargs.values())
+    is_here = are_here(args) and are_here(kwargs.values())
     return not is_here or STREAM_KEYWORD in kwargs or _has_to_begin_nixl
 
 
@@ -65,10 +62,10 @@ def call(
             _manager().begin_nixl()
         return result if spec is None else spec.items_of(result)
 
-    if deferred.are_here(args) and deferred.are_here(kwargs.values()):
+    if are_here(args) and are_here(kwargs.values()):
         return run(actor, *args, **kwargs)
     arguments.direct(method, (actor, *args), kwargs)
-    return deferred.call_when_here(method, run, (actor, *args), kwargs)
+    return call_when_here(method, run, (actor, *args), kwargs)
 
 
 def _manager() -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray._raylet import CoreWorker
 
-from ray.experimental.rdt.consumer.deferred import when_here
+from ray.experimental.rdt.hooks.deferred_calls import when_here
 
 
 class RDTCoreWorker(CoreWorker):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.hooks.actor_calls import STREAM_KEYWORD
+from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 from ray.experimental.rdt.transports.user import registered
 
 if TYPE_CHECKING:

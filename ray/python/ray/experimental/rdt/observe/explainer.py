@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import base64
 import os
-import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.consumer.transfer import check_carries
 from ray.experimental.rdt.rpc.session import agent_id_of
@@ -133,7 +133,7 @@ class Explainer:
         session.serve("rdt.explain", self._on_explain)
 
     def offers(
-        self, address: bytes, transport: str, devices: Sequence[str] | None, deadline: float
+        self, address: bytes, transport: str, devices: Sequence[str] | None, deadline: Deadline
     ) -> Offers:
         """What the agent at an address can do as a producer. Runs on: any thread; blocks.
 
@@ -144,7 +144,7 @@ class Explainer:
         return self._session.call(address, "rdt.offers", body, _left(deadline))
 
     def offers_or_why_not(
-        self, address: bytes, transport: str, devices: Sequence[str], deadline: float
+        self, address: bytes, transport: str, devices: Sequence[str], deadline: Deadline
     ) -> Offers:
         """As ``offers``; for a producer that cannot be asked, that as what is in the way."""
         from ray.experimental.rdt._agent import AgentError
@@ -159,7 +159,7 @@ class Explainer:
             why = f"it cannot be asked: {error}"
             return {each: dict.fromkeys(names, why) for each, names in tried.items()}
 
-    def ask(self, consumer: bytes, question: Question, deadline: float) -> Explanation:
+    def ask(self, consumer: bytes, question: Question, deadline: Deadline) -> Explanation:
         """What the consumer whose agent is at an address would do. Runs on: any thread; blocks."""
         body = asdict(replace(question, address=b""))
         body |= {
@@ -173,7 +173,7 @@ class Explainer:
         }
         return Explanation(answer["subject"], answer["transport"], found)
 
-    def judge(self, question: Question, deadline: float) -> Explanation:
+    def judge(self, question: Question, deadline: Deadline) -> Explanation:
         """What this process would do as the consumer. Runs on: any thread; blocks."""
         found = {
             device_type: self._judge(question, device_type, dict(obstacles), deadline)
@@ -196,12 +196,12 @@ class Explainer:
 
     def _on_explain(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: consumer, an rdt-call thread."""
-        deadline = time.monotonic() + float(body.pop("timeout_s"))
+        deadline = Deadline.after(float(body.pop("timeout_s")))
         question = Question(**{**body, "address": base64.b64decode(body["address"])})
         return asdict(self.judge(question, deadline))
 
     def _judge(
-        self, question: Question, device_type: str, obstacles: dict[str, str], deadline: float
+        self, question: Question, device_type: str, obstacles: dict[str, str], deadline: Deadline
     ) -> list[Way]:
         tried = [self._same_process(question), _in_value(question)]
         for name, obstacle in obstacles.items():
@@ -251,14 +251,14 @@ class Explainer:
             return str(error)
         return ""
 
-    def _agents_lanes(self, question: Question, deadline: float) -> list[Way]:
+    def _agents_lanes(self, question: Question, deadline: Deadline) -> list[Way]:
         reasons = self._lane_reasons(question.address, deadline)
         return [
             Way(lane, reasons[lane] == "ok", why if reasons[lane] == "ok" else reasons[lane])
             for lane, why in _LANES.items()
         ]
 
-    def _lane_reasons(self, address: bytes, deadline: float) -> dict[str, str]:
+    def _lane_reasons(self, address: bytes, deadline: Deadline) -> dict[str, str]:
         """For each lane of the agent "ok" or what is in its way."""
         from ray.experimental.rdt._agent import AgentError
 
@@ -304,5 +304,5 @@ def _obey_strict(transport: str, tried: list[Way]) -> list[Way]:
     return tried[:at] + forbidden
 
 
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
+def _left(deadline: Deadline) -> float:
+    return deadline.left_s()

@@ -9,11 +9,11 @@ Thread: ``rdt-holder``, which waits in Ray for the tasks' returns and sleeps whi
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 
 #: How long one wait in Ray lasts before it takes in tasks submitted meanwhile.
 _WAIT_S = 0.25
@@ -25,7 +25,7 @@ class ArgumentHolder:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._held: dict[Any, list[Any]] = {}
-        self._unreturned: list[tuple[float, list[Any]]] = []
+        self._unreturned: list[tuple[Deadline, list[Any]]] = []
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class ArgumentHolder:
             if returned:
                 self._held[returned[-1]] = arguments
             else:
-                deadline = time.monotonic() + settings().fetch_timeout_s
+                deadline = Deadline.after(settings().fetch_timeout_s)
                 self._unreturned.append((deadline, arguments))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="rdt-holder")
@@ -69,8 +69,9 @@ class ArgumentHolder:
                 if not self._is_current():
                     return
                 tasks = list(self._held)
-                now = time.monotonic()
-                self._unreturned = [entry for entry in self._unreturned if entry[0] > now]
+                self._unreturned = [
+                    entry for entry in self._unreturned if not entry[0].has_passed()
+                ]
                 if not tasks:
                     self._changed.wait(_WAIT_S)
             if tasks:

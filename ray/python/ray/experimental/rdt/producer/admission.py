@@ -11,7 +11,7 @@ import logging
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.errors import RDTError
-from ray.experimental.rdt.consumer.deferred import must_not_block
+from ray.experimental.rdt.common.thread_role import must_not_block
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.serialization.capture import Captured
 

@@ -8,12 +8,12 @@ cut off keeps what is its own. Runs on: producer, the ``rdt-call`` and reaper th
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ray.experimental import internal_kv
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.rpc.session import KV_NAMESPACE, Session
@@ -57,11 +57,11 @@ def ask_all(
         The address of each, and its answer, or why there is none.
     """
     asked = [(address, session.start_call(address, op, body)) for address in addresses]
-    deadline = time.monotonic() + timeout_s
+    deadline = Deadline.after(timeout_s)
     for address, wait in asked:
         answer: dict[str, Any] | Exception
         try:
-            answer = wait(max(0.0, deadline - time.monotonic()))
+            answer = wait(deadline.left_s())
         except Exception as error:
             raise_if_interrupt(error)
             answer = error

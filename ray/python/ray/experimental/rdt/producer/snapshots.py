@@ -6,7 +6,6 @@ made then, and whatever lane a consumer takes, it reads the copy.
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError, RDTError
 from ray.experimental.rdt.producer.admission import Room, may_wait
 from ray.experimental.rdt.serialization.capture import Captured, region_bytes
@@ -125,7 +125,7 @@ class Snapshots:
         for copy, buffer in pairs:
             if buffer.is_cpu:
                 copy.copy_(buffer)
-        nixl, deadline = self._find_nixl(), time.monotonic() + settings().fetch_timeout_s / 2
+        nixl, deadline = self._find_nixl(), Deadline.after(settings().fetch_timeout_s / 2)
         devices = {buffer.device for buffer in buffers if not buffer.is_cpu}
         if nixl is not None and devices:
             try:
@@ -144,7 +144,7 @@ class Snapshots:
             events.append(event)
         if all(copy.is_cpu for copy in copies.buffers):
             for event in events:
-                event.wait(max(0.0, deadline - time.monotonic()))
+                event.wait(deadline.left_s())
             events = []
         captured.addresses = array("Q", [copy.data_ptr() for copy in copies.buffers])
         captured.copies, captured.events = copies, events

@@ -30,11 +30,14 @@ from ray._private.object_ref_generator import ObjectRefGenerator
 from ray.experimental.rdt.common import descriptor
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.serialized_value import SerializedValue
-from ray.experimental.rdt.hooks.actor_calls import STREAM_KEYWORD
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
 if TYPE_CHECKING:
     from ray.experimental.rdt.common.descriptor import Descriptor
+
+
+#: The keyword under which a call of a generator carries its ``StreamSpec`` or ``DynamicSpec``.
+STREAM_KEYWORD = "_ray_rdt_stream"
 
 
 class StreamSpec(NamedTuple):

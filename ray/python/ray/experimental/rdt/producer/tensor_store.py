@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
+from ray.experimental.rdt.common.deadline import Deadline
 
 if TYPE_CHECKING:
     import torch
@@ -215,10 +216,10 @@ class Store:
         return self._by_id[object_id]
 
     def _wait(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = None if timeout_s is None else Deadline.after(timeout_s)
         with self._changed:
             while not is_done():
-                left = None if deadline is None else deadline - time.monotonic()
+                left = None if deadline is None else deadline.left_s()
                 if left is not None and left <= 0:
                     return False
                 # In slices: what cancels a task sets a flag that does not wake a wait.

@@ -21,7 +21,6 @@ for first, so that a transport sees finished memory.
 from __future__ import annotations
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as NotDone
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.real_threads import Future
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.producer.streams import ProducedStreams
@@ -84,7 +84,7 @@ class Server:
         self._lock = threading.Lock()
         self._exposed: dict[tuple[bytes, str, str], Future[_Exposure]] = {}
         # By consumer and key, the deadline of each reader.
-        self._readers: defaultdict[tuple[bytes, bytes], list[float]] = defaultdict(list)
+        self._readers: defaultdict[tuple[bytes, bytes], list[Deadline]] = defaultdict(list)
         self._senders = DaemonThreads(_SEND_THREADS, "rdt-send")
         session.serve("rdt.send", self._on_send, self._senders)
         # Exposing may wait, for devices or for room: what makes room comes on other threads.
@@ -129,7 +129,7 @@ class Server:
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> Reply:
         """Runs on: producer, an rdt-send thread. What fails here is the consumer's answer."""
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
-        deadline = time.monotonic() + float(body["timeout_s"])
+        deadline = Deadline.after(float(body["timeout_s"]))
         stored = self._borrow(body)
         try:
             send = self._prepare(transport, stored, body, deadline)
@@ -139,7 +139,7 @@ class Server:
         return Reply({}, partial(self._send, send, stored, transport.capabilities.name, peer_id))
 
     def _prepare(
-        self, transport: TwoSided, stored: StoredObject, body: dict[str, Any], deadline: float
+        self, transport: TwoSided, stored: StoredObject, body: dict[str, Any], deadline: Deadline
     ) -> Callable[[], None]:
         """Waits until an object's memory is written; returns what sends it."""
         device_type, route = body["device"], body["route"]
@@ -174,7 +174,7 @@ class Server:
 
     def _on_expose(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
-        deadline = time.monotonic() + float(body["timeout_s"])
+        deadline = Deadline.after(float(body["timeout_s"]))
         stored = self._borrow(body)
         try:
             # A user's transport has described the object when it was made.
@@ -191,7 +191,7 @@ class Server:
             # A reader that was lost meanwhile asks again if it lives.
             is_lost = self._session.is_asker_lost()
             if not is_lost:
-                self._readers[peer_id, stored.key].append(deadline)
+                self._readers[peer_id, stored.key].append(deadline.later(_READER_SLACK_S))
         if is_lost:
             self._give_back(stored.key)
         return exposed
@@ -199,7 +199,7 @@ class Server:
     def _on_lend(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread. The transport keeps the memory that it lends."""
         transport: Lending = self._transports.get(body["transport"])  # type: ignore[assignment]
-        deadline = time.monotonic() + float(body["timeout_s"])
+        deadline = Deadline.after(float(body["timeout_s"]))
         stored = self._borrow(body)
         try:
             events = stored.captured.events
@@ -209,7 +209,7 @@ class Server:
             self._give_back(stored.key)
 
     def _expose_once(
-        self, transport: OneSided, stored: StoredObject, body: dict[str, Any], deadline: float
+        self, transport: OneSided, stored: StoredObject, body: dict[str, Any], deadline: Deadline
     ) -> dict[str, Any]:
         """Exposes an object at its first reader's request; others wait for that. May block."""
         device_type = body["device"]
@@ -228,7 +228,7 @@ class Server:
                     del self._exposed[entry]
                 mine.set_exception(error)
         try:
-            return known.result(max(0.0, deadline - time.monotonic())).described
+            return known.result(deadline.left_s()).described
         except NotDone as error:
             if known.done():
                 raise
@@ -251,10 +251,9 @@ class Server:
         self._drop_readers(lambda peer, deadline: peer == peer_id)
 
     def _drop_late_readers(self) -> None:
-        now = time.monotonic()
-        self._drop_readers(lambda peer, deadline: deadline + _READER_SLACK_S < now)
+        self._drop_readers(lambda peer, until: until.has_passed())
 
-    def _drop_readers(self, is_over: Callable[[bytes, float], bool]) -> None:
+    def _drop_readers(self, is_over: Callable[[bytes, Deadline], bool]) -> None:
         """Runs on: the reaper thread."""
         dropped = []
         with self._lock:
@@ -279,7 +278,7 @@ class Server:
             self.withdraw(stored)
 
 
-def await_writers(stored: StoredObject, device_type: str, deadline: float) -> None:
+def await_writers(stored: StoredObject, device_type: str, deadline: Deadline) -> None:
     """Waits for what writes an object's tensors on such devices. Raises TimeoutError."""
     if device_type != "cpu":
         await_events(stored, deadline)
@@ -292,10 +291,10 @@ def check_owners(buffers: list[torch.Tensor], device_type: str) -> None:
         accelerator.sharing.check_owners(buffers)
 
 
-def await_events(stored: StoredObject, deadline: float) -> None:
+def await_events(stored: StoredObject, deadline: Deadline) -> None:
     """Waits until devices have finished what makes an object's tensors. Raises TimeoutError."""
     for event in stored.captured.events:
-        event.wait(max(0.0, deadline - time.monotonic()))
+        event.wait(deadline.left_s())
 
 
 def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.Tensor]:
@@ -314,7 +313,7 @@ def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.T
 
 
 def buffers_for(
-    transport: Transport, stored: StoredObject, device_type: str, deadline: float
+    transport: Transport, stored: StoredObject, device_type: str, deadline: Deadline
 ) -> list[torch.Tensor]:
     """``flat_buffers`` as a transport takes them.
 
@@ -336,7 +335,7 @@ def buffers_for(
     for home in set(homes):
         pairs = [pair for pair in zip(returned, buffers) if pair[0].device == home]
         allocated = accelerator.record(home)
-        accelerator.copy(pairs, home, [allocated]).wait(max(0.0, deadline - time.monotonic()))
+        accelerator.copy(pairs, home, [allocated]).wait(deadline.left_s())
     return returned
 
 

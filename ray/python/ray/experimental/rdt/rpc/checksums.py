@@ -8,11 +8,11 @@ consumer's copy threads as they go, or, where a transport has moved it, in one g
 from __future__ import annotations
 
 import logging
-import time
 from array import array
 from typing import Any
 
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.rpc.session import Session
 
 
@@ -35,7 +35,7 @@ class Expected:
         self._asked = session.agent.ask_checksum(address, key)
         self._answer: int | None = None
 
-    def check(self, found: int, deadline: float) -> None:
+    def check(self, found: int, deadline: Deadline) -> None:
         """Compares, once the producer has answered.
 
         Runs on: consumer, the thread that fetches; blocks without the GIL.
@@ -46,7 +46,7 @@ class Expected:
             AgentError: the producer is gone.
         """
         if self._answer is None:
-            answer = self._asked.wait(max(0.0, deadline - time.monotonic()))
+            answer = self._asked.wait(deadline.left_s())
             self._answer = int.from_bytes(answer, "little")
         if found != self._answer:
             raise ChecksumMismatch(
@@ -54,7 +54,7 @@ class Expected:
                 f"{found:016x}"
             )
 
-    def check_memory(self, addresses: array[int], lengths: array[int], deadline: float) -> None:
+    def check_memory(self, addresses: array[int], lengths: array[int], deadline: Deadline) -> None:
         """As ``check``, of bytes that lie in this process."""
         from ray.experimental.rdt._agent import checksum
 
@@ -102,7 +102,7 @@ class VerifiedPull:
 
     def wait(self, timeout_s: float) -> None:
         """As the agent's. Raises ChecksumMismatch as well."""
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         self._pull.wait(timeout_s)
         try:
             self._expected.check(self._pull.checksum, deadline)
@@ -110,7 +110,7 @@ class VerifiedPull:
         except ChecksumMismatch as error:
             say_again(self._session, f"lane {self.lane}", error)
         self._pull = self._begin()
-        self._pull.wait(max(0.0, deadline - time.monotonic()))
+        self._pull.wait(deadline.left_s())
         self._expected.check(self._pull.checksum, deadline)
 
 

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ray.experimental.rdt.common.deadline import Deadline
+
 if TYPE_CHECKING:
     import torch
 
@@ -135,7 +137,7 @@ class OneSided(Protocol):
         peer: Peer,
         exposed: Route,
         buffers: Sequence[torch.Tensor],
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         """Fills flat uint8 ``buffers``, which match the exposed ones one to one.
@@ -172,7 +174,7 @@ class Lending(Protocol):
         asked: Route,
         buffers: Sequence[torch.Tensor],
         events: Sequence[Event],
-        deadline: float,
+        deadline: Deadline,
     ) -> Route:
         """Keeps flat buffers for a consumer and describes them; what ``borrow`` gives answers.
 
@@ -216,7 +218,7 @@ class TwoSided(Protocol):
 
     capabilities: Capabilities
 
-    def route(self, peer: Peer, deadline: float) -> Route:
+    def route(self, peer: Peer, deadline: Deadline) -> Route:
         """Settles how ``peer`` will send to this process; makes the connection if there is none.
 
         Runs on: consumer, the fetching thread. Each call gives a route for one transfer: two
@@ -226,7 +228,7 @@ class TwoSided(Protocol):
             TransportUnavailable: no route to this peer.
         """
 
-    def send(self, route: Route, buffers: Sequence[torch.Tensor], deadline: float) -> None:
+    def send(self, route: Route, buffers: Sequence[torch.Tensor], deadline: Deadline) -> None:
         """Sends flat uint8 ``buffers`` along ``route``.
 
         Runs on: producer, an ``rdt-send`` thread; returns when the buffers may change again. A send
@@ -237,7 +239,7 @@ class TwoSided(Protocol):
         self,
         route: Route,
         buffers: Sequence[torch.Tensor],
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         """Fills flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.

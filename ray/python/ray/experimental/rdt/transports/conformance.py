@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 import ray
+from ray.experimental.rdt.common.deadline import Deadline
 
 #: Elements of an object that does not ride along in the value (1 MiB), and of one that takes a
 #: while to move (32 MiB).
@@ -327,9 +328,9 @@ def _exchange(stage: Stage, pairs: list[tuple[Any, Any]], count: int) -> None:
 
 
 def _await(is_so: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + _LIMIT_S
+    deadline = Deadline.after(_LIMIT_S)
     while not is_so():
-        if time.monotonic() > deadline:
+        if deadline.has_passed():
             raise AssertionError(otherwise)
         time.sleep(0.02)
 

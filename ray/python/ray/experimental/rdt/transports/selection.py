@@ -8,12 +8,12 @@ that transport for a while.
 from __future__ import annotations
 
 import functools
-import time
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import LANES, settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.rpc.session import agent_id_of, boot_id_of
 from ray.experimental.rdt.transports.nixl.engine import has_rdma
 
@@ -42,7 +42,7 @@ class Unnamed:
         self._session = session
         self._lock = threading.Lock()
         # By producer and transport: until when, and what it failed of.
-        self._left_alone: dict[tuple[bytes, str], tuple[float, str]] = {}
+        self._left_alone: dict[tuple[bytes, str], tuple[Deadline, str]] = {}
         session.on_peer_lost(self._on_peer_lost)
 
     def obstacle(self, name: str, address: bytes) -> str:
@@ -59,13 +59,13 @@ class Unnamed:
             return "on one host only where it is named"
         if name == "nixl" and not _has_rdma():
             return "this host has no RDMA device"
-        until, failure = self._left_alone.get((agent_id_of(address), name), (0.0, ""))
-        return f"it failed a moment ago: {failure}" if time.monotonic() < until else ""
+        until, failure = self._left_alone.get((agent_id_of(address), name), (Deadline(0.0), ""))
+        return f"it failed a moment ago: {failure}" if not until.has_passed() else ""
 
     def failed(self, name: str, address: bytes, error: Exception) -> None:
         """Notes that a transport could not serve a pair."""
         if name in _COSTLY:
-            until, failure = time.monotonic() + _LEFT_ALONE_S, f"{type(error).__name__}: {error}"
+            until, failure = Deadline.after(_LEFT_ALONE_S), f"{type(error).__name__}: {error}"
             with self._lock:
                 self._left_alone[agent_id_of(address), name] = until, failure
 

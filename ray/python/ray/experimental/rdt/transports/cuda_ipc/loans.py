@@ -8,12 +8,12 @@ both are on one host, and the kernel tells the end of a process.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.processes import Process
 
 #: A consumer gives up at its deadline; what it says of that may take so much longer.
@@ -32,7 +32,7 @@ class _Loan:
 
     reader: bytes
     kept: Sequence[Any]
-    until: float | None
+    until: Deadline | None
 
 
 class Loans:
@@ -42,17 +42,19 @@ class Loans:
         self._lock = threading.Lock()
         self._loans: dict[str, _Loan] = {}
         self._processes: dict[bytes, Process] = {}
-        self._ended_early: dict[str, float] = {}
+        self._ended_early: dict[str, Deadline] = {}
 
     def __len__(self) -> int:
         return len(self._loans)
 
-    def add(self, name: str, reader: bytes, pid: int, kept: Sequence[Any], deadline: float) -> None:
+    def add(
+        self, name: str, reader: bytes, pid: int, kept: Sequence[Any], deadline: Deadline
+    ) -> None:
         """Keeps memory until the consumer says otherwise."""
         with self._lock:
             if self._ended_early.pop(name, None) is not None:
                 return  # given back before it was lent
-            self._loans[name] = _Loan(reader, kept, deadline + _SLACK_S)
+            self._loans[name] = _Loan(reader, kept, deadline.later(_SLACK_S))
             if reader not in self._processes:
                 self._processes[reader] = Process(pid)
 
@@ -68,19 +70,20 @@ class Loans:
         with self._lock:
             loan = self._loans.pop(name, None)
             if loan is None:
-                self._ended_early[name] = time.monotonic() + _SLACK_S
+                self._ended_early[name] = Deadline.after(_SLACK_S)
 
     def look_after(self) -> None:
         """Ends loans whose consumers have ended or never confirmed. Runs on: the reaper thread."""
-        now = time.monotonic()
         ended = self._ended_processes()
 
         def is_over(loan: _Loan) -> bool:
-            return loan.reader in ended or (loan.until is not None and loan.until < now)
+            return loan.reader in ended or (loan.until is not None and loan.until.has_passed())
 
         self._drop(is_over)
         with self._lock:
-            self._ended_early = {name: t for name, t in self._ended_early.items() if t > now}
+            self._ended_early = {
+                name: until for name, until in self._ended_early.items() if not until.has_passed()
+            }
 
     def on_peer_lost(self, peer_id: bytes) -> None:
         """Ends the loans of a consumer whose process has ended. Runs on: the reaper thread."""

@@ -27,7 +27,6 @@ import itertools
 import logging
 import os
 import sys
-import time
 from array import array
 from base64 import b64decode, b64encode
 from collections import defaultdict
@@ -42,6 +41,7 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Event, have_ended
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Segment, SharedMemory
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.real_threads import Empty, SimpleQueue
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
@@ -204,7 +204,7 @@ class DeviceIpcTransport:
             buffers = self._exposed.get(body["exposure"])
         if buffers is None:
             raise _not_exposed()
-        deadline = time.monotonic() + float(body["timeout_s"])
+        deadline = Deadline.after(float(body["timeout_s"]))
         described = self._describe(buffers)
         self._loans.add(body["loan"], peer_id, body["pid"], buffers, deadline)
         with self._lock:
@@ -222,7 +222,7 @@ class DeviceIpcTransport:
         asked: Route,
         buffers: Buffers,
         events: Sequence[Event],
-        deadline: float,
+        deadline: Deadline,
     ) -> Route:
         """See ``Lending``."""
         if asked["place"] != self._place:
@@ -266,7 +266,7 @@ class DeviceIpcTransport:
         peer: Peer,
         exposed: Route,
         buffers: Buffers,
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         """See ``OneSided``. Memory that a copy still reads stays mapped until that has ended."""
@@ -288,7 +288,7 @@ class DeviceIpcTransport:
         finally:
             self._end_read(source, copies, deadline)
 
-    def _source(self, peer: Peer, exposure: int, deadline: float) -> _Source:
+    def _source(self, peer: Peer, exposure: int, deadline: Deadline) -> _Source:
         """The object for one more read; its producer is asked where it is the first time."""
         with self._lock:
             known = self._sources.get(peer.agent_id, {}).get(exposure)
@@ -318,13 +318,13 @@ class DeviceIpcTransport:
             source.is_over = self._sources[peer.agent_id].setdefault(exposure, source) is not source
         return source
 
-    def _end_read(self, source: _Source, copies: Sequence[Event], deadline: float) -> None:
+    def _end_read(self, source: _Source, copies: Sequence[Event], deadline: Deadline) -> None:
         """Ends one read. After its deadline the producer may have said already that all is over."""
         pending = [copy for copy in copies if not have_ended([copy], 0)]
         with self._lock:
             source.readers -= 1
             source.use.events += pending
-            source.is_over = source.is_over or time.monotonic() >= deadline
+            source.is_over = source.is_over or deadline.has_passed()
             of_producer = self._sources.get(source.use.peer.agent_id, {})
             if source.is_over and of_producer.get(source.exposure) is source:
                 del of_producer[source.exposure]
@@ -360,7 +360,7 @@ class DeviceIpcTransport:
         source: _Source,
         copies: list[Event],
         buffers: Buffers,
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event],
     ) -> None:
         """Copies an object into buffers; adds the copies that it begins to ``copies``."""
@@ -627,5 +627,5 @@ def _place() -> str:
     return f"{_BOOT_ID.read_text().strip()} {_PID_NAMESPACE.stat().st_ino}"
 
 
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
+def _left(deadline: Deadline) -> float:
+    return deadline.left_s()

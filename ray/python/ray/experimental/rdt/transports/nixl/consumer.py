@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl.endpoint import Endpoint, LazyEndpoint
@@ -71,7 +71,7 @@ class Consumer:
         self,
         exposed: Route,
         buffers: Sequence[torch.Tensor],
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         """See ``NixlTransport``. Runs on: consumer, the fetching thread."""
@@ -82,7 +82,7 @@ class Consumer:
         _check_way(endpoint.engine, exposed["reach"], local, remote)
         self._look_after_hung(endpoint)
         for event in after:
-            event.wait(max(0.0, deadline - time.monotonic()))
+            event.wait(deadline.left_s())
         with accelerators.aside(buffers):
             self._read(endpoint, exposed, remote, local, buffers, deadline)
 
@@ -93,7 +93,7 @@ class Consumer:
         remote: Spans,
         local: Spans,
         buffers: Sequence[torch.Tensor],
-        deadline: float,
+        deadline: Deadline,
     ) -> None:
         try:
             lease = endpoint.registrations.acquire(local, buffers)
@@ -108,7 +108,7 @@ class Consumer:
             with endpoint.remotes.reading(exposure, deadline):
                 _run(endpoint.engine, batches, exposure.agent, under_way, deadline)
         except BaseException as error:
-            _settle(under_way, time.monotonic() + _GRACE_S)
+            _settle(under_way, Deadline.after(_GRACE_S))
             error.may_still_write = bool(under_way)  # type: ignore[attr-defined]
             raise
         finally:
@@ -120,7 +120,7 @@ class Consumer:
             with self._lock:
                 hung, self._hung = self._hung, []
             for entry in hung:
-                _settle(entry.under_way, 0)
+                _settle(entry.under_way, Deadline.after(0))
                 self._end(endpoint, entry)
 
     def _end(self, endpoint: Endpoint, entry: _Hung) -> None:
@@ -148,12 +148,12 @@ def _check_way(engine: Engine, reach: str, local: Spans, remote: Spans) -> None:
 
 
 def _run(
-    engine: Engine, batches: Iterable[Batch], name: str, under_way: deque[Read], deadline: float
+    engine: Engine, batches: Iterable[Batch], name: str, under_way: deque[Read], deadline: Deadline
 ) -> None:
     """Reads all batches, a few at once; after an error some may be left in ``under_way``."""
     between_looks = _each_slice(raise_if_cancelled)
     for batch in batches:
-        if time.monotonic() >= deadline:
+        if deadline.has_passed():
             raise TimeoutError("the deadline passed while nixl was reading")
         under_way.append(engine.post(batch, name))
         while len(under_way) >= _WINDOW or (under_way and under_way[0].is_done()):
@@ -164,32 +164,31 @@ def _run(
 
 def _each_slice(action: Callable[[], None]) -> Callable[[], None]:
     """What runs an action, but once in a slice of time however often it is called."""
-    due = time.monotonic() + _SLICE_S
+    due = Deadline.after(_SLICE_S)
 
     def run() -> None:
         nonlocal due
-        now = time.monotonic()
-        if now >= due:
-            due = now + _SLICE_S
+        if due.has_passed():
+            due = Deadline.after(_SLICE_S)
             action()
 
     return run
 
 
 def _finish_first(
-    under_way: deque[Read], deadline: float, between_looks: Callable[[], None] = lambda: None
+    under_way: deque[Read], deadline: Deadline, between_looks: Callable[[], None] = lambda: None
 ) -> None:
     for pause in _pauses():
         if under_way[0].is_done():
             break
-        if time.monotonic() >= deadline:
+        if deadline.has_passed():
             raise TimeoutError("the deadline passed while nixl was reading")
         between_looks()
         sleep(pause)
     under_way.popleft().release()
 
 
-def _settle(under_way: deque[Read], deadline: float) -> None:
+def _settle(under_way: deque[Read], deadline: Deadline) -> None:
     """Ends what failed or comes to its end by the deadline; leaves the rest."""
     still: list[Read] = []
     while under_way:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import itertools
-import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as NotDone
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.real_threads import Future
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl.endpoint import LazyEndpoint
@@ -107,12 +107,12 @@ class Producer:
                     f"object has tensors on {others}"
                 )
         elif self._awaits_devices:
-            deadline = time.monotonic() + settings().fetch_timeout_s / 2
+            deadline = Deadline.after(settings().fetch_timeout_s / 2)
             for device in sorted(devices, key=str):
                 await_device(device, deadline)
 
 
-def await_device(device: torch.device, deadline: float) -> None:
+def await_device(device: torch.device, deadline: Deadline) -> None:
     """Waits for all streams of a GPU. CUDA has no such wait with a deadline.
 
     So a thread does it, ``rdt-nixl-sync``, which is left behind at the deadline and ends when the
@@ -140,8 +140,8 @@ def await_device(device: torch.device, deadline: float) -> None:
         ) from error
 
 
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
+def _left(deadline: Deadline) -> float:
+    return deadline.left_s()
 
 
 def _describe(engine: Engine, number: int, lease: Lease) -> Route:

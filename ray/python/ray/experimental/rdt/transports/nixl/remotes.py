@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.engine import Engine, NixlError
 
@@ -66,7 +66,7 @@ class Remotes:
         self._known: dict[str, _Remote] = {}  # least recently used first
 
     @contextlib.contextmanager
-    def reading(self, exposure: Exposure, deadline: float) -> Iterator[None]:
+    def reading(self, exposure: Exposure, deadline: Deadline) -> Iterator[None]:
         """Makes our agent know an exposure, while the context lasts.
 
         A NixlError that leaves the context makes the peer be met anew by the next read.
@@ -86,10 +86,10 @@ class Remotes:
                 remote.readers -= 1
                 self._changed.notify_all()
 
-    def _enter(self, exposure: Exposure, deadline: float) -> _Remote:
+    def _enter(self, exposure: Exposure, deadline: Deadline) -> _Remote:
         with self._changed:
             while (remote := self._current(exposure)) is None:
-                if not self._changed.wait(max(0.0, deadline - time.monotonic())):
+                if not self._changed.wait(deadline.left_s()):
                     raise TimeoutError("other reads from this peer did not end in time")
             if exposure.number not in remote.exposures:
                 self._learn(remote, exposure)

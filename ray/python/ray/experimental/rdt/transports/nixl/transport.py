@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
 from ray.experimental.rdt.transports.nixl.consumer import Consumer
@@ -76,7 +77,7 @@ class NixlTransport:
         peer: Peer,
         exposed: Route,
         buffers: Sequence[torch.Tensor],
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         """See ``OneSided``.

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Capabilities, Peer, TransportUnavailable
 from ray.experimental.rdt.transports.process_group import packing
 from ray.experimental.rdt.transports.process_group.packing import Direct, Header, Message, Packed
@@ -194,7 +194,7 @@ class Link:
         self.id = link_id
         self.peer = peer
         self.scope = scope
-        self.leased_until = 0.0  # guarded by the transport
+        self.leased_until: Deadline | None = None  # guarded by the transport
         self._other = 1 - rank
         self._backend = backend
         self._group = group
@@ -231,9 +231,9 @@ class Link:
             byte = self._backend.empty(1)
             self._backend.wait(self._post(byte, _PROOF_TAG), timeout_s + _HEADER_SLACK_S)
 
-        self._run(move, time.monotonic() + timeout_s)
+        self._run(move, Deadline.after(timeout_s))
 
-    def send(self, tag: int, buffers: Buffers, deadline: float) -> None:
+    def send(self, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Sends one transfer. Runs on: producer; blocks until the buffers may change again.
 
         Buffers that the backend cannot carry are not sent: the consumer is told why.
@@ -244,7 +244,7 @@ class Link:
         self._run(lambda job: self._send(job, tag, buffers, deadline), deadline)
 
     def receive(
-        self, tag: int, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+        self, tag: int, buffers: Buffers, deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
         """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
 
@@ -261,7 +261,7 @@ class Link:
             raise TransferRefused(refusal)
         self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline, after)
 
-    def _send(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
+    def _send(self, job: _Job, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Runs on: producer, the transfer's thread."""
         import torch
 
@@ -284,7 +284,7 @@ class Link:
         begun = _UnderWay(header_sent, _until(deadline) + _HEADER_SLACK_S, lambda: None)
         self._stream(job, buffers, post, lambda message, slot: None, begun)
 
-    def _receive(self, job: _Job, tag: int, buffers: Buffers, deadline: float) -> None:
+    def _receive(self, job: _Job, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Runs on: consumer, the transfer's thread."""
         message = self._backend.empty(packing.HEADER_NBYTES)
         self._backend.wait(self._post(message, tag), _until(deadline) + _HEADER_SLACK_S)
@@ -345,7 +345,7 @@ class Link:
     # Life.
 
     def _run(
-        self, transfer: Callable[[_Job], None], deadline: float, after: Sequence[Event] = ()
+        self, transfer: Callable[[_Job], None], deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
         """Runs a transfer on a thread of its own and waits for it, interruptibly."""
         job = _Job()
@@ -367,9 +367,9 @@ class Link:
             with self._lock:
                 self._jobs.discard(job)
 
-    def _await(self, job: _Job, deadline: float) -> None:
-        while not job.done.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
+    def _await(self, job: _Job, deadline: Deadline) -> None:
+        while not job.done.wait(min(_SLICE_S, deadline.left_s())):
+            if deadline.has_passed():
                 raise TransferTimeout(
                     f"not all bytes came over {self._backend.capabilities.name} in time"
                 )
@@ -453,8 +453,8 @@ def _in_short(error: BaseException) -> str:
     return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]
 
 
-def _until(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
+def _until(deadline: Deadline) -> float:
+    return deadline.left_s()
 
 
 def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextManager[None]) -> None:
@@ -469,6 +469,6 @@ def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextMana
 
 
 def _await_all(jobs: Iterable[_Job], timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
+    deadline = Deadline.after(timeout_s)
     for job in jobs:
-        job.done.wait(max(0.0, end - time.monotonic()))
+        job.done.wait(deadline.left_s())

@@ -7,12 +7,12 @@ names of its clients), and a rank that fails tells the others at once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
 
 
@@ -51,12 +51,12 @@ class Rendezvous:
         Raises:
             TransportUnavailable: a rank failed, or the time has passed.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         with self._changed:
             while not self.has(keys):
                 if self._failure:
                     raise TransportUnavailable(self._failure)
-                left = deadline - time.monotonic()
+                left = deadline.left_s()
                 if left <= 0:
                     raise TransportUnavailable("the other processes did not join in time")
                 self._changed.wait(left)

@@ -14,7 +14,6 @@ Requests (JSON, through the session):
 from __future__ import annotations
 
 import logging
-import time
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Group, Membership, membership
 from ray.experimental.rdt.transports.base import Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.process_group.link import (
@@ -59,7 +59,7 @@ class _Lines:
 
     links: list[Link] = field(default_factory=list)
     dials: int = 0
-    failed_until: float = 0.0
+    failed_until: Deadline | None = None
     failure: str = ""
     cause: Exception | None = None
 
@@ -110,7 +110,7 @@ class ProcessGroupTransport:
 
     # Consumer.
 
-    def route(self, peer: Peer, deadline: float) -> Route:
+    def route(self, peer: Peer, deadline: Deadline) -> Route:
         """See ``TwoSided.route``."""
         self.check_available()
         group = self._groups.find_common(self.capabilities.name, peer.agent_id)
@@ -118,7 +118,7 @@ class ProcessGroupTransport:
         return {"link": link.id, "tag": link.next_tag()}
 
     def receive(
-        self, route: Route, buffers: Buffers, deadline: float, after: Sequence[Event] = ()
+        self, route: Route, buffers: Buffers, deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
         """See ``TwoSided.receive``."""
         link = self._find(route)
@@ -150,7 +150,7 @@ class ProcessGroupTransport:
                 pair = (peers[member.agent_id],)
                 self._meet(group.pair_name(rank), pair, group.id, is_link=False)
 
-    def connect(self, group: Group, deadline: float) -> None:
+    def connect(self, group: Group, deadline: Deadline) -> None:
         """Makes the links of a group from all its other members to this process.
 
         Runs on: member, any thread; blocks.
@@ -169,7 +169,7 @@ class ProcessGroupTransport:
             except TransportUnavailable as error:
                 raise TransportUnavailable(f"actor {member.actor_id}: {error}") from error
 
-    def _acquire(self, peer: Peer, scope: str, deadline: float) -> Link:
+    def _acquire(self, peer: Peer, scope: str, deadline: Deadline) -> Link:
         """A link from ``peer``; makes one if there is none, once however many threads ask."""
         with self._changed:
             while True:
@@ -178,9 +178,9 @@ class ProcessGroupTransport:
                 link = self._pick(lines, deadline)
                 if link is not None:
                     return link
-                if lines.failed_until > time.monotonic():
+                if not _has_passed(lines.failed_until):
                     raise TransportUnavailable(lines.failure) from lines.cause
-                left = deadline - time.monotonic()
+                left = deadline.left_s()
                 if left <= 0:
                     raise TransportUnavailable("the connection was not made in time")
                 self._changed.wait(min(_SLICE_S, left))
@@ -193,7 +193,7 @@ class ProcessGroupTransport:
         limit = 1 if self._backend.has_tags else _MAX_LINKS
         is_free = any(self._is_free(link) for link in lines.links)
         is_full = lines.dials or len(lines.links) >= limit
-        if not is_free and not is_full and lines.failed_until <= time.monotonic():
+        if not is_free and not is_full and _has_passed(lines.failed_until):
             lines.dials += 1
             name = f"rdt-{self.capabilities.name}-dial"
             arguments = (peer, scope, lines)
@@ -201,22 +201,22 @@ class ProcessGroupTransport:
         return lines
 
     def _is_free(self, link: Link) -> bool:
-        return self._backend.has_tags or link.leased_until == 0.0
+        return self._backend.has_tags or link.leased_until is None
 
-    def _pick(self, lines: _Lines, deadline: float) -> Link | None:
+    def _pick(self, lines: _Lines, deadline: Deadline) -> Link | None:
         """A link that may carry one more transfer. Called with the lock held."""
         for link in lines.links:
             if self._is_free(link):
                 link.leased_until = deadline
                 return link
-            if link.leased_until < time.monotonic():
+            if link.leased_until is not None and link.leased_until.has_passed():
                 # Its transfer never began: the other end may wait in it, so it cannot be reused.
                 self._close_soon([link], "a transfer that was agreed on never began")
         return None
 
     def _release(self, link: Link) -> None:
         with self._changed:
-            link.leased_until = 0.0
+            link.leased_until = None
             self._changed.notify_all()
 
     def _dial(self, peer: Peer, scope: str, lines: _Lines) -> None:
@@ -235,7 +235,7 @@ class ProcessGroupTransport:
                 lines.links.append(link)
             elif failure:
                 lines.failure, lines.cause = failure, cause
-                lines.failed_until = time.monotonic() + _FAILURE_KEPT_S
+                lines.failed_until = Deadline.after(_FAILURE_KEPT_S)
             self._changed.notify_all()
         if link is not None and not is_wanted:
             link.close("it was given up while it was being made")
@@ -263,7 +263,7 @@ class ProcessGroupTransport:
 
     # Producer.
 
-    def send(self, route: Route, buffers: Buffers, deadline: float) -> None:
+    def send(self, route: Route, buffers: Buffers, deadline: Deadline) -> None:
         """See ``TwoSided.send``."""
         self._find(route).send(route["tag"], buffers, deadline)
 
@@ -520,3 +520,7 @@ def node_ip() -> str:
     import ray
 
     return str(ray._private.worker.global_worker.node_ip_address)
+
+
+def _has_passed(moment: Deadline | None) -> bool:
+    return moment is None or moment.has_passed()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.base import Event, have_ended
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.rpc import checksums
 from ray.experimental.rdt.rpc.session import Session, boot_id_of
 from ray.experimental.rdt.transports.base import Peer
@@ -59,7 +59,7 @@ class Reader:
         peer: Peer,
         exposure: int,
         buffers: Buffers,
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event],
     ) -> None:
         """See ``OneSided.read``."""
@@ -120,7 +120,7 @@ class _Reading:
         peer: Peer,
         exposure: int,
         buffers: Buffers,
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event],
     ):
         self._reader = reader
@@ -155,7 +155,7 @@ class _Reading:
         return has_ended
 
     def _left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
+        return self._deadline.left_s()
 
     def _ask(self, start: int, stop: int) -> Callable[[float], dict[str, Any]]:
         body = {

@@ -14,13 +14,13 @@ import fcntl
 import mmap
 import os
 import secrets
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.deadline import Deadline
 
 if TYPE_CHECKING:
     import torch
@@ -101,11 +101,11 @@ class Slots:
         Raises:
             OSError, RuntimeError: one more cannot be made, see ``Slot``; none is tried again.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = Deadline.after(timeout_s)
         slot = None
         with self._changed:
             while not self._free and self._made >= self._limit:
-                left = deadline - time.monotonic() if self._limit else 0.0
+                left = deadline.left_s() if self._limit else 0.0
                 if left <= 0 or not self._changed.wait(left):
                     return None
             if self._free:

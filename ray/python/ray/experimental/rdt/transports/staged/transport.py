@@ -25,7 +25,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.accelerators.base import Accelerator, Event, have_ended
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route
@@ -93,7 +93,7 @@ class _Chunk:
     slot: Slot | None
     key: bytes
     reader: bytes
-    until: float
+    until: Deadline
     exposed: _Exposed
 
 
@@ -154,7 +154,7 @@ class StagedTransport:
             exposed = self._exposed.get(body["exposure"])
         if exposed is None:
             raise CallError("the object is not exposed here any more", "not_found")
-        start, stop, deadline = body["start"], body["stop"], time.monotonic() + body["timeout_s"]
+        start, stop, deadline = body["start"], body["stop"], Deadline.after(body["timeout_s"])
         pieces = list(pieces_of(exposed.buffers, start, stop))
         accelerator = accelerator_of(pieces[0].device)
         slot = self._take_slot(accelerator, deadline)
@@ -163,7 +163,7 @@ class StagedTransport:
         else:
             place, memory = slot.describe(), slot.memory[: stop - start]
         self._fill(memory, slot, pieces, deadline)
-        until = deadline + _READER_SLACK_S
+        until = deadline.later(_READER_SLACK_S)
         chunk = _Chunk(memory, slot, os.urandom(16), peer_id, until, exposed)
         with self._lock:
             token = next(self._tokens)
@@ -175,7 +175,7 @@ class StagedTransport:
             self._session.agent.release(chunk.key)
         return {"key": chunk.key.hex(), "slot": place}
 
-    def _take_slot(self, accelerator: Accelerator, deadline: float) -> Slot | None:
+    def _take_slot(self, accelerator: Accelerator, deadline: Deadline) -> Slot | None:
         """A slot that devices of a kind write; None where there is none."""
         if "shm" not in settings().lanes:
             return None
@@ -186,7 +186,7 @@ class StagedTransport:
                 self._slots[device_type] = Slots(_SLOTS, nbytes, accelerator)
             slots = self._slots[device_type]
         try:
-            return slots.take(min(_SLOT_WAIT_S, deadline - time.monotonic()))
+            return slots.take(min(_SLOT_WAIT_S, deadline.left_s()))
         except (OSError, RuntimeError) as error:
             self._session.say_once(
                 f"RDT can share no more host memory for tensors on {device_type} with other "
@@ -196,14 +196,14 @@ class StagedTransport:
             return None
 
     def _fill(
-        self, memory: torch.Tensor, slot: Slot | None, pieces: Buffers, deadline: float
+        self, memory: torch.Tensor, slot: Slot | None, pieces: Buffers, deadline: Deadline
     ) -> None:
         """Copies pieces, which their writers have finished, to host memory."""
         begun: list[Event] = []
         try:
             self._copies.to_host(memory, pieces, begun)
             for event in begun:
-                event.wait(max(0.0, deadline - time.monotonic()))
+                event.wait(deadline.left_s())
         except BaseException:
             if slot is not None:
                 with self._lock:
@@ -227,8 +227,7 @@ class StagedTransport:
 
     def _on_tick(self) -> None:
         """Runs on: producer, the reaper thread."""
-        now = time.monotonic()
-        self._release(lambda chunk: chunk.until < now)
+        self._release(lambda chunk: chunk.until.has_passed())
         with self._lock:
             written, self._written = self._written, []
         for slot, begun in written:
@@ -251,7 +250,7 @@ class StagedTransport:
         peer: Peer,
         exposed: Route,
         buffers: Buffers,
-        deadline: float,
+        deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
         """See ``OneSided``."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import logging
 import secrets
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typing import Any
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.common.interrupts import is_interrupt, raise_if_interrupt
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
@@ -110,9 +110,9 @@ class _Call:
                 self._result, self.error = result, error
                 self._ended.set()
 
-    def wait(self, deadline: float) -> Any:
-        while not self._ended.wait(min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
+    def wait(self, deadline: Deadline) -> Any:
+        while not self._ended.wait(min(_SLICE_S, deadline.left_s())):
+            if deadline.has_passed():
                 raise TimeoutError(f"the transport's own {self.what} did not return in time")
             raise_if_cancelled()
         if self.error is not None:
@@ -120,7 +120,7 @@ class _Call:
         return self._result
 
 
-def _call(what: str, action: Callable[[], Any], deadline: float) -> Any:
+def _call(what: str, action: Callable[[], Any], deadline: Deadline) -> Any:
     """Runs the user's code on a thread of its own. Raises TimeoutError at the deadline."""
     call = _Call(what)
     call.start(action)
@@ -151,7 +151,7 @@ class UserTransport:
         self._session = session
         self._entry = entry
         self.manager: TensorTransportManager = _call(
-            "constructor", entry.manager_class, time.monotonic() + settings().fetch_timeout_s
+            "constructor", entry.manager_class, Deadline.after(settings().fetch_timeout_s)
         )
         self.data_type = entry.data_type
         self.capabilities = Capabilities(
@@ -207,7 +207,7 @@ class UserTransport:
             )
         return parcel
 
-    def send(self, route: Route, parcel: Parcel, deadline: float) -> None:
+    def send(self, route: Route, parcel: Parcel, deadline: Deadline) -> None:
         """Sends an object to the consumer that made the route.
 
         Runs on: producer, an ``rdt-send`` thread. A send that fails ends the consumer's receive.
@@ -251,7 +251,7 @@ class UserTransport:
             arguments = parcel.object_id, parcel.metadata, parcel.tensors
             action = partial(self.manager.garbage_collect, *arguments)
             try:
-                _call("garbage_collect", action, time.monotonic() + settings().fetch_timeout_s)
+                _call("garbage_collect", action, Deadline.after(settings().fetch_timeout_s))
             except Exception:
                 logger.warning(
                     "transport %r could not give back object %s",
@@ -268,7 +268,7 @@ class UserTransport:
         shipment: Shipment,
         targets: Sequence[Any] | None,
         ask: Ask,
-        deadline: float,
+        deadline: Deadline,
     ) -> list[Any]:
         """Has the user's code receive an object.
 
@@ -280,7 +280,7 @@ class UserTransport:
             shipment: What came with the value.
             targets: Tensors to receive into, None for new ones.
             ask: Asks the peer's process to hold the object, or to send it.
-            deadline: A ``time.monotonic()``.
+            deadline: When the caller gives up.
 
         Raises:
             TransportUnavailable: this process or that one cannot use the transport.
@@ -336,7 +336,11 @@ class UserTransport:
         ask("rdt.send", {"transfer": transfer.id, "note": note, "consumer": own_address})
 
     def _fetch(
-        self, shipment: Shipment, communicator: Any, targets: Sequence[Any] | None, deadline: float
+        self,
+        shipment: Shipment,
+        communicator: Any,
+        targets: Sequence[Any] | None,
+        deadline: Deadline,
     ) -> Any:
         """Runs on: an rdt-user thread."""
         request = self.manager.fetch_multiple_tensors(
@@ -345,10 +349,10 @@ class UserTransport:
             communicator,
             None if targets is None else list(targets),
         )
-        left = max(0.0, deadline - time.monotonic())
+        left = deadline.left_s()
         return self.manager.wait_fetch_complete(request, left)
 
-    def _communicator(self, shipment: Shipment, deadline: float) -> Any:
+    def _communicator(self, shipment: Shipment, deadline: Deadline) -> Any:
         producer, consumer = _actor(shipment.producer), _own_actor()
         if consumer is not None:
             # The main thread may be what waits here, and so could not run a call of its own actor.
@@ -379,9 +383,9 @@ class UserTransport:
                     self._note_end(transfer_id, _reason(transfer.error))
 
     @contextmanager
-    def _turn(self, turn: threading.Lock, deadline: float) -> Iterator[None]:
-        while not turn.acquire(timeout=min(_SLICE_S, max(0.0, deadline - time.monotonic()))):
-            if time.monotonic() >= deadline:
+    def _turn(self, turn: threading.Lock, deadline: Deadline) -> Iterator[None]:
+        while not turn.acquire(timeout=min(_SLICE_S, deadline.left_s())):
+            if deadline.has_passed():
                 raise TimeoutError("another transfer of this process kept the transport busy")
             raise_if_cancelled()
         try:
@@ -389,7 +393,9 @@ class UserTransport:
         finally:
             turn.release()
 
-    def _wait(self, transfer: _Transfer, object_id: str, communicator: Any, deadline: float) -> Any:
+    def _wait(
+        self, transfer: _Transfer, object_id: str, communicator: Any, deadline: Deadline
+    ) -> Any:
         """Waits for the user's code; if that fails, aborts it where it can be."""
         try:
             return transfer.wait(deadline)
@@ -401,7 +407,7 @@ class UserTransport:
     def _abort(self, object_id: str, communicator: Any) -> None:
         abort = partial(self.manager.abort_transport, object_id, communicator)
         try:
-            _call("abort_transport", abort, time.monotonic() + _END_S)
+            _call("abort_transport", abort, Deadline.after(_END_S))
         except Exception as error:
             raise_if_interrupt(error)
             name = self.capabilities.name
