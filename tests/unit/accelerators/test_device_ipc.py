@@ -462,7 +462,9 @@ def test_loan_that_is_never_confirmed_ends(sides, monkeypatch):
     producer, consumer, _ = sides
     monkeypatch.setattr(loans, "_SLACK_S", 0.0)
     asked = consumer.transport.borrow(DEVICE).asked
-    producer.transport.lend(consumer.session.agent.agent_id, asked, [bytes_on(TYPE)], [], 0.0)
+    producer.transport.lend(
+        consumer.session.agent.agent_id, asked, [bytes_on(TYPE)], [], Deadline.after(0)
+    )
     assert len(producer.transport._loans) == 1
     producer.session.tick()
     assert not len(producer.transport._loans)

@@ -188,7 +188,7 @@ def test_bytes_are_read_after_what_the_producers_stream_had():
     launch(tensor, 5, gate)
     captured = lay_out([tensor])
     with pytest.raises(TimeoutError):
-        await_writers(stored(captured), TYPE, 0)
+        await_writers(stored(captured), TYPE, Deadline.after(0))
     gate.set()
     await_writers(stored(captured), TYPE, Deadline.after(5))
     assert flat_buffers(stored(captured), TYPE)[0].view(torch.float32).tolist() == [5] * 4

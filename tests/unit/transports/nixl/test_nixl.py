@@ -436,7 +436,7 @@ def test_memory_is_read_into_after_what_it_was_used_for(fabric, producer, consum
     launch(memory, 7, gate)
     taken, started = accelerator.record(memory.device), time.monotonic()
     with pytest.raises(TimeoutError):
-        consumer.read(PEER, exposed, [memory], started + 0.2, [taken])
+        consumer.read(PEER, exposed, [memory], Deadline.after(0.2), [taken])
     assert time.monotonic() - started < 3
     gate.set()
     consumer.read(PEER, exposed, [memory], Deadline.after(5), [taken])
