@@ -71,7 +71,7 @@ def register_tensor_transport(
         data_type: The class of the values that it moves, for example ``torch.Tensor``.
 
     Raises:
-        ValueError: Another class is registered under this name, or the class is not a subclass of
+        ValueError: The name is taken, or the class is not a subclass of
             ``TensorTransportManager``.
     """
     if not issubclass(transport_manager_class, TensorTransportManager):
