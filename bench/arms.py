@@ -1,4 +1,4 @@
-"""What is measured, and the numbers that come back. Pure data: no Ray, no processes."""
+"""Arms, samples, bounds and rows. Pure data: no Ray, no processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STOCK_AFTER_RDT = "stock after RDT"
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that a case measures in turn.
+    """One of the scenarios that a case measures in turn.
 
     Args:
-        side: Whose process runs it: OURS, STOCK, STOCK_AFTER_RDT or BARE (no Ray at all).
+        side: The process that runs it: OURS, STOCK, STOCK_AFTER_RDT or BARE (without Ray).
         scenario: The scenario's name in that process.
         options: The scenario's options.
     """
@@ -27,11 +27,11 @@ class Arm:
 
 @dataclass
 class Samples:
-    """All samples of one arm, lower is better: seconds, or bytes for memory.
+    """All samples of one arm: seconds, or bytes for memory. Lower is better.
 
     Args:
-        values: The samples, in the order they were taken.
-        failure: Why there are none, or no more.
+        values: The samples in the order of measurement.
+        failure: Why samples are missing.
     """
 
     values: list[float] = field(default_factory=list)
@@ -39,12 +39,12 @@ class Samples:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was measured."""
+        """Return whether nothing was measured."""
         return not self.values
 
     @property
     def median(self) -> float:
-        """The middle sample."""
+        """The median sample."""
         return median(self.values)
 
     @property
@@ -68,12 +68,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Unit:
-    """How the samples of an arm are shown.
+    """The unit in which an arm's samples are shown.
 
     Args:
         suffix: The unit's name.
-        scale: What a sample is multiplied by; for a rate, what is divided by a sample.
-        is_rate: Whether more is better in this unit.
+        scale: Factor of a sample; for a rate, the dividend of a sample.
+        is_rate: Whether higher is better in this unit.
         digits: Digits after the point.
     """
 
@@ -83,17 +83,17 @@ class Unit:
     digits: int = 2
 
     def convert(self, sample: float) -> float:
-        """One sample in this unit."""
+        """Return a sample in this unit."""
         return self.scale / sample if self.is_rate else self.scale * sample
 
     def show(self, samples: Samples) -> str:
-        """The median with its unit, or why there is none."""
+        """Return the median with its unit, or the failure."""
         if samples.is_empty:
             return "-"
         return f"{self.convert(samples.median):.{self.digits}f} {self.suffix}"
 
     def show_spread(self, samples: Samples) -> str:
-        """The quartiles, smaller number first."""
+        """Return the quartiles, smaller number first."""
         if samples.is_empty:
             return samples.failure
         low, high = sorted(self.convert(value) for value in samples.spread)
@@ -107,19 +107,19 @@ PER_SECOND = Unit("/s", 1.0, is_rate=True, digits=0)
 
 
 def gigabytes_per_second(nbytes: int) -> Unit:
-    """The unit of a transfer of so many bytes."""
+    """Return the rate unit of a transfer of this size."""
     return Unit("GB/s", nbytes / 1e9, is_rate=True)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a row must reach.
+    """The bound of a row.
 
     Args:
         limit: The limit of the ratio.
-        text: As it is shown.
-        is_speed: Whether the ratio is "how many times faster" (at least the limit), and not
-            "how many times the cost" (at most the limit).
+        text: The shown text.
+        is_speed: Whether the ratio is a speed (at least the limit) rather than a cost (at most the
+            limit).
     """
 
     limit: float
@@ -127,22 +127,22 @@ class Bound:
     is_speed: bool
 
     def ratio(self, ours: Samples, against: Samples) -> float:
-        """Ours against the other, by medians."""
+        """Return the ratio of medians, ours to the other."""
         cost = ours.median / against.median
         return 1 / cost if self.is_speed else cost
 
     def is_met(self, ratio: float) -> bool:
-        """Whether a ratio is good enough."""
+        """Return whether a ratio is good enough."""
         return ratio >= self.limit if self.is_speed else ratio <= self.limit
 
 
 def at_most(limit: float, text: str = "") -> Bound:
-    """Our cost is at most so many times the other's."""
+    """Bound our cost: at most this many times the other's."""
     return Bound(limit, text or f"<= {limit:g}x", is_speed=False)
 
 
 def at_least(limit: float) -> Bound:
-    """Our speed is at least so many times the other's."""
+    """Bound our speed: at least this many times the other's."""
     return Bound(limit, f">= {limit:g}x", is_speed=True)
 
 
@@ -151,14 +151,14 @@ class Row:
     """One line of the table.
 
     Args:
-        measure: What is measured.
+        measure: The measured quantity.
         ours: This wheel's samples.
-        against: What they are compared with.
+        against: The samples to compare with.
         against_name: Its name.
-        bound: What must be reached.
-        unit: How samples are shown.
-        stock: Stock Ray's samples of the same thing, where it can do it.
-        stock_against: What stock's samples are compared with, where that is not `against`.
+        bound: The bound.
+        unit: The unit of the samples.
+        stock: Stock Ray's samples of the same scenario, if it supports it.
+        stock_against: The samples to compare stock's with, if not `against`.
     """
 
     measure: str
@@ -172,14 +172,14 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Ours against the other; None where one of them was not measured."""
+        """Our ratio to the other; None if one was not measured."""
         if self.ours.is_empty or self.against.is_empty:
             return None
         return self.bound.ratio(self.ours, self.against)
 
     @property
     def stock_ratio(self) -> float | None:
-        """The same for stock Ray."""
+        """The same ratio for stock Ray."""
         against = self.stock_against if self.stock_against is not None else self.against
         if self.stock.is_empty or against.is_empty:
             return None
@@ -187,12 +187,12 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the bound is reached; None where it was not measured."""
+        """Return whether the bound is met, or None if it was not measured."""
         return None if self.ratio is None else self.bound.is_met(self.ratio)
 
     @property
     def failure(self) -> str:
-        """Why there is no ratio."""
+        """The reason for a missing ratio."""
         return self.ours.failure or self.against.failure
 
     def as_dict(self) -> dict[str, object]:

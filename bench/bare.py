@@ -1,6 +1,6 @@
-"""What the machine itself can do, measured without Ray: the yardsticks.
+"""The machine's own speed, measured without Ray.
 
-Those that take two processes start the second one from this file:
+Scenarios with two processes start the second one from this file:
 `python -m bench.bare NAME ...` with a name of SECOND_PROCESSES.
 """
 
@@ -28,7 +28,7 @@ from bench.protocol import Scenario, Skip
 
 
 class Memcpy:
-    """One thread copies warm memory to warm memory.
+    """Copy between warm buffers with one thread.
 
     Args:
         nbytes: Bytes of one copy.
@@ -41,7 +41,7 @@ class Memcpy:
         self._target = torch.zeros(nbytes, dtype=torch.uint8)
 
     def sample(self) -> list[float]:
-        """Seconds of each copy."""
+        """Return seconds of each copy."""
         return [self._copy() for _ in range(self._count)]
 
     def _copy(self) -> float:
@@ -50,16 +50,16 @@ class Memcpy:
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Free the memory."""
         del self._source, self._target
 
 
 class SecondProcess:
-    """A second Python process that talks in lines, with the first one's environment.
+    """A second Python process that exchanges lines, with the first one's environment.
 
     Args:
-        arguments: Its name in SECOND_PROCESSES, and what follows.
-        prefix: A command that runs it elsewhere.
+        arguments: Its name in SECOND_PROCESSES and its arguments.
+        prefix: A command that runs it on another host.
     """
 
     def __init__(self, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
@@ -69,16 +69,16 @@ class SecondProcess:
         )
 
     def tell(self, line: str) -> None:
-        """Sends a line."""
+        """Send a line."""
         assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
     def hear_after(self, label: str) -> str:
-        """Waits for a line that begins with a label; libraries print lines of their own.
+        """Wait for a line that begins with a label; libraries print lines of their own.
 
         Raises:
-            RuntimeError: The process ended; what it printed last is on standard error.
+            RuntimeError: The process ended; its last output is on standard error.
         """
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -88,13 +88,13 @@ class SecondProcess:
         raise RuntimeError(f"the second process ended with status {self._process.wait()}")
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.communicate()
 
 
 class RawGloo:
-    """torch.distributed sends a tensor to a second process, into memory that was used before.
+    """Send a tensor to a second process with torch.distributed, into used memory.
 
     Args:
         nbytes: Bytes of the tensor.
@@ -112,7 +112,7 @@ class RawGloo:
             self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
-        """Seconds of each transfer, until the second process says that all has come in."""
+        """Return seconds of each transfer, until the second process confirms it."""
         return [self._send() for _ in range(self._count)]
 
     def _send(self) -> float:
@@ -140,7 +140,7 @@ NIXL_POLL_S = 1e-4
 
 
 class BareNixl:
-    """NIXL reads a registered tensor of a second process into a registered one.
+    """Read a registered tensor of a second process into a registered one with NIXL.
 
     Args:
         nbytes: Bytes of the tensor.
@@ -164,11 +164,11 @@ class BareNixl:
             self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
-        """Seconds of one read."""
+        """Return seconds of one read."""
         start = time.perf_counter()
         state = self._agent.transfer(self._transfer)
         while state == "PROC":
-            time.sleep(NIXL_POLL_S)  # leaves the core to NIXL's own thread, which does the work
+            time.sleep(NIXL_POLL_S)  # yields the core to NIXL's thread
             state = self._agent.check_xfer_state(self._transfer)
         if state != "DONE":
             raise RuntimeError(f"the NIXL read ended in state {state}")
@@ -191,15 +191,15 @@ def _nixl_agent(name: str) -> Any:
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))
 
 
-#: How long one sample of the tcp case takes.
+#: Duration of one sample of the tcp case.
 TCP_SAMPLE_S = 2
 
 
 class Iperf:
-    """iperf3 from one test host to the other.
+    """Run iperf3 from one test host to the other.
 
     Args:
-        nbytes: What the rate is turned into: the seconds for so many bytes.
+        nbytes: The bytes for which the rate is converted to seconds.
         streams: TCP streams.
     """
 
@@ -230,7 +230,7 @@ class Iperf:
         return subprocess.run(self._client, capture_output=True, text=True, check=False)
 
     def sample(self) -> list[float]:
-        """Seconds that the bytes would take at iperf3's rate."""
+        """Return the seconds of these bytes at iperf3's rate."""
         report = json.loads(self._run().stdout)
         return [8 * self._nbytes / report["end"]["sum_received"]["bits_per_second"]]
 
@@ -241,7 +241,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 class AgentOverTcp:
-    """Our agent's tcp lane alone, from one test host to the other, into memory used before.
+    """Pull over our agent's tcp lane from one test host to the other, into used memory.
 
     Args:
         nbytes: Bytes of one pull.
@@ -265,7 +265,7 @@ class AgentOverTcp:
             self.close = stack.pop_all().close
 
     def sample(self) -> list[float]:
-        """Seconds of a pull, on average over those that follow each other for a while."""
+        """Return seconds of a pull, averaged over pulls in sequence."""
         took: list[float] = []
         while sum(took) < TCP_SAMPLE_S:
             self._puller.tell("pull")
@@ -278,7 +278,7 @@ AGENT_KEY = bytes(range(16))
 
 
 def hold_agent_region(ip: str, nbytes: str, streams: str) -> None:
-    """Second process of AgentOverTcp: has the tensor."""
+    """Second process of AgentOverTcp, with the tensor."""
     agent, tensor = _tcp_agent(ip, streams), torch.ones(int(nbytes) // 4)
     agent.register(AGENT_KEY, *_span(tensor), 1)
     print("region", agent.address.hex(), AGENT_KEY.hex(), flush=True)
@@ -287,7 +287,7 @@ def hold_agent_region(ip: str, nbytes: str, streams: str) -> None:
 
 
 def pull_agent_region(ip: str, nbytes: str, streams: str, address: str, key: str) -> None:
-    """Third process of AgentOverTcp: pulls the tensor once for every line it reads."""
+    """Third process of AgentOverTcp: pull the tensor once for each line."""
     agent, tensor = _tcp_agent(ip, streams), torch.zeros(int(nbytes) // 4)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The cases, one function each: what is measured, how often, and what must be reached."""
+"""The cases, one function each: arms, number of rounds, and bounds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(function: Case) -> Case:
-    """Registers a case under its function's name."""
+    """Register a case under its function's name."""
     CASES[function.__name__] = function
     return function
 
@@ -44,12 +44,12 @@ def case(function: Case) -> Case:
 def _arms(
     scenario: str, sides: Mapping[str, tuple[str, str | None]], **options: object
 ) -> dict[str, Arm]:
-    """One arm for each side and transport.
+    """Return one arm for each side and transport.
 
     Args:
-        scenario: The scenario of all of them.
+        scenario: The scenario of all arms.
         sides: Name to (side, transport).
-        options: The scenario's other options, the same for all.
+        options: The scenario's other options, common to all arms.
     """
     return {
         name: Arm(side, scenario, {"transport": transport, **options})
@@ -79,7 +79,7 @@ NIXL_SIDES = {
 
 @case
 def hop(rounds: Rounds) -> list[Row]:
-    """A 4 KB tensor from actor to actor, one hand-over after another."""
+    """Transfer a 4 KB tensor from actor to actor, in sequence."""
     found = rounds.measure(_arms("hop", GLOO_SIDES, nbytes=SMALL, count=25), rounds=16)
     found |= rounds.measure_alone(_arms("hop", NIXL_SIDES, nbytes=SMALL, count=50), rounds=4)
 
@@ -104,7 +104,7 @@ def hop(rounds: Rounds) -> list[Row]:
 
 @case
 def small_objects(rounds: Rounds) -> list[Row]:
-    """Small objects a second, submitted without waiting."""
+    """Transfer small objects that are submitted without waiting."""
     found = rounds.measure(_arms("burst", GLOO_SIDES, count=500), rounds=8)
     found |= rounds.measure_alone(_arms("burst", NIXL_SIDES, count=300), rounds=3)
 
@@ -123,14 +123,14 @@ def small_objects(rounds: Rounds) -> list[Row]:
     return [row("auto", "gloo", ""), row("gloo", "gloo", "")]
 
 
-# In a row: where all processes were idle for a second, whatever comes first is slow.
+# In sequence: after all processes were idle for a second, the first transfer is slow.
 IN_A_ROW = {"nbytes": LARGE, "count": 3}
 
 
 @case
 def repeated(rounds: Rounds) -> list[Row]:
-    """256 MiB that exist already, actor to actor on one host, again and again."""
-    # No others: the longer these wait for their turn, the slower is the one that takes least.
+    """Transfer an existing tensor of 256 MiB between actors of one host, repeatedly."""
+    # No other arms: a longer wait between turns slows the fastest arm most.
     sides = {"ours auto": (OURS, "auto"), "stock gloo": (STOCK, "gloo")}
     arms = _arms("hop", sides, **IN_A_ROW) | {"memcpy": Arm(BARE, "memcpy", IN_A_ROW)}
     found = rounds.measure(arms, rounds=12)
@@ -142,7 +142,7 @@ def repeated(rounds: Rounds) -> list[Row]:
 
 @case
 def gloo_large(rounds: Rounds) -> list[Row]:
-    """The same over gloo, against torch.distributed."""
+    """Transfer the same over gloo, against torch.distributed."""
     sides = {"ours gloo": (OURS, "gloo"), "stock gloo": (STOCK, "gloo")}
     arms = _arms("hop", sides, **IN_A_ROW) | {"torch gloo": Arm(BARE, "raw_gloo", IN_A_ROW)}
     found = rounds.measure(arms, rounds=12)
@@ -166,14 +166,14 @@ def _large_row(
 
 @case
 def fresh(rounds: Rounds) -> list[Row]:
-    """256 MiB, the first time into a process whose memory is fresh."""
+    """Transfer 256 MiB for the first time into a process with fresh memory."""
     found = rounds.measure(_arms("hop_to_fresh", RDT_SIDES, nbytes=LARGE), rounds=5)
     return [_against_stock_gloo("256 MiB first time into fresh memory", found, 3, LARGE)]
 
 
 @case
 def state_dict(rounds: Rounds) -> list[Row]:
-    """The demo's state dict: 103 tensors, 90.9 MB."""
+    """Transfer the demo's state dict: 103 tensors, 90.9 MB."""
     found = rounds.measure(_arms("hop", GLOO_SIDES, kind="state_dict"), rounds=10)
     return [_against_stock_gloo("state dict of 103 tensors, 90 MB", found, 4, STATE_DICT)]
 
@@ -192,7 +192,7 @@ def _against_stock_gloo(measure: str, found: dict[str, Samples], limit: float, n
 
 @case
 def many(rounds: Rounds) -> list[Row]:
-    """10,000 tensors of 20 KB in one object, against one tensor of the same bytes."""
+    """Transfer 10,000 tensors of 20 KB in one object, against one tensor of the same bytes."""
     one = _arms(
         "hop", {f"{name}, one": side for name, side in RDT_SIDES.items()}, nbytes=MANY_IN_ONE
     )
@@ -224,7 +224,7 @@ def many(rounds: Rounds) -> list[Row]:
 
 @case
 def nixl_large(rounds: Rounds) -> list[Row]:
-    """256 MiB over NIXL: into registered memory, and a new tensor each time."""
+    """Transfer 256 MiB over NIXL: into registered memory, and a new tensor each time."""
     sides = {"ours nixl": (OURS, "nixl"), "stock nixl": (STOCK, "nixl")}
     into = {f"{name}, registered": side for name, side in sides.items()}
     new = {f"{name}, new tensor": side for name, side in sides.items()}
@@ -256,7 +256,7 @@ def nixl_large(rounds: Rounds) -> list[Row]:
 
 @case
 def tcp(rounds: Rounds) -> list[Row]:
-    """256 MiB over our tcp lane between two test hosts, against iperf3."""
+    """Transfer 256 MiB over our tcp lane between two test hosts, against iperf3."""
     options = {"nbytes": LARGE, "streams": STREAMS}
     arms = {
         "ours tcp lane": Arm(BARE, "agent_over_tcp", options),
@@ -277,7 +277,7 @@ def tcp(rounds: Rounds) -> list[Row]:
 
 @case
 def busy(rounds: Rounds) -> list[Row]:
-    """16 MiB pulled while the producer runs pure Python, against an idle producer."""
+    """Pull 16 MiB while the producer runs pure Python, against an idle producer."""
     options = {"nbytes": BUSY, "count": 8}
     idle = {f"{name}, idle": side for name, side in RDT_SIDES.items()}
     found = rounds.measure(
@@ -301,7 +301,7 @@ def busy(rounds: Rounds) -> list[Row]:
 
 @case
 def memory(rounds: Rounds) -> list[Row]:
-    """How far memory rises while 256 MiB are pulled."""
+    """Measure how far memory rises while 256 MiB are pulled."""
     arms = {
         f"{name}, {process}": Arm(
             side, "extra_memory", {"transport": transport, "nbytes": LARGE, "process": process}
@@ -328,10 +328,10 @@ def memory(rounds: Rounds) -> list[Row]:
 
 @case
 def plain_after_rdt(rounds: Rounds) -> list[Row]:
-    """A plain tensor hop in processes that have used RDT, against stock ones that have not.
+    """Transfer plain tensors between processes that have used RDT, against unused stock ones.
 
-    New actors at each turn: how often a process's allocator has to ask the system for pages
-    again differs from one to the next by half, and stays as it is as long as the process lives.
+    New actors in each round: the number of pages that a process's allocator requests again differs
+    by half between processes, and stays constant for the life of a process.
     """
     sides = {
         "ours after RDT": (OURS, "auto"),
@@ -362,7 +362,7 @@ def plain_after_rdt(rounds: Rounds) -> list[Row]:
 
 @case
 def group(rounds: Rounds) -> list[Row]:
-    """Making a gloo group of eight actors."""
+    """Create a gloo group of eight actors."""
     options = {"transport": "gloo", "count": GROUP_SIZE}
     arms = {
         "ours gloo group": Arm(OURS, "group_of", options),
@@ -384,7 +384,7 @@ def group(rounds: Rounds) -> list[Row]:
 
 @case
 def task_hop(rounds: Rounds) -> list[Row]:
-    """A 4 KB tensor from an actor to a normal task."""
+    """Transfer a 4 KB tensor from an actor to a normal task."""
     sides: dict[str, tuple[str, str | None]] = {
         "ours plain": (OURS, None),
         "ours auto": (OURS, "auto"),
@@ -404,7 +404,7 @@ def task_hop(rounds: Rounds) -> list[Row]:
 
 @case
 def generator(rounds: Rounds) -> list[Row]:
-    """Items a second through a streaming generator."""
+    """Take items from a streaming generator."""
     sides: dict[str, tuple[str, str | None]] = {"plain": (OURS, None), "auto": (OURS, "auto")}
     arms = {}
     for label, nbytes, count in (("4 KB", SMALL, 300), ("1 MiB", AWAITED, 100)):
@@ -426,7 +426,7 @@ def generator(rounds: Rounds) -> list[Row]:
 
 @case
 def awaited(rounds: Rounds) -> list[Row]:
-    """100 objects of 1 MiB awaited by one async actor, all at once and one after the other."""
+    """Await 100 objects of 1 MiB in one async actor, concurrently and sequentially."""
     options = {"transport": "auto", "nbytes": AWAITED, "count": 100}
     arms = {
         "at once": Arm(OURS, "awaited", {**options, "is_at_once": True, "what": "pulls"}),
@@ -436,7 +436,7 @@ def awaited(rounds: Rounds) -> list[Row]:
     found = rounds.measure(arms, rounds=6)
     return [
         Row(
-            "100 objects of 1 MiB awaited at once, against one after the other",
+            "100 objects of 1 MiB awaited concurrently, against sequentially",
             found["at once"],
             found["one by one"],
             "one by one",
@@ -444,7 +444,7 @@ def awaited(rounds: Rounds) -> list[Row]:
             MILLISECONDS,
         ),
         Row(
-            "longest standstill of the event loop meanwhile",
+            "longest event loop pause meanwhile",
             found["standstill"],
             Samples([0.020]),
             "20 ms",

@@ -1,4 +1,4 @@
-"""Two test hosts on this machine: network namespaces joined by a virtual cable."""
+"""Two test hosts on this machine: network namespaces that a virtual cable connects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TwoHosts:
     """Two network namespaces of this process, with one address each.
 
     Raises:
-        Skip: The machine does not let us make them; the text says what is missing.
+        Skip: The machine does not allow them; the text names the missing part.
     """
 
     def __init__(self) -> None:
@@ -43,15 +43,15 @@ class TwoHosts:
                 _ip("-n", name, "link", "set", device, "up")
 
     def address(self, index: int) -> str:
-        """The address of host 0 or 1."""
+        """Return the address of host 0 or 1."""
         return f"{self._subnet}.{index + 1}"
 
     def inside(self, index: int) -> tuple[str, ...]:
-        """The start of a command that runs in host 0 or 1."""
+        """Return the prefix of a command that runs on host 0 or 1."""
         return "ip", "netns", "exec", self._names[index]
 
     def close(self) -> None:
-        """Removes both hosts."""
+        """Remove both hosts."""
         for name in self._names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 

@@ -1,4 +1,4 @@
-"""The workers, as run.py sees them: one process for each side, asked line by line."""
+"""The workers as run.py uses them: one process for each side, with one request a line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ANSWER_LIMIT_S = 300.0
 
 
 class WorkerFailed(Exception):
-    """A worker gave no answer, or said that it could not do what it was asked."""
+    """A worker gave no answer or reported an error."""
 
 
 class Worker:
@@ -26,7 +26,7 @@ class Worker:
     Args:
         python: The Python that runs it.
         kind: "ray" or "bare".
-        log: Where its standard error goes.
+        log: The file for its standard error.
     """
 
     def __init__(self, python: Path, kind: str, log: Path) -> None:
@@ -45,11 +45,11 @@ class Worker:
             )
 
     def ask(self, **request: Any) -> Any:
-        """Sends one request and waits for its answer.
+        """Send one request and wait for its answer.
 
         Raises:
-            WorkerFailed: It failed, ended, or did not answer in time; after the last two the
-                worker is of no more use.
+            WorkerFailed: It failed, ended, or did not answer in time. After the last two, the
+                worker cannot be used any more.
         """
         assert self._process.stdin is not None
         try:
@@ -74,11 +74,11 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked."""
+        """Return whether it accepts requests."""
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """Ends the worker in good order, or by force when it does not."""
+        """End the worker; kill it if it does not exit."""
         if self.is_alive:
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -88,7 +88,7 @@ class Worker:
                 self.kill()
 
     def kill(self) -> None:
-        """Ends the worker and all that it started, at once."""
+        """Kill the worker and its child processes."""
         os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -107,17 +107,17 @@ class Workers:
         self._running: dict[str, Worker] = {}
 
     def open(self, name: str, arm: Arm) -> None:
-        """Sets an arm up under a name of its own."""
+        """Set up an arm under its own name."""
         options = dict(arm.options)
         self._of(arm).ask(do="open", arm=name, scenario=arm.scenario, options=options)
 
     def sample(self, name: str, arm: Arm) -> list[float]:
-        """Measures an open arm once."""
+        """Measure an open arm once."""
         samples: list[float] = self._of(arm).ask(do="sample", arm=name)["samples"]
         return samples
 
     def close(self, name: str, arm: Arm) -> None:
-        """Ends what open set up."""
+        """Close an arm that open set up."""
         self._of(arm).ask(do="close", arm=name)
 
     def _of(self, arm: Arm) -> Worker:
@@ -130,7 +130,7 @@ class Workers:
         return worker
 
     def stop(self) -> None:
-        """Ends all workers."""
+        """End all workers."""
         for worker in self._running.values():
             worker.stop()
         self._running.clear()

@@ -1,4 +1,4 @@
-"""Names the machine that a result comes from."""
+"""Describe the machine of a result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("ray", "torch", "nixl", "numpy")
 
 
 def describe_machine() -> dict[str, str]:
-    """The machine, as it matters for a benchmark; name to text."""
+    """Return the machine's facts that matter for a benchmark; name to text."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     load = os.getloadavg()[0]
     return {
@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def describe_python(python: Path) -> str:
-    """A Python and the packages in it that matter."""
+    """Return a Python's version and its relevant packages."""
     program = (
         "import sys, importlib.metadata as m\n"
         f"names = [n for n in {PACKAGES} if any(True for _ in m.distributions(name=n))]\n"

@@ -1,9 +1,9 @@
-"""What the agent alone does, lane by lane, between two processes; no Ray is started.
+"""Measure the agent alone, lane by lane, between two processes, without Ray.
 
-`python -m bench.native_lanes [LANE ...]` prints, for each lane, the rate of large
-pulls into recycled memory, of one object in many pieces, the time of small
-pulls, what checksums cost, and the memory that producer and consumer add. Rates are also given as a
-share of what one thread's memcpy of warm memory did right before.
+`python -m bench.native_lanes [LANE ...]` prints for each lane: the rate of large pulls into
+recycled memory and of one object in many pieces, the time of small pulls, the cost of checksums,
+and the added memory of producer and consumer. Rates are also printed as a share of one thread's
+memcpy of warm memory, measured right before.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ VERIFIED_PULLS = 30
 
 
 def make_agent(lanes: frozenset[str]) -> _agent.Agent:
-    """An agent with the defaults of a session, but for the lanes."""
+    """Return an agent with a session's defaults except for the lanes."""
     return _agent.Agent(secret=b"bench", bind_ip="127.0.0.1", lanes=lanes, pool_bytes=1 << 30)
 
 
 def small_key(nbytes: int) -> bytes:
-    """The key of the small object of that size."""
+    """Return the key of the small object of this size."""
     return nbytes.to_bytes(16, "little")
 
 
 def serve(agent: _agent.Agent) -> list[_agent.Block]:
-    """Registers all objects; the blocks keep their memory."""
+    """Register all objects; the blocks keep their memory."""
     large = agent.allocate(LARGE)
     ctypes.memset(large.address, 1, LARGE)
     base = large.address
@@ -55,13 +55,13 @@ def serve(agent: _agent.Agent) -> list[_agent.Block]:
 
 
 def register(agent: _agent.Agent, key: bytes, addrs: list[int], lens: list[int]) -> None:
-    """Registers spans given as plain lists."""
+    """Register spans given as plain lists."""
     agent.register(key, array("Q", addrs), array("Q", lens), 0)
 
 
 @contextmanager
 def producer(lane: str) -> Iterator[subprocess.Popen[str]]:
-    """A second process that serves, until the block ends."""
+    """Run a second process that serves until the block ends."""
     command = [sys.executable, "-m", "bench.native_lanes", "--serve", lane]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -71,7 +71,7 @@ def producer(lane: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def serve_until_told(lane: str) -> None:
-    """The second process: prints its address, then what it weighs now and then."""
+    """Run the second process: print its address, then its memory at intervals."""
     agent = make_agent(frozenset({lane}))
     blocks = serve(agent)
     print(agent.address.hex(), flush=True)
@@ -84,7 +84,7 @@ def serve_until_told(lane: str) -> None:
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory."""
+    """Return the memory of this process."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -97,7 +97,7 @@ def pull_times(
     count: int,
     is_verified: bool = False,
 ) -> list[float]:
-    """Seconds of each pull into a block from the pool, as RAY_RDT_CHECKSUM has it or not."""
+    """Return seconds of each pull into a pool block, with or without checksums."""
     times = []
     for _ in range(count):
         start = time.perf_counter()
@@ -114,7 +114,7 @@ def pull_times(
 
 
 def report_checksums(agent: _agent.Agent, address: bytes) -> None:
-    """What verifying costs of the rate of large pulls; both kinds of pull in turns."""
+    """Print the cost of checksums for large pulls; both kinds of pull alternate."""
     plain: list[float] = []
     verified: list[float] = []
     for _ in range(VERIFIED_PULLS):
@@ -126,7 +126,7 @@ def report_checksums(agent: _agent.Agent, address: bytes) -> None:
 
 
 def memcpy_rate(agent: _agent.Agent) -> float:
-    """Bytes a second of one thread, warm to warm; the best of some."""
+    """Return bytes a second of one thread between warm buffers; the best of some."""
     source, target = agent.allocate(LARGE), agent.allocate(LARGE)
     ctypes.memset(source.address, 1, LARGE)
     times = []
@@ -138,7 +138,7 @@ def memcpy_rate(agent: _agent.Agent) -> float:
 
 
 def report(lane: str, agent: _agent.Agent, address: bytes) -> None:
-    """Measures and prints one lane."""
+    """Measure and print one lane."""
     yardstick = memcpy_rate(agent)
     print(f"{lane}: one thread's memcpy {yardstick / 1e9:.1f} GB/s")
     for name, nbytes in (("large", LARGE), ("one", PIECE * PIECES), ("pieces", PIECE * PIECES)):
@@ -156,7 +156,7 @@ def report(lane: str, agent: _agent.Agent, address: bytes) -> None:
 
 
 def consumer_growth(agent: _agent.Agent, address: bytes) -> float:
-    """Memory that one large pull into fresh memory adds, as a multiple of its bytes."""
+    """Return the memory that a large pull into fresh memory adds, as a multiple of its bytes."""
     agent.trim()
     before = resident_bytes()
     block = agent.allocate(LARGE)
@@ -166,7 +166,7 @@ def consumer_growth(agent: _agent.Agent, address: bytes) -> float:
 
 
 def measure(lane: str) -> None:
-    """One lane between two processes; inproc within this one."""
+    """Measure one lane between two processes, or inproc within this one."""
     agent = make_agent(frozenset({lane}))
     if lane == "inproc":
         blocks = serve(agent)
@@ -187,7 +187,7 @@ def measure(lane: str) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lanes", nargs="*", metavar="LANE")
     parser.add_argument("--serve", choices=LANES, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The actors that scenarios drive; they are the same program for stock Ray and for this wheel."""
+"""The actors of the scenarios; the same program for stock Ray and for this wheel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATE_DICT_NBYTES = 90_852_864
 
 
 def make_value(kind: str, nbytes: int) -> Value:
-    """Makes something to hand over, every page of it written.
+    """Create a value to transfer, with every page written.
 
     Args:
         kind: "tensor" (one of nbytes), "many" (10,000 of 20 KB) or "state_dict" (the demo's
@@ -39,7 +39,7 @@ def make_value(kind: str, nbytes: int) -> Value:
 
 
 def state_dict_shapes() -> dict[str, tuple[int, ...]]:
-    """The parameters of the demo's sentence encoder: 103 shapes, 90.9 MB as float32."""
+    """Return the parameters of the demo's sentence encoder: 103 shapes, 90.9 MB as float32."""
     width, inner, layers = 384, 1536, 6
     sizes = {"word": 30522, "position": 512, "token_type": 2}
     shapes: dict[str, tuple[int, ...]] = {
@@ -65,14 +65,14 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 def first_element(value: Value) -> float:
-    """Touches one element of what came in."""
+    """Touch one element of a received value."""
     tensors = value.values() if isinstance(value, dict) else value
     tensor = value if isinstance(value, torch.Tensor) else next(iter(tensors))
     return float(tensor.view(-1)[0])
 
 
 def process_memory(field: str) -> int:
-    """Bytes of this process, from a field of /proc/self/status."""
+    """Return bytes of this process from a field of /proc/self/status."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     if found is None:
@@ -81,7 +81,7 @@ def process_memory(field: str) -> int:
 
 
 class Peer:
-    """Makes values and uses those of others; peer_class adds the transport to make."""
+    """Actor that creates values and uses those of others; peer_class adds the transport of make."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int], Value] = {}
@@ -89,25 +89,25 @@ class Peer:
         self._target = torch.empty(0)
 
     def prepare(self, kind: str, nbytes: int) -> int:
-        """Makes a new value ahead of time; returns this process's id."""
+        """Create a new value in advance; return this process's id."""
         self._kept[kind, nbytes] = make_value(kind, nbytes)
         return os.getpid()
 
     def kept(self, kind: str, nbytes: int) -> Value:
-        """The prepared value itself."""
+        """Return the prepared value."""
         return self._kept[kind, nbytes]
 
     def stream(self, kind: str, nbytes: int, count: int) -> Iterator[Value]:
-        """The prepared value, so many times."""
+        """Yield the prepared value a number of times."""
         for _ in range(count):
             yield self._kept[kind, nbytes]
 
     def use(self, value: Value) -> float:
-        """Touches one element and drops the rest."""
+        """Touch one element and drop the rest."""
         return first_element(value)
 
     def spin(self) -> int:
-        """Counts in pure Python until stop_spinning."""
+        """Count in pure Python until stop_spinning."""
         self._spins.set()
         count = 0
         while self._spins.is_set():
@@ -115,42 +115,42 @@ class Peer:
         return count
 
     def is_spinning(self) -> bool:
-        """Whether spin has begun."""
+        """Return whether spin has begun."""
         return self._spins.is_set()
 
     def stop_spinning(self) -> None:
-        """Ends spin."""
+        """End spin."""
         self._spins.clear()
 
     def reset_peak(self) -> int:
-        """Forgets the memory peak so far; returns the memory in use now."""
+        """Reset the memory peak; return the memory in use."""
         Path("/proc/self/clear_refs").write_text("5")
         return process_memory("VmRSS")
 
     def peak(self) -> int:
-        """The memory peak since reset_peak."""
+        """Return the memory peak since reset_peak."""
         return process_memory("VmHWM")
 
     def register_target(self, nbytes: int) -> None:
-        """Makes the tensor that pull_into fills, known to NIXL."""
+        """Create the tensor that pull_into fills, and register it with NIXL."""
         self._target = torch.ones(nbytes // 4)
         register_nixl_memory(self._target)
 
     def pull_into(self, refs: list[ray.ObjectRef]) -> float:
-        """Fetches a tensor into the registered one."""
+        """Fetch a tensor into the registered one."""
         set_target_for_ref(refs[0], [self._target])
         return first_element(ray.get(refs[0]))
 
 
 class Waiter:
-    """An async actor that takes many tensors at once, and times how long its event loop stood."""
+    """Async actor that awaits many tensors and measures the longest pause of its event loop."""
 
     async def one_by_one(self, refs: list[ray.ObjectRef]) -> list[float]:
-        """Awaits one after the other; returns seconds and the loop's longest standstill."""
+        """Await sequentially; return the seconds and the loop's longest pause."""
         return await self._timed(self._await_each(refs))
 
     async def all_at_once(self, refs: list[ray.ObjectRef]) -> list[float]:
-        """Awaits all together; returns the same."""
+        """Await concurrently; return the same."""
         return await self._timed(asyncio.gather(*refs))
 
     async def _await_each(self, refs: list[ray.ObjectRef]) -> None:
@@ -176,11 +176,11 @@ class Waiter:
 
 
 def peer_class(transport: str | None, threads: int = 1) -> Any:
-    """Makes the actor class whose make() returns by a transport.
+    """Create the actor class whose make() returns over a transport.
 
     Args:
         transport: The transport, or None for plain Ray objects.
-        threads: How many methods may run at once.
+        threads: Number of methods that may run at once.
     """
     returns = ray.method(num_returns=1)
     options: dict[str, object] = {"num_cpus": 0}

@@ -1,4 +1,4 @@
-"""The lines that run.py and a worker exchange: one JSON object each way for every question."""
+"""The lines between run.py and a worker: one JSON object for each request and answer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Protocol
 
 
 class Skip(Exception):
-    """A scenario cannot run on this machine; the text says why."""
+    """A scenario cannot run on this machine; the text is the reason."""
 
 
 class Scenario(Protocol):
-    """Something a worker can measure again and again. Making one does all the set-up."""
+    """A scenario that a worker measures repeatedly. Its constructor does all set-up."""
 
     def sample(self) -> list[float]:
-        """Measures once.
+        """Measure once.
 
         Returns:
-            One or more samples: seconds, or bytes where the scenario is about memory.
+            One or more samples: seconds, or bytes if the scenario measures memory.
         """
 
     def close(self) -> None:
-        """Ends what the set-up started."""
+        """End all that the constructor started."""

@@ -1,4 +1,4 @@
-"""What a run shows: the arms of each case, then the table of all rows, and the JSON."""
+"""Output of a run: the arms of each case, the table of all rows, and the JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERDICTS = {True: "[green]yes", False: "[red]no", None: "[yellow]not measured"}
 
 
 def show_arms(console: Console, name: str, title: str, measured: Measured) -> None:
-    """Prints what one case measured."""
+    """Print the samples of one case."""
     table = Table("arm", title=f"{name}: {title}", title_justify="left")
     table.add_column("median", justify="right")
     table.add_column("quartiles", justify="right")
@@ -28,7 +28,7 @@ def show_arms(console: Console, name: str, title: str, measured: Measured) -> No
 
 
 def show_rows(console: Console, rows: list[Row]) -> None:
-    """Prints the table of what was to be reached."""
+    """Print the table of bounds."""
     table = Table(title="This wheel against stock Ray (medians)", title_justify="left")
     table.add_column("measure", min_width=40)
     for heading in ("stock RDT", "this wheel", "against", "ratio", "bound", "met"):
@@ -54,12 +54,12 @@ def _in_brackets(ratio: float | None) -> str:
 def write_json(
     path: Path, machine: dict[str, str], cases: dict[str, tuple[Measured, list[Row]]]
 ) -> None:
-    """Writes everything, each sample included.
+    """Write all results, including each sample.
 
     Args:
-        path: The file; its folder is made.
+        path: The file; its folder is created.
         machine: The machine and the two Pythons.
-        cases: Case name to what it measured and its rows.
+        cases: Case name to its samples and rows.
     """
     found = {
         name: {

@@ -1,4 +1,4 @@
-"""Runs the arms of a case in turn: round after round, every other round in reverse order."""
+"""Run the arms of a case in rounds; every other round runs in reverse order."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ QUICK_ROUNDS = 2
 
 
 class Rounds:
-    """What a case measures with.
+    """The means by which a case measures.
 
     Args:
-        workers: The processes that do it.
-        repeat: How many rounds, whatever the case says; 0 leaves it to the case.
-        is_quick: Whether two rounds are enough.
-        say: Told what is being done, for a progress line.
+        workers: The worker processes.
+        repeat: Number of rounds; 0 means the case's own number.
+        is_quick: Whether to run only two rounds.
+        say: Receives the progress text.
     """
 
     def __init__(
@@ -28,14 +28,14 @@ class Rounds:
         self.measured: dict[str, tuple[Arm, Samples]] = {}
 
     def measure(self, arms: dict[str, Arm], rounds: int) -> dict[str, Samples]:
-        """Measures arms that stay set up beside each other; each is idle while others run.
+        """Measure arms that stay set up; each is idle while others run.
 
         Args:
             arms: Name to arm; names are unique within the case.
-            rounds: How often each is measured, after one sample that is not counted.
+            rounds: Number of measurements of each arm, after one sample that is dropped.
 
         Returns:
-            What was found, under the same names.
+            The samples under the same names.
         """
         found = self._begin(arms)
         for name, arm in arms.items():
@@ -48,10 +48,10 @@ class Rounds:
         return found
 
     def measure_alone(self, arms: dict[str, Arm], rounds: int) -> dict[str, Samples]:
-        """Measures arms that are set up and taken down at each turn.
+        """Measure arms that are set up and closed in each round.
 
-        For what is not idle between its turns: a thread of NIXL keeps a core busy as long as
-        the process lives. Arguments and result as in measure.
+        For arms that are not idle between their turns: a thread of NIXL keeps a core busy as
+        long as its process lives. Arguments and result are those of measure.
         """
         found = self._begin(arms)
         for number in range(self._count(rounds)):
@@ -84,7 +84,7 @@ class Rounds:
             self._workers.close(name, arm)
 
     def _try(self, found: Samples, work: Callable[..., None], *arguments: object) -> None:
-        """Does a part of an arm's work; an arm that has failed once is left out from then on."""
+        """Run a part of an arm's work; skip an arm that failed before."""
         if not found.failure:
             try:
                 work(*arguments)

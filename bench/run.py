@@ -1,7 +1,7 @@
-"""Measures this wheel against stock Ray 2.60.0, in one run on one machine, and says what is met.
+"""Measure this wheel against stock Ray 2.60.0 in one run on one machine, and report met bounds.
 
 Run: ./build.sh bench      or: python bench/run.py --stock-python PATH [--only hop] [--quick]
-doc/benchmarks.md says how each row is measured.
+doc/benchmarks.md describes how each row is measured.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILE_WIDTH = 150
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--stock-python", type=Path, required=True, help="a Python with stock ray==2.60.0 and torch"
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
         action="append",
         choices=CASES,
         metavar="CASE",
-        help=f"run this case alone, may be given again: {', '.join(CASES)}",
+        help=f"run this case; can be repeated:  {', '.join(CASES)}",
     )
     parser.add_argument(
         "--repeat",
@@ -53,15 +53,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_case(console: Console, name: str, args: argparse.Namespace) -> tuple[Measured, list[Row]]:
-    """Runs one case with workers of its own.
+    """Run one case with workers of its own.
 
     Args:
-        console: Where progress and the arms are shown.
+        console: Shows the progress and the arms.
         name: The case.
-        args: The command line.
+        args: Run the command line.
 
     Returns:
-        What each arm measured, and the case's rows.
+        The samples of each arm, and the case's rows.
     """
     workers = Workers(Path(sys.executable), args.stock_python, OUTPUT)
     with console.status(name) as status:
@@ -78,13 +78,13 @@ def run_case(console: Console, name: str, args: argparse.Namespace) -> tuple[Mea
 
 
 def wide_console() -> Console:
-    """A console that is wide enough for the table where no terminal sets the width."""
+    """Return a console that is wide enough for the table without a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=FILE_WIDTH)
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     args, console = parse_arguments(), wide_console()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     machine = describe_machine() | {

@@ -1,7 +1,7 @@
-"""What a Ray process measures. Each scenario owns its actors; making one does all its set-up.
+"""Scenarios of a Ray process. Each owns its actors, and its constructor does all set-up.
 
-A hop is `ray.get(consumer.use.remote(producer.make.remote(...)))`: submitted by the driver, made by
-one actor, used by the other.
+A hop is `ray.get(consumer.use.remote(producer.make.remote(...)))`: the driver submits both calls,
+one actor creates the value, the other uses it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SMALL = ("tensor", 40)
 
 
 class Pair:
-    """A producer and a consumer, ready to hand over.
+    """A producer and a consumer that are ready to transfer.
 
     Args:
         transport: The transport of make(), or None for plain objects.
-        threads: How many methods of an actor may run at once.
+        threads: Number of methods of an actor that may run at once.
     """
 
     def __init__(self, transport: str | None, threads: int = 1) -> None:
@@ -40,22 +40,22 @@ class Pair:
             self._group = create_collective_group(actors, backend=transport)
 
     def warm_up(self) -> None:
-        """Hands a small object over, so that libraries are loaded and connections made."""
+        """Transfer a small object, to load libraries and create connections."""
         self.prepare("tensor", WARM_UP_NBYTES)
         self.hop("tensor", WARM_UP_NBYTES)
 
     def prepare(self, kind: str, nbytes: int) -> None:
-        """Lets the producer make a new value ahead of time."""
+        """Let the producer create a new value in advance."""
         ray.get(self.producer.prepare.remote(kind, nbytes))
 
     def hop(self, kind: str, nbytes: int) -> float:
-        """Hands the prepared value over; returns the seconds it took."""
+        """Transfer the prepared value; return the seconds."""
         start = time.perf_counter()
         ray.get(self.consumer.use.remote(self.producer.make.remote(kind, nbytes)))
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Ends both actors."""
+        """End both actors."""
         if self._group is not None:
             destroy_collective_group(self._group)
         for actor in (self.producer, self.consumer):
@@ -63,19 +63,19 @@ class Pair:
 
 
 class PairScenario:
-    """What the scenarios on one pair share."""
+    """Base of the scenarios with one pair."""
 
     def __init__(self, transport: str | None = None, threads: int = 1) -> None:
         self.pair = Pair(transport, threads)
         self.pair.warm_up()
 
     def close(self) -> None:
-        """Ends the pair."""
+        """End the pair."""
         self.pair.close()
 
 
 class Hop(PairScenario):
-    """Hands over a value that exists already, so many times in a row.
+    """Transfer an existing value a number of times in sequence.
 
     Args:
         transport: The transport, or None for plain objects.
@@ -92,29 +92,29 @@ class Hop(PairScenario):
         self.pair.prepare(*self._value)
 
     def sample(self) -> list[float]:
-        """Seconds of each hop."""
+        """Return seconds of each hop."""
         return [self.pair.hop(*self._value) for _ in range(self._count)]
 
 
 class HopOfNew(PairScenario):
-    """Hands over a value that was made just before, and never handed over yet."""
+    """Transfer a new value that was not transferred before."""
 
     def __init__(self, transport: str | None, nbytes: int) -> None:
         super().__init__(transport)
         self._value = ("tensor", nbytes)
 
     def sample(self) -> list[float]:
-        """Seconds of one hop; making the value is not counted."""
+        """Return seconds of one hop, without the creation of the value."""
         self.pair.prepare(*self._value)
         return [self.pair.hop(*self._value)]
 
 
 class FreshPairs:
-    """What the scenarios share that need processes whose memory has never been used.
+    """Base of the scenarios that need processes with unused memory.
 
     Args:
         transport: The transport, or None for plain objects.
-        nbytes: Bytes of the tensor that is handed over.
+        nbytes: Bytes of the transferred tensor.
     """
 
     def __init__(self, transport: str | None, nbytes: int) -> None:
@@ -122,7 +122,7 @@ class FreshPairs:
 
     @contextlib.contextmanager
     def fresh_pair(self) -> Iterator[Pair]:
-        """Two new processes, connected and warm, with the value prepared."""
+        """Return two new processes, connected and warm, with the value prepared."""
         pair = Pair(self._transport)
         try:
             pair.warm_up()
@@ -132,17 +132,17 @@ class FreshPairs:
             pair.close()
 
     def close(self) -> None:
-        """Nothing stays between samples."""
+        """Do nothing: no state remains between samples."""
 
 
 class HopToFresh(FreshPairs):
-    """Hands over a value to a process whose memory has never been used."""
+    """Transfer a value to a process with unused memory."""
 
     def sample(self) -> list[float]:
-        """Seconds of one hop; starting the processes is not counted.
+        """Return seconds of one hop, without the start of the processes.
 
-        Free memory that a virtual machine has given back to its host costs many times a copy when
-        it is touched again, whoever copies. So as much as the hop needs is touched right before.
+        If a virtual machine has returned free memory to its host, touching it again costs many
+        times a copy. So the memory that the hop needs is touched right before.
         """
         with self.fresh_pair() as pair:
             touch_free_memory(2 * self._value[1])
@@ -150,7 +150,7 @@ class HopToFresh(FreshPairs):
 
 
 class HopInto(PairScenario):
-    """Fetches a tensor into one that the consumer has registered with NIXL."""
+    """Fetch a tensor into one that the consumer has registered with NIXL."""
 
     def __init__(self, transport: str, nbytes: int) -> None:
         super().__init__(transport)
@@ -159,7 +159,7 @@ class HopInto(PairScenario):
         ray.get(self.pair.consumer.register_target.remote(nbytes))
 
     def sample(self) -> list[float]:
-        """Seconds until the target is filled with an object that exists."""
+        """Return seconds until an existing object fills the target."""
         ref = self.pair.producer.make.remote(*self._value)
         ray.wait([ref], fetch_local=False)
         return [_seconds_of(self._pull, ref)]
@@ -169,7 +169,7 @@ class HopInto(PairScenario):
 
 
 class Burst(PairScenario):
-    """Submits many hand-overs of ten floats without waiting for any."""
+    """Submit many transfers of ten floats without waiting for any."""
 
     def __init__(self, transport: str | None, count: int) -> None:
         super().__init__(transport)
@@ -177,7 +177,7 @@ class Burst(PairScenario):
         self.pair.prepare(*SMALL)
 
     def sample(self) -> list[float]:
-        """Seconds for one object, on average over the burst."""
+        """Return seconds for one object, averaged over the burst."""
         make, use = self.pair.producer.make, self.pair.consumer.use
         start = time.perf_counter()
         ray.get([use.remote(make.remote(*SMALL)) for _ in range(self._count)])
@@ -185,12 +185,12 @@ class Burst(PairScenario):
 
 
 class Busy(PairScenario):
-    """Hands over existing objects while the producer computes, or not.
+    """Transfer existing objects while the producer computes or is idle.
 
     Args:
         transport: The transport.
         nbytes: Bytes of each object.
-        is_spinning: Whether one of the producer's methods runs pure Python meanwhile.
+        is_spinning: Whether a method of the producer runs pure Python meanwhile.
         count: Objects in one sample.
     """
 
@@ -201,7 +201,7 @@ class Busy(PairScenario):
         self.pair.prepare(*self._value)
 
     def sample(self) -> list[float]:
-        """Seconds of each pull."""
+        """Return seconds of each pull."""
         make = self.pair.producer.make
         refs = [make.remote(*self._value) for _ in range(self._count)]
         ray.wait(refs, num_returns=len(refs), fetch_local=False)
@@ -225,7 +225,7 @@ class Busy(PairScenario):
 
 
 class ExtraMemory(FreshPairs):
-    """How far one process's memory rises while a fresh consumer receives a tensor.
+    """Measure how far a process's memory rises while a fresh consumer receives a tensor.
 
     Args:
         transport: The transport.
@@ -238,7 +238,7 @@ class ExtraMemory(FreshPairs):
         self._process = process
 
     def sample(self) -> list[float]:
-        """Bytes between the memory before and its peak."""
+        """Return the bytes between the memory before and its peak."""
         with self.fresh_pair() as pair:
             actor = getattr(pair, self._process)
             try:
@@ -250,7 +250,7 @@ class ExtraMemory(FreshPairs):
 
 
 class PlainHop(PairScenario):
-    """Plain hops between actors that have, or have not, used RDT before.
+    """Measure plain hops between actors that have or have not used RDT.
 
     Args:
         used: The transport that they have used, or None.
@@ -264,7 +264,7 @@ class PlainHop(PairScenario):
         self.pair.prepare(*self._value)
 
     def sample(self) -> list[float]:
-        """Seconds of each plain hop."""
+        """Return seconds of each plain hop."""
         return [_seconds_of(self._hop) for _ in range(self._count)]
 
     def _hop(self) -> None:
@@ -273,7 +273,7 @@ class PlainHop(PairScenario):
 
 
 class TaskHop(PairScenario):
-    """Hands over an existing value to a normal task.
+    """Transfer an existing value to a normal task.
 
     Args:
         transport: The transport, or None for plain objects.
@@ -289,7 +289,7 @@ class TaskHop(PairScenario):
         self._hop()
 
     def sample(self) -> list[float]:
-        """Seconds of each hop."""
+        """Return seconds of each hop."""
         return [_seconds_of(self._hop) for _ in range(self._count)]
 
     def _hop(self) -> None:
@@ -297,7 +297,7 @@ class TaskHop(PairScenario):
 
 
 class Items(PairScenario):
-    """Takes items from a generator, each with a ``ray.get``.
+    """Take items from a generator, each with a ``ray.get``.
 
     Args:
         transport: The transport of the items, or None for plain objects.
@@ -314,7 +314,7 @@ class Items(PairScenario):
         self.pair.prepare(*self._value)
 
     def sample(self) -> list[float]:
-        """Seconds for one item, on average."""
+        """Return the average seconds for one item."""
         stream = self.pair.producer.stream.options(**self._options)
         start = time.perf_counter()
         for ref in stream.remote(*self._value, self._count):
@@ -323,14 +323,14 @@ class Items(PairScenario):
 
 
 class Awaited(PairScenario):
-    """One async actor awaits many objects.
+    """Await many objects in one async actor.
 
     Args:
         transport: The transport.
         nbytes: Bytes of each object.
-        count: How many.
-        is_at_once: Whether all together, or one after the other.
-        what: "pulls" for the seconds of all, "standstill" for the event loop's longest.
+        count: Number of objects.
+        is_at_once: Whether to await concurrently instead of sequentially.
+        what: "pulls" for the seconds of all, "standstill" for the longest event loop pause.
     """
 
     def __init__(
@@ -351,17 +351,17 @@ class Awaited(PairScenario):
         return [ray.get(self._wait.remote(refs))[self._index]]
 
     def close(self) -> None:
-        """Ends the actors."""
+        """End the actors."""
         super().close()
         ray.kill(self._waiter)
 
 
 class GroupOf:
-    """Makes a collective group of actors that run already, and destroys it again.
+    """Create a collective group of running actors, and destroy it.
 
     Args:
         transport: The group's backend.
-        count: Its members.
+        count: Number of members.
     """
 
     def __init__(self, transport: str, count: int) -> None:
@@ -370,7 +370,7 @@ class GroupOf:
         ray.get([actor.__ray_ready__.remote() for actor in self._actors])
 
     def sample(self) -> list[float]:
-        """Seconds to make the group; destroying it is not counted."""
+        """Return seconds to create the group, without its destruction."""
         start = time.perf_counter()
         group = create_collective_group(self._actors, backend=self._transport)
         elapsed = time.perf_counter() - start
@@ -378,13 +378,13 @@ class GroupOf:
         return [elapsed]
 
     def close(self) -> None:
-        """Ends the actors."""
+        """End the actors."""
         for actor in self._actors:
             ray.kill(actor)
 
 
 def touch_free_memory(nbytes: int) -> None:
-    """Writes to free memory of the machine, page by page, and frees it again."""
+    """Write to free memory of the machine, page by page, then free it."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     zeros = bytes(1 << 20)

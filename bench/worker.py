@@ -1,7 +1,7 @@
-"""A process that measures when it is told to; run.py starts one per side.
+"""Worker process that measures on request; run.py starts one for each side.
 
 Run: python -m bench.worker ray|bare. It reads one JSON object a line and answers each with one
-line. Whatever libraries print goes to standard error.
+line. Output of libraries goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Reply = dict[str, object]
 
 
 class Server:
-    """Holds the open scenarios and does what the lines say.
+    """Worker that holds the open scenarios and handles requests.
 
     Args:
         scenarios: Name to class.
@@ -37,7 +37,7 @@ class Server:
         self._open: dict[str, Scenario] = {}
 
     def answer(self, request: Request) -> Reply:
-        """Does one request; a failure is an answer too."""
+        """Handle one request; return a failure as an answer."""
         try:
             return self._do(request)
         except Skip as skip:
@@ -62,7 +62,7 @@ class Server:
                 raise ValueError(f"unknown request {other!r}")
 
     def close(self) -> None:
-        """Closes what is still open, as far as that goes."""
+        """Close all open scenarios; ignore errors."""
         for scenario in self._open.values():
             with contextlib.suppress(Exception):
                 scenario.close()
@@ -70,7 +70,7 @@ class Server:
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
-    """A Ray cluster of this process alone."""
+    """Run a Ray cluster for this process alone."""
     import ray
 
     folder = tempfile.mkdtemp(prefix="rdtb")
@@ -91,7 +91,7 @@ def local_ray() -> Iterator[None]:
 
 
 def serve(scenarios: Mapping[str, Callable[..., Scenario]]) -> None:
-    """Answers every line until standard input ends."""
+    """Answer every line until standard input ends."""
     server = Server(scenarios)
     with os.fdopen(os.dup(1), "w") as answers, contextlib.closing(server):
         os.dup2(2, 1)
@@ -100,7 +100,7 @@ def serve(scenarios: Mapping[str, Callable[..., Scenario]]) -> None:
 
 
 def main() -> None:
-    """Serves one side."""
+    """Serve one side."""
     if sys.argv[1] == "bare":
         from bench.bare import SCENARIOS
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Integration tests with the agent under address and undefined-behaviour checks; see ci/build/asan.py.
+# Run integration tests with address and undefined-behavior checks in the agent; see ci/build/asan.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzzes every target for so many seconds each (default 60); see ci/build/fuzz.py and doc/security.md.
+# Fuzz every target for the given seconds (default 60); see ci/build/fuzz.py and doc/security.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

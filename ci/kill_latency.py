@@ -1,10 +1,10 @@
-"""How soon a consumer knows that its producer was killed: prints the median and the worst.
+"""Measure how soon a consumer knows that its producer was killed: median and worst case.
 
     .venv/bin/python ci/kill_latency.py [TRIES]
 
-In each try a consumer waits in ``ray.get`` for an object whose producer is stopped, and then the
-producer gets SIGKILL. In every second try the two have exchanged something before, so that their
-agents are connected. The clock is CLOCK_MONOTONIC, which all processes of a host share.
+In each try, a consumer waits in ``ray.get`` for an object whose producer is stopped. Then the
+producer gets SIGKILL. In every second try, the agents of both are already connected. The clock is
+CLOCK_MONOTONIC, which all processes of a host share.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Process:
         return float(tensor.sum())
 
     def fetch(self, refs: list[Any]) -> float:
-        """When the fetch ended, and it ended by an error that says that the producer is gone."""
+        """Return the time at which the fetch raised the error for a dead producer."""
         try:
             ray.get(refs[0])
         except ray.exceptions.ActorDiedError:
@@ -50,7 +50,7 @@ _Process: Any = ray.remote(num_cpus=0)(Process)
 
 
 def stop(pid: int) -> None:
-    """Returns once all threads of the process have stopped."""
+    """Return once all threads of the process have stopped."""
     os.kill(pid, signal.SIGSTOP)
     deadline = time.monotonic() + 10
     while any(
@@ -79,7 +79,7 @@ def one_try(consumer: Any, is_connected: bool) -> float:
 def main(tries: int) -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     consumer = _Process.remote()
-    one_try(consumer, True)  # its process and its imports are there afterwards
+    one_try(consumer, True)  # starts its process and its imports
     taken = [one_try(consumer, number % 2 == 1) for number in range(tries)]
     for name, some in (("new peer", taken[::2]), ("known peer", taken[1::2]), ("all", taken)):
         print(f"{name}: median {statistics.median(some):.3f} s, worst {max(some):.3f} s")

@@ -1,7 +1,7 @@
-"""Whether anything is left behind by many objects: ``python -m ci.leaks [objects [path]]``.
+"""Find resources that many objects leak: ``python -m ci.leaks [objects [path]]``.
 
-Sends objects along every path that an RDT object can take, and compares what each process counts
-before and after. Tests run it with few objects. The Python has to be one with the wheel.
+Sends objects along every path of RDT objects, and compares the counters of each process before
+and after. Tests run it with few objects. The Python must have the wheel installed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 import ray
 from ray.experimental.rdt import stats
 
-#: Too large to ride along in the value (65 KiB).
+#: Too large to be inlined in the value (65 KiB).
 LARGE = (1 << 14) + (1 << 8)
 SMALL = 16
 
-#: Objects under way at the same time.
+#: Objects in flight at the same time.
 BATCH = 50
 
-#: What has to be as it was before, to the last one.
+#: Counters that must have exactly their earlier value.
 EXACT: tuple[str, ...] = (
     "stored_objects",
     "directory_rows",
@@ -40,8 +40,8 @@ EXACT: tuple[str, ...] = (
 )
 EXACT += ("pinned", "pulls_live", "calls_live", "pool_used")
 
-#: What Ray itself changes as well, and by how much it may differ. Ray starts and ends workers of
-#: normal tasks as it likes, and each is a connection of the agent's and has descriptors.
+#: Counters that Ray changes too, and their allowed difference. Ray starts and ends workers of
+#: normal tasks at any time, and each has a connection of the agent and descriptors.
 ROUGH = {"connections": 8, "file_descriptors": 40}
 
 
@@ -78,7 +78,7 @@ class Actor:
 
 @ray.remote(num_cpus=0)
 class Coroutines:
-    """The same of coroutines."""
+    """A producer and a consumer with coroutines."""
 
     async def items(self, count: int, size: int) -> AsyncIterator[torch.Tensor]:
         for _ in range(count):
@@ -127,7 +127,7 @@ def new(kind: Any) -> Any:
 
 
 class World:
-    """The processes that objects go between.
+    """The processes that exchange objects.
 
     Attributes:
         one: A producer and consumer.
@@ -252,7 +252,7 @@ PATHS: dict[str, Path] = {
     "arguments by keyword": _by_keyword,
     "ray.wait and ray.get": _get,
     "await": _await,
-    "results that nobody takes": _never_taken,
+    "unused results": _never_taken,
     "references lent to two": _lent,
     "arguments of coroutines": _to_coroutines,
     "two returns": _two_returns,
@@ -266,13 +266,13 @@ PATHS: dict[str, Path] = {
     "puts of an actor": _put_there,
     "puts of tasks": _put_in_tasks,
 }
-with contextlib.suppress(ImportError):  # nixl, or what it needs for this torch, is not installed
+with contextlib.suppress(ImportError):  # nixl, or its package for this torch, is not installed
     importlib.import_module("nixl._api")
     PATHS["method to method, nixl"] = _through(LARGE, "nixl")
 
 
 def left_behind(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> list[str]:
-    """What a process has more of than before, in words."""
+    """Return as text the counters of a process that have grown."""
     found = []
     for process, counters in after.items():
         for name in (*EXACT, *ROUGH):
@@ -283,8 +283,8 @@ def left_behind(before: dict[str, dict[str, int]], after: dict[str, dict[str, in
 
 
 def run(world: World, path: Path, objects: int, limit_s: float = 20) -> list[str]:
-    """Sends objects along a path; returns what is left behind of them."""
-    path(world, 4)  # what is made once, connections for instance, is no leak
+    """Send objects along a path; return the leaked resources."""
+    path(world, 4)  # resources that are created once, for example connections, are no leak
     before = settled(world, None, limit_s)
     for done in range(0, objects, BATCH):
         path(world, min(BATCH, objects - done))
@@ -294,7 +294,7 @@ def run(world: World, path: Path, objects: int, limit_s: float = 20) -> list[str
 def settled(
     world: World, before: dict[str, dict[str, int]] | None, limit_s: float
 ) -> dict[str, dict[str, int]]:
-    """The counts once they are as before, or, without a before, once they no longer change."""
+    """Return the counters when they equal ``before``; without it, when they no longer change."""
     deadline = time.monotonic() + limit_s
     counts = world.counts()
     while time.monotonic() < deadline:
@@ -311,7 +311,7 @@ def _in_use(counts: dict[str, dict[str, int]]) -> bool:
 
 
 def main(objects: int, part: str) -> int:
-    """Prints a line for each path with ``part`` in its name."""
+    """Print a line for each path with ``part`` in its name."""
     failed = 0
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         world = World()

@@ -1,8 +1,8 @@
-"""Works on the patch series: `python -m ci.patches lint | new NAME FILE... | edit NAME | export`.
+"""Edit the patch series: `python -m ci.patches lint | new NAME FILE... | edit NAME | export`.
 
-`new` and `edit` lay the files of one patch, as they are with it, into build/patches/NAME/ for
-editing. `export` writes every patch of the series anew from what lies there and closes them.
-Run it as `build/tools-cp3XX/bin/python -m ci.patches`; doc/patching.md has the whole story.
+`new` and `edit` write the files of one patch, with it applied, to build/patches/NAME/ for
+editing. `export` rewrites every patch of the series from these files and closes them.
+Run it as `build/tools-cp3XX/bin/python -m ci.patches`; see doc/patching.md.
 """
 
 import argparse
@@ -30,10 +30,10 @@ OPEN = BUILD / "patches"
 FIELDS = ("Description", "Reason", "Forwarded", "Remove-When", "Test", "Last-Update")
 REASONS = ("temporary", "build", "divergent")
 HEADER = """\
-Description: what it does, and why it must be a patch
+Description: the effect, and why it must be a patch
 Reason: {reasons}
 Forwarded: no
-Remove-When: what makes it unnecessary
+Remove-When: the condition that makes it unnecessary
 Test: tests/FILE.py::NAME (fails without it)
 Last-Update: {today}
 
@@ -50,7 +50,7 @@ def check_files(patches: Path) -> None:
     listed = (patches / "series").read_text().split()
     there = {file.name for file in patches.glob("*.patch")}
     if len(set(listed)) != len(listed) or set(listed) != there:
-        odd = there.symmetric_difference(listed) or "a name stands twice"
+        odd = there.symmetric_difference(listed) or "a name occurs twice"
         raise BuildError(f"patches/series and the files in patches/ differ: {odd}")
 
 
@@ -59,7 +59,7 @@ def check_header(patch: Patch, root: Path) -> None:
     empty = [field for field in FIELDS if not fields.get(field, "").strip()]
     if empty or list(fields) != list(FIELDS):
         raise BuildError(
-            f"patches/{patch.name}: the header must have, filled and in this order: "
+            f"patches/{patch.name}: the header must have these fields, not empty, in this order:  "
             f"{', '.join(FIELDS)}; missing: {', '.join(empty) or 'none'}"
         )
     if fields["Reason"].split()[0].rstrip(",;:") not in REASONS:
@@ -68,11 +68,11 @@ def check_header(patch: Patch, root: Path) -> None:
         raise BuildError(f"patches/{patch.name}: Last-Update is no date like {date.today()}")
     test = fields["Test"].split()[0].partition("::")[0]
     if not (root / test).is_file():
-        raise BuildError(f"patches/{patch.name}: Test names {test}, which is not there")
+        raise BuildError(f"patches/{patch.name}: Test names {test}, which does not exist")
 
 
 def check_diff(patch: Patch, texts: dict[str, str], patches: Path) -> dict[str, str]:
-    """Applies to `texts`, reverses, compiles, and is what `export` writes; returns the result."""
+    """Check that the diff applies, reverses, compiles and re-exports; return the result."""
     after = apply(patch, texts)
     before = {path: texts[path] for path in patch.hunks}
     if apply(patch.reversed(), after) != before:
@@ -85,12 +85,12 @@ def check_diff(patch: Patch, texts: dict[str, str], patches: Path) -> dict[str, 
                 broken = f"patches/{patch.name}: {path} no longer compiles: {error}"
                 raise BuildError(broken) from None
     if (patches / patch.name).read_text() != patch.header + export(before, after):
-        raise BuildError(f"patches/{patch.name} is not as 'ci.patches export' writes it")
+        raise BuildError(f"patches/{patch.name} differs from the output of 'ci.patches export'")
     return after
 
 
 def lint(tree: Path, patches: Path = PATCHES, root: Path = ROOT) -> str:
-    """Checks the series against the stock tree; returns its size in words."""
+    """Check the series against the stock tree; return its size as text."""
     check_files(patches)
     series = read_series(patches)
     for patch in series:
@@ -106,7 +106,7 @@ def lint(tree: Path, patches: Path = PATCHES, root: Path = ROOT) -> str:
 
 
 def open_patch(name: str, tree: Path) -> None:
-    """Lays out the files of a patch of the series as they are just after it."""
+    """Write the files of a patch as they are after it."""
     series = read_series(PATCHES)
     names = [patch.name for patch in series]
     if name not in names:
@@ -117,7 +117,7 @@ def open_patch(name: str, tree: Path) -> None:
         file = OPEN / name / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(texts[path])
-    print(f"edit what lies in {OPEN / name}, then: python -m ci.patches export")
+    print(f"edit the files in {OPEN / name}, then run: python -m ci.patches export")
 
 
 def new_patch(name: str, paths: list[str], tree: Path) -> None:
@@ -131,11 +131,11 @@ def new_patch(name: str, paths: list[str], tree: Path) -> None:
     (PATCHES / name).write_text(HEADER.format(reasons=f"one of {reasons}", today=date.today()))
     with open(PATCHES / "series", "a") as lines:
         lines.write(name + "\n")
-    print(f"edit what lies in {OPEN / name} and the header of patches/{name}, then: export")
+    print(f"edit the files in {OPEN / name} and the header of patches/{name}, then run: export")
 
 
 def export_all(tree: Path) -> None:
-    """Writes every patch anew; one that is not open keeps its change, wherever it now stands."""
+    """Rewrite every patch; one that is not open keeps its change at its new line."""
     texts: dict[str, str] = {}
     written: dict[Path, str] = {}
     for patch in read_series(PATCHES):
@@ -162,9 +162,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ci.patches")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("lint", help="check the series")
-    commands.add_parser("export", help="write every patch anew from the edited files")
-    edit = commands.add_parser("edit", help="lay out a patch's files for editing")
-    new = commands.add_parser("new", help="begin a patch at the end of the series")
+    commands.add_parser("export", help="rewrite every patch from the edited files")
+    edit = commands.add_parser("edit", help="write a patch's files for editing")
+    new = commands.add_parser("new", help="add a patch to the end of the series")
     for command in (edit, new):
         command.add_argument("name", help="the patch's file name, as in patches/")
     new.add_argument("paths", nargs="+", help="stock files, as python/ray/...")

@@ -1,4 +1,4 @@
-"""A pytest plugin: Ray's own RDT tests without those that ci/ray_tests.txt names."""
+"""Pytest plugin that deselects the tests that ci/ray_tests.txt lists."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LIST = Path(__file__).with_suffix(".txt")
 
 
 def left_out() -> dict[str, str]:
-    """The list: what is left out, and why."""
+    """Return the excluded tests with their reasons."""
     lines = [line for line in LIST.read_text().splitlines() if line and line[0] != "#"]
     return dict(line.split(": ", 1) for line in lines)
 
 
 def reason_for(name: str, listed: dict[str, str]) -> str | None:
-    """Why a test, named as ``file.py::test[parameters]``, is left out; None if it is not."""
+    """Return why a test ``file.py::test[parameters]`` is excluded, or None if it runs."""
     for entry, reason in listed.items():
         if name == entry or name.startswith((f"{entry}[", f"{entry}::")):
             return reason

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Runs Ray's own RDT tests, from a checkout of Ray 2.60.0, against the wheel in .venv:
-# ci/ray_tests.sh CHECKOUT [PYTEST ARGS]. ci/ray_tests.txt lists what is left out, and why.
+# ci/ray_tests.sh CHECKOUT [PYTEST ARGS]. ci/ray_tests.txt lists the excluded tests and the reasons.
 set -euo pipefail
 
 if [[ $# -eq 0 || ! -d $1/python/ray/tests/rdt ]]; then
-  echo "usage: ci/ray_tests.sh CHECKOUT [PYTEST ARGS], CHECKOUT with Ray's python/ray/tests/rdt in it" >&2
+  echo "usage: ci/ray_tests.sh CHECKOUT [PYTEST ARGS], where CHECKOUT contains Ray's python/ray/tests/rdt" >&2
   exit 2
 fi
 checkout=$(realpath "$1")
@@ -12,7 +12,7 @@ shift
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./build.sh venv >/dev/null
 
-# Beside their sources the tests would import those in place of the wheel.
+# Beside Ray's sources, the tests would import those instead of the wheel.
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cp "$checkout"/python/ray/tests/conftest.py "$folder"

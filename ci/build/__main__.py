@@ -1,4 +1,4 @@
-"""The commands of build.sh; run by it, in the build's own venv, from the checkout's root."""
+"""Commands of build.sh, which runs this module in the build's venv from the checkout's root."""
 
 import argparse
 import shutil
@@ -15,28 +15,28 @@ from ci.build.wheel import DIST, build_wheel, check_wheel
 USAGE = """\
 Usage: ./build.sh [COMMAND]
 
-  (none)                the wheel, in dist/
-  venv                  .venv/ with the wheel, torch and all that tests and examples need
-  demo [ARGS]           weights from a trainer to two inference actors, as a table and a plot
-  test [PYTEST ARGS]    pytest on the installed wheel; without ARGS, first the native tests,
-                        plain and under sanitizers, and a short run of the fuzzers
-  fuzz [SECONDS]        looks for bytes that break the agent, so long for each target
-  asan [PYTEST ARGS]    some integration tests with the agent under address checks
-  check                 linters, types, and the rules for patches, overlay and layers
-  format                lays out Python and C++ as check wants it
-  gpu-kit               an archive with which a machine with a GPU and no network runs ci/gpu/run.sh
-  gpu [STEP...]         what a machine with NVIDIA GPUs runs, measured beside stock Ray: doc/gpu.md
-  bench [ARGS]          measures the wheel against stock Ray, each in its own venv
-  apply TREE            puts patches and overlay onto a Ray source tree
-  apply --reverse TREE  takes them off again
-  clean                 removes build/, dist/ and .venv/
-  help                  this text
+  (none)                build the wheel in dist/
+  venv                  install the wheel, torch and all packages of tests and examples into .venv/
+  demo [ARGS]           send weights from a trainer to inference actors; print a table and a plot
+  test [PYTEST ARGS]    run pytest on the installed wheel; without ARGS, first run the native tests,
+                        plain and sanitized, and a short fuzzing
+  fuzz [SECONDS]        fuzz the agent's input, for SECONDS a target
+  asan [PYTEST ARGS]    run integration tests with the agent under address checks
+  check                 run linters, type checks, and the rules for patches, overlay and layers
+  format                format Python and C++ as check requires
+  gpu-kit               create an archive that runs ci/gpu/run.sh on a GPU machine without a network
+  gpu [STEP...]         run the GPU steps and measure beside stock Ray: doc/gpu.md
+  bench [ARGS]          measure the wheel against stock Ray, each in its own venv
+  apply TREE            apply patches and overlay to a Ray source tree
+  apply --reverse TREE  remove them again
+  clean                 remove build/, dist/ and .venv/
+  help                  print this text
 
-All is for the Python that runs it: PYTHON=python3.12 ./build.sh names another.
-Steps that were done for the same input are not done again.
+Each command uses the Python that runs it. PYTHON=python3.12 ./build.sh selects another.
+A step is skipped if it already ran for the same input.
 """
 
-#: Two files of tests at a time, in their order: tests wait for processes most of the time.
+#: Two test files at a time, in order: tests mostly wait for processes.
 TWO_AT_ONCE = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
@@ -48,7 +48,7 @@ def wheel(_: list[str], __: Path) -> None:
 
 
 def installed() -> Path:
-    """The python of .venv, with today's wheel in it."""
+    """Return the python of .venv with the current wheel installed."""
     with one_at_a_time():
         return venvs.test_venv(build_wheel())
 
@@ -59,11 +59,11 @@ def venv(_: list[str], __: Path) -> None:
 
 def demo(arguments: list[str], _: Path) -> None:
     program = ROOT / "examples" / "demo" / "run.py"
-    run([installed(), program, *arguments], advice="the demo says above what went wrong")
+    run([installed(), program, *arguments], advice="see the demo's error above")
 
 
 def test(arguments: list[str], _: Path) -> None:
-    """The closing line of pytest stays the last that is printed."""
+    """Run pytest last, so that its summary is the last line."""
     python = installed()
     if not arguments:
         checks.native_tests()
@@ -100,7 +100,7 @@ def bench(arguments: list[str], _: Path) -> None:
     program = ROOT / "bench" / "run.py"
     run(
         [ours, program, "--stock-python", stock, *arguments],
-        advice="the benchmark says above what went wrong",
+        advice="see the benchmark's error above",
     )
 
 
@@ -111,7 +111,7 @@ def make_gpu_kit(_: list[str], __: Path) -> None:
 
 
 def gpu(arguments: list[str], _: Path) -> None:
-    """Its exit status is the command's own: the report says which step failed, and why."""
+    """Exit with the status of ci.gpu; its report names each failed step and the reason."""
     ours = installed()
     with one_at_a_time():
         stock = venvs.stock_venv()
@@ -121,7 +121,7 @@ def gpu(arguments: list[str], _: Path) -> None:
 
 def apply(arguments: list[str], here: Path) -> None:
     parser = argparse.ArgumentParser(prog="./build.sh apply")
-    parser.add_argument("--reverse", action="store_true", help="take them off again")
+    parser.add_argument("--reverse", action="store_true", help="remove them again")
     parser.add_argument("tree", type=Path, help="a Ray source tree: the folder that holds python/")
     chosen = parser.parse_args(arguments)
     act = source_tree.take_off if chosen.reverse else source_tree.put_on
@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> int:
     here = Path(arguments[1])
     name, *rest = arguments[2:] or ["wheel"]
     if name not in COMMANDS:
-        say(f"there is no command '{name}'")
+        say(f"no command '{name}'")
         print(USAGE, end="", file=sys.stderr)
         return 2
     try:

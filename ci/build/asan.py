@@ -1,10 +1,9 @@
-"""Tests against a real Ray whose agents are built with sanitizers: ci/asan.sh [PYTEST ARGS].
+"""Tests with a real Ray whose agents are built with sanitizers: ci/asan.sh [PYTEST ARGS].
 
-The extensions are compiled with address and undefined-behaviour checks and laid, beside hard links
-to the rest of the installed package, into build/asan; every process of the tests, Ray's own among
-them, is started with the sanitizer's runtime. Each process writes what it finds into a file, so
-that a worker that nobody watches is heard too. That they are heard is tried first: a worker is made
-to read past the end of a block.
+The extensions are compiled with address and undefined-behavior checks into build/asan, beside hard
+links to the rest of the installed package. Every process of the tests, including Ray's own, starts
+with the sanitizer's runtime. Each process writes its reports to a file, so that reports of
+unobserved workers count too. A first worker reads past the end of a block, to check the reporting.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ REPORTS = WORK / "reports"
 TESTS = [
     f"tests/integration/test_{name}.py" for name in ("conformance", "lanes", "lifetime", "calls")
 ]
-#: Everything takes longer.
+#: Sanitized code is slower.
 TIMEOUT_S = 600
 
 ASAN_OPTIONS = {
-    # Python keeps what it has to the end.
+    # Python does not free its memory at exit.
     "detect_leaks": 0,
-    # The runtime is preloaded; Ray's programs have allocators of their own linked in.
+    # The runtime is preloaded; Ray's programs are linked with their own allocators.
     "verify_asan_link_order": 0,
     "alloc_dealloc_mismatch": 0,
     "new_delete_type_mismatch": 0,
-    # As without: who asks for too much gets nothing.
+    # As without sanitizers: an allocation that is too large returns null.
     "allocator_may_return_null": 1,
     "quarantine_size_mb": 32,
     "malloc_context_size": 10,
@@ -61,7 +60,7 @@ except ray.exceptions.WorkerCrashedError:
 
 
 def run_tests(python: Path, arguments: list[str]) -> None:
-    """Runs pytest so; raises BuildError if a test fails or a sanitizer reports anything.
+    """Run pytest with sanitizers; raise BuildError if a test fails or one reports an error.
 
     Args:
         python: Of the venv with our wheel.
@@ -70,10 +69,10 @@ def run_tests(python: Path, arguments: list[str]) -> None:
     _lay_site(python)
     environment = _environment()
     _forget_reports()
-    say("a worker reads past the end of a block, to see that this is noticed")
+    say("checking that the sanitizer reports a read past the end of a block in a worker")
     run([python, "-c", READS_PAST_THE_END], env=environment, advice="Ray did not start")
     if not any("AddressSanitizer" in file.read_text() for file in _reports()):
-        raise BuildError(f"the sanitizer notices nothing in Ray's workers: see {REPORTS}")
+        raise BuildError(f"the sanitizer reports no error in Ray's workers: see {REPORTS}")
     _forget_reports()
     options = [f"--timeout={TIMEOUT_S}", *(arguments or TESTS)]
     pytest = [str(python), "-m", "pytest", *options]
@@ -85,8 +84,8 @@ def run_tests(python: Path, arguments: list[str]) -> None:
         text = found[0].read_text(errors="replace")[:6000]
         raise BuildError(f"{len(found)} reports in {REPORTS}, the first of them:\n{text}")
     if status:
-        raise BuildError("the sanitizers found nothing, and tests failed")
-    say("the sanitizers found nothing")
+        raise BuildError("tests failed, without a sanitizer report")
+    say("no sanitizer report")
 
 
 def _lay_site(python: Path) -> None:
@@ -103,7 +102,7 @@ def _lay_site(python: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """What a sanitized process needs; Ray hands it on to its workers."""
+    """Return the environment of a sanitized process; Ray passes it to its workers."""
     libraries = [_library("libasan.so"), _library("libstdc++.so")]
     options = [f"{name}={value}" for name, value in ASAN_OPTIONS.items()]
     path = [str(SITE), os.environ.get("PYTHONPATH", "")]
@@ -120,7 +119,7 @@ def _environment() -> dict[str, str]:
 def _library(name: str) -> str:
     found = capture(["gcc", f"-print-file-name={name}"], advice="gcc is needed").strip()
     if not Path(found).is_file():
-        raise BuildError(f"gcc has no {name}: install the sanitizers of this gcc")
+        raise BuildError(f"gcc has no {name}: install this gcc's sanitizers")
     return str(Path(found).resolve())
 
 

@@ -1,4 +1,4 @@
-"""The base: stock Ray's wheel, pinned by sha256, fetched once and unpacked."""
+"""The base: stock Ray's wheel, pinned by sha256, downloaded once and unpacked."""
 
 import platform
 import shutil
@@ -26,7 +26,7 @@ PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--
 
 @dataclass(frozen=True)
 class Base:
-    """patches/BASE: the release, and the sha256 of each of its wheels by file name."""
+    """Content of patches/BASE: the release, and the sha256 of each of its wheels by file name."""
 
     version: str
     commit: str
@@ -65,16 +65,16 @@ def verify(wheel: Path, sha256: str) -> None:
     if found != sha256:
         raise BuildError(
             f"wrong base: {wheel} has sha256 {found}, patches/BASE says {sha256}: remove the file "
-            "and build again; if that does not help, the index serves another file than it did"
+            "and build again; if the error remains, the package index now serves another file"
         )
 
 
 def fetch(base: Base, cache: Path = BUILD / "base") -> Path:
-    """Returns the verified base wheel for this Python and machine, downloading it if needed."""
+    """Return the verified base wheel for this Python and machine, downloading it if needed."""
     name = base.wheel_name(python_tag(), platform.machine())
     wheel = cache / name
     if not wheel.exists():
-        say(f"fetching the base, {name}")
+        say(f"downloading the base, {name}")
         need_disk(UNPACK_BYTES, "unpacking the base")
         cache.mkdir(parents=True, exist_ok=True)
         run(
@@ -82,13 +82,13 @@ def fetch(base: Base, cache: Path = BUILD / "base") -> Path:
             advice=f"it needs a package index; without one, put {name} into {cache}/",
         )
     if not wheel.exists():
-        raise BuildError(f"pip downloaded another file than {name}: see {cache}/")
+        raise BuildError(f"pip did not download {name}: see {cache}/")
     verify(wheel, base.wheels[name])
     return wheel
 
 
 def unpack(wheel: Path, sha256: str, work: Path = BUILD) -> Path:
-    """Unpacks the base as a source tree, `<tree>/python/ray/...`; returns `<tree>`."""
+    """Unpack the base as a source tree, `<tree>/python/ray/...`; return `<tree>`."""
     tree = work / f"stock-{python_tag()}"
     stamp = work / f"stock-{python_tag()}.done"
     if not is_done(stamp, sha256):

@@ -1,4 +1,4 @@
-"""What `./build.sh check` runs, in its order: every failure is shown, none stops the rest."""
+"""Checks of `./build.sh check`, in order: every failure is shown, and none stops the rest."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ CPPCHECK = [
     "--enable=warning,performance,portability",
     "--inline-suppr",
     "--suppress=missingIncludeSystem",
-    # Plain structs are filled where they are made: compilers see one that is not.
+    # Plain structs are filled by their creator: compilers report a missing field.
     "--suppress=uninitMemberVarNoCtor",
     "--error-exitcode=1",
     "--quiet",
@@ -44,11 +44,11 @@ def shell_scripts() -> list[str]:
 
 
 def check_all(venv_python: Path) -> None:
-    """Runs every check; `venv_python` has the packages that our types come from."""
+    """Run every check; `venv_python` has the packages that provide our types."""
     programs = venvs.lint_venv().parent
 
     def tool(name: str, *arguments: str | Path) -> Callable[[], None]:
-        advice = f"{name} says above what is wrong, and where"
+        advice = f"see the messages of {name} above"
         return lambda: run([programs / name, *arguments], advice=advice)
 
     sources = native_sources()
@@ -77,7 +77,7 @@ def check_all(venv_python: Path) -> None:
 
 def format_all() -> None:
     programs = venvs.lint_venv().parent
-    advice = "the formatter says above which file it cannot read"
+    advice = "see the formatter's messages above"
     folders = existing(PYTHON_DIRS)
     run([programs / "ruff", "check", "--quiet", "--fix-only", *folders], advice=advice)
     run([programs / "ruff", "format", *folders], advice=advice)
@@ -110,8 +110,8 @@ def lint_layers() -> None:
 
 
 def native_tests() -> None:
-    """The C++ tests: plain, with address and undefined-behaviour checks, with thread checks."""
+    """Run the C++ tests: plain, with address and undefined-behavior checks, with thread checks."""
     for sanitizer in SANITIZERS:
         program = build_native_tests(sanitizer)
         say(f"native tests, {sanitizer or 'no'} sanitizer")
-        run([program], advice="a native test failed, or a sanitizer found what it says above")
+        run([program], advice="a native test failed or a sanitizer reported an error: see above")

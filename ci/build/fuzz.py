@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of all that bytes of strangers reach: ci/fuzz.sh [SECONDS A TARGET].
+"""Coverage-guided fuzzing of all code that reads a peer's bytes: ci/fuzz.sh [SECONDS A TARGET].
 
 Native targets (tests/fuzz/*.cc) are libFuzzer's and need clang; Python targets (tests/fuzz/*.py)
 are atheris's, which goes into a folder of its own. Targets write their first seeds themselves; what
@@ -23,20 +23,20 @@ WORK = BUILD / "fuzz"
 FINDINGS = WORK / "findings"
 ATHERIS = BUILD / f"atheris-{python_tag()}"
 ATHERIS_PACKAGE = "atheris==3.0.0"
-#: Older ones cannot compile the agent.
+#: Older versions cannot compile the agent.
 OLDEST_CLANG = 16
 CLANGS = ["clang", *(f"clang-{version}" for version in range(22, OLDEST_CLANG - 1, -1))]
-#: An input that takes longer than this, and a process that takes more, is a finding.
+#: An input above this time, or a process above this memory, is a finding.
 TIMEOUT_S, MEMORY_MB = 20, 2048
-#: A target whose time is over gets so much more to end.
+#: A target gets this much longer to exit.
 GRACE_S = 60
-#: In a test run.
+#: As part of the test command.
 SHORT_S = 2
 
 
 @dataclass(frozen=True)
 class Target:
-    """One program that takes libFuzzer's options."""
+    """A program that accepts libFuzzer's options."""
 
     name: str
     command: list[str | Path]
@@ -51,7 +51,7 @@ class Target:
         return folder
 
     def fuzz(self, seconds: int) -> str:
-        """Runs for a time; returns the numbers. Raises BuildError with what was found."""
+        """Run for a time; return the numbers. Raise BuildError with each finding."""
         corpus = WORK / self.name / "corpus"
         corpus.mkdir(parents=True, exist_ok=True)
         FINDINGS.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,7 @@ class Target:
             raise BuildError(f"{self.name} did not end {GRACE_S} s after its time") from error
         if done.returncode:
             raise BuildError(
-                f"fuzzing {self.name} found what follows; the input is in {FINDINGS}:\n"
-                f"{done.stderr[-6000:]}"
+                f"fuzzing {self.name} failed; the input is in {FINDINGS}:\n{done.stderr[-6000:]}"
             )
         return _numbers(done.stderr)
 
@@ -95,13 +94,13 @@ def _numbers(log: str) -> str:
 def native_targets() -> list[Target]:
     clang = next((name for name in CLANGS if _version_of(name) >= OLDEST_CLANG), None)
     if clang is None:
-        say(f"fuzzing: the native targets are skipped: there is no clang {OLDEST_CLANG} or newer")
+        say(f"fuzzing: skipping the native targets: no clang {OLDEST_CLANG} or newer")
         return []
     return [Target(path.stem, [path], {}) for path in build_fuzzers(clang)]
 
 
 def _version_of(clang: str) -> int:
-    """0 where there is none."""
+    """Return the version of clang, or 0 if there is none."""
     if not shutil.which(clang):
         return 0
     said = subprocess.run([clang, "-dumpversion"], capture_output=True, text=True, check=False)
@@ -110,7 +109,7 @@ def _version_of(clang: str) -> int:
 
 def python_targets(python: Path) -> list[Target]:
     if not (ATHERIS / "atheris").is_dir():
-        say("fuzzing: the Python targets are skipped: ci/fuzz.sh has not installed atheris")
+        say("fuzzing: skipping the Python targets: ci/fuzz.sh has not installed atheris")
         return []
     environment = {"PYTHONPATH": os.pathsep.join([str(ATHERIS), str(ROOT)])}
     files = sorted((ROOT / "tests" / "fuzz").glob("fuzz_*.py"))
@@ -129,7 +128,7 @@ def install_atheris(python: Path) -> None:
 
 
 def fuzz_all(python: Path, seconds: int) -> None:
-    """Every target for so long, one after the other.
+    """Fuzz every target for the same time, in sequence.
 
     Args:
         python: Of the venv with our wheel.

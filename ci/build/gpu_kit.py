@@ -1,4 +1,4 @@
-"""The GPU kit: one archive that a machine with a GPU and no network runs ``ci/gpu`` from.
+"""The GPU kit: one archive to run ``ci/gpu`` on a machine with a GPU and without a network.
 
 It holds what such a machine lacks; Python, torch for CUDA and pytest have to be there. Inside are
 ``kit.json`` and two archives:
@@ -31,7 +31,7 @@ LIMIT_BYTES = 60_000_000
 REQUIREMENTS = ROOT / "ci" / "requirements"
 REQUIRED = [REQUIREMENTS / name for name in ("gpu-kit.txt", "test.txt", "alone.txt")]
 
-#: What of the wheel stays at home: other languages, libraries on top of Ray, the dashboard's pages.
+#: Excluded parts of the wheel: other languages, libraries on top of Ray, dashboard pages.
 NOT_OF_RAY = (
     "ray/air/",
     "ray/core/libjemalloc.so",
@@ -46,8 +46,8 @@ NOT_OF_RAY = (
     "ray/tune/",
 )
 
-#: What of nixl's libraries is loaded by name. Whatever these are linked to comes along, the rest of
-#: nixl does not: one GPU of one host has no use for InfiniBand or storage.
+#: nixl libraries that are loaded by name. The libraries they are linked to are included. The
+#: rest is excluded: one GPU of one host does not need InfiniBand or storage.
 LOADED_OF_NIXL = (
     "*/_bindings.*.so",
     "*/_utils.*.so",
@@ -57,14 +57,14 @@ LOADED_OF_NIXL = (
     "*/ucx/libuct_cuda.so*",
 )
 
-#: What runs on the machine, beside the wheel.
+#: Content of the checkout that runs on the machine.
 CHECKOUT = ("ci/**/*", "tests/**/*", "pyproject.toml")
 
 Files = dict[str, tuple[bytes, int]]  # content and mode, by path in the archive
 
 
 def build_kit(wheel: Path, work: Path = BUILD, dist: Path = DIST) -> Path:
-    """Returns the kit for the running Python, with this wheel in it."""
+    """Return the kit for the running Python, with this wheel in it."""
     release = base.read_base()
     base_wheel = base.fetch(release)
     ours, left_out = difference(wheel, base_wheel)
@@ -115,7 +115,7 @@ def compose(
 
 
 def check_python(tag: str) -> None:
-    """The machines that the kit is for have one Python."""
+    """Raise BuildError unless this is the kit's Python version."""
     if tag != PYTHON_TAG:
         raise BuildError(
             f"the GPU kit is for CPython 3.12, and this is {tag}: name another, as in "
@@ -124,7 +124,7 @@ def check_python(tag: str) -> None:
 
 
 def check_size(packed: bytes, parts: Mapping[str, int], changed: Files) -> None:
-    """Raises BuildError if the kit is larger than what can be carried."""
+    """Raise BuildError if the kit exceeds its size limit."""
     if len(packed) <= LIMIT_BYTES:
         return
     sizes = ", ".join(f"{name} {nbytes / 1e6:.1f} MB" for name, nbytes in parts.items())
@@ -138,10 +138,10 @@ def check_size(packed: bytes, parts: Mapping[str, int], changed: Files) -> None:
 
 
 def difference(wheel: Path, base_wheel: Path) -> tuple[Files, set[str]]:
-    """The files of our wheel that stock Ray's has not like that.
+    """Return the files of our wheel that differ from stock Ray's.
 
     Returns:
-        These, and the names of those of stock Ray's that ours has not like that.
+        These files, and the names of stock Ray's files that differ or are missing in ours.
     """
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(base_wheel) as other:
         stock = {each.filename: (each.CRC, each.file_size) for each in other.infolist()}
@@ -156,7 +156,7 @@ def is_kept(name: str) -> bool:
 
 
 def members(wheel: Path, is_wanted: Callable[[str], bool]) -> Files:
-    """Files of a Ray wheel that go into the kit."""
+    """Return the files of a Ray wheel that belong to the kit."""
     with zipfile.ZipFile(wheel) as archive:
         return {
             each.filename: (archive.read(each), mode_of(each))
@@ -170,7 +170,7 @@ def mode_of(member: zipfile.ZipInfo) -> int:
 
 
 def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
-    """The archive of what seldom changes."""
+    """Return the archive of the parts that seldom change."""
     packed = work / f"gpu-kit-{base.python_tag()}.tar.xz"
     stamp = packed.with_suffix(".done")
     key = digest(base_wheel.name, Path(__file__), *REQUIRED, *sorted(left_out))
@@ -194,12 +194,12 @@ def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
 
 
 def wheels_of_needs(work: Path) -> dict[str, Path]:
-    """The wheels of gpu-kit.txt for the running Python, by the name of their distribution."""
+    """Return the wheels of gpu-kit.txt for the running Python, by distribution name."""
     folder = work / f"gpu-kit-needs-{base.python_tag()}"
     stamp = folder / "downloaded.txt"
     key = digest(*REQUIRED)
     if not is_done(stamp, key):
-        say("fetching what the GPU kit needs beside the wheel")
+        say("downloading the other packages of the GPU kit")
         shutil.rmtree(folder, ignore_errors=True)
         wanted, *pins = REQUIRED
         constraints = [part for pin in pins for part in ("--constraint", pin)]
@@ -212,7 +212,7 @@ def wheels_of_needs(work: Path) -> dict[str, Path]:
 
 
 def imports_of(wheels: Mapping[str, Path]) -> dict[str, list[str]]:
-    """The import name of each package that a machine may have itself."""
+    """Return the import name of each package that a machine may already have."""
     found = {}
     for name, wheel in wheels.items():
         if name.startswith("nixl"):
@@ -223,7 +223,7 @@ def imports_of(wheels: Mapping[str, Path]) -> dict[str, list[str]]:
 
 
 def top_modules(names: Iterable[str]) -> list[str]:
-    """The packages and modules of a wheel that lie in no other package."""
+    """Return the top-level packages and modules of a wheel."""
     packages = {PurePosixPath(name).parent for name in names if name.endswith("/__init__.py")}
     modules = {PurePosixPath(name).with_suffix("") for name in names if name.endswith(".py")}
     alone = {module for module in modules if module.parent == PurePosixPath()}
@@ -232,7 +232,7 @@ def top_modules(names: Iterable[str]) -> list[str]:
 
 
 def slim(files: Files) -> Files:
-    """The files of a package; of one with nixl's libraries, only those that are loaded."""
+    """Return the files of a package; for nixl's libraries, only those that are loaded."""
     libraries = {name for name in files if ".so" in PurePosixPath(name).name}
     roots = [name for name in libraries if any(map(PurePosixPath(name).match, LOADED_OF_NIXL))]
     if not any("nixl" in name for name in roots):
@@ -247,13 +247,13 @@ def slim(files: Files) -> Files:
 
 
 def _is_beside_nixl(name: str) -> bool:
-    """Programs and headers, and a library for mixtures of experts."""
+    """Tell whether a file is a program, a header, or nixl's library for mixtures of experts."""
     first = name.partition("/")[0]
     return first.endswith((".data", ".scripts")) or first.startswith("nixl_ep_")
 
 
 def linked(libraries: Mapping[str, bytes], roots: Iterable[str]) -> set[str]:
-    """The roots and all of the libraries that they are linked to, at any distance."""
+    """Return the roots and all libraries that they are linked to, directly or indirectly."""
     by_name: dict[str, list[str]] = {}
     for path in libraries:
         by_name.setdefault(PurePosixPath(path).name, []).append(path)
@@ -269,7 +269,7 @@ def linked(libraries: Mapping[str, bytes], roots: Iterable[str]) -> set[str]:
 
 
 def needed_by(library: bytes) -> list[str]:
-    """The names of the libraries that one is linked to."""
+    """Return the names of the libraries that a library is linked to."""
     from elftools.elf.elffile import ELFFile  # auditwheel's
 
     section = ELFFile(io.BytesIO(library)).get_section_by_name(".dynamic")
@@ -277,7 +277,7 @@ def needed_by(library: bytes) -> list[str]:
 
 
 def checkout(root: Path) -> Files:
-    """The part of this checkout that runs on the machine."""
+    """Return the part of this checkout that runs on the machine."""
     files = sorted(file for pattern in CHECKOUT for file in root.glob(pattern) if file.is_file())
     return {
         file.relative_to(root).as_posix(): (file.read_bytes(), file.stat().st_mode & 0o755 | 0o644)
@@ -287,7 +287,7 @@ def checkout(root: Path) -> Files:
 
 
 def commit(root: Path) -> str:
-    """The commit of the sources for the reports, "" outside a git checkout."""
+    """Return the commit of the sources, or "" outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip()
@@ -298,7 +298,7 @@ def prefixed(folder: str, files: Files) -> Files:
 
 
 def archive(files: Files, mode: str) -> bytes:
-    """A tar file: in one order, with one timestamp, owned by nobody in particular."""
+    """Return a reproducible tar file: fixed order, one timestamp, no owner."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
         for name, (content, permissions) in sorted(files.items()):

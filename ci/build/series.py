@@ -1,7 +1,7 @@
-"""The patch series: reads patches/, applies it with no fuzz and no offset, writes diffs.
+"""The patch series: read patches/, apply it without fuzz or offset, write diffs.
 
 A patch is a header of `Field: text` lines and a unified diff against Ray's source paths
-(python/ray/...). Everything here works on texts in memory; nothing is written.
+(python/ray/...). This module works on texts in memory and writes no files.
 """
 
 import re
@@ -22,7 +22,7 @@ Lines = list[str]
 
 @dataclass(frozen=True)
 class Hunk:
-    """One place that changes: lines with their mark (' ', '-' or '+'), line ends kept."""
+    """One changed place: lines with their mark (' ', '-' or '+') and line ends."""
 
     old_start: int
     new_start: int
@@ -44,7 +44,7 @@ class Hunk:
 
 @dataclass(frozen=True)
 class Patch:
-    """One file of patches/: its header as written, and the hunks of each file it changes."""
+    """One file of patches/: its header text, and the hunks of each changed file."""
 
     name: str
     header: str
@@ -80,7 +80,7 @@ def parse(name: str, text: str) -> Patch:
             hunk, at = _parse_hunk(name, lines, at)
             found.append(hunk)
         if not found or path in hunks:
-            raise BuildError(f"patches/{name}: {path} has no hunks, or stands twice")
+            raise BuildError(f"patches/{name}: {path} has no hunks, or occurs twice")
         hunks[path] = tuple(found)
     return Patch(name, header, hunks)
 
@@ -92,7 +92,7 @@ def _path_of(name: str, two_lines: Lines) -> str:
             return old[6:]
     raise BuildError(
         f"patches/{name}: expected '--- a/PATH' and '+++ b/PATH' of one stock file, got "
-        f"{''.join(two_lines)!r}; a patch neither makes nor removes files: the overlay does that"
+        f"{''.join(two_lines)!r}; a patch cannot create or remove files: use the overlay"
     )
 
 
@@ -102,7 +102,7 @@ def _parse_hunk(name: str, lines: Lines, at: int) -> tuple[Hunk, int]:
         raise BuildError(f"patches/{name}: not a hunk header: {lines[at]!r}")
     old_start, old_count, new_start, new_count = (int(group or 1) for group in match.groups())
     if match[2] == "0" or match[4] == "0":
-        raise BuildError(f"patches/{name}: {lines[at]!r} has no context to place it by")
+        raise BuildError(f"patches/{name}: {lines[at]!r} has no context lines")
     body: Lines = []
     at += 1
     while at < len(lines) and lines[at][0] in " +-":
@@ -121,13 +121,13 @@ Place = Callable[[Hunk, Lines], int]
 
 
 def stated_place(hunk: Hunk, lines: Lines) -> int:
-    """Where the hunk says it goes, and nowhere else: the index of its first line, or -1."""
+    """Return the index of the hunk's stated line if its old lines are there, otherwise -1."""
     start = hunk.old_start - 1
     return start if lines[start : start + len(hunk.old)] == hunk.old else -1
 
 
 def only_place(hunk: Hunk, lines: Lines) -> int:
-    """The one place whose lines are the hunk's old ones, wherever it is; -1 if none or many."""
+    """Return the index of the only place with the hunk's old lines; -1 if none or several."""
     old = hunk.old
     starts = [i for i in range(len(lines) - len(old) + 1) if lines[i : i + len(old)] == old]
     return starts[0] if len(starts) == 1 else -1
@@ -142,13 +142,13 @@ def apply_hunks(patch: str, path: str, hunks: tuple[Hunk, ...], text: str, place
         if start < taken:
             raise BuildError(
                 f"stale patch: patches/{patch} does not fit {path} exactly at its line "
-                f"{hunk.old_start}: {hunk.old[0]!r} and what follows are not there"
+                f"{hunk.old_start}: {hunk.old[0]!r} and the following lines are not there"
             )
         result += lines[taken:start]
         if place is stated_place and len(result) != hunk.new_start - 1:
             raise BuildError(
-                f"patches/{patch}: the hunk for {path} at line {hunk.old_start} says that it ends "
-                f"up at line {hunk.new_start}, and it does at {len(result) + 1}"
+                f"patches/{patch}: the hunk for {path} at line {hunk.old_start} states that it "
+                f"moves to line {hunk.new_start}, but it moves to {len(result) + 1}"
             )
         result += hunk.new
         taken = start + len(hunk.old)
@@ -156,7 +156,7 @@ def apply_hunks(patch: str, path: str, hunks: tuple[Hunk, ...], text: str, place
 
 
 def apply(patch: Patch, texts: dict[str, str], place: Place = stated_place) -> dict[str, str]:
-    """The texts of the files that the patch changes, after it; `texts` holds them before."""
+    """Return the texts of the changed files after the patch; `texts` has them before it."""
     changed = {
         path: apply_hunks(patch.name, path, hunks, texts[path], place)
         for path, hunks in patch.hunks.items()
@@ -171,7 +171,7 @@ def read_series(patches: Path = PATCHES) -> list[Patch]:
     names = (patches / "series").read_text().split()
     missing = [name for name in names if not (patches / name).is_file()]
     if missing:
-        raise BuildError(f"patches/series lists what is not in patches/: {', '.join(missing)}")
+        raise BuildError(f"patches/series lists missing files: {', '.join(missing)}")
     return [parse(name, (patches / name).read_text()) for name in names]
 
 
@@ -184,7 +184,7 @@ def read_stock(tree: Path, patch: str, path: str) -> str:
 
 
 def apply_series(series: list[Patch], tree: Path) -> dict[str, str]:
-    """All files that the series changes in the tree, as they are after the last patch."""
+    """Return all files that the series changes, as they are after the last patch."""
     texts: dict[str, str] = {}
     for patch in series:
         for path in patch.hunks:
@@ -195,12 +195,12 @@ def apply_series(series: list[Patch], tree: Path) -> dict[str, str]:
 
 
 def export(before: dict[str, str], after: dict[str, str]) -> str:
-    """The diff that turns one set of texts into the other, in the form the series is kept in."""
+    """Return the diff between two sets of texts, in the format of the series."""
     return "".join(_diff(path, before[path], after[path]) for path in sorted(after))
 
 
 def _diff(path: str, before: str, after: str) -> str:
-    """A diff with the least context that gives each hunk only one place it can go to."""
+    """Return a diff with the least context that makes each hunk's place unique."""
     lines = before.splitlines(keepends=True)
     with tempfile.TemporaryDirectory() as folder:
         old, new = Path(folder, "old"), Path(folder, "new")

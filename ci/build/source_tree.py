@@ -1,7 +1,7 @@
-"""`build.sh apply`: patches and overlay on a Ray source tree the user has, and off it again.
+"""`build.sh apply`: apply patches and overlay to a user's Ray source tree, and remove them.
 
-What the tree loses is kept in `<tree>/.rdt/`, so that taking off restores every byte. All is
-worked out and checked before the first write.
+Replaced content is kept in `<tree>/.rdt/`, so that removal restores every byte. Everything is
+computed and checked before the first write.
 """
 
 import shutil
@@ -20,7 +20,7 @@ def put_on(tree: Path) -> None:
     kept = tree / KEPT
     if kept.exists():
         raise BuildError(
-            f"{kept} is there: it was applied before; './build.sh apply --reverse' first"
+            f"{kept} exists: it was applied before; run './build.sh apply --reverse' first"
         )
     changes = compose(tree)
     replace_file(kept / ".gitignore", b"*\n")
@@ -36,13 +36,13 @@ def put_on(tree: Path) -> None:
             file.unlink()
         else:
             replace_file(file, change.content, _mode(file))
-    say(f"{len(changes)} files of {tree} changed; {kept} keeps what was there")
+    say(f"{len(changes)} files of {tree} changed; {kept} has their original content")
 
 
 def take_off(tree: Path) -> None:
     kept = tree / KEPT
     if not kept.is_dir():
-        raise BuildError(f"{kept} is not there: nothing was applied to this tree")
+        raise BuildError(f"{kept} does not exist: nothing was applied to this tree")
     stock, ours = _read_all(kept / STOCK), _read_all(kept / OURS)
     edited = [path for path in ours if _content(tree / path) != ours[path]]
     edited += [path for path in stock.keys() - ours.keys() if (tree / path).exists()]
@@ -57,7 +57,7 @@ def take_off(tree: Path) -> None:
     for path, content in stock.items():
         replace_file(tree / path, content, _mode(kept / STOCK / path))
     shutil.rmtree(kept)
-    say(f"{tree} is as it was")
+    say(f"{tree} is restored")
 
 
 def _read_all(folder: Path) -> dict[str, bytes]:

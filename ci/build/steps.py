@@ -1,4 +1,4 @@
-"""What every build step shares: errors for the user, running tools, stamps, one build at a time."""
+"""Helpers of all build steps: user errors, running tools, stamps, the build lock."""
 
 import fcntl
 import hashlib
@@ -15,7 +15,7 @@ BUILD = ROOT / "build"
 
 
 class BuildError(Exception):
-    """Stops the build; the text says what is wrong, in which file, and what to do."""
+    """Error that stops the build; its text names the problem, the file, and the remedy."""
 
 
 def say(text: str) -> None:
@@ -29,7 +29,7 @@ def run(
     cwd: Path = ROOT,
     env: dict[str, str] | None = None,
 ) -> None:
-    """Runs a tool with its output shown; `advice` is what the user reads if it fails."""
+    """Run a tool with its output shown; `advice` is what the user reads if it fails."""
     arguments = [str(part) for part in command]
     environment = {**os.environ, **(env or {})}
     status = subprocess.run(arguments, cwd=cwd, env=environment, check=False).returncode
@@ -38,7 +38,7 @@ def run(
 
 
 def capture(command: Sequence[str | Path], *, advice: str) -> str:
-    """Runs a tool and returns its standard output."""
+    """Run a tool and return its standard output."""
     arguments = [str(part) for part in command]
     done = subprocess.run(arguments, cwd=ROOT, text=True, capture_output=True, check=False)
     if done.returncode:
@@ -50,7 +50,7 @@ def capture(command: Sequence[str | Path], *, advice: str) -> str:
 
 
 def digest(*parts: str | bytes | Path) -> str:
-    """A key for stamps over all the parts; a Path stands for its file's content."""
+    """Return a stamp key over all parts; a Path counts as its file's content."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -62,12 +62,12 @@ def digest(*parts: str | bytes | Path) -> str:
 
 
 def sha256_of(content: bytes) -> str:
-    """sha256 of a file's content, as sha256sum prints it."""
+    """Return the sha256 of content, as sha256sum prints it."""
     return hashlib.sha256(content).hexdigest()
 
 
 def is_done(stamp: Path, key: str) -> bool:
-    """Whether the step that leaves `stamp` was already done for the same input."""
+    """Return whether the step that leaves `stamp` was already done for the same input."""
     return stamp.is_file() and stamp.read_text() == key
 
 
@@ -77,7 +77,7 @@ def mark_done(stamp: Path, key: str) -> None:
 
 
 def replace_file(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Puts a whole file in place in one step: a process that reads it sees old or new."""
+    """Replace a file atomically: a reader sees the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_bytes(content)
@@ -97,12 +97,12 @@ def need_disk(nbytes: int, what: str) -> None:
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Holds the checkout's build lock: two builds at once would write the same files."""
+    """Hold the checkout's build lock: two builds at once would write the same files."""
     BUILD.mkdir(exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another build runs in this checkout: waiting for it")
+            say("waiting for another build in this checkout")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

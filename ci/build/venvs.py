@@ -1,4 +1,4 @@
-"""The virtual environments: .venv with our wheel, one with stock Ray to measure against, lint."""
+"""The virtual environments: .venv with our wheel, one with stock Ray, and one for lint."""
 
 import csv
 import sys
@@ -23,11 +23,11 @@ from ci.build.wheel import record_of, record_row
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "ci" / "requirements"
 TORCH_BYTES = 6_000_000_000
-PIP_FAILED = "it needs a package index; what pip said above tells which package it could not get"
+PIP_FAILED = "it needs a package index; pip's message above names the missing package"
 
 
 def make_venv(folder: Path, requirements: list[str], *, nbytes: int) -> Path:
-    """Makes or completes a venv of the running Python; returns its python."""
+    """Create or complete a venv of the running Python; return its python."""
     python = folder / "bin" / "python"
     files = [REQUIREMENTS / name for name in requirements]
     stamp = folder / "installed.txt"
@@ -36,9 +36,9 @@ def make_venv(folder: Path, requirements: list[str], *, nbytes: int) -> Path:
         return python
     marker = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     if folder.exists() and not marker.exists():
-        raise BuildError(f"{folder} is of another Python than {python_tag()}: remove it, run again")
+        raise BuildError(f"{folder} is not of {python_tag()}: remove it and run again")
     say(f"installing {', '.join(requirements)} into {folder.relative_to(ROOT)}")
-    need_disk(nbytes, f"making {folder.relative_to(ROOT)}")
+    need_disk(nbytes, f"creating {folder.relative_to(ROOT)}")
     if not python.exists():
         run([sys.executable, "-m", "venv", folder], advice="install Python's venv package")
     for file in files:
@@ -52,7 +52,7 @@ def make_venv(folder: Path, requirements: list[str], *, nbytes: int) -> Path:
 
 
 def test_venv(wheel: Path) -> Path:
-    """.venv: what tests and examples need, and our wheel; returns its python."""
+    """Create .venv with our wheel and the packages of tests and examples; return its python."""
     python = make_venv(VENV, ["test.txt", "alone.txt"], nbytes=TORCH_BYTES)
     site = next((VENV / "lib").glob("python3*/site-packages"))
     if not lay_wheel(wheel, site):
@@ -64,10 +64,10 @@ def test_venv(wheel: Path) -> Path:
 
 
 def lay_wheel(wheel: Path, site: Path) -> bool:
-    """Brings an installed wheel of the same version up to date, file by file.
+    """Update an installed wheel of the same version, file by file.
 
-    Only what differs is written, each file in one step, so Ray processes that run from
-    the venv go on. Returns False where another version, or none, is installed.
+    Only changed files are written, each atomically, so Ray processes that run from the venv
+    continue. Returns False if another version or none is installed.
     """
     with zipfile.ZipFile(wheel) as archive:
         record = record_of(archive.namelist())
@@ -98,13 +98,13 @@ def _is_same(path: Path, name: str, sha256: str) -> bool:
 
 
 def _is_outdated(name: str, record: str) -> bool:
-    """A file of the old wheel that the new one lacks; what pip itself added stays."""
+    """Tell whether a file of the old wheel is missing in the new one; pip's own files stay."""
     by_pip = name.startswith(("../", record.rpartition("/")[0])) or "/__pycache__/" in name
     return not by_pip
 
 
 def stock_venv() -> Path:
-    """A venv with stock Ray in place of our wheel; returns its python."""
+    """Create a venv with stock Ray instead of our wheel; return its python."""
     folder = BUILD / f"stock-venv-{python_tag()}"
     python = make_venv(folder, ["test.txt", "alone.txt"], nbytes=TORCH_BYTES)
     release = f"ray=={read_base().version}"

@@ -1,7 +1,7 @@
-"""Makes our wheel: the base's files, with patches, overlay and agent laid over them.
+"""Build our wheel: the base's files with patches, overlay and agent.
 
 The same input gives the same bytes: members in one order, one timestamp, two file modes.
-Stock members are compressed once and kept, so that a change in our Python is packed in a second.
+Stock members are compressed once, so that a change in our Python is packed in a second.
 """
 
 import base64
@@ -25,7 +25,7 @@ DIST = ROOT / "dist"
 SHIPPED = "python/"
 NOT_SHIPPED = (".pyx", ".pxd")
 EPOCH_2020 = 1577836800
-ZIP_BEGINS = 315532800  # 1980: no zip file can say an earlier time
+ZIP_BEGINS = 315532800  # 1980 is the earliest time in a zip file
 CHANGES_FILE = "RDT-CHANGES.txt"
 PLATFORM_LINE = re.compile(r'platform\s+tag:\s+"(\w+)"')
 
@@ -34,7 +34,7 @@ Members = dict[str, bytes | None]
 
 @dataclass(frozen=True)
 class Names:
-    """What our wheel is called, and its folder of metadata."""
+    """The names of our wheel and of its metadata folder."""
 
     version: str
     tag: str
@@ -56,7 +56,7 @@ def our_version() -> str:
 
 
 def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
-    """Returns the wheel for the running Python, building what is not built yet."""
+    """Return the wheel for the running Python; build the missing parts."""
     stock_release = base.read_base()
     base_wheel = base.fetch(stock_release)
     stock = base.unpack(base_wheel, stock_release.wheels[base_wheel.name], work)
@@ -100,20 +100,20 @@ def need_compiler() -> None:
 
 
 def describe_changes(changes: dict[str, overlay.Change]) -> str:
-    """The list that goes into the wheel, so that its reader can tell ours from stock Ray's."""
+    """Return the wheel's list of files that differ from stock Ray's."""
     lines = [f"{path.removeprefix(SHIPPED)}  {c.reason}" for path, c in sorted(changes.items())]
     return "Files of this wheel that differ from the stock Ray release:\n" + "\n".join(lines) + "\n"
 
 
 def platform_tag(base_wheel: Path, extensions: list[Path], work: Path) -> str:
-    """The oldest platform that every compiled file in the wheel runs on, as auditwheel finds it."""
+    """Return the oldest platform on which all compiled files run, according to auditwheel."""
     stamp = work / f"platform-{base.python_tag()}.txt"
     key = digest(base_wheel.name, *extensions)
     if stamp.is_file():
         known, _, tag = stamp.read_text().partition(" ")
         if known == key:
             return tag
-    say("asking auditwheel which platforms the compiled files run on")
+    say("determining the platform tag with auditwheel")
     probe = work / f"ray-0-{base.python_tag()}-{base.python_tag()}-linux_{platform.machine()}.whl"
     with zipfile.ZipFile(base_wheel) as stock, zipfile.ZipFile(probe, "w") as archive:
         for name in stock.namelist():
@@ -138,11 +138,11 @@ def platform_tag(base_wheel: Path, extensions: list[Path], work: Path) -> str:
 
 
 def metadata(stock: bytes, version: str) -> bytes:
-    """The base's METADATA under our version, with the content type that it leaves to guess."""
+    """Return the base's METADATA with our version and an explicit content type."""
     head, blank, body = stock.decode().partition("\n\n")
     head, count = re.subn(r"(?m)^Version: .+$", f"Version: {version}", head)
     if count != 1:
-        raise BuildError("the base's METADATA has not one line for its version")
+        raise BuildError("the base's METADATA does not have exactly one line for its version")
     if "\nDescription-Content-Type:" not in head:
         head += "\nDescription-Content-Type: text/x-rst"
     return (head + blank + body).encode()
@@ -179,7 +179,7 @@ def write_member(archive: zipfile.ZipFile, name: str, content: bytes, mode: int)
 
 
 def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
-    """A zip of the stock files that stay as they are; and beside it, their RECORD rows."""
+    """Return a zip of the unchanged stock files; write their RECORD rows beside it."""
     packed = work / f"stock-{base.python_tag()}.zip"
     stamp = packed.with_suffix(".zip.done")
     with zipfile.ZipFile(base_wheel) as stock:
@@ -211,7 +211,7 @@ def pack(
     work: Path,
     dist: Path,
 ) -> Path:
-    """Writes the wheel if its content differs from what lies in dist/."""
+    """Write the wheel if its content differs from the file in dist/."""
     stock = pack_stock(base_wheel, set(members), work)
     ours = {name: content for name, content in sorted(members.items()) if content is not None}
     info = {
@@ -248,12 +248,12 @@ def pack(
 
 
 def record_of(names: list[str]) -> str:
-    """The name of the wheel's own RECORD; stock Ray carries packages with a RECORD of theirs."""
+    """Return the name of the wheel's RECORD; stock Ray contains packages with other RECORDs."""
     return next(name for name in names if re.fullmatch(r"ray-[^/]+\.dist-info/RECORD", name))
 
 
 def check_wheel(wheel: Path) -> None:
-    """Once per wheel: RECORD is true, the metadata fit to publish, and all Python compiles."""
+    """Check once per wheel that RECORD matches, the metadata is valid, and all Python compiles."""
     stamp = BUILD / f"checked-{base.python_tag()}.done"
     key = digest(wheel)
     if is_done(stamp, key):
@@ -261,7 +261,7 @@ def check_wheel(wheel: Path) -> None:
     check_record(wheel)
     capture(
         [sys.executable, "-m", "twine", "check", "--strict", wheel],
-        advice="the wheel's metadata is not fit to publish",
+        advice="the wheel's metadata is not valid for an index",
     )
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
@@ -271,7 +271,7 @@ def check_wheel(wheel: Path) -> None:
 
 
 def check_record(wheel: Path) -> None:
-    """Every member stands in RECORD with its true hash and size, and nothing else does."""
+    """Check that RECORD lists exactly the members, with their hashes and sizes."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         record = record_of(names)

@@ -1,4 +1,4 @@
-"""Check the layers of ray.experimental.rdt: a module imports its own layer or a lower one.
+"""Check the layers of ray.experimental.rdt: a module imports only its own layer or lower ones.
 
 Every import counts, also those inside functions and for types only, and none of them may be part of
 a circle of modules. A module that no layer names is an error, and so is a name without a module.
@@ -13,7 +13,7 @@ from pathlib import Path
 PACKAGE = "ray.experimental.rdt"
 SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
-# From the bottom up. A folder stands for all modules in it; "" is the package's __init__.
+# From bottom to top. A folder includes all its modules; "" is the package's __init__.
 LAYERS: list[set[str]] = [
     {"common", "tensor_transport_manager"},
     {"accelerators", "_tensors"},
@@ -43,13 +43,13 @@ LAYERS: list[set[str]] = [
 
 
 def layer_of(module: str) -> int | None:
-    """The layer of a module of the package, named within it ("transports.gloo")."""
+    """Return the layer of a module, given its name within the package ("transports.gloo")."""
     folder = module.partition(".")[0]
     return next((n for n, names in enumerate(LAYERS) if folder in names), None)
 
 
 def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
-    """The package's modules that a module imports anywhere, named within the package."""
+    """Yield the package's modules that a module imports anywhere, by name within the package."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def within(name: str) -> str:
 
 
 def modules(sources: Path) -> dict[str, Path]:
-    """The files of the package's modules, Cython's among them, by name within the package."""
+    """Return the files of the package's modules, including Cython's, by name within the package."""
     found = {}
     for file in sorted((sources / Path(*PACKAGE.split("."))).rglob("*.py*")):
         if file.suffix in (".py", ".pyx"):
@@ -77,7 +77,7 @@ def modules(sources: Path) -> dict[str, Path]:
 
 
 def check(sources: Path = SOURCES) -> list[str]:
-    """The violations of the rule, a line each."""
+    """Return the violations of the rule, one line each."""
     files = modules(sources)
     found = [f"{files[m]}: no layer names it" for m in files if layer_of(m) is None]
     folders = {module.partition(".")[0] for module in files}
@@ -97,11 +97,11 @@ def check(sources: Path = SOURCES) -> list[str]:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
-        found.append(f"modules import each other: {' -> '.join(error.args[1])}")
+        found.append(f"import cycle: {' -> '.join(error.args[1])}")
     return found
 
 
 if __name__ == "__main__":
     problems = check()
-    print("\n".join(problems) or "layers: no import goes up, and none goes round")
+    print("\n".join(problems) or "layers: no import of a higher layer, and no import cycle")
     sys.exit(bool(problems))

@@ -1,7 +1,7 @@
-"""``python -m ci.gpu [STEP...]``: runs what a machine with NVIDIA GPUs should run; see doc/gpu.md.
+"""``python -m ci.gpu [STEP...]``: run the steps for a machine with NVIDIA GPUs; see doc/gpu.md.
 
-Prints a line for each program as it ends and leaves two reports. The exit status is 1 if a program
-failed; one that cannot run here is skipped, with the reason, and is no failure.
+Prints a line for each program when it ends, and writes two reports. The exit status is 1 if a
+program failed. A program that cannot run here is skipped with the reason, which is no failure.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _MACHINE = Program("", ("-m", "ci.gpu.programs.machine"), 60)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the steps."""
+    """Run the steps."""
     options = _parse(arguments)
     try:
         chosen = steps.choose(steps.steps(options.stock_python), options.steps)
     except ValueError as error:
         print(f"ci/gpu/run.sh: {error}", file=sys.stderr)
         return 2
-    # What the programs start finds ci and the tests.
+    # Child processes of the programs can import ci and the tests.
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -47,17 +47,17 @@ def main(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="ci/gpu/run.sh", description="checks a machine with GPUs")
-    parser.add_argument("steps", nargs="*", metavar="STEP", help="all if none is named")
-    parser.add_argument("--stock-python", default="", help="one with stock Ray, for the bench")
-    parser.add_argument("--within", type=float, default=480, help="seconds for all of it")
+    parser = argparse.ArgumentParser(prog="ci/gpu/run.sh", description="check a machine with GPUs")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help="default: all steps")
+    parser.add_argument("--stock-python", default="", help="Python with stock Ray, to compare")
+    parser.add_argument("--within", type=float, default=480, help="time limit in seconds")
     out = os.environ.get("OUT") or "gpu-report"
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the reports")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder for the reports")
     return parser.parse_args(arguments)
 
 
 def find_facts() -> dict[str, Any]:
-    """Describe the machine, in a process of its own, which has the GPU to itself."""
+    """Describe the machine, in a separate process that uses the GPU alone."""
     found = runner.run(_MACHINE, ROOT, _MACHINE.limit_s)
     return found.figures or {"machine": found.remark}
 
@@ -67,8 +67,8 @@ class Run:
 
     Args:
         out: Folder of the reports.
-        machine: What it runs on.
-        deadline: When it has to be over.
+        machine: The machine's description.
+        deadline: When it must end.
     """
 
     def __init__(self, out: Path, machine: dict[str, Any], deadline: float):
@@ -77,7 +77,7 @@ class Run:
         self.report = Report(out, machine)
 
     def run(self, chosen: list[Step]) -> None:
-        """Runs steps in their order; a program that fails stops no other."""
+        """Run steps in order; a failed program does not stop the others."""
         for is_alone, group in itertools.groupby(chosen, key=lambda step: step.is_alone):
             programs = [(step, program) for step in group for program in step.programs]
             at_once = 1 if is_alone else max(1, (os.cpu_count() or 1) // 4)

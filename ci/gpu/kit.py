@@ -1,12 +1,12 @@
-"""Unpacks the GPU kit: ``python -m ci.gpu.kit PATH``, which prints the folder that it made.
+"""Unpack the GPU kit: ``python -m ci.gpu.kit PATH`` prints the new folder.
 
-``./build.sh gpu-kit`` makes the kit. Here it becomes:
+``./build.sh gpu-kit`` creates the kit. It is unpacked to:
 
-* ``site/``: our wheel and nixl, and of what they need those packages that this Python lacks.
-* ``stock/``: stock Ray, most of it the same files; ``stock-python`` is a Python that uses it.
+* ``site/``: our wheel, nixl, and those of their dependencies that this Python lacks.
+* ``stock/``: stock Ray, mostly the same files; ``stock-python`` is a Python that uses it.
 * ``checkout/``: ``ci/`` and the tests.
 
-Runs on: the machine with the GPU, with the Python that has torch. Needs nothing but Python.
+Runs on: the machine with the GPU, with the Python that has torch. Needs only Python.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ ARCHIVES = ("stock.tar.xz", "ours.tar.xz")
 
 
 class KitError(Exception):
-    """The kit cannot be used; says what to do."""
+    """The kit cannot be used; the text names the remedy."""
 
 
 def find(path: Path) -> Path:
-    """The kit in a folder, or the kit itself.
+    """Return the kit of a folder, or the kit itself.
 
     Raises:
-        KitError: there is none, or there are several.
+        KitError: There is no kit, or there are several.
     """
     if path.is_file():
         return path
     found = sorted(path.glob("gpu-kit-*.tar"))
     if len(found) != 1:
         names = ", ".join(each.name for each in found) or "none"
-        raise KitError(f"{path} has to be a GPU kit, or a folder with one; kits there: {names}")
+        raise KitError(f"{path} must be a GPU kit or a folder with one; kits there: {names}")
     return found[0]
 
 
 def unpack(kit: Path, scratch: Path) -> Path:
-    """Unpacks a kit, once for each content; returns the folder."""
+    """Unpack a kit, once for each content; return the folder."""
     digest = hashlib.sha256(kit.read_bytes()).hexdigest()[:16]
     folder = scratch / f"gpu-kit-{digest}"
     if folder.is_dir():
@@ -87,7 +87,7 @@ def _read_facts(outer: tarfile.TarFile) -> dict[str, Any]:
 
 
 def take_what_is_missing(folder: Path, needs: dict[str, list[str]]) -> None:
-    """Puts packages of ``needs/`` where this Python finds them, unless it has them itself."""
+    """Make packages of ``needs/`` importable, unless this Python already has them."""
     for name, modules in needs.items():
         if not all(map(_is_here, modules)):
             shutil.copytree(folder / "needs" / name, folder / "site", dirs_exist_ok=True)
@@ -96,12 +96,12 @@ def take_what_is_missing(folder: Path, needs: dict[str, list[str]]) -> None:
 def _is_here(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would lie in is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def complete_stock(folder: Path, ours: Iterable[str]) -> None:
-    """Makes ``stock/`` a whole Ray: what it shares with our wheel is linked, not copied."""
+    """Complete ``stock/``: link the files that it shares with our wheel."""
     site, not_stock = folder / "site", set(ours)
     for file in sorted((site / "ray").rglob("*")):
         name = file.relative_to(site).as_posix()
@@ -120,7 +120,7 @@ def _write_stock_python(script: Path, stock: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the folder, or on stderr what is wrong."""
+    """Print the folder, or an error on stderr."""
     try:
         print(unpack(find(Path(arguments[0])), Path(tempfile.gettempdir())))
     except (KitError, OSError) as error:

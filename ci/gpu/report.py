@@ -1,4 +1,4 @@
-"""The reports of a GPU run: one in JSON, one to read."""
+"""The reports of a GPU run: one in JSON, one as text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from ci.gpu.runner import Outcome
 
-#: The figure that is text for people.
+#: The figure that is text.
 TABLE = "table"
 
 _WIDTH = 26
 
 
 class Report:
-    """Written anew after each program, so that a run that is ended leaves what it found.
+    """Reports that are rewritten after each program, so that an aborted run leaves its results.
 
     Args:
         folder: Where ``gpu-report.json`` and ``gpu-report.txt`` are written.
-        machine: What it ran on.
+        machine: The machine's description.
     """
 
     def __init__(self, folder: Path, machine: dict[str, Any]):
@@ -60,11 +60,11 @@ class Report:
 
 
 def describe(machine: dict[str, Any]) -> str:
-    """What it ran on, a line for each fact."""
+    """Return the machine's facts, one a line."""
     return "\n".join(f"{name}: {value}" for name, value in machine.items())
 
 
 def line(step: str, program: str, outcome: Outcome) -> str:
-    """One program on one line."""
+    """Return one line for a program."""
     name = f"{step} {program}".rstrip()
     return f"{name:<{_WIDTH}} {outcome.state:<8}{outcome.seconds:6.1f} s  {outcome.remark}"

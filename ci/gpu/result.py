@@ -1,8 +1,8 @@
-"""How a program of a step tells the runner what came of it: through a file.
+"""Report of a program of a step to the runner, through a file.
 
-A program has ``main(result)``, which returns the remark that stands in the report, raises ``Skip``
-where it cannot run, and any other exception where it fails. What it measured goes into the figures
-as soon as it is known, so that it is there even if the program is ended at its time limit.
+A program has ``main(result)``. It returns the remark for the report, raises ``Skip`` if it cannot
+run, or raises another exception if it fails. It adds each figure at once, so that the figures
+exist even if the program is killed at its time limit.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ FILE = "RDT_GPU_RESULT"
 
 
 class Skip(Exception):
-    """The program cannot run here; says why."""
+    """The program cannot run here; the text is the reason."""
 
 
 class Result:
-    """What a program knows so far.
+    """The result of a program so far.
 
     Args:
-        path: The file; None where a person has started the program.
+        path: The file; None if a person started the program.
 
     Attributes:
-        figures: By name, in any units that the name tells.
+        figures: Figures by name; the name states the unit.
     """
 
     def __init__(self, path: Path | None):
@@ -38,13 +38,13 @@ class Result:
         self.figures: dict[str, Any] = {}
 
     def note(self, **figures: Any) -> None:
-        """Adds figures; the program still runs."""
+        """Add figures while the program runs."""
         self.figures |= figures
         if self._path is not None:
             self._write("", "")
 
     def end(self, state: str, remark: str) -> None:
-        """Says how the program ends: "passed", "failed" or "skipped"."""
+        """Record how the program ends: "passed", "failed" or "skipped"."""
         self._write(state, remark)
 
     def _write(self, state: str, remark: str) -> None:
@@ -58,7 +58,7 @@ class Result:
 
 
 def run(main: Callable[[Result], str]) -> None:
-    """Runs a program to its end, and ends the process with 1 if it failed."""
+    """Run a program; exit with 1 if it failed."""
     path = os.environ.get(FILE)
     result = Result(Path(path) if path else None)
     try:
@@ -72,6 +72,6 @@ def run(main: Callable[[Result], str]) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """One line of an error: of one from a Ray actor, the last, which names the cause."""
+    """Return one line of an error; for an error of a Ray actor, the last line with the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:300]

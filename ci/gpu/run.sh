@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs what a machine with NVIDIA GPUs should run, and writes two reports. See doc/gpu.md.
+# Run the GPU steps and write two reports. See doc/gpu.md.
 #
 #   ci/gpu/run.sh [STEP...]             from this checkout, with a package index
 #   ci/gpu/run.sh --kit KIT [STEP...]   with a kit of ./build.sh gpu-kit, without a network
 #
-# With a kit, PYTHON names a Python that has torch and pytest. Reports go to $OUT, else to gpu-report/.
+# With a kit, PYTHON selects a Python with torch and pytest. Reports are in $OUT, by default gpu-report/.
 set -euo pipefail
 
 export OUT=${OUT:-$PWD/gpu-report}
@@ -13,7 +13,7 @@ if [[ ${1:-} != --kit ]]; then
   exec ./build.sh gpu "$@"
 fi
 
-[[ $# -ge 2 ]] || { echo "ci/gpu/run.sh: --kit needs the kit, or the folder that it is in" >&2; exit 2; }
+[[ $# -ge 2 ]] || { echo "ci/gpu/run.sh: --kit needs the kit or its folder" >&2; exit 2; }
 kit=$(realpath "$2")
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

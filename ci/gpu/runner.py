@@ -1,4 +1,4 @@
-"""Runs the programs of the steps, each under a time limit and in a process group of its own."""
+"""Run the programs of the steps, each with a time limit and in its own process group."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from ci.gpu import result
 
-#: In the environment of a program and of all that it starts: tells what is left of it.
+#: Environment variable of a program and its child processes, to find remaining ones.
 MARK = "RDT_GPU_PROGRAM"
 _OUTPUT_BYTES = 100_000
 
@@ -27,10 +27,10 @@ class Program:
     """One program of a step.
 
     Attributes:
-        name: What it is about, "" where the step has no other.
+        name: Its topic, or "" if the step has only one program.
         arguments: For Python.
-        limit_s: It is ended after so long.
-        environment: What is set for it.
+        limit_s: Its time limit.
+        environment: Its environment variables.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Program:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a program.
+    """The outcome of a program.
 
     Attributes:
         state: "passed", "failed" or "skipped".
-        remark: The telling figure, or the reason.
-        seconds: How long it took.
-        figures: All that it measured.
-        output: The end of what it printed.
+        remark: The main figure, or the reason.
+        seconds: Its duration.
+        figures: All its figures.
+        output: The end of its output.
     """
 
     state: str
@@ -59,10 +59,10 @@ class Outcome:
 
 
 def run(program: Program, root: Path, limit_s: float) -> Outcome:
-    """Runs a program in a checkout; never raises for what the program does.
+    """Run a program in a checkout; never raise for its failure.
 
-    Its output goes to a file: no process that it leaves behind can keep the runner waiting. At the
-    limit, and at the end, all that it has started is killed.
+    Its output goes to a file, so that no remaining child process can block the runner. At the limit
+    and at the end, all its child processes are killed.
     """
     started = time.monotonic()
     limit_s = min(limit_s, program.limit_s)
@@ -93,7 +93,7 @@ def run(program: Program, root: Path, limit_s: float) -> Outcome:
 def judge(
     told: dict[str, Any], output: str, status: int | None, late: str, seconds: float
 ) -> Outcome:
-    """What came of a program: what it said itself, unless it ended in another way."""
+    """Return the outcome: the program's own report, unless it ended in another way."""
     figures = told.get("figures", {})
     state, remark = told.get("state", ""), told.get("remark", "")
     if late:
@@ -104,7 +104,7 @@ def judge(
 
 
 def kill_marked(mark: str) -> None:
-    """Kills the processes that have a mark in their environment: some have groups of their own."""
+    """Kill the processes with a mark in their environment: some have their own groups."""
     wanted = f"{MARK}={mark}".encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The steps of a GPU run, the most telling first."""
+"""The steps of a GPU run, the most important first."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ci.gpu.runner import Program
 
 @dataclass(frozen=True)
 class Step:
-    """Something that a machine with a GPU can tell.
+    """A step of a GPU run.
 
     Attributes:
-        name: As it is named on the command line.
-        programs: What is run for it.
-        is_alone: It measures, so nothing else runs meanwhile. The programs of steps that only test
-            run side by side with those of their neighbours.
+        name: Its name on the command line.
+        programs: Its programs.
+        is_alone: Whether it measures, so that nothing else may run. Programs of other steps run
+            in parallel with those of adjacent steps.
     """
 
     name: str
@@ -39,7 +39,7 @@ def steps(stock_python: str) -> tuple[Step, ...]:
     """All steps.
 
     Args:
-        stock_python: A Python with stock Ray, to measure beside; "" if there is none.
+        stock_python: A Python with stock Ray for comparison, or "".
     """
     transports = ("auto", "cuda_ipc", "nixl", "gloo", "nccl")
     no_transport = " and ".join(f"not {name}" for name in transports)
@@ -67,10 +67,10 @@ def steps(stock_python: str) -> tuple[Step, ...]:
 
 
 def choose(all_steps: tuple[Step, ...], names: list[str]) -> list[Step]:
-    """The named steps in the order in which they are named; all if none is named.
+    """Return the named steps in the given order; all if none is named.
 
     Raises:
-        ValueError: a name is unknown; tells the known ones.
+        ValueError: A name is unknown; the text lists the known ones.
     """
     known = {step.name: step for step in all_steps}
     unknown = [name for name in names if name not in known]

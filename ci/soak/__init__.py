@@ -1,1 +1,1 @@
-"""Random work with random faults; ends by checking that nothing is wrong, hung or left behind."""
+"""Random work with random faults; checks at the end for errors, hangs and leaks."""

@@ -1,16 +1,16 @@
-"""``ci/soak.sh [MINUTES] [--seed N]``: random work over all paths with random faults.
+"""``ci/soak.sh [MINUTES] [--seed N]``: random work over all paths, with random faults.
 
-Five actors and the driver exchange objects along every path of work.py, in four threads, while
-processes are killed, stopped and cut off. Each tensor that arrives is compared to the last bit. The
-soak fails by
+Five actors and the driver exchange objects along every path of work.py, in four threads.
+Meanwhile, processes are killed, stopped and disconnected. Each received tensor is compared to the
+last bit. The soak fails on
 
-- a tensor with other bytes than were made,
-- an error that is none of Ray's, or with nobody killed who took part,
+- a tensor with wrong bytes,
+- an error that is not Ray's, or that occurs without a fault at a participant,
 - a call that takes longer than its bound,
-- an actor that ended and was not killed by the soak,
-- counters of RDT that do not return to zero, or descriptors, threads and memory that stay.
+- an actor that exits without being killed by the soak,
+- counters of RDT that do not return to zero, or leaked descriptors, threads and memory.
 
-The seed decides what is chosen, not how the threads interleave.
+The seed determines the choices, not how the threads interleave.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ci.soak.faults import DRIVER, Faults
 from ci.soak.work import BOUND_S, PATHS, Job
 from ray.experimental.rdt.common import config
 
-#: All can talk over tcp, so that each pair has a lane.
+#: All can use tcp, so that each pair has a lane.
 ACTORS = {
     "any lane": {},
     "cma and tcp": {"RAY_RDT_LANES": "inproc,cma,tcp"},
     "shm and tcp": {"RAY_RDT_LANES": "inproc,shm,tcp", "RAY_RDT_CHECKSUM": "1"},
     "tcp": {"RAY_RDT_LANES": "inproc,tcp"},
 }
-#: Is never killed, so that what it has more of at the end is a leak.
+#: Is never killed, so that growth until the end is a leak.
 WITNESS = "witness"
 
 SETTINGS = {
@@ -53,8 +53,8 @@ SETTINGS = {
 THREADS = 4
 GAP_S = 0.4
 SETTLES_WITHIN_S = 60.0
-#: What a process that works may have more of than after its warm-up. Pools of eight threads each
-#: answer requests and send.
+#: Allowed growth of a process since its warm-up. Pools of eight threads each answer requests and
+#: send.
 MORE = ROUGH | {"threads": 16, "native_threads": 24, "resident": 128 << 20}
 
 Counts = dict[str, dict[str, int]]
@@ -64,9 +64,9 @@ class Soak:
     """One run.
 
     Attributes:
-        jobs: How many of each path's were right, and how many failed by an error that was due.
-        errors: The errors that were due, by type.
-        problems: What fails the run, in words.
+        jobs: By path, the number of correct jobs and of jobs with an expected error.
+        errors: The expected errors by type.
+        problems: The reasons to fail the run, as text.
     """
 
     def __init__(self, seed: int, transports: list[str]):
@@ -89,7 +89,7 @@ class Soak:
         return Faults(self.actors, list(ACTORS), random.Random(f"{self.seed} faults"), gap_s)
 
     def work(self, seconds: float, faults: Faults) -> None:
-        """All threads, for so long."""
+        """Run all threads for a time."""
         until = time.monotonic() + seconds
         threads = [
             threading.Thread(target=self._work, args=(until, faults, number), name=f"soak-{number}")
@@ -108,7 +108,7 @@ class Soak:
             began = time.monotonic()
             try:
                 outcome = "right" if path(job) else "wrong bytes"
-            except Exception as error:  # judged here, whatever it is
+            except Exception as error:  # every error is judged here
                 outcome = self._judge(error, job, began)
             with self._lock:
                 self.jobs[path.__name__, "right" if outcome == "right" else "failed"] += 1
@@ -131,7 +131,7 @@ class Soak:
         return {DRIVER: counters_here(), **found}
 
     def settled(self, before: Counts | None) -> tuple[Counts, list[str]]:
-        """The counters once nothing is left of them, or what is left after a minute."""
+        """Return the counters when all are zero, or the remaining ones after a minute."""
         deadline = time.monotonic() + SETTLES_WITHIN_S
         while True:
             counts = self.counts()
@@ -183,12 +183,12 @@ def _report(soak: Soak, faults: Faults, before: Counts, after: Counts, seconds: 
 
 
 def run(seconds: float, seed: int, gap_s: float) -> list[str]:
-    """Returns what is wrong; nothing, if all is well. Prints the figures."""
+    """Return the problems, and print the figures."""
     os.environ.update(SETTINGS)
     config.settings.cache_clear()
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         soak = Soak(seed, _transports())
-        soak.counts()  # All have started.
+        soak.counts()  # All actors have started.
         faults = soak.faults(gap_s)
         warm_up_s = min(60.0, seconds / 5)
         soak.work(warm_up_s, faults)

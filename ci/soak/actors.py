@@ -1,4 +1,4 @@
-"""The processes that the soak works with, and what each of them can do."""
+"""The actors of the soak and their methods."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import torch
 import ray
 from ci.leaks import count_here
 
-#: Objects of two seeds differ.
+#: Objects of different seeds differ.
 STRIDE = 7919
 
 
 def pattern(seed: int, length: int) -> torch.Tensor:
-    """What an object of this seed and length holds; its last element tells the length."""
+    """Return the value of an object of this seed and length; its last element is the length."""
     numbers = torch.arange(length, dtype=torch.int32).mul_(65537).add_(seed * STRIDE % (1 << 30))
     numbers[-1] ^= length
     return numbers
 
 
 def is_right(tensor: torch.Tensor, seed: int) -> bool:
-    """Whether it holds, to the last bit, what was made of this seed."""
+    """Return whether it equals, to the last bit, the value of this seed."""
     return torch.equal(tensor, pattern(seed, len(tensor)))
 
 
 def counters_here() -> dict[str, int]:
-    """Of this process: RDT's counters, descriptors, threads, and its own memory in bytes."""
+    """Return this process's RDT counters, descriptors, threads, and memory in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return count_here() | {
         "threads": threading.active_count(),
@@ -43,7 +43,7 @@ def counters_here() -> dict[str, int]:
 
 
 def break_connections_here() -> int:
-    """Shuts down this process's sockets to other agents; returns how many those were."""
+    """Shut down this process's sockets to other agents; return their number."""
     broken = 0
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
@@ -69,22 +69,22 @@ class Worker:
             yield pattern(seed + number, length)
 
     def check(self, seed: int, tensor: torch.Tensor, *, other: torch.Tensor | None = None) -> bool:
-        """Of the tensor, and of one with the next seed."""
+        """Return the tensor, and one with the next seed."""
         return is_right(tensor, seed) and (other is None or is_right(other, seed + 1))
 
     def check_refs(self, seed: int, refs: list[Any]) -> bool:
-        """Of objects with this seed and the ones after it, by reference."""
+        """Fetch objects with this seed and the following ones, by reference."""
         return all(is_right(tensor, seed + at) for at, tensor in enumerate(ray.get(refs)))
 
     def pass_on(self, seed: int, refs: list[Any], consumer: Any) -> bool:
-        """The same, at another consumer, which gets the references from here."""
+        """Pass the references on and check them at another consumer."""
         return bool(ray.get(consumer.check_refs.remote(seed, refs)))
 
     def put(self, seed: int, length: int, transport: str) -> list[Any]:
         return [ray.put(pattern(seed, length), _tensor_transport=transport)]
 
     def own(self, producer: Any, seed: int, length: int, transport: str) -> list[Any]:
-        """A reference to another's object, which is this process's."""
+        """Return a reference, owned by this process, to another actor's object."""
         return [producer.make.options(tensor_transport=transport).remote(seed, length)]
 
     def break_connections(self) -> int:
@@ -101,7 +101,7 @@ class Worker:
 
 @ray.remote(max_retries=3)
 def make_in_task(seed: int, length: int, dies_once: str = "") -> torch.Tensor:
-    """Kills its own process the first time where a file's name is given."""
+    """Kill the own process the first time, if a file name is given."""
     if dies_once and not Path(dies_once).exists():
         Path(dies_once).touch()
         os.kill(os.getpid(), signal.SIGKILL)

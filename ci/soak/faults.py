@@ -1,4 +1,4 @@
-"""What goes wrong in a soak, when, and to whom."""
+"""The faults of a soak: kind, time and target."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 import ray
 from ci.soak.actors import break_connections_here
 
-#: A process that was killed may fail calls until it has started again.
+#: A killed process may fail calls until it has restarted.
 RESTARTS_WITHIN_S = 30.0
 LONGEST_STOP_S = 1.5
 CALL_S = 30.0
@@ -28,14 +28,14 @@ DRIVER = "driver"
 
 @dataclass
 class Faults:
-    """Makes one fault after another in a thread of its own, and remembers them.
+    """Thread that injects one fault after another and records them.
 
     Attributes:
-        actors: By name, all that may be stopped and cut off.
-        mortal: Those that may be killed too.
-        pick: Where chance comes from; this thread's own.
+        actors: Actors by name that may be stopped and disconnected.
+        mortal: Names of actors that may also be killed.
+        pick: The random generator of this thread.
         gap_s: Mean time between two faults.
-        counts: How many there were, by kind. A task that kills itself is counted by who sent it.
+        counts: Number of faults by kind. The sender counts a task that kills itself.
     """
 
     actors: dict[str, Any]
@@ -55,7 +55,7 @@ class Faults:
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when the last one is over."""
+        """Return when the last one is over."""
         self._is_over.set()
         self._thread.join()
 
@@ -64,12 +64,12 @@ class Faults:
             self.counts[kind] += 1
 
     def killed(self, name: str) -> None:
-        """Notes that a process is killed about now."""
+        """Record that a process is killed about now."""
         with self._lock:
             self._killed.append((time.monotonic(), name))
 
     def explain(self, members: set[str], began: float) -> bool:
-        """Whether one of these was killed since, or so shortly before that it was not back."""
+        """Return whether one of these was killed since then, or was still restarting."""
         with self._lock:
             killed = list(self._killed)
         return any(at > began - RESTARTS_WITHIN_S and name in members for at, name in killed)
@@ -78,7 +78,7 @@ class Faults:
         kinds = [self._kill, self._stop, self._break]
         while not self._is_over.wait(self.pick.expovariate(1 / self.gap_s)):
             act = self.pick.choices(kinds, [2, 3, 5])[0]
-            with suppress(RayError):  # Who was to be hit is starting again: the next one, then.
+            with suppress(RayError):  # The target is restarting: choose the next one.
                 act()
 
     def _kill(self) -> None:
@@ -109,6 +109,6 @@ class Faults:
         self.count("all connections broken")
 
     def _pid(self, name: str) -> int | None:
-        """None while it starts."""
+        """Return the pid, or None while the actor starts."""
         ready, _ = ray.wait([self._pids[name]], timeout=0)
         return int(ray.get(self._pids[name])) if ready else None

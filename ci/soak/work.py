@@ -1,4 +1,4 @@
-"""The ways along which a soak sends objects. Each checks what arrives, to the last bit."""
+"""The paths along which a soak sends objects. Each checks the received bytes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import ray
 from ci.soak.actors import check_in_task, is_right, make_in_task, pattern
 from ci.soak.faults import Faults
 
-#: Elements of 4 bytes: objects that ride in the value, that do not, and of several lanes' pieces.
+#: Numbers of 4-byte elements: inlined objects, larger ones, and ones that need several pieces.
 LENGTHS = [1, 1000, 17_000, 300_000, 2_000_000, 8_000_000]
 HOW_OFTEN = [3, 3, 4, 4, 2, 1]
 
-#: What tasks run in. Each keeps its objects after its task, and runs others.
+#: The workers of tasks. Each keeps its objects after its task, and runs other tasks.
 TASKS = "workers of tasks"
 
-#: No call takes longer, or it hangs: the fetch timeout, and what restarts of processes need.
+#: Limit of each call: the fetch timeout plus the time of process restarts.
 BOUND_S = 90.0
 
 
 class Job:
-    """One use of one path: who takes part, which object, and by which transport.
+    """One use of one path: its actors, object and transport.
 
     Attributes:
-        members: The names of the actors that it has chosen.
-        seed: What the object holds.
-        length: Its elements.
-        transport: The one that its producer names.
+        members: The names of the chosen actors.
+        seed: The seed of the object's value.
+        length: Number of elements.
+        transport: The transport that the producer names.
     """
 
     _seeds = itertools.count(0, 10)
@@ -49,7 +49,7 @@ class Job:
         self._actors = actors
 
     def actor(self) -> Any:
-        """One that has no part in this job yet."""
+        """Return an actor that is not part of this job yet."""
         name = self.pick.choice(sorted(set(self._actors) - self.members))
         self.members.add(name)
         return self._actors[name]
@@ -133,7 +133,7 @@ def items_of_a_generator(job: Job) -> bool:
 
 
 def given_up(job: Job) -> bool:
-    """Nobody waits for what is on its way, and a consumer is cancelled."""
+    """Drop a transfer in flight, and cancel a consumer."""
     ref = job.make(job.actor())
     taken = job.actor().check.remote(job.seed, ref)
     ray.wait([taken], timeout=job.pick.choice([0, 0.001, 0.02]))
@@ -162,7 +162,7 @@ def of_a_task(job: Job) -> bool:
 
 
 def of_a_task_that_dies(job: Job) -> bool:
-    """Ray runs it again, so its own death excuses no error."""
+    """Kill the task's process: Ray retries the task, so this fault excuses no error."""
     with tempfile.TemporaryDirectory() as folder:
         make = make_in_task.options(tensor_transport=job.transport)
         ref = make.remote(job.seed, job.length, str(Path(folder) / "died"))

@@ -81,10 +81,10 @@ def test_a_second_application_is_refused(tree: Path, patches: Path) -> None:
         ("2026-11-23", "yesterday", "Last-Update"),
         ("tests/build/conftest.py", "tests/none.py", "tests/none.py"),
         ("+hello = 0", "+hello = (", "no longer compiles"),
-        ("@@ -19,2 +19,3 @@", "@@ -19,2 +21,3 @@", "ends up at line 21"),
+        ("@@ -19,2 +19,3 @@", "@@ -19,2 +21,3 @@", "moves to line 21"),
         ("@@ -19,2 +19,3 @@", "@@ -19,3 +19,4 @@", "cut short"),
         ("+++ b/python/ray/one.py", "+++ b/python/ray/other.py", "of one stock file"),
-        ("--- a/python/ray/one.py", "--- /dev/null", "neither makes nor removes files"),
+        ("--- a/python/ray/one.py", "--- /dev/null", "cannot create or remove files"),
         ("+hello = 0\n line_20 = 20\n", "-line_20 = 20\n+hello = 0\n+line_20 = 20\n", "export"),
     ],
 )

@@ -200,4 +200,4 @@ def test_another_python_is_refused(tmp_path: Path) -> None:
         build_command(), capture_output=True, text=True, check=False, env={"PYTHON": str(fake)}
     )
     assert done.returncode == 1
-    assert "CPython 3.10 to 3.14 only" in done.stderr
+    assert "only for CPython 3.10 to 3.14" in done.stderr

@@ -1,1 +1,1 @@
-"""The programs of the steps: each is run by itself and tells ``ci.gpu.runner`` what came of it."""
+"""The programs of the steps: each runs alone and reports its result to ``ci.gpu.runner``."""

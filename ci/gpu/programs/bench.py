@@ -1,8 +1,7 @@
-"""Time hand-overs of tensors that exist already, from actor to actor on one GPU.
+"""Time transfers of existing tensors from actor to actor on one GPU.
 
-Each arm is a Ray of its own (``bench_arm``). All are started first and then measured in turns, one
-at a time: what changes on the machine meanwhile changes for all. A figure is the median over all
-turns.
+Each arm is a separate Ray (``bench_arm``). All are started first and then measured one at a time in
+rounds, so changes of the machine affect all arms. A figure is the median over all rounds.
 """
 
 from __future__ import annotations
@@ -34,24 +33,24 @@ CASES = {
 }
 TURNS = 3
 ROUNDS = 5
-#: For all rounds of one turn, where they are slow.
+#: Budget for one turn of a slow arm.
 BUDGET_S = 1.5
 START_LIMIT_S = 80.0
 TURN_LIMIT_S = 20.0
 END_LIMIT_S = 10.0
-#: Of all turns; those that are left out then are the last ones, not the last cases.
+#: Limit for all turns. It omits the last turns, not the last cases.
 MEASURE_S = 100.0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An arm, before it is started.
+    """An arm before its start.
 
     Attributes:
-        transport: Which is named; "plain" for Ray without RDT.
-        environment: Of all its processes.
-        is_stock: It runs stock Ray.
-        carries_host: It can be measured with tensors in host memory.
+        transport: The named transport; "plain" for Ray without RDT.
+        environment: Variables of all its processes.
+        is_stock: Whether it runs stock Ray.
+        carries_host: Whether it can be measured with host tensors.
     """
 
     transport: str
@@ -77,16 +76,16 @@ Figures = dict[tuple[str, str], float]
 
 
 class ArmEnded(RuntimeError):
-    """An arm that can be measured no more."""
+    """Error of an arm that can no longer be measured."""
 
 
 class Arm:
     """A process of ``bench_arm``.
 
     Args:
-        kind: Which.
-        python: Runs it.
-        device: Where the tensors are.
+        kind: The arm to run.
+        python: The Python that runs it.
+        device: The tensors' device.
     """
 
     def __init__(self, kind: Kind, python: str, device: str):
@@ -101,11 +100,11 @@ class Arm:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def wait_ready(self, limit_s: float) -> None:
-        """Returns when its actors run. Raises ArmEnded."""
+        """Return when its actors run. Raises ArmEnded."""
         self._hear(limit_s)
 
     def measure(self, count: int, nbytes: int) -> list[float]:
-        """Seconds of some hand-overs. Raises RuntimeError, or ArmEnded where there are no more."""
+        """Return seconds of transfers. Raises RuntimeError, or ArmEnded after the arm ended."""
         order = {"count": count, "nbytes": nbytes, "rounds": ROUNDS, "budget_s": BUDGET_S}
         assert self._process.stdin is not None
         try:
@@ -117,19 +116,19 @@ class Arm:
         return seconds
 
     def close(self) -> None:
-        """Lets it end."""
+        """Let it end."""
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
 
     def join(self, limit_s: float) -> None:
-        """Waits for its end, and ends it if that takes too long."""
+        """Wait for its end; kill it if that takes too long."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(limit_s)
         self.kill()
 
     def kill(self) -> None:
-        """Ends it at once; the runner ends what it has started."""
+        """Kill it; the runner kills its child processes."""
         self._process.kill()
 
     def _listen(self) -> None:
@@ -150,10 +149,10 @@ class Arm:
 
 
 class Bench:
-    """All arms, in turns.
+    """All arms, measured in turns.
 
     Args:
-        told: Gets the figures.
+        told: Receives the figures.
         arms: By name.
     """
 
@@ -165,7 +164,7 @@ class Bench:
         self.failures: dict[str, str] = {}
 
     def start(self) -> None:
-        """Waits until all are ready; those that do not start are left out."""
+        """Wait until all are ready; skip those that do not start."""
         until = time.monotonic() + START_LIMIT_S
         for name, arm in list(self._arms.items()):
             try:
@@ -174,7 +173,7 @@ class Bench:
                 self._fail(name, "start", error)
 
     def measure(self, cases: dict[str, tuple[int, int]]) -> None:
-        """All cases of all arms, then again."""
+        """Measure all cases of all arms repeatedly."""
         self._deadline = time.monotonic() + MEASURE_S
         for _ in range(TURNS):
             for case, (count, nbytes) in cases.items():
@@ -182,7 +181,7 @@ class Bench:
                     self._measure(name, case, count, nbytes)
 
     def close(self) -> None:
-        """Ends them all."""
+        """End them all."""
         for arm in self._arms.values():
             arm.close()
         for arm in self._arms.values():
@@ -213,7 +212,7 @@ def medians(times: Times) -> Figures:
 
 
 def table(found: Figures, cases: dict[str, tuple[int, int]]) -> str:
-    """A row for each case, a column for each arm: milliseconds, and GB/s of large ones."""
+    """Return a table of cases and arms: milliseconds, and GB/s of large tensors."""
     arms = list(dict.fromkeys(name for name, _ in found))
     rows = [f"{'ms (GB/s)':<15}" + "".join(f"{name:>17}" for name in arms)]
     for case, (count, nbytes) in cases.items():
@@ -229,11 +228,11 @@ def _cell(ms: float | None, nbytes: int) -> str:
 
 
 def bounds(found: Figures, limits: dict[str, float]) -> list[tuple[str, bool]]:
-    """The bounds that were measured: each in words, and whether it is met.
+    """Return the measured bounds: each as text, and whether it is met.
 
     Args:
         found: Milliseconds.
-        limits: Of the machine, GB/s: ``device`` and ``pinned``, the slower way.
+        limits: The machine's GB/s: ``device`` and ``pinned``, its slower direction.
     """
     rates = [
         (f"{arm}, 1 GiB, in {limit} copy rates", (1 << 30) / found[arm, "1 GiB"] / 1e6, limit)
@@ -265,7 +264,7 @@ def _at_least(text: str, value: float, least: float) -> tuple[str, bool]:
 
 
 def main(told: result.Result) -> str:
-    """Measures, and holds the figures against what has to be reached."""
+    """Measure, and compare the figures with the bounds."""
     options = _parse(sys.argv[1:])
     on_gpu = options.device == "cuda"
     limits = {}
@@ -292,7 +291,7 @@ def main(told: result.Result) -> str:
 def conclude(
     told: result.Result, bench: Bench, cases: dict[str, tuple[int, int]], limits: dict[str, float]
 ) -> str:
-    """The table and the bounds; an error if an arm of ours failed, or nothing was measured."""
+    """Report the table and the bounds; fail if an arm of ours failed or nothing was measured."""
     found = medians(bench.times)
     judged = bounds(found, limits)
     lines = [table(found, cases), ""]
@@ -310,7 +309,7 @@ def conclude(
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stock-python", default="", help="one with stock Ray")
+    parser.add_argument("--stock-python", default="", help="Python with stock Ray")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--largest", type=int, default=1 << 30, help="bytes of an object")
     return parser.parse_args(arguments)

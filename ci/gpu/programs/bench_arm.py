@@ -1,13 +1,11 @@
-"""One arm of the bench: a Ray of its own, a producer and a consumer, which wait for orders.
+"""One arm of the benchmark: a separate Ray with a producer and a consumer that wait for orders.
 
-Runs with our wheel and with stock Ray. Orders come as lines of JSON on stdin, each with a case and
-how long to measure it; the answer to each, a line on stdout, has the seconds of the hand-overs or
-an error. The first line, before any order, says that the arm is ready. An arm that runs into a time
-limit ends.
+Runs with our wheel and with stock Ray. Orders are lines of JSON on stdin, each with a case and a
+time budget. Each answer is a line on stdout with the seconds of the transfers or an error. The
+first line, before any order, reports that the arm is ready. An arm exits at a time limit.
 
-The consumer asks for the object itself and times only its ``ray.get``, of a reference to an object
-that exists: Ray's own RDT, too, lets a process get what it owns. The time ends when the consumer's
-device has nothing more to do.
+The consumer makes the call and times only ``ray.get`` of a reference to an existing object, because
+Ray's own RDT also lets an owner get its object. The time ends when the consumer's device is idle.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ import ray
 from ci.gpu import result
 from ci.gpu.programs import pair
 
-#: Plain Ray has to keep the largest object, and the one before it that is not freed yet.
+#: Plain Ray must hold the largest object and the previous one, which may not be freed yet.
 PLAIN_STORE_BYTES = 3 << 30
 
 
 def main(arguments: list[str]) -> None:
-    """Serves orders until stdin ends."""
+    """Serve orders until stdin ends."""
     transport, device = arguments
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what others print is no answer
+    os.dup2(2, 1)  # other output is no answer
 
     def answer(**content: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
@@ -53,7 +51,7 @@ def main(arguments: list[str]) -> None:
             order = json.loads(line)
             try:
                 answer(seconds=_measure(producer, consumer, transport, device, order))
-            except GetTimeoutError as error:  # its actors may hang, and others wait
+            except GetTimeoutError as error:  # its actors may hang while other arms wait
                 answer(error=result.describe(error), is_over=True)
                 break
             except Exception as error:
@@ -87,17 +85,17 @@ def _measure(
 
 
 def start(_: pair.Worker, device: str) -> None:
-    """Makes the process's context."""
+    """Create the process's context."""
     torch.zeros(1, device=device)
 
 
 def value_of(index: int) -> int:
-    """The bytes of the tensor with a number."""
+    """Return the byte value of the tensor with a number."""
     return index * 31 % 251 + 1
 
 
 def hold(worker: pair.Worker, count: int, nbytes: int, device: str) -> None:
-    """Makes the tensors that are handed over, all before anything is timed."""
+    """Create the tensors to transfer, before anything is timed."""
     worker.kept["tensors"] = [
         torch.full((nbytes,), value_of(index), dtype=torch.uint8, device=device)
         for index in range(count)
@@ -106,12 +104,12 @@ def hold(worker: pair.Worker, count: int, nbytes: int, device: str) -> None:
 
 
 def given(worker: pair.Worker) -> Any:
-    """These tensors."""
+    """Return these tensors."""
     return worker.kept["tensors"]
 
 
 def drop(worker: pair.Worker) -> None:
-    """Gives the memory back for the other arms."""
+    """Return the memory for the other arms."""
     worker.kept.clear()
     torch.cuda.empty_cache()
 
@@ -127,7 +125,7 @@ def hand_over(
     budget_s: float,
     limit_s: float,
 ) -> list[float]:
-    """Seconds of each hand-over; at most so many, and no more once the budget is spent."""
+    """Return seconds of each transfer, up to a count and within the time budget."""
     give = producer.run
     if transport != "plain":
         give = producer.run.options(tensor_transport=transport)

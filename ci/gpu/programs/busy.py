@@ -1,7 +1,7 @@
-"""Check that no pull waits for what the producer queues after it gave the object.
+"""Check that no pull waits for work that the producer queues after it returned the object.
 
-The producer's default stream is given some seconds of work once the object exists. The pull has to
-end long before that work does.
+When the object exists, the producer's default stream gets some seconds of work. The pull must end
+long before that work.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import ray
 from ci.gpu import result
 from ci.gpu.programs import pair
 
-#: A kernel of torch's own tests, which runs for so many cycles.
+#: A kernel of torch's own tests that runs for a number of cycles.
 _sleep: Any = torch.cuda._sleep
 
 NBYTES = 64 << 20
 BUSY_S = 4.0
-#: A GPU that two processes share is given to them in turns, which slows the pull down a little.
+#: Two processes share the GPU by time slices, which slows the pull slightly.
 ENOUGH_S = BUSY_S / 4
 
 
 def main(told: result.Result) -> str:
-    """Pulls from an idle and from a busy producer."""
+    """Pull from an idle and from a busy producer."""
     lane = sys.argv[1]
     pair.need_gpus()
     with pair.local_ray():
@@ -42,7 +42,7 @@ def main(told: result.Result) -> str:
 
 
 def _pull(producer: Any, consumer: Any, lane: str, busy_s: float) -> tuple[float, bool]:
-    """Seconds of the pull, and whether the producer still had work at its end."""
+    """Return seconds of the pull, and whether the producer still had work at its end."""
     ref = pair.give(producer, lane, pair.filled, NBYTES, 5)
     pair.call(producer, queue_work, busy_s)
     seconds, wrong = pair.call(consumer, timed_take, [ref])
@@ -56,7 +56,7 @@ def _pull(producer: Any, consumer: Any, lane: str, busy_s: float) -> tuple[float
 
 
 def queue_work(worker: pair.Worker, seconds: float) -> None:
-    """Gives the current stream some seconds of work, in kernels of about 20 ms."""
+    """Queue some seconds of work on the current stream, in kernels of about 20 ms."""
     if "cycles" not in worker.kept:
         worker.kept["cycles"] = _cycles_per_second()
     for _ in range(int(seconds * 50)):
@@ -67,12 +67,12 @@ def queue_work(worker: pair.Worker, seconds: float) -> None:
 
 
 def is_busy(worker: pair.Worker) -> bool:
-    """Tell whether that work is still under way."""
+    """Tell whether that work is still running."""
     return not worker.kept["end"].query()
 
 
 def timed_take(_: pair.Worker, refs: list[Any]) -> tuple[float, str]:
-    """Seconds until the bytes of a reference are there, and what is wrong with them."""
+    """Return seconds until the bytes of a reference arrive, and their error."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     (tensor,) = ray.get(refs, timeout=pair.LIMIT_S)

@@ -1,6 +1,6 @@
-"""Measure the ceilings of the machine, which the lanes are held against: one GPU, two processes.
+"""Measure the machine's limits for comparison with the lanes: one GPU, two processes.
 
-Rates count each byte once: a copy of 1 GB in a second is 1 GB/s, wherever the bytes come from.
+Rates count each byte once: a copy of 1 GB in a second is 1 GB/s, whatever their source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HANDLE_NBYTES = 64
 
 
 def main(told: result.Result) -> str:
-    """Each figure by itself; the rates are in GB/s, the times in microseconds."""
+    """Measure each figure; rates are in GB/s, times in microseconds."""
     pair.need_gpus()
     wrong = pair.run_all(
         told,
@@ -52,13 +52,13 @@ def main(told: result.Result) -> str:
 
 
 def device_copy(nbytes: int = 1 << 30) -> float:
-    """From the device to itself."""
+    """Measure a copy within the device."""
     source, target = (torch.zeros(nbytes, dtype=torch.uint8, device="cuda") for _ in range(2))
     return rate(lambda: target.copy_(source), nbytes)
 
 
 def pinned_copies() -> dict[str, float]:
-    """Each way by itself, and both at once, which counts the bytes of both."""
+    """Measure each direction, and both at once, which counts the bytes of both."""
     device = [torch.zeros(LARGE, dtype=torch.uint8, device="cuda") for _ in range(2)]
     host = [torch.zeros(LARGE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     make: Any = torch.cuda.Stream
@@ -83,7 +83,7 @@ def pinned_copies() -> dict[str, float]:
 
 
 def pageable_copies() -> dict[str, float]:
-    """With host memory that is not pinned."""
+    """Measure with host memory that is not pinned."""
     device = torch.zeros(LARGE, dtype=torch.uint8, device="cuda")
     host = torch.zeros(LARGE, dtype=torch.uint8)
     return {
@@ -93,7 +93,7 @@ def pageable_copies() -> dict[str, float]:
 
 
 def small_copies() -> dict[str, float]:
-    """4 KiB, from the call until this thread, which spins, knows that it is done."""
+    """Measure 4 KiB from the call until this spinning thread sees its completion."""
     device = [torch.zeros(SMALL, dtype=torch.uint8, device="cuda") for _ in range(2)]
     host = torch.zeros(SMALL, dtype=torch.uint8, pin_memory=True)
     return {
@@ -105,7 +105,7 @@ def small_copies() -> dict[str, float]:
 
 
 def registered_memory() -> dict[str, float]:
-    """Memory that processes share, made known to CUDA afterwards."""
+    """Measure with shared memory that is registered with CUDA."""
     memory = mmap.mmap(-1, LARGE)
     shared = torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
     device = torch.zeros(LARGE, dtype=torch.uint8, device="cuda")
@@ -124,10 +124,10 @@ def registered_memory() -> dict[str, float]:
 
 
 def ipc() -> dict[str, float]:
-    """Another process opens this one's memory, copies it and closes it."""
+    """Measure another process that opens, copies and closes this process's memory."""
     from cuda.bindings import driver
 
-    torch.zeros(1, device="cuda")  # makes the context
+    torch.zeros(1, device="cuda")  # creates the context
     (pointer,) = ask(driver.cuMemAlloc, LARGE)
     try:
         ask(driver.cuMemsetD8, pointer, 9, LARGE)
@@ -141,7 +141,7 @@ def ipc() -> dict[str, float]:
         there.close()
         try:
             if not here.poll(_PEER_LIMIT_S):
-                raise TimeoutError(f"the other process said nothing within {_PEER_LIMIT_S:g} s")
+                raise TimeoutError(f"the other process did not answer within {_PEER_LIMIT_S:g} s")
             found = here.recv()
         finally:
             other.join(5)
@@ -154,7 +154,7 @@ def ipc() -> dict[str, float]:
 
 
 def open_and_close(answers: Connection, handle: bytes) -> None:
-    """The other process of ``ipc``; answers with figures, or with what went wrong."""
+    """Run the other process of ``ipc``; answer with figures or an error."""
     try:
         answers.send(_open_and_close(handle))
     except Exception as error:
@@ -181,17 +181,17 @@ def _open_and_close(handle: bytes) -> dict[str, float]:
         ask(driver.cuIpcCloseMemHandle, pointer)
         times["close_us"].append(time.perf_counter() - started)
     if pair.wrong_bytes(target, 9):
-        raise AssertionError("the bytes that were read are wrong")
+        raise AssertionError("the read bytes are wrong")
     return {name: 1e6 * statistics.median(found) for name, found in times.items()}
 
 
 def handle_bytes(handle: Any) -> bytes:
-    """A handle for another process. Not all versions of cuda-bindings have an attribute for it."""
+    """Return a handle for another process; some versions of cuda-bindings lack its attribute."""
     return ctypes.string_at(handle.getPtr(), _HANDLE_NBYTES)
 
 
 def ask(function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
-    """Calls CUDA's driver; returns what it gives after its status."""
+    """Call CUDA's driver; return its results without the status."""
     status, *given = function(*arguments)
     _check(function.__name__, status)
     return tuple(given)
@@ -203,7 +203,7 @@ def _check(name: str, status: Any) -> None:
 
 
 def rate(copy: Callable[[], Any], nbytes: int, rounds: int = _ROUNDS) -> float:
-    """GB/s of a copy, by the device's own clock; the median of some rounds."""
+    """Return GB/s of a copy by the device's clock; median of some rounds."""
     copy()
     torch.cuda.synchronize()
     make: Any = torch.cuda.Event
@@ -219,7 +219,7 @@ def rate(copy: Callable[[], Any], nbytes: int, rounds: int = _ROUNDS) -> float:
 
 
 def spin(copy: Callable[[], Any]) -> float:
-    """Microseconds until a thread that spins knows that a copy is done."""
+    """Return microseconds until a spinning thread sees the completion of a copy."""
     make: Any = torch.cuda.Event
     done = make()
 
@@ -233,7 +233,7 @@ def spin(copy: Callable[[], Any]) -> float:
 
 
 def median_us(action: Callable[[], Any], rounds: int) -> float:
-    """Microseconds of an action."""
+    """Return microseconds of an action."""
     times = []
     for _ in range(rounds):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Check that the machine is fit for the other steps: torch, Ray and nixl see the GPU."""
+"""Check that the machine can run the other steps: torch, Ray and nixl see the GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ci.gpu.programs import pair
 
 
 def main(told: result.Result) -> str:
-    """Runs all checks, and fails with all that is wrong."""
+    """Run all checks; fail with all errors."""
     checks: dict[str, Callable[[], str]] = {
         "imports": imports,
         "nixl": nixl_registers,
@@ -30,7 +30,7 @@ def main(told: result.Result) -> str:
 
 
 def imports() -> str:
-    """The wheel's own modules, and nixl's API for the CUDA version of torch."""
+    """Import the wheel's modules, and nixl's API for the CUDA version of torch."""
     import nixl._api
 
     import ray.experimental.rdt._agent
@@ -39,7 +39,7 @@ def imports() -> str:
 
 
 def ray_sees() -> str:
-    """Ray counts the GPUs by itself; starts a task on a CPU."""
+    """Let Ray count the GPUs, and run a task on a CPU."""
     ray.init(
         address="local",
         num_cpus=1,
@@ -58,14 +58,14 @@ def ray_sees() -> str:
 
 
 def torch_works() -> str:
-    """A product on the GPU."""
+    """Compute a product on the GPU."""
     square = torch.ones(256, 256, device="cuda")
     assert float((square @ square).sum()) == 256.0**3
     return torch.cuda.get_device_name()
 
 
 def nixl_registers() -> str:
-    """GPU memory, with nixl's own agent; host memory where there is no GPU."""
+    """Register GPU memory with nixl's agent, or host memory without a GPU."""
     from nixl._api import nixl_agent, nixl_agent_config
 
     agent: Any = nixl_agent("gpu-check", nixl_agent_config(backends=["UCX"]))
@@ -76,7 +76,7 @@ def nixl_registers() -> str:
 
 
 def lanes_carry() -> str:
-    """4 MiB from actor to actor, over each lane."""
+    """Send 4 MiB from actor to actor over each lane."""
     wrong = []
     with pair.local_ray():
         for lane, (producer, consumer) in pair.spawn_pairs(pair.LANES).items():

@@ -8,14 +8,14 @@ from ci.gpu import result
 from ci.gpu.programs.pair import local_ray, need_gpus
 from ray.experimental.rdt.transports import conformance
 
-#: Actors at a time. Those of nccl need a GPU each.
+#: Actors at a time. Those of nccl need one GPU each.
 MEMBERS = 4
-#: What a transport needs; the others need one.
+#: GPUs that a transport needs; the others need one.
 GPUS = {"gloo": 0, "nccl": MEMBERS}
 
 
 def main(told: result.Result) -> str:
-    """Runs all cases; gloo carries tensors in host memory only."""
+    """Run all cases; gloo carries host tensors only."""
     transport = sys.argv[1]
     needed = GPUS.get(transport, 1)
     need_gpus(needed)

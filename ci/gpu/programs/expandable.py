@@ -1,4 +1,4 @@
-"""Memory of expandable segments: shared, or named as the reason why another way is taken."""
+"""Send memory of expandable segments: it is shared, or named as the reason for a fallback."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SETTING = "expandable_segments:True"
 
 
 def main(told: result.Result) -> str:
-    """Forced first, which shows the reason; then with all ways allowed."""
+    """Force cuda_ipc first, which shows the reason; then allow all transports."""
     pair.need_gpus()
     allocator = {"PYTORCH_CUDA_ALLOC_CONF": SETTING}
     with pair.local_ray():

@@ -1,7 +1,7 @@
-"""A CUDA graph that user code captures in global mode, in the producer or consumer of a pull.
+"""Capture a CUDA graph in global mode in user code, at the producer or consumer of a pull.
 
-In that mode CUDA ends the capture when any thread of the process makes a call that could disturb
-it, an allocation for instance. What RDT's threads do must not count.
+In that mode, CUDA ends the capture if any thread of the process makes a call that could disturb
+it, for example an allocation. Calls of RDT's threads must not end it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WAIT_S = 15.0
 
 
 def main(told: result.Result) -> str:
-    """Each lane, with the capture at either end."""
+    """Check each lane, with the capture at either end."""
     pair.need_gpus()
     with pair.local_ray():
         pairs = pair.spawn_pairs(pair.LANES)
@@ -38,7 +38,7 @@ def main(told: result.Result) -> str:
 
 
 def _pull(lane: str, producer: Any, consumer: Any, capturing: Any) -> str:
-    for _ in range(2):  # the second time, connections and pools are there
+    for _ in range(2):  # the second time, connections and pools exist
         ref = pair.give(producer, lane, pair.filled, NBYTES, 8)
         pair.call(capturing, prepare)
         captured = capturing.run.remote(capture)
@@ -63,12 +63,12 @@ def _pull(lane: str, producer: Any, consumer: Any, capturing: Any) -> str:
 
 
 def prepare(worker: pair.Worker) -> None:
-    """Makes the events that tell how far the capture is."""
+    """Create the events that report the progress of the capture."""
     worker.kept["begun"], worker.kept["over"] = threading.Event(), threading.Event()
 
 
 def capture(worker: pair.Worker) -> str:
-    """Captures a graph that is not complete before ``end_capture``; what is wrong with it."""
+    """Capture a graph that ``end_capture`` completes; return its error."""
     source = torch.full((1 << 20,), 3.0, device="cuda")
     target = torch.zeros_like(source)
     graph = torch.cuda.CUDAGraph()
@@ -88,22 +88,22 @@ def capture(worker: pair.Worker) -> str:
 
 
 def wait_for_capture(worker: pair.Worker) -> None:
-    """Returns when the capture has begun."""
+    """Return when the capture has begun."""
     assert worker.kept["begun"].wait(WAIT_S)
 
 
 def end_capture(worker: pair.Worker) -> None:
-    """Lets the capture go on to its end."""
+    """Let the capture go on to its end."""
     worker.kept["over"].set()
 
 
 def get_only(worker: pair.Worker, refs: list[Any]) -> None:
-    """Gets a tensor and leaves it alone: work on it could disturb a capture by itself."""
+    """Get a tensor without using it: work on it could disturb a capture."""
     (worker.kept["tensor"],) = ray.get(refs, timeout=WAIT_S)
 
 
 def check_kept(worker: pair.Worker) -> str:
-    """The fault of that tensor."""
+    """Return the error of that tensor."""
     wrong = pair.wrong_bytes(worker.kept.pop("tensor"), 8)
     return f"{wrong} bytes are wrong" if wrong else ""
 

@@ -1,4 +1,4 @@
-"""Pulls with under 1 GiB free on the device: what fits arrives, what does not is an error."""
+"""Pull with less than 1 GiB free on the device: objects that fit arrive, others are errors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ci.gpu.programs import pair
 
 FREE_NBYTES = 900 << 20
 SMALL, LARGE = 128 << 20, 2 << 30
-#: Torch keeps what it has, so that others cannot take it: large blocks, and a last smaller one.
+#: torch keeps large blocks and a last smaller one, so that other processes cannot take them.
 BLOCK_NBYTES = 4 << 30
 
 
 def main(told: result.Result) -> str:
-    """All lanes; ``cuda_ipc`` shares the large object, which no copy of would fit."""
+    """Check all lanes; ``cuda_ipc`` shares the large object, of which no copy would fit."""
     pair.need_gpus()
     with pair.local_ray():
         pairs = pair.spawn_pairs(pair.LANES)
@@ -50,26 +50,26 @@ def _pull(consumer: Any, ref: Any, value: int) -> str:
 
 
 def _does_not_fit(consumer: Any, ref: Any) -> str:
-    """The error has to name the memory."""
+    """Check that the error names the memory."""
     try:
         pair.call(consumer, pair.take, [ref], 4)
     except Exception as error:
         if "memory" not in str(error):
             raise
         return result.describe(error)
-    return "arrived: the card has the memory after all"
+    return "arrived: the card has enough memory"
 
 
 # Actions.
 
 
 def release(_: pair.Worker) -> None:
-    """Gives the device the memory that torch keeps for the next tensor: others need it."""
+    """Return torch's cached memory to the device: other processes need it."""
     torch.cuda.empty_cache()
 
 
 def fill_device(worker: pair.Worker) -> int:
-    """Takes GPU memory until little is left; returns how much that is."""
+    """Allocate GPU memory until little is left; return how much that is."""
     worker.kept["blocks"] = []
     while (spare := _free() - FREE_NBYTES) >= 2 << 20:
         nbytes = min(spare, BLOCK_NBYTES) >> 21 << 21

@@ -1,4 +1,4 @@
-"""The machine and the versions of what runs on it."""
+"""Report the machine and the versions of its software."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = {"cuda-bindings": "cuda-bindings", "nixl": "nixl", "Ray": "ray"}
 
 
 def main(told: result.Result) -> str:
-    """Each fact by itself: one that cannot be found out hides no other."""
+    """Report each fact separately: an unknown fact does not hide others."""
     facts: dict[str, Callable[[], str]] = {
         "date": lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "card": cards,
@@ -45,7 +45,7 @@ def main(told: result.Result) -> str:
 
 
 def cards() -> str:
-    """The GPUs that torch sees."""
+    """Return the GPUs that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -58,7 +58,7 @@ def cards() -> str:
 
 
 def nccl() -> str:
-    """The NCCL that torch was built with."""
+    """Return torch's NCCL version."""
     import torch
 
     if not hasattr(torch._C, "_nccl_version"):
@@ -68,21 +68,21 @@ def nccl() -> str:
 
 
 def version(package: str) -> str:
-    """The installed version of a package."""
+    """Return the installed version of a package."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return "not installed"
 
 
 def commit() -> str:
-    """The commit that the kit was made of, or that this checkout is at."""
+    """Return the commit of the kit or of this checkout."""
     if _KIT.exists():
         return str(json.loads(_KIT.read_text())["commit"] or "unknown")
     return _output("git", "describe", "--always", "--dirty", "--abbrev=12")
 
 
 def host() -> str:
-    """The facts of the host that bear on the figures."""
+    """Return facts of the host that affect the figures."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     shared = shutil.disk_usage("/dev/shm").free / 2**30
     kernel = platform.release()

@@ -1,4 +1,4 @@
-"""NCCL, as far as the GPUs that are here allow."""
+"""Check NCCL as far as the GPUs allow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NBYTES = 4 << 20
 
 
 def main(told: result.Result) -> str:
-    """One rank alone; two processes on one GPU, which are refused; a hand-over between two GPUs."""
+    """Check one rank, two processes on one GPU (refused), and a transfer between two GPUs."""
     pair.need_gpus()
     if not torch.distributed.is_nccl_available():
         raise result.Skip("this torch has no NCCL")
@@ -30,7 +30,7 @@ def main(told: result.Result) -> str:
 
 
 def one_rank() -> str:
-    """A communicator of one, in this process."""
+    """Create a communicator of one rank in this process."""
     torch.cuda.set_device(0)
     store = torch._C._distributed_c10d.HashStore()
     torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
@@ -45,7 +45,7 @@ def one_rank() -> str:
 
 
 def refused_on_one_gpu() -> str:
-    """RDT refuses before NCCL is asked, which would wait for its own timeout."""
+    """Check that RDT refuses first: NCCL would wait for its own timeout."""
     producer, consumer = (pair.spawn(pair.STRICT) for _ in range(2))
     started = time.monotonic()
     try:
@@ -61,7 +61,7 @@ def refused_on_one_gpu() -> str:
 
 
 def between_gpus() -> str:
-    """From GPU to GPU."""
+    """Send from GPU to GPU."""
     producer, consumer = (pair.spawn(pair.STRICT, share=1) for _ in range(2))
     _hand_over(producer, consumer)
     return "arrived"

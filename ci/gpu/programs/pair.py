@@ -1,4 +1,4 @@
-"""Parts of several programs: a local Ray, and two actors on one GPU that hand tensors over."""
+"""Shared parts of programs: a local Ray, and two actors on one GPU that exchange tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import ray
 from ci.gpu.result import Result, Skip, describe
 
-#: How each lane is forced: the transport that is named, and the environment of both actors.
+#: How each lane is forced: the named transport, and the environment of both actors.
 LANES: dict[str, tuple[str, dict[str, str]]] = {
     "cuda_ipc": ("cuda_ipc", {}),
     "auto": ("auto", {}),
@@ -23,30 +23,30 @@ LANES: dict[str, tuple[str, dict[str, str]]] = {
 STRICT = {"RAY_RDT_STRICT_TRANSPORT": "1"}
 LENIENT = {"RAY_RDT_STRICT_TRANSPORT": "0"}
 
-#: No call of these programs takes longer where all is well.
+#: Upper limit of each call when all is well.
 LIMIT_S = 40.0
-#: Eight processes that all import torch and make a context.
+#: Limit while eight processes import torch and create a context.
 START_LIMIT_S = 60.0
 
-#: Bytes that are looked at in one go.
+#: Bytes that are checked at a time.
 _PART = 16 << 20
 
 Action = Callable[..., Any]
 
 
 def gpus() -> int:
-    """How many GPUs torch sees."""
+    """Return the number of GPUs that torch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def need_gpus(count: int = 1) -> None:
-    """Raises Skip where there are fewer."""
+    """Raise Skip if there are fewer."""
     if gpus() < count:
         raise Skip(f"needs {count} NVIDIA GPU(s); torch sees {gpus()} here")
 
 
 def store_bytes(wanted: int) -> int:
-    """The size of an object store that fits into shared memory."""
+    """Return an object store size that fits into shared memory."""
     free = shutil.disk_usage("/dev/shm").free
     return max(80 << 20, min(wanted, free * 6 // 10))
 
@@ -55,9 +55,9 @@ def store_bytes(wanted: int) -> int:
 def local_ray(
     num_gpus: int = 1, object_store: int = 200 << 20, shows_logs: bool = True
 ) -> Iterator[None]:
-    """A Ray of this machine alone, with no more than so many GPUs. Works with stock Ray, too.
+    """Run a local Ray with at most this many GPUs. Works with stock Ray too.
 
-    What its workers log goes into the report, unless somebody measures.
+    The workers' logs go into the report, except during measurements.
     """
     ray.init(
         address="local",
@@ -74,29 +74,29 @@ def local_ray(
 
 
 class Worker:
-    """Runs what a program gives it; the action gets the worker first.
+    """Actor that runs a program's actions; an action gets the actor as its first argument.
 
     Attributes:
-        kept: What an action wants to find again.
+        kept: Objects that actions keep.
     """
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
 
     def run(self, action: Action, *args: Any) -> Any:
-        """The result is a plain object, unless the call's options name a transport."""
+        """Run an action; the result is a plain object unless the options name a transport."""
         return action(self, *args)
 
 
 def spawn(environment: dict[str, str] | None = None, share: float = 0.5, **options: Any) -> Any:
-    """An actor on a share of a GPU."""
+    """Return an actor on a share of a GPU."""
     env = {"env_vars": environment or {}}
     made: Any = ray.remote(num_cpus=0, num_gpus=share, runtime_env=env, **options)(Worker)
     return made.remote()
 
 
 def spawn_pairs(lanes: Iterable[str], **environment: str) -> dict[str, tuple[Any, Any]]:
-    """A producer and a consumer for each lane, all ready; no other lane may serve them."""
+    """Return a ready producer and consumer for each lane; other lanes are forbidden."""
     names = list(lanes)
     share = 1 / (2 * len(names))
     pairs = {}
@@ -109,26 +109,26 @@ def spawn_pairs(lanes: Iterable[str], **environment: str) -> dict[str, tuple[Any
 
 
 def spawn_pair(lane: str, **environment: str) -> tuple[Any, Any]:
-    """The producer and the consumer of one lane."""
+    """Return the producer and the consumer of one lane."""
     return spawn_pairs([lane], **environment)[lane]
 
 
 def call(actor: Any, action: Action, *args: Any) -> Any:
-    """What an action gives at an actor."""
+    """Return the result of an action at an actor."""
     return ray.get(actor.run.remote(action, *args), timeout=LIMIT_S)
 
 
 def give(actor: Any, lane: str, action: Action, *args: Any) -> Any:
-    """A reference to what an action gives, over a lane; the object exists."""
+    """Return a reference to the result of an action, over a lane; the object exists."""
     ref = actor.run.options(tensor_transport=LANES[lane][0]).remote(action, *args)
     ready, _ = ray.wait([ref], timeout=LIMIT_S, fetch_local=False)
     if not ready:
-        raise TimeoutError(f"the producer gave nothing within {LIMIT_S:g} s")
+        raise TimeoutError(f"the producer did not return within {LIMIT_S:g} s")
     return ref
 
 
 def run_all(told: Result, checks: Mapping[str, Callable[[], Any]]) -> list[str]:
-    """Runs checks one after the other and notes what each returns; what went wrong, in words."""
+    """Run checks in sequence and record their results; return the errors."""
     wrong = []
     for name, check in checks.items():
         try:
@@ -144,25 +144,25 @@ def run_all(told: Result, checks: Mapping[str, Callable[[], Any]]) -> list[str]:
 
 
 def start_cuda(_: Worker) -> str:
-    """Makes the process's context; returns the name of its GPU."""
+    """Create the process's context; return the name of its GPU."""
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     return torch.cuda.get_device_name()
 
 
 def filled(_: Worker, nbytes: int, value: int) -> torch.Tensor:
-    """A new tensor of one value."""
+    """Return a new tensor of one value."""
     return torch.full((nbytes,), value, dtype=torch.uint8, device="cuda")
 
 
 def wrong_bytes(tensor: torch.Tensor, value: int) -> int:
-    """How many bytes differ from a value; takes little memory for it."""
+    """Return how many bytes differ from a value, with little extra memory."""
     parts = (tensor[start : start + _PART] for start in range(0, tensor.numel(), _PART))
     return sum(int(torch.count_nonzero(part - value)) for part in parts)
 
 
 def take(_: Worker, refs: list[Any], value: int) -> str:
-    """Gets the tensor of a reference; returns what is wrong with it, "" if nothing is."""
+    """Get the tensor of a reference; return its error, or ""."""
     (tensor,) = ray.get(refs, timeout=LIMIT_S)
     wrong = wrong_bytes(tensor, value)
     if tensor.device.type != "cuda":

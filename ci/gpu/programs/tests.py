@@ -1,4 +1,4 @@
-"""pytest, in this process: what passed, failed and was skipped, as far as it got."""
+"""Run pytest in this process: report passed, failed and skipped tests so far."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ci.gpu import result
 
 
 class Count:
-    """A plugin that notes each test as it ends, and the one that runs.
+    """Plugin that records each test when it ends, and the running test.
 
     Args:
-        told: Where.
+        told: Receives the results.
     """
 
     def __init__(self, told: result.Result):
@@ -38,20 +38,20 @@ class Count:
         self._told.note(passed=self.passed, failed=self.failed, skipped=sorted(self.reasons))
 
     def remark(self) -> str:
-        """What there is to say if none failed.
+        """Return the summary if no test failed.
 
         Raises:
-            Skip: all were skipped.
+            Skip: All tests were skipped.
         """
         reasons = "; ".join(sorted(self.reasons))
         if not self.passed:
-            raise result.Skip(reasons or "there are no such tests")
+            raise result.Skip(reasons or "no tests selected")
         left_out = f", {self.skipped} skipped: {reasons}" if self.skipped else ""
         return f"{self.passed} tests{left_out}"
 
 
 def main(told: result.Result) -> str:
-    """Runs what the arguments select."""
+    """Run the selected tests."""
     count = Count(told)
     status = pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]], plugins=[count])
     told.figures.pop("running", None)
