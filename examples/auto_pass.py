@@ -1,4 +1,4 @@
-"""tensor_transport="auto": the best way for each pair of processes, tasks and keywords too.
+"""Pass one RDT object to an actor, a task and the driver with tensor_transport="auto".
 
 Run: python examples/auto_pass.py
 """
@@ -10,31 +10,31 @@ import ray
 
 @ray.remote
 class Sender:
-    """Makes tensors."""
+    """Produces tensors."""
 
     @ray.method(tensor_transport="auto")
     def ones(self, size: int) -> torch.Tensor:
-        """Returns a tensor that stays here."""
+        """Return a tensor that stays in this process."""
         return torch.ones(size)
 
 
 @ray.remote
 class Receiver:
-    """Knows nothing about transports."""
+    """Uses tensors. A consumer needs no transport option."""
 
     def total(self, *, values: torch.Tensor) -> float:
-        """Returns the sum."""
+        """Return the sum."""
         return values.sum().item()
 
 
 @ray.remote
 def mean(values: torch.Tensor) -> float:
-    """An ordinary task takes RDT objects as well."""
+    """Return the mean. Tasks accept RDT objects as well."""
     return values.mean().item()
 
 
 def main() -> None:
-    """Hands one object to an actor, a task and the driver."""
+    """Pass one object to an actor, a task and the driver."""
     with ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False):
         sender, receiver = Sender.remote(), Receiver.remote()
         ref = sender.ones.remote(1 << 20)

@@ -1,6 +1,6 @@
-"""A hand-over between two processes that share one GPU, without leaving the GPU.
+"""Pass a GPU tensor between two processes on one GPU with CUDA IPC.
 
-Run: python examples/cuda_ipc_pass.py      (needs an NVIDIA GPU; says so and stops otherwise)
+Run: python examples/cuda_ipc_pass.py      (needs an NVIDIA GPU; skips without one)
 """
 
 import torch
@@ -10,22 +10,22 @@ import ray
 
 @ray.remote(num_gpus=0.5)
 class Worker:
-    """Makes matrices on the GPU and looks at those of others."""
+    """Produces matrices on the GPU and uses those of other workers."""
 
     @ray.method(tensor_transport="cuda_ipc")
     def identity(self, size: int) -> torch.Tensor:
-        """Returns an identity matrix that stays on the GPU."""
+        """Return an identity matrix that stays on the GPU."""
         return torch.eye(size, device="cuda")
 
     def trace(self, matrix: torch.Tensor) -> tuple[str, float]:
-        """Returns where the matrix is and the sum of its diagonal."""
+        """Return the device type of the matrix and the sum of its diagonal."""
         return matrix.device.type, matrix.trace().item()
 
 
 def main() -> None:
-    """Sends one matrix from process to process."""
+    """Pass one matrix from one process to the other."""
     if not torch.cuda.is_available():
-        print("skipped: CUDA IPC shows one process's GPU memory to another; torch sees no GPU here")
+        print("skipped: CUDA IPC needs an NVIDIA GPU, and torch sees none here")
         return
     with ray.init(address="local", include_dashboard=False, log_to_driver=False):
         sender, receiver = Worker.remote(), Worker.remote()

@@ -1,4 +1,4 @@
-"""ray.get in the driver, and ray.put with a transport.
+"""Use ray.get in the driver and ray.put with a transport.
 
 Run: python examples/driver_get.py
 """
@@ -17,16 +17,16 @@ class Model:
 
     @ray.method(tensor_transport="gloo")
     def row_sums(self) -> dict[str, torch.Tensor]:
-        """Returns a tensor and its sum over rows."""
+        """Return a tensor and its sums over rows."""
         return {"weight": self.weight, "sums": self.weight.sum(dim=1)}
 
     def top_left(self, weight: torch.Tensor) -> float:
-        """Returns the first element."""
+        """Return the first element."""
         return weight[0, 0].item()
 
 
 def main() -> None:
-    """Gets an RDT object from an actor, and gives one to it."""
+    """Get an RDT object from an actor and pass another one to it."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         model = Model.remote()
         expected = torch.arange(250_000, dtype=torch.float32).view(500, 500)
@@ -38,7 +38,7 @@ def main() -> None:
         assert torch.equal(got["sums"], expected.sum(dim=1))
 
         stored = ray.get(ref, _use_object_store=True)
-        print("ray.get through the object store gives the same values")
+        print("ray.get with _use_object_store=True gives the same values; the option has no effect")
         assert torch.equal(stored["weight"], expected)
 
         mine = ray.put(expected + 7, _tensor_transport="gloo")

@@ -1,4 +1,4 @@
-"""Groups: actors with ranks, made, destroyed, and made again with the same actors.
+"""Create and destroy a collective group of actors, and create another one with the same actors.
 
 Run: python examples/gloo_groups.py
 """
@@ -15,20 +15,20 @@ from ray.experimental.collective import (
 
 @ray.remote(enable_tensor_transport=True)
 class Node:
-    """Makes vectors and adds up what it is given."""
+    """Produces vectors and adds up received ones."""
 
     @ray.method(tensor_transport="gloo")
     def vector(self, value: float) -> torch.Tensor:
-        """Returns a vector over the group's gloo connections."""
+        """Return a vector, sent over the gloo connections of the group."""
         return torch.full((1000,), value)
 
     def total(self, vector: torch.Tensor) -> float:
-        """Returns the sum of a vector."""
+        """Return the sum of a vector."""
         return vector.sum().item()
 
 
 def pass_around(nodes: list[ray.actor.ActorHandle]) -> list[float]:
-    """Every node sends one vector to the next one."""
+    """Send one vector from every node to the next one."""
     neighbours = zip(nodes, nodes[1:] + nodes[:1], strict=True)
     return ray.get(
         [right.total.remote(left.vector.remote(i)) for i, (left, right) in enumerate(neighbours)]
@@ -36,7 +36,7 @@ def pass_around(nodes: list[ray.actor.ActorHandle]) -> list[float]:
 
 
 def main() -> None:
-    """Goes once around the life of a group, twice."""
+    """Create, use and destroy a group, twice."""
     with ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False):
         nodes = [Node.remote() for _ in range(3)]
 
@@ -46,7 +46,7 @@ def main() -> None:
         assert pass_around(nodes) == [0.0, 1000.0, 2000.0]
 
         destroy_collective_group(group)
-        print("destroyed; the actors live on")
+        print("destroyed; the actors are still alive")
         assert get_collective_groups(nodes) == []
 
         again = create_collective_group(list(reversed(nodes)), backend="gloo")

@@ -1,7 +1,7 @@
-"""One option turns a method's tensors into RDT objects: tensor_transport="gloo".
+"""Return an RDT object from a method with tensor_transport="gloo".
 
-The tensor stays in the memory of the actor that made it. No group has to be made first:
-a pair of processes connects by itself when a tensor first goes between them.
+The tensor stays in the memory of its producer. No group is required: a pair of processes connects
+at its first transfer.
 
 Run: python examples/gloo_method.py
 """
@@ -20,22 +20,22 @@ class Camera:
 
     @ray.method(tensor_transport="gloo")
     def frame(self, brightness: float) -> torch.Tensor:
-        """Returns a picture that stays here until somebody needs it."""
+        """Return a picture that stays in this process until a consumer needs it."""
         self.last = torch.full((512, 512), brightness)
         return self.last
 
 
 @ray.remote
 class Meter:
-    """Measures pictures; a consumer needs no option at all."""
+    """Measures pictures. A consumer needs no transport option."""
 
     def mean(self, picture: torch.Tensor) -> float:
-        """Returns the mean brightness."""
+        """Return the mean brightness."""
         return picture.mean().item()
 
 
 def main() -> None:
-    """Makes an RDT object and hands it over, with no group."""
+    """Create an RDT object and pass it to another actor without a group."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         camera, meter = Camera.remote(), Meter.remote()
 
@@ -44,7 +44,7 @@ def main() -> None:
         assert str(ref.tensor_transport()).lower() == "gloo"
 
         mean = ray.get(meter.mean.remote(ref))
-        print(f"the meter read {mean}, straight from the camera's memory")
+        print(f"the meter read {mean} from the camera's memory")
         assert mean == 0.25
 
 

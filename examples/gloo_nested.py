@@ -1,4 +1,4 @@
-"""Tensors anywhere inside Python data, beside things that are no tensors.
+"""Pass tensors inside Python data, next to values that are not tensors.
 
 Run: python examples/gloo_nested.py
 """
@@ -23,17 +23,17 @@ class Batch:
 
 @ray.remote(enable_tensor_transport=True)
 class Loader:
-    """Makes batches."""
+    """Produces batches."""
 
     @ray.method(tensor_transport="gloo")
     def batch(self, rows: int) -> Batch:
-        """Returns three tensors, a name and a dict in one object."""
+        """Return three tensors, a name and a dict in one object."""
         labels = [torch.arange(rows), torch.ones(rows, dtype=torch.bool)]
         return Batch("train", torch.rand(rows, 8), labels, {"rows": rows})
 
     @ray.method(tensor_transport="gloo")
     def pair(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns several tensors of different types."""
+        """Return several tensors of different types."""
         return torch.zeros(3), {"half": torch.ones(2, dtype=torch.bfloat16)}
 
 
@@ -42,17 +42,17 @@ class Learner:
     """Uses batches."""
 
     def describe(self, batch: Batch) -> str:
-        """Says what came in."""
+        """Return a description of the batch."""
         sizes = [tuple(tensor.shape) for tensor in (batch.inputs, *batch.labels)]
         return f"{batch.name}: {sizes}, {batch.notes}, label sum {batch.labels[0].sum().item()}"
 
     def types(self, pair: tuple[torch.Tensor, dict[str, torch.Tensor]]) -> list[str]:
-        """Returns the element types of the two tensors."""
+        """Return the element types of the two tensors."""
         return [str(pair[0].dtype), str(pair[1]["half"].dtype)]
 
 
 def main() -> None:
-    """Sends a dataclass and a tuple, both with tensors inside."""
+    """Pass a dataclass and a tuple, both with tensors inside."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         loader, learner = Loader.remote(), Learner.remote()
         create_collective_group([loader, learner], backend="gloo")

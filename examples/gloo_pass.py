@@ -1,4 +1,4 @@
-"""Passing an RDT object to another actor, through a gloo group of two.
+"""Pass an RDT object to another actor through a gloo group of two.
 
 Run: python examples/gloo_pass.py
 """
@@ -11,20 +11,20 @@ from ray.experimental.collective import create_collective_group
 
 @ray.remote(enable_tensor_transport=True)
 class Worker:
-    """Makes matrices and looks at those of others."""
+    """Produces matrices and uses those of other workers."""
 
     @ray.method(tensor_transport="gloo")
     def identity(self, size: int) -> torch.Tensor:
-        """Returns an identity matrix that stays here."""
+        """Return an identity matrix that stays in this process."""
         return torch.eye(size)
 
     def trace(self, matrix: torch.Tensor) -> float:
-        """Returns the sum of the diagonal."""
+        """Return the sum of the diagonal."""
         return matrix.trace().item()
 
 
 def main() -> None:
-    """Sends one matrix from the sender to the receiver, several times."""
+    """Pass one matrix twice, and another one in the opposite direction."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         sender, receiver = Worker.remote(), Worker.remote()
         create_collective_group([sender, receiver], backend="gloo")
@@ -36,7 +36,7 @@ def main() -> None:
         assert first == second == 1000.0
 
         back = ray.get(sender.trace.remote(receiver.identity.remote(10)))
-        print(f"and the other way round: trace {back}")
+        print(f"and in the opposite direction: trace {back}")
         assert back == 10.0
 
 

@@ -1,6 +1,6 @@
-"""The same hand-over between two GPUs with NCCL.
+"""Pass a GPU tensor between two GPUs with NCCL.
 
-Run: python examples/nccl_pass.py      (needs two NVIDIA GPUs; says so and stops otherwise)
+Run: python examples/nccl_pass.py      (needs two NVIDIA GPUs; skips without them)
 """
 
 import torch
@@ -11,25 +11,23 @@ from ray.experimental.collective import create_collective_group
 
 @ray.remote(num_gpus=1, enable_tensor_transport=True)
 class Worker:
-    """Makes matrices on its own GPU and looks at those of others."""
+    """Produces matrices on its own GPU and uses those of other workers."""
 
     @ray.method(tensor_transport="nccl")
     def identity(self, size: int) -> torch.Tensor:
-        """Returns an identity matrix that stays on this GPU."""
+        """Return an identity matrix that stays on this GPU."""
         return torch.eye(size, device="cuda")
 
     def trace(self, matrix: torch.Tensor) -> tuple[str, float]:
-        """Returns where the matrix is and the sum of its diagonal."""
+        """Return the device type of the matrix and the sum of its diagonal."""
         return matrix.device.type, matrix.trace().item()
 
 
 def main() -> None:
-    """Sends one matrix from GPU to GPU."""
+    """Pass one matrix from GPU to GPU."""
     gpus = torch.cuda.device_count()
     if gpus < 2:
-        print(
-            f"skipped: NCCL goes from GPU to GPU and needs two NVIDIA GPUs; torch sees {gpus} here"
-        )
+        print(f"skipped: NCCL needs two NVIDIA GPUs, and torch sees {gpus} here")
         return
     with ray.init(address="local", include_dashboard=False, log_to_driver=False):
         sender, receiver = Worker.remote(), Worker.remote()

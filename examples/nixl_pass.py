@@ -1,6 +1,6 @@
-"""The same hand-over with NIXL: another name for the transport, and no group.
+"""Pass a tensor with NIXL, to another actor and to the driver.
 
-Run: python examples/nixl_pass.py      (needs: pip install nixl; works on CPU)
+Run: python examples/nixl_pass.py      (needs: pip install nixl; works on the CPU)
 """
 
 import importlib
@@ -12,21 +12,21 @@ import ray
 
 @ray.remote(enable_tensor_transport=True)
 class Worker:
-    """Makes tensors and adds up those of others."""
+    """Produces tensors and adds up those of other workers."""
 
     @ray.method(tensor_transport="nixl")
     def ramp(self, size: int) -> torch.Tensor:
-        """Returns 0, 1, 2, ... on the GPU where there is one."""
+        """Return 0, 1, 2, ... on the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.arange(size, dtype=torch.float64, device=device)
 
     def total(self, ramp: torch.Tensor) -> float:
-        """Returns the sum."""
+        """Return the sum."""
         return ramp.sum().item()
 
 
 def main() -> None:
-    """Sends one tensor from one actor to the other and to the driver over NIXL."""
+    """Pass one tensor from one actor to the other and to the driver."""
     try:
         importlib.import_module("nixl._api")
     except ImportError as error:
@@ -38,7 +38,7 @@ def main() -> None:
 
         ref = sender.ramp.remote(1000)
         total = ray.get(receiver.total.remote(ref))
-        print(f"the receiver added up {total} over NIXL, with no group made")
+        print(f"the receiver added up {total} over NIXL, without a group")
         assert total == 499_500.0
 
         ramp = ray.get(ref)

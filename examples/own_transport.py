@@ -1,6 +1,7 @@
-"""A transport of one's own: a class with a few methods, registered under a name.
+"""Write and register a user transport.
 
-This one moves tensors through files in shared memory, and is read by the consumer alone.
+It moves tensors through files in shared memory. It is one-sided: only the consumer acts in a
+transfer.
 
 Run: python examples/own_transport.py
 """
@@ -22,21 +23,21 @@ FOLDER = "/dev/shm"
 
 
 class Files(TensorTransportManager):
-    """Writes an object when it is made; each consumer reads it."""
+    """Writes each object to a file, from which consumers read it."""
 
     def tensor_transport_backend(self) -> str:
-        """Returns the name that it is registered under."""
+        """Return the name under which the transport is registered."""
         return "files"
 
     @staticmethod
     def is_one_sided() -> bool:
-        """The producer does nothing when a consumer reads."""
+        """Return True: the producer takes no part in a transfer."""
         return True
 
     def extract_tensor_transport_metadata(
         self, obj_id: str, rdt_object: list[Any]
     ) -> TensorTransportMetadata:
-        """Runs at the producer, when the object is made."""
+        """Write the tensors. Runs on: producer, when the object is created."""
         torch.save(rdt_object, f"{FOLDER}/{obj_id}")
         return TensorTransportMetadata([(each.shape, each.dtype) for each in rdt_object], "cpu")
 
@@ -47,14 +48,14 @@ class Files(TensorTransportManager):
         communicator_metadata: CommunicatorMetadata,
         target_buffers: list[Any] | None = None,
     ) -> list[Any]:
-        """Runs at each consumer."""
+        """Read the tensors. Runs on: consumer."""
         received: list[Any] = torch.load(f"{FOLDER}/{obj_id}")
         return received
 
     def garbage_collect(
         self, obj_id: str, tensor_transport_meta: TensorTransportMetadata, tensors: list[Any]
     ) -> None:
-        """Runs at the producer, when the last reference is gone."""
+        """Delete the file. Runs on: producer, when the last reference is gone."""
         os.unlink(f"{FOLDER}/{obj_id}")
 
 
@@ -63,25 +64,25 @@ register_tensor_transport("files", ["cpu"], Files, torch.Tensor)
 
 @ray.remote
 class Sender:
-    """Makes tensors."""
+    """Produces tensors."""
 
     @ray.method(tensor_transport="files")
     def ones(self, size: int) -> torch.Tensor:
-        """Returns a tensor that goes through a file."""
+        """Return a tensor that is moved through a file."""
         return torch.ones(size)
 
 
 @ray.remote
 class Receiver:
-    """Knows nothing about transports."""
+    """Uses tensors. A consumer needs no transport option."""
 
     def total(self, values: torch.Tensor) -> float:
-        """Returns the sum."""
+        """Return the sum."""
         return values.sum().item()
 
 
 def main() -> None:
-    """Hands one object to an actor and to the driver."""
+    """Pass one object to an actor and to the driver."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         sender, receiver = Sender.remote(), Receiver.remote()
         ref = sender.ones.remote(1000)

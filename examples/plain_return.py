@@ -1,4 +1,4 @@
-"""Where it starts: a tensor returned the plain way, through Ray's object store.
+"""Return a tensor without RDT, through Ray's object store.
 
 Run: python examples/plain_return.py
 """
@@ -13,7 +13,7 @@ class Camera:
     """Produces one frame at a time."""
 
     def frame(self, brightness: float) -> torch.Tensor:
-        """Returns a small grey picture."""
+        """Return a small gray picture."""
         return torch.full((4, 4), brightness)
 
 
@@ -22,17 +22,17 @@ class Meter:
     """Measures pictures."""
 
     def mean(self, picture: torch.Tensor) -> float:
-        """Returns the mean brightness."""
+        """Return the mean brightness."""
         return picture.mean().item()
 
 
 def main() -> None:
-    """Passes a plain Ray object from one actor to another, and to the driver."""
+    """Pass a plain Ray object from one actor to another and to the driver."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         camera, meter = Camera.remote(), Meter.remote()
 
-        ref = camera.frame.remote(0.5)  # copied into the object store when it is made
-        mean = ray.get(meter.mean.remote(ref))  # and out of it where it is used
+        ref = camera.frame.remote(0.5)  # copied into the object store
+        mean = ray.get(meter.mean.remote(ref))  # and out of it
         print(f"the meter read {mean} from a copy in the object store")
         assert mean == 0.5
 

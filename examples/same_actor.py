@@ -1,4 +1,4 @@
-"""Back to the actor that made it: the very same tensor, mutable, with no copy.
+"""Pass an RDT object back to its producer, which gets the same tensor without a copy.
 
 Run: python examples/same_actor.py
 """
@@ -18,40 +18,40 @@ class Counter:
 
     @ray.method(tensor_transport="gloo")
     def share(self) -> torch.Tensor:
-        """Returns the tensor itself: Ray keeps a reference, not a copy."""
+        """Return the tensor itself. RDT keeps a reference and no copy."""
         return self.counts
 
     def is_mine(self, counts: torch.Tensor) -> bool:
-        """Says whether the argument is the kept tensor's memory."""
+        """Return whether the argument is the memory of the kept tensor."""
         return counts.data_ptr() == self.counts.data_ptr()
 
     def add_one(self, counts: torch.Tensor) -> None:
-        """Changes its argument in place."""
+        """Change the argument in place."""
         counts += 1
 
     def total(self, counts: torch.Tensor) -> float:
-        """Returns the sum."""
+        """Return the sum."""
         return counts.sum().item()
 
 
 def main() -> None:
-    """Shows that the maker gets its own tensor, and everybody sees its changes."""
+    """Show that the producer gets its own tensor and that consumers receive its changes."""
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
-        maker, other = Counter.remote(), Counter.remote()
-        create_collective_group([maker, other], backend="gloo")
-        ref = maker.share.remote()
+        producer, other = Counter.remote(), Counter.remote()
+        create_collective_group([producer, other], backend="gloo")
+        ref = producer.share.remote()
 
-        mine = ray.get(maker.is_mine.remote(ref))
-        print(f"the maker got the very tensor: {mine}")
+        mine = ray.get(producer.is_mine.remote(ref))
+        print(f"the producer got the same tensor: {mine}")
         assert mine
 
-        ray.get(maker.add_one.remote(ref))
-        total = ray.get(maker.total.remote(ref))
-        print(f"it changed it in place; through the same ref the sum is now {total}")
+        ray.get(producer.add_one.remote(ref))
+        total = ray.get(producer.total.remote(ref))
+        print(f"the producer changed it in place; through the same ref its sum is now {total}")
         assert total == 100_000.0
 
         elsewhere = ray.get(other.total.remote(ref))
-        print(f"another actor that takes the ref now reads {elsewhere}")
+        print(f"another actor that gets the ref now reads {elsewhere}")
         assert elsewhere == 100_000.0
 
 

@@ -1,4 +1,4 @@
-"""The three actors of the demo: one trainer, two encoders. They know nothing about transports."""
+"""Actors of the demo: one trainer and two encoders. None of them names a transport."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import ray
 
 @ray.remote(enable_tensor_transport=True)
 class Trainer:
-    """Owns the weights and changes them in place.
+    """Holds the weights and changes them in place.
 
     Args:
         model_dir: The folder of the model.
@@ -24,21 +24,21 @@ class Trainer:
         self._weights = load_weights(model_dir)
 
     def train(self, step: int) -> None:
-        """Does one step."""
+        """Run one training step."""
         train_step(self._weights, step)
 
     def weights(self) -> Weights:
-        """Returns the weights: plain or through RDT, as the caller's options say."""
+        """Return the weights. The options of the caller select plain objects or RDT."""
         return self._weights
 
 
 @ray.remote(enable_tensor_transport=True)
 class Encoder:
-    """Embeds its share of the text with the weights that it was last given.
+    """Embeds its share of the text with the latest weights that it received.
 
     Args:
         model_dir: The folder of the model.
-        sentences: This actor's share.
+        sentences: The share of this actor.
     """
 
     def __init__(self, model_dir: Path, sentences: list[str]) -> None:
@@ -48,21 +48,21 @@ class Encoder:
         self._weights: Weights = {}
 
     def load(self, weights: Weights) -> int:
-        """Takes new weights; returns how many bytes they have."""
+        """Load new weights and return their size in bytes."""
         self._weights = weights
         return sum(weight.nbytes for weight in weights.values())
 
     def embed(self) -> torch.Tensor:
-        """Returns the embeddings of this actor's sentences."""
+        """Return the embeddings of the sentences of this actor."""
         return self._encoder.embed(self._weights, self._sentences)
 
 
 class Team:
-    """The actors together, as the driver uses them.
+    """The actors as a group, for the driver.
 
     Args:
         model_dir: The folder of the model.
-        shares: One list of sentences per encoder.
+        shares: One list of sentences for each encoder.
     """
 
     def __init__(self, model_dir: Path, shares: list[list[str]]) -> None:
@@ -70,17 +70,17 @@ class Team:
         self.encoders = [Encoder.remote(model_dir, share) for share in shares]
 
     def train(self, step: int) -> None:
-        """Lets the trainer do one step."""
+        """Run one training step."""
         ray.get(self.trainer.train.remote(step))
 
     def sync(self, transport: str | None) -> tuple[float, int]:
-        """Brings the trainer's weights to every encoder.
+        """Send the weights of the trainer to every encoder.
 
         Args:
-            transport: The transport's name, or None for a plain Ray object.
+            transport: The name of the transport, or None for a plain Ray object.
 
         Returns:
-            Seconds until every encoder has them, and how many bytes came in, all encoders together.
+            The seconds until every encoder has the weights, and the bytes received by all encoders.
         """
         weights = self.trainer.weights
         if transport is not None:
@@ -91,5 +91,5 @@ class Team:
         return time.perf_counter() - start, nbytes
 
     def embed(self) -> torch.Tensor:
-        """Returns the embeddings of the whole text, made by the encoders at the same time."""
+        """Return the embeddings of the whole text, computed by the encoders in parallel."""
         return torch.cat(ray.get([encoder.embed.remote() for encoder in self.encoders]))

@@ -1,7 +1,7 @@
 """The all-MiniLM-L6-v2 sentence encoder as a function of its weights, in plain torch.
 
-The weights are a flat dict of tensors, so that a whole new set can be swapped in between two
-calls: that is what the demo's inference actors do with each set that the trainer sends.
+The weights are a flat dict of tensors. The inference actors of the demo replace the whole dict
+between two calls whenever the trainer sends new weights.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ MAX_TOKENS = 128
 
 
 def load_weights(model_dir: Path) -> Weights:
-    """Reads the trained parameters.
+    """Read the trained parameters.
 
     Args:
         model_dir: The folder with model.safetensors.
 
     Returns:
-        The 103 float tensors, in tensors of their own that may be changed in place. The one
-        integer buffer of the file (the numbers 0 to 511) is no parameter and is left out.
+        The 103 float tensors, which may be changed in place. The integer buffer of the file (the
+        numbers 0 to 511) is not a parameter and is omitted.
     """
     tensors = load_file(model_dir / "model.safetensors")
     return {name: tensor.clone() for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def train_step(weights: Weights, step: int) -> None:
-    """Changes every weight in place, the same way in every process that does this step.
+    """Change every weight in place, with the same result in every process that runs this step.
 
     Args:
-        weights: What to change.
-        step: The step's number; it seeds the change.
+        weights: The weights to change.
+        step: The number of the step. It seeds the change.
     """
     noise = torch.Generator().manual_seed(step)
     for weight in weights.values():
@@ -47,7 +47,7 @@ def train_step(weights: Weights, step: int) -> None:
 
 
 class SentenceEncoder:
-    """Turns sentences into unit vectors of 384 numbers.
+    """Converts sentences into unit vectors of 384 numbers.
 
     Args:
         model_dir: The folder with config.json and tokenizer.json.
@@ -64,14 +64,14 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def embed(self, weights: Weights, sentences: list[str]) -> torch.Tensor:
-        """Embeds sentences.
+        """Embed sentences.
 
         Args:
-            weights: As load_weights returns them.
-            sentences: What to embed.
+            weights: The weights, as returned by load_weights.
+            sentences: The sentences to embed.
 
         Returns:
-            One row of length 1 per sentence.
+            One row of length 1 for each sentence.
         """
         batches = [
             self._embed_batch(weights, sentences[start : start + BATCH_SENTENCES])

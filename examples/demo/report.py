@@ -1,4 +1,4 @@
-"""What the demo shows: one line a step, one table, one plot."""
+"""Output of the demo: one line for each step, one table, one plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Step:
-    """What one step measured."""
+    """Measurements of one step."""
 
     number: int
     plain_s: float
@@ -20,17 +20,17 @@ class Step:
 
     @property
     def plain_rate(self) -> float:
-        """GB/s through plain objects."""
+        """Return the rate of plain objects in GB/s."""
         return self.nbytes / self.plain_s / 1e9
 
     @property
     def rdt_rate(self) -> float:
-        """GB/s through RDT."""
+        """Return the rate of RDT in GB/s."""
         return self.nbytes / self.rdt_s / 1e9
 
     @property
     def speedup(self) -> float:
-        """How many times faster RDT was."""
+        """Return the time of plain objects divided by the time of RDT."""
         return self.plain_s / self.rdt_s
 
     def __str__(self) -> str:
@@ -41,9 +41,9 @@ class Step:
 
 
 def make_table(steps: list[Step], transport: str) -> Table:
-    """Makes the table of all steps, with the medians below."""
+    """Return the table of all steps with the medians below."""
     table = Table(
-        title=f"Weight sync: 103 tensors to two actors, plain objects against RDT ({transport})"
+        title=f"Weight sync: 103 tensors to two actors, plain objects and RDT ({transport})"
     )
     for heading in ("step", "plain s", "plain GB/s", "RDT s", "RDT GB/s", "faster", "embeddings"):
         table.add_column(heading, justify="right")
@@ -70,12 +70,12 @@ def _median_step(steps: list[Step]) -> Step:
 
 
 def save_plot(steps: list[Step], transport: str, path: Path) -> None:
-    """Draws the seconds of each step as pairs of bars.
+    """Draw the seconds of each step as pairs of bars.
 
     Args:
-        steps: What to draw.
-        transport: The transport's name, for the legend.
-        path: The PNG to write; its folder is made.
+        steps: The steps to draw.
+        transport: The name of the transport, for the legend.
+        path: The PNG file to write. Its folder is created.
     """
     import matplotlib
 

