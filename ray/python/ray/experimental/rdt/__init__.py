@@ -1,6 +1,6 @@
-"""Ray Direct Transport: tensors go from the process that made them to the ones that use them.
+"""Ray Direct Transport (RDT): tensors move from their producer directly to their consumers.
 
-See doc/architecture.md of the project for the way of a tensor and the room for each line.
+See doc/architecture.md of the project for the data path and the layout of the code.
 """
 
 from typing import TYPE_CHECKING, Any
