@@ -23,13 +23,13 @@ with atheris.instrument_imports(
         "ray.experimental.rdt.producer.streams",
     ]
 ):
-    from ray.experimental.rdt.consumer.prefetcher import HintedPulls
+    from ray.experimental.rdt.consumer.prefetcher import Prefetcher
     from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
     from ray.experimental.rdt.producer.tensor_store import Store
     from ray.experimental.rdt.producer.transport_server import Server
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.registry import Transports
-    from ray.experimental.rdt.transports.selection import Unnamed
+    from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
 PEER = bytes(16)
 KEY = "00" * 16
@@ -55,7 +55,7 @@ def make_session():
     session.agent = Replies(session.agent)
     transports, produced = Transports(session), ProducedStreams(session)
     Server(session, Store(), transports, produced)
-    HintedPulls(session, Unnamed(session))
+    Prefetcher(session, AutoTransportPolicy(session))
     TakenStreams(session)
     return session
 

@@ -163,7 +163,7 @@ def test_process_without_a_gpu_gets_host_tensors(pair: Any, cluster: None) -> No
     ray.kill(without)
 
 
-def test_wish_for_the_host(pair: Any, cluster: None) -> None:
+def test_target_device_cpu(pair: Any, cluster: None) -> None:
     ref = make(pair, "auto", lambda _: torch.full((LARGE,), 4.0, device="cuda"))
     set_target_device_for_ref(ref, "cpu")
     got = ray.get(ref)

@@ -49,7 +49,7 @@ def play(step: str) -> None:
 class FakeOneSided:
     """Through a file that the producer writes once. See ``base.OneSided``."""
 
-    capabilities = Capabilities("fake_reads", frozenset({"cpu"}), two_sided=False, same_host=True)
+    capabilities = Capabilities("fake_reads", frozenset({"cpu"}), two_sided=False)
 
     def __init__(self, session: Any):
         self._paths: set[str] = set()
@@ -89,7 +89,7 @@ class FakeOneSided:
 class FakeTwoSided:
     """Through a named pipe for each transfer. See ``base.TwoSided``."""
 
-    capabilities = Capabilities("fake_sends", frozenset({"cpu"}), two_sided=True, same_host=True)
+    capabilities = Capabilities("fake_sends", frozenset({"cpu"}), two_sided=True)
 
     def __init__(self, session: Any):
         self._pipes: dict[str, int] = {}
@@ -154,9 +154,6 @@ class FakeTwoSided:
         os.unlink(path)
         os.rmdir(os.path.dirname(path))
         os.close(pipe)
-
-    def reset(self, peer_id: bytes) -> None:
-        """A transfer ends with its pipe."""
 
     def close(self) -> None:
         """Ends what was never received."""

@@ -143,7 +143,7 @@ def test_devices_that_do_not_reach_each_other(near: Any, far: Any, change: Any) 
     all_is_unmapped(far)
 
 
-def test_wish_for_the_host_goes_through_pinned_memory(near: Any) -> None:
+def test_target_device_cpu_goes_through_pinned_memory(near: Any) -> None:
     ref, before = near.make.remote(mixed), ray.get(near.run.remote(exported))
     set_target_device_for_ref(ref, "cpu")
     assert ray.get(ref)["base"].equal(torch.arange(1000.0))
@@ -191,7 +191,7 @@ def test_same_actor_gets_the_very_tensor(near: Any) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", f"{TYPE}:0", f"{TYPE}:1"])
-def test_wished_device(near: Any, device: str) -> None:
+def test_target_device(near: Any, device: str) -> None:
     ref = near.make.remote(mixed)
     set_target_device_for_ref(ref, device)
     got = ray.get(ref)

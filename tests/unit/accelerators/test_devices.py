@@ -49,19 +49,21 @@ def stored(captured: Captured) -> Any:
     return SimpleNamespace(captured=captured)
 
 
-def deliver(captured: Captured, targets: Any = None, wish: Any = None) -> list[torch.Tensor]:
+def deliver(
+    captured: Captured, targets: Any = None, target_device: Any = None
+) -> list[torch.Tensor]:
     """Moves the bytes as transports would, from flat buffers into flat buffers."""
     table = captured.table
     direct = direct_targets(table, targets)
     hosted = hosted_regions(table, targets)
-    landing = allocate_on_devices(SESSION, table, direct, wish, hosted=hosted)
+    received = allocate_on_devices(SESSION, table, direct, target_device, hosted=hosted)
     sources, _ = captured.host_spans()
-    for source, target, nbytes in zip(sources, landing.addresses, landing.lengths, strict=True):
+    for source, target, nbytes in zip(sources, received.addresses, received.lengths, strict=True):
         ctypes.memmove(target, source, nbytes)
     buffers = flat_buffers(stored(captured), TYPE)
-    for target, buffer in zip(landing.flat(TYPE), buffers, strict=True):
+    for target, buffer in zip(received.flat(TYPE), buffers, strict=True):
         target.copy_(buffer)
-    return list(landing.deliver(table, targets))
+    return list(received.deliver(table, targets))
 
 
 def test_device_tensors_are_carried_and_others_are_not():
@@ -124,10 +126,12 @@ def test_consumer_without_the_device_gets_host_tensors():
 
 
 @pytest.mark.parametrize(
-    ("wish", "lands"), [("cpu", "cpu"), (f"{TYPE}:1", f"{TYPE}:1"), (TYPE, f"{TYPE}:0")]
+    ("target_device", "lands"), [("cpu", "cpu"), (f"{TYPE}:1", f"{TYPE}:1"), (TYPE, f"{TYPE}:0")]
 )
-def test_wished_device_is_landed_on(wish: str, lands: str):
-    (got,) = deliver(lay_out([torch.ones(3, device=TYPE)]), wish=torch.device(wish))
+def test_target_device_receives(target_device: str, lands: str):
+    (got,) = deliver(
+        lay_out([torch.ones(3, device=TYPE)]), target_device=torch.device(target_device)
+    )
     assert str(got.device) == lands
 
 
@@ -160,8 +164,8 @@ def test_what_only_host_targets_are_filled_from_lands_in_host_memory():
     table = captured.table
     hosted = hosted_regions(table, targets)
     assert direct_targets(table, targets) == {}
-    landing = allocate_on_devices(SESSION, table, {}, None, hosted=hosted)
-    assert [buffer.device.type for buffer in landing.flat(TYPE)] == ["cpu", "cpu", TYPE]
+    received = allocate_on_devices(SESSION, table, {}, None, hosted=hosted)
+    assert [buffer.device.type for buffer in received.flat(TYPE)] == ["cpu", "cpu", TYPE]
     deliver(captured, targets)
     assert [t.tolist() for t in targets] == [[0, 1, 2, 3, 4, 5], [2, 3], [1, 1, 1], [1, 1]]
 
@@ -242,16 +246,16 @@ def test_copies_of_different_pulls_do_not_wait_for_each_other():
     stuck.wait(5)
 
 
-def test_landing_remembers_what_its_memory_was_used_for():
+def test_receive_buffers_remember_what_its_memory_was_used_for():
     target, gate = torch.zeros(4, device=TYPE), threading.Event()
     table = lay_out([torch.ones(4, device=TYPE)]).table
     with accelerator.on(fake_device.Stream()):
         launch(target, 5, gate)
-        landing = allocate_on_devices(SESSION, table, direct_targets(table, [target]), None)
+        received = allocate_on_devices(SESSION, table, direct_targets(table, [target]), None)
         launch(
             torch.zeros(1, device=TYPE), 5, threading.Event()
         )  # what comes later: not waited for
-    (taken,) = landing.after
+    (taken,) = received.after
     assert not taken.is_reached()
     gate.set()
     taken.wait(5)

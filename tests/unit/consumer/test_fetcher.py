@@ -107,8 +107,8 @@ class World:
         self.link_uses += 1
         session = SimpleNamespace(agent=self.agent)
         hinted = SimpleNamespace(take=lambda key: self.hints.pop(key, None), park=self.park)
-        unnamed = SimpleNamespace(obstacle=lambda name, address: "the lanes are best")
-        return SimpleNamespace(session=session, hinted=hinted, transports=None, unnamed=unnamed)
+        policy = SimpleNamespace(unavailable_reason=lambda name, address: "the lanes are best")
+        return SimpleNamespace(session=session, prefetcher=hinted, transports=None, policy=policy)
 
     def park(self, key: bytes, pull: AgentPull, nbytes: int) -> bool:
         if self.has_room:
@@ -382,48 +382,48 @@ def test_target_device_moves_the_tensors(world: World):
     assert got[0].device.type == "meta"
 
 
-# Wishes, which a fetch gets its targets from.
+# Targets.
 
 
 def table_of(*tensors: torch.Tensor) -> Any:
     return capture.lay_out(list(tensors)).table
 
 
-def test_wish_holds_until_it_is_replaced_or_forgotten():
-    wishes, tensor, other = Targets(), torch.zeros(3), torch.zeros(3)
+def test_target_holds_until_it_is_replaced_or_forgotten():
+    known, tensor, other = Targets(), torch.zeros(3), torch.zeros(3)
     table = table_of(torch.ones(3))
-    wishes.set_tensors("o", [tensor])
-    assert wishes.of("o", table).tensors[0] is tensor
-    assert wishes.of("o", table).tensors[0] is tensor
-    wishes.set_tensors("o", [other])
-    assert wishes.of("o", table).tensors[0] is other
-    wishes.set_device("o", "cpu")
-    assert wishes.of("o", table) == Target(device="cpu")
-    wishes.forget("o")
-    assert wishes.of("o", table) == Target()
+    known.set_tensors("o", [tensor])
+    assert known.of("o", table).tensors[0] is tensor
+    assert known.of("o", table).tensors[0] is tensor
+    known.set_tensors("o", [other])
+    assert known.of("o", table).tensors[0] is other
+    known.set_device("o", "cpu")
+    assert known.of("o", table) == Target(device="cpu")
+    known.forget("o")
+    assert known.of("o", table) == Target()
 
 
-def test_wish_keeps_its_tensors_until_they_have_received_once():
-    wishes, kept = Targets(), torch.zeros(3)
+def test_target_keeps_its_tensors_until_they_have_received_once():
+    known, kept = Targets(), torch.zeros(3)
     table = table_of(torch.ones(3), torch.ones(3))
-    wishes.set_tensors("o", [kept, torch.zeros(3)])
-    target = wishes.of("o", table)
+    known.set_tensors("o", [kept, torch.zeros(3)])
+    target = known.of("o", table)
     assert target.tensors[0] is kept
-    wishes.received("o", target)
-    assert wishes.of("o", table).tensors[1] is target.tensors[1]
+    known.received("o", target)
+    assert known.of("o", table).tensors[1] is target.tensors[1]
     del target
-    assert wishes.of("o", table) == Target()
-    wishes.set_tensors("another", [kept])
-    assert len(wishes) == 1
+    assert known.of("o", table) == Target()
+    known.set_tensors("another", [kept])
+    assert len(known) == 1
 
 
-def test_wish_of_later_is_not_weakened_by_what_an_earlier_one_received():
-    wishes, table = Targets(), table_of(torch.ones(3))
-    wishes.set_tensors("o", [torch.zeros(3)])
-    earlier = wishes.of("o", table)
-    wishes.set_tensors("o", [torch.full((3,), 2.0)])
-    wishes.received("o", earlier)
-    assert wishes.of("o", table).tensors[0].tolist() == [2, 2, 2]
+def test_target_of_later_is_not_weakened_by_what_an_earlier_one_received():
+    known, table = Targets(), table_of(torch.ones(3))
+    known.set_tensors("o", [torch.zeros(3)])
+    earlier = known.of("o", table)
+    known.set_tensors("o", [torch.full((3,), 2.0)])
+    known.received("o", earlier)
+    assert known.of("o", table).tensors[0].tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -434,12 +434,12 @@ def test_wish_of_later_is_not_weakened_by_what_an_earlier_one_received():
         ([], "0 target tensors were given, the object has 1"),
     ],
 )
-def test_wish_that_does_not_fit_is_refused_once(targets: list[torch.Tensor], message: str):
-    wishes, table = Targets(), table_of(torch.ones(3))
-    wishes.set_tensors("o", targets)
+def test_target_that_does_not_fit_is_refused_once(targets: list[torch.Tensor], message: str):
+    known, table = Targets(), table_of(torch.ones(3))
+    known.set_tensors("o", targets)
     with pytest.raises(ValueError, match=message):
-        wishes.of("o", table)
-    assert wishes.of("o", table) == Target()
+        known.of("o", table)
+    assert known.of("o", table) == Target()
 
 
 @pytest.mark.parametrize(

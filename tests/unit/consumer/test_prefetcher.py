@@ -12,7 +12,7 @@ from ray._private import ray_constants
 from ray.experimental.rdt import _agent
 from ray.experimental.rdt.common import config
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.consumer.prefetcher import HintedPulls
+from ray.experimental.rdt.consumer.prefetcher import Prefetcher
 from tests.support import wait_until
 
 MIB = 1 << 20
@@ -30,9 +30,9 @@ class World:
         session = SimpleNamespace(
             agent=consumer, serve=self._handlers.__setitem__, on_close=lambda _: None
         )
-        self.obstacle = "the lanes are best"
-        unnamed = SimpleNamespace(obstacle=lambda name, address: self.obstacle)
-        self.hinted = HintedPulls(session, unnamed)
+        self.unavailable_reason = "the lanes are best"
+        policy = SimpleNamespace(unavailable_reason=lambda name, address: self.unavailable_reason)
+        self.hinted = Prefetcher(session, policy)
 
     def hint(self, number):
         """Returns the object's key."""
@@ -72,7 +72,7 @@ def make_world(monkeypatch):
 
 def test_hints_are_let_go_where_a_transport_comes_before_the_lanes(make_world):
     world = make_world()
-    world.obstacle = ""
+    world.unavailable_reason = ""
     key = world.hint(1)
     assert world.hinted.nbytes == 0
     assert world.hinted.take(key) is None

@@ -19,7 +19,7 @@ from ray.experimental.rdt.serialization.capture import lay_out
 class SlowTransport:
     """Exposes nothing before its gate is opened."""
 
-    capabilities = SimpleNamespace(name="slow", is_users=False)
+    capabilities = SimpleNamespace(name="slow", is_user_defined=False)
 
     def __init__(self) -> None:
         self.begun, self.gate = threading.Event(), threading.Event()

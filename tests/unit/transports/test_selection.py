@@ -24,11 +24,11 @@ FAR = address(b"c", b"2")
 
 
 @pytest.fixture
-def unnamed(monkeypatch: pytest.MonkeyPatch) -> Any:
+def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
     lost: list[Any] = []
     session: Any = SimpleNamespace(address=HERE, on_peer_lost=lost.append)
     monkeypatch.setattr(ways, "_has_rdma", lambda: True)
-    made = ways.Unnamed(session)
+    made = ways.AutoTransportPolicy(session)
     return SimpleNamespace(judge=made, lose=lost[0])
 
 
@@ -44,47 +44,47 @@ def unnamed(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("another_ipc", FAR, ""),
     ],
 )
-def test_what_rules_a_transport_out(unnamed: Any, name: str, producer: bytes, why: str) -> None:
-    obstacle = unnamed.judge.obstacle(name, producer)
-    assert why in obstacle
-    assert bool(why) == bool(obstacle)
+def test_what_rules_a_transport_out(policy: Any, name: str, producer: bytes, why: str) -> None:
+    unavailable_reason = policy.judge.unavailable_reason(name, producer)
+    assert why in unavailable_reason
+    assert bool(why) == bool(unavailable_reason)
 
 
 def test_nixl_is_not_taken_where_there_is_no_rdma(
-    unnamed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    policy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setattr(ways, "_has_rdma", lambda: has_rdma(tmp_path))
-    assert "no RDMA device" in unnamed.judge.obstacle("nixl", FAR)
+    assert "no RDMA device" in policy.judge.unavailable_reason("nixl", FAR)
     (tmp_path / "infiniband/mlx5_0").mkdir(parents=True)
-    assert unnamed.judge.obstacle("nixl", FAR) == ""
+    assert policy.judge.unavailable_reason("nixl", FAR) == ""
 
 
-def test_the_setting_forbids(unnamed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_setting_forbids(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     only_tcp = replace(settings(), lanes=frozenset({"tcp"}))
     monkeypatch.setattr(ways, "settings", lambda: only_tcp)
     for name in ("nixl", "nccl", "cuda_ipc"):
-        assert "RAY_RDT_LANES" in unnamed.judge.obstacle(name, NEAR)
-    assert unnamed.judge.obstacle("another_ipc", NEAR) == ""
+        assert "RAY_RDT_LANES" in policy.judge.unavailable_reason(name, NEAR)
+    assert policy.judge.unavailable_reason("another_ipc", NEAR) == ""
 
 
 def test_what_failed_is_left_alone_for_a_while(
-    unnamed: Any, monkeypatch: pytest.MonkeyPatch
+    policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(deadline.time, "monotonic", lambda: clock.now)
-    unnamed.judge.failed("nixl", FAR, RuntimeError("the cable is out"))
-    unnamed.judge.failed("cuda_ipc", NEAR, RuntimeError("an expandable segment"))
-    assert "RuntimeError: the cable is out" in unnamed.judge.obstacle("nixl", FAR)
-    assert unnamed.judge.obstacle("nccl", FAR) == ""
-    assert unnamed.judge.obstacle("nixl", address(b"d", b"2")) == ""
-    assert unnamed.judge.obstacle("cuda_ipc", NEAR) == ""
+    policy.judge.failed("nixl", FAR, RuntimeError("the cable is out"))
+    policy.judge.failed("cuda_ipc", NEAR, RuntimeError("an expandable segment"))
+    assert "RuntimeError: the cable is out" in policy.judge.unavailable_reason("nixl", FAR)
+    assert policy.judge.unavailable_reason("nccl", FAR) == ""
+    assert policy.judge.unavailable_reason("nixl", address(b"d", b"2")) == ""
+    assert policy.judge.unavailable_reason("cuda_ipc", NEAR) == ""
     clock.now += 61
-    assert unnamed.judge.obstacle("nixl", FAR) == ""
+    assert policy.judge.unavailable_reason("nixl", FAR) == ""
 
 
-def test_a_lost_peer_is_forgotten(unnamed: Any) -> None:
-    unnamed.judge.failed("nccl", FAR, RuntimeError("it hangs"))
-    unnamed.judge.failed("nccl", NEAR, RuntimeError("it hangs"))
-    unnamed.lose(b"c" * 16)
-    assert unnamed.judge.obstacle("nccl", FAR) == ""
-    assert unnamed.judge.obstacle("nccl", NEAR)
+def test_a_lost_peer_is_forgotten(policy: Any) -> None:
+    policy.judge.failed("nccl", FAR, RuntimeError("it hangs"))
+    policy.judge.failed("nccl", NEAR, RuntimeError("it hangs"))
+    policy.lose(b"c" * 16)
+    assert policy.judge.unavailable_reason("nccl", FAR) == ""
+    assert policy.judge.unavailable_reason("nccl", NEAR)

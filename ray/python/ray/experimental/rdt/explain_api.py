@@ -107,7 +107,7 @@ def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
         _explainer().offers_or_why_not(head.address, head.transport, devices or ["cpu"], deadline),
         head.nbytes,
         head.is_eager,
-        head.is_users and not len(table),
+        head.is_user_defined and not len(table),
     )
 
 

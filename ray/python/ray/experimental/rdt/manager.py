@@ -34,12 +34,7 @@ from ray.experimental.rdt.consumer import argument_context as arguments
 from ray.experimental.rdt.consumer import targets
 from ray.experimental.rdt.consumer.deferred import Deferred, Puller
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
-from ray.experimental.rdt.consumer.prefetcher import (
-    MIN_HINTED_BYTES,
-    HintedPulls,
-    HintSender,
-    publish,
-)
+from ray.experimental.rdt.consumer.prefetcher import Prefetcher
 from ray.experimental.rdt.consumer.recovery import Remakes, Result
 from ray.experimental.rdt.consumer.targets import Targets
 from ray.experimental.rdt.groups import service as groups
@@ -58,6 +53,7 @@ from ray.experimental.rdt.owner.object_directory import (
     Row,
     WarnShared,
 )
+from ray.experimental.rdt.owner.prefetch_hints import HintSender, regions_to_hint
 from ray.experimental.rdt.owner.recipes import Lineage, call_method, refs_in
 from ray.experimental.rdt.producer.admission import Room
 from ray.experimental.rdt.producer.orphan_collector import ClaimWatch
@@ -66,13 +62,13 @@ from ray.experimental.rdt.producer.snapshots import Snapshots
 from ray.experimental.rdt.producer.streams import ProducedStreams, Stream, StreamSpec, TakenStreams
 from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
 from ray.experimental.rdt.producer.transport_server import Server
-from ray.experimental.rdt.rpc import session
+from ray.experimental.rdt.rpc import process_directory, session
 from ray.experimental.rdt.serialization import capture
 from ray.experimental.rdt.serialization.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.session_services import Links
 from ray.experimental.rdt.transports.base import Shipment, Transport, TransportUnavailable
 from ray.experimental.rdt.transports.registry import Transports
-from ray.experimental.rdt.transports.selection import Unnamed
+from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 from ray.experimental.rdt.transports.user import registered
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.user.transport import UserTransport, own_actor_handle
@@ -90,9 +86,6 @@ _PLAIN_METADATA = (
     ray_constants.OBJECT_METADATA_TYPE_RAW,
     ray_constants.OBJECT_METADATA_TYPE_CROSS_LANGUAGE,
 )
-
-#: Objects of more regions are not hinted: the message would grow past its use.
-_MAX_HINTED_REGIONS = 256
 
 
 @dataclass(frozen=True)
@@ -292,7 +285,7 @@ class RDTManager:
             is_eager=captured.parcel is None
             and nbytes <= settings().eager_bytes
             and not captured.table.devices,
-            is_users=captured.parcel is not None,
+            is_user_defined=captured.parcel is not None,
             origin=origin,
         )
 
@@ -678,7 +671,7 @@ class RDTManager:
         counters = {
             "stored_objects": len(self.store),
             "stored_bytes": self.store.nbytes,
-            "hinted_bytes": links.hinted.nbytes if links is not None else 0,
+            "hinted_bytes": links.prefetcher.nbytes if links is not None else 0,
             "plain_objects": self._room.refused,
             "directory_rows": len(self._directory),
             "held_arguments": len(self._holder),
@@ -742,17 +735,17 @@ class RDTManager:
         transports = Transports(current)
         produced, taken = ProducedStreams(current), TakenStreams(current)
         server = Server(current, self.store, transports, produced)
-        unnamed = Unnamed(current)
-        hints, hinted = HintSender(current), HintedPulls(current, unnamed)
-        explainer = Explainer(current, transports, unnamed)
+        policy = AutoTransportPolicy(current)
+        hints, prefetcher = HintSender(current), Prefetcher(current, policy)
+        explainer = Explainer(current, transports, policy)
         claims = ClaimWatch(current, self._is_stored, self._may_own)
         links = Links(
-            *(current, transports, unnamed, server, hints, hinted, produced, taken),
+            *(current, transports, policy, server, hints, prefetcher, produced, taken),
             *(explainer, claims),
         )
         # Bound to this session's server: a release may come while the session ends.
         current.on_released(lambda tokens: self._on_released(links, tokens))
-        current.on_tick(links.hinted.drop_stale)
+        current.on_tick(links.prefetcher.drop_stale)
         current.on_tick(self._own_small)
         current.on_tick(self._handles_to_let_go.clear)
         current.on_close(transports.close)
@@ -763,7 +756,7 @@ class RDTManager:
         publish_worker(current, _own_worker_id())
         actor_id = _own_actor_id()
         if actor_id is not None:
-            current.run_in_background(publish, current, actor_id)
+            current.run_in_background(process_directory.publish_actor, actor_id, current.address)
         return links
 
     def _is_stored(self, key: bytes) -> bool:
@@ -856,14 +849,7 @@ class StoreByObjectId:
 
 
 def _location(head: Descriptor, captured: Captured) -> Location:
-    # A hinted object comes over the agent's lanes, which serve no other transport than "auto".
-    is_hinted = (
-        head.transport == "auto"
-        and head.nbytes >= MIN_HINTED_BYTES
-        and len(captured.addresses) <= _MAX_HINTED_REGIONS
-        and not captured.table.devices
-    )
-    regions = tuple(captured.table.regions) if is_hinted else None
+    regions = regions_to_hint(head, captured.table)
     return Location(head.address, head.key, head.nbytes, regions, head.is_eager)
 
 

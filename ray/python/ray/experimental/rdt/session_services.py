@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray.experimental.rdt.consumer.prefetcher import HintedPulls, HintSender
+from ray.experimental.rdt.consumer.prefetcher import Prefetcher
 from ray.experimental.rdt.observe.explainer import Explainer
+from ray.experimental.rdt.owner.prefetch_hints import HintSender
 from ray.experimental.rdt.producer.orphan_collector import ClaimWatch
 from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.registry import Transports
-from ray.experimental.rdt.transports.selection import Unnamed
+from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class Links:
     Attributes:
         session: The agent and its threads.
         transports: The named transports.
-        unnamed: Which of them may be taken although nobody named them.
+        policy: Which of them may be taken although nobody named them.
         server: Sends and exposes this process's objects.
         hints: Hints objects to consumers.
-        hinted: Objects that owners hinted to this process.
+        prefetcher: Objects that owners hinted to this process.
         produced: The streams that this process makes items for.
         taken: The streams that it takes items from.
         explainer: Tells users which way their tensors take.
@@ -33,10 +34,10 @@ class Links:
 
     session: Session
     transports: Transports
-    unnamed: Unnamed
+    policy: AutoTransportPolicy
     server: Server
     hints: HintSender
-    hinted: HintedPulls
+    prefetcher: Prefetcher
     produced: ProducedStreams
     taken: TakenStreams
     explainer: Explainer

@@ -43,7 +43,7 @@ class Descriptor:
         transport: The transport that the user named, lower case.
         address: The producer's agent.
         is_eager: Whether the tensors' bytes also ride in the value itself.
-        is_users: Whether the transport is one that a user wrote; its shipment is in the value.
+        is_user_defined: Whether a user wrote the transport; its shipment is in the value.
         origin: The object's id, where a consumer may get the value without one; else b"".
     """
 
@@ -53,7 +53,7 @@ class Descriptor:
     transport: str
     address: bytes
     is_eager: bool
-    is_users: bool = False
+    is_user_defined: bool = False
     origin: bytes = b""
 
 
@@ -63,7 +63,7 @@ def encode(descriptor: Descriptor) -> bytes:
     head = _HEAD.pack(
         VERSION,
         _EAGER * descriptor.is_eager
-        | _USERS * descriptor.is_users
+        | _USERS * descriptor.is_user_defined
         | _ORIGIN * bool(descriptor.origin),
         descriptor.key,
         descriptor.nbytes,
@@ -116,5 +116,5 @@ def _unpack(raw: bytes) -> Descriptor:
         raise DescriptorError(f"address of {length} bytes announced, {len(address)} found")
     if len(origin) != ORIGIN_BYTES * bool(flags & _ORIGIN):
         raise DescriptorError(f"origin of {len(origin)} bytes")
-    is_eager, is_users = bool(flags & _EAGER), bool(flags & _USERS)
-    return Descriptor(key, nbytes, producer, transport, address, is_eager, is_users, origin)
+    is_eager, is_user_defined = bool(flags & _EAGER), bool(flags & _USERS)
+    return Descriptor(key, nbytes, producer, transport, address, is_eager, is_user_defined, origin)

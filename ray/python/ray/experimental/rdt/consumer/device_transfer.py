@@ -19,12 +19,12 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.thread_role import is_on_own_thread, without_turn
 from ray.experimental.rdt.consumer.receive_buffers import (
-    Landing,
+    ReceiveBuffers,
     Targets,
     allocate_on_devices,
     direct_targets,
     hosted_regions,
-    landing_device,
+    receive_device,
     take_memory,
 )
 from ray.experimental.rdt.consumer.targets import Target
@@ -47,7 +47,7 @@ class PerDevice:
     Args:
         links: This process's parts.
         envelope: The object.
-        target: The user's wish.
+        target: The user's target.
         deadline: When the fetch gives up.
 
     Raises:
@@ -62,7 +62,7 @@ class PerDevice:
         self._head = envelope.head
         self._table = table
         self._targets = target.tensors
-        self._wish = torch.device(target.device) if target.device is not None else None
+        self._target_device = torch.device(target.device) if target.device is not None else None
         direct = direct_targets(table, target.tensors)
         # What has no bytes needs no way.
         types = {
@@ -77,8 +77,8 @@ class PerDevice:
                 self._begin_loans(types - {"cpu"}, deadline)
             spared = {loan.device_type for loan in self._loans}
             hosted = hosted_regions(table, target.tensors)
-            self._landing = allocate_on_devices(
-                links.session, table, direct, self._wish, spared, hosted
+            self._buffers = allocate_on_devices(
+                links.session, table, direct, self._target_device, spared, hosted
             )
             for device_type in sorted(types - spared):
                 self._begin_share(device_type, deadline)
@@ -88,7 +88,7 @@ class PerDevice:
 
     def _begin_loans(self, types: set[str], deadline: Deadline) -> None:
         for device_type in types:
-            device = landing_device(device_type, self._wish)
+            device = receive_device(device_type, self._target_device)
             if device is not None and device.type == device_type:
                 lending = _lending(self._links, self._head, device_type)
                 if lending is not None:
@@ -96,7 +96,7 @@ class PerDevice:
                     self._loans.append(loan)
 
     def _begin_share(self, device_type: str, deadline: Deadline) -> None:
-        share = _Share(self._links, self._head, self._landing, device_type, deadline)
+        share = _Share(self._links, self._head, self._buffers, device_type, deadline)
         self._shares.append(share)
 
     @property
@@ -105,14 +105,14 @@ class PerDevice:
 
     def finish(self, deadline: Deadline) -> Targets:
         for loan in self._loans.copy():
-            if not loan.finish(self._table, self._landing, deadline):
+            if not loan.finish(self._table, self._buffers, deadline):
                 self._loans.remove(loan)
                 session, device_type = self._links.session, loan.device_type
-                take_memory(session, self._table, self._landing, device_type, self._wish)
+                take_memory(session, self._table, self._buffers, device_type, self._target_device)
                 self._begin_share(device_type, deadline)
         for share in self._shares:
             share.finish(deadline)
-        return self._landing.deliver(self._table, self._targets)
+        return self._buffers.deliver(self._table, self._targets)
 
     def abandon(self) -> None:
         for part in self._parts():
@@ -124,7 +124,7 @@ class PerDevice:
 
 def _lending(links: Links, head: Descriptor, device_type: str) -> Lending | None:
     """The named transport, if it lends memory of such devices."""
-    if head.transport == "auto" or head.is_users:
+    if head.transport == "auto" or head.is_user_defined:
         return None
     try:
         transport = links.transports.get(head.transport)
@@ -161,7 +161,7 @@ class _Loan:
         }
         self._answer = session.start_call(head.address, "rdt.lend", body)
 
-    def finish(self, table: Table, landing: Landing, deadline: Deadline) -> bool:
+    def finish(self, table: Table, buffers: ReceiveBuffers, deadline: Deadline) -> bool:
         """Puts the producer's memory where the regions land. False: a copy has to do."""
         regions = [r for r, name in sorted(table.devices.items()) if name == self.device_type]
         sizes = [table.regions[region] for region in regions]
@@ -178,7 +178,7 @@ class _Loan:
             self._session.say_once(why, logging.INFO)
             return False
         for region, tensor in zip(regions, tensors):
-            landing.put(region, tensor)
+            buffers.put(region, tensor)
         if is_on_own_thread():
             # The stream that waits for the producer is this thread's and not the user's.
             with without_turn():
@@ -201,13 +201,13 @@ class _Share:
         self,
         links: Links,
         head: Descriptor,
-        landing: Landing,
+        buffers: ReceiveBuffers,
         device_type: str,
         deadline: Deadline,
     ):
         self._session = links.session
         self._head = head
-        self._landing = landing
+        self._buffers = buffers
         self._exchanges = Exchanges(links, head, device_type, deadline)
         self._pull = None if self._exchanges.current is not None else self._begin_pull()
 
@@ -218,7 +218,7 @@ class _Share:
 
     def finish(self, deadline: Deadline) -> None:
         with without_turn():
-            has_moved = self._exchanges.move(self._landing, deadline)
+            has_moved = self._exchanges.move(self._buffers, deadline)
         if not has_moved:
             self._pull = self._pull or self._begin_pull()
             self._pull.wait(deadline)
@@ -229,7 +229,7 @@ class _Share:
             self._pull.abandon()
 
     def _begin_pull(self) -> AgentPull:
-        return AgentPull(self._session, self._head.address, self._head.key, self._landing)
+        return AgentPull(self._session, self._head.address, self._head.key, self._buffers)
 
 
 def _left(deadline: Deadline) -> float:

@@ -46,7 +46,7 @@ class Request:
     Attributes:
         object_id: Its id in hex, "" if the value came without a reference.
         envelope: The value as it arrived.
-        target: The user's wish.
+        target: The user's target.
     """
 
     object_id: str
@@ -96,7 +96,7 @@ class Fetcher:
         Raises:
             GetTimeoutError: the user's timeout passed first.
         """
-        patience = _patience(timeout_s)
+        patience = _fetch_deadline(timeout_s)
         transfers: list[lanes.Transfer | RayError] = []
         try:
             for request in requests:
@@ -109,14 +109,14 @@ class Fetcher:
             # As in plain Ray, what is on its way goes on: the user may ask again.
             for request, transfer in zip(requests, transfers):
                 if isinstance(transfer, lanes.FromAgent):
-                    transfer.leave_to(self._links().hinted, request.envelope.head)
+                    transfer.leave_to(self._links().prefetcher, request.envelope.head)
             raise
         finally:
             for transfer in transfers:
                 if not isinstance(transfer, RayError):
                     transfer.abandon()
 
-    def _begin(self, request: Request, patience: _Patience) -> lanes.Transfer | RayError:
+    def _begin(self, request: Request, patience: FetchDeadline) -> lanes.Transfer | RayError:
         return _attempt(request, lambda: self._start(request, patience.deadline), patience)
 
     def _start(self, request: Request, deadline: Deadline) -> lanes.Transfer:
@@ -133,7 +133,7 @@ class Fetcher:
         return lanes.choose(self._links(), request.envelope, request.target.tensors, deadline)
 
     def _finish(
-        self, request: Request, transfer: lanes.Transfer | RayError, patience: _Patience
+        self, request: Request, transfer: lanes.Transfer | RayError, patience: FetchDeadline
     ) -> Arrival | RayError:
         if isinstance(transfer, RayError):
             return transfer
@@ -150,29 +150,29 @@ class Fetcher:
 
 
 @dataclass(frozen=True)
-class _Patience:
+class FetchDeadline:
     """Until when a fetch may take, and whether that is the user's limit or RDT's own."""
 
     deadline: Deadline
-    is_users: bool
+    is_of_user: bool
 
     def is_over(self, error: Exception) -> bool:
         """Whether the user's time ended a step that failed like this."""
         is_late = isinstance(error, TimeoutError) or self.deadline.has_passed()
-        return self.is_users and is_late and not _codes(error) & _FINAL
+        return self.is_of_user and is_late and not _codes(error) & _FINAL
 
 
-def _patience(timeout_s: float | None) -> _Patience:
+def _fetch_deadline(timeout_s: float | None) -> FetchDeadline:
     own = settings().fetch_timeout_s
     if timeout_s is not None and 0 <= timeout_s < own:
-        return _Patience(Deadline.after(timeout_s), True)
-    return _Patience(Deadline.after(own), False)
+        return FetchDeadline(Deadline.after(timeout_s), True)
+    return FetchDeadline(Deadline.after(own), False)
 
 
 def _attempt(
     request: Request,
     action: Callable[[], Any],
-    patience: _Patience,
+    patience: FetchDeadline,
     lane: Callable[[], str] = lambda: "",
 ) -> Any:
     """Runs one step of a fetch; an error becomes the object's value, as in plain Ray."""

@@ -32,7 +32,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Landing:
+class ReceiveBuffers:
     """Where a pull's bytes land.
 
     Attributes:
@@ -59,7 +59,7 @@ class Landing:
     spreads: Mapping[int, Spread] = field(default_factory=dict)
 
     @property
-    def is_users(self) -> bool:
+    def has_user_memory(self) -> bool:
         """Whether some of the memory is the user's."""
         return bool(self.direct or self.spreads)
 
@@ -113,7 +113,7 @@ def allocate(
     regions: array[int],
     direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
     spreads: Mapping[int, Spread] = MappingProxyType({}),
-) -> Landing:
+) -> ReceiveBuffers:
     """Memory for all regions of an object.
 
     Args:
@@ -126,7 +126,7 @@ def allocate(
     users = {**direct, **{region: spread.parts[0] for region, spread in spreads.items()}}
     places, addresses = place(regions, users, _OWN_BLOCK_BYTES, _ALIGNMENT, take)
     if not spreads:
-        return Landing(regions, places, addresses, regions, direct, {})
+        return ReceiveBuffers(regions, places, addresses, regions, direct, {})
     scratch = take(max(spread.lead for spread in spreads.values()) or 1)
     cut = [
         each
@@ -140,17 +140,17 @@ def allocate(
     for region in spreads:
         places[region] = (scratch, 0)
     at, lengths = (array("Q", column) for column in zip(*cut))
-    return Landing(regions, places, at, lengths, direct, {}, spreads=spreads)
+    return ReceiveBuffers(regions, places, at, lengths, direct, {}, spreads=spreads)
 
 
 def allocate_on_devices(
     session: Session,
     table: Table,
     direct: Mapping[int, torch.Tensor],
-    wish: torch.device | None,
+    target_device: torch.device | None,
     spared: Collection[str] = (),
     hosted: Collection[int] = (),
-) -> Landing:
+) -> ReceiveBuffers:
     """Memory for an object with tensors on devices.
 
     A region lands on this thread's current device of the type that it has at the producer, or in
@@ -160,20 +160,20 @@ def allocate_on_devices(
         session: Its agent's receive pool gives the blocks of host memory.
         table: The object's layout.
         direct: Regions that go straight into a tensor of the user's.
-        wish: The device that the user wants all tensors on, if any.
-        spared: Types of devices whose regions get no memory: ``Landing.put`` gives it to them, or
-            ``take_memory``.
+        target_device: The device that the user chose for all tensors, if any.
+        spared: Types of devices whose regions get no memory here; ``ReceiveBuffers.put`` or
+            ``take_memory`` gives it to them.
         hosted: Regions that land in host memory all the same.
     """
     import torch
 
     types = set(table.devices.values()) - set(spared)
-    on_device = _take(table, types, {*direct, *hosted}, wish)
+    on_device = _take(table, types, {*direct, *hosted}, target_device)
     nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
     put_later = {region: nothing for region, name in table.devices.items() if name in spared}
     host = allocate(session, table.regions, {**direct, **on_device, **put_later})
     agents = [region for region in range(len(table.regions)) if region not in table.devices]
-    landing = Landing(
+    buffers = ReceiveBuffers(
         table.regions,
         list(host.places),
         array("Q", [host.addresses[region] for region in agents]),
@@ -183,41 +183,45 @@ def allocate_on_devices(
         accelerators.record([*on_device.values(), *direct.values()]),
     )
     for region, tensor in on_device.items():
-        landing.put(region, tensor)
-    return landing
+        buffers.put(region, tensor)
+    return buffers
 
 
 def take_memory(
-    session: Session, table: Table, landing: Landing, device_type: str, wish: torch.device | None
+    session: Session,
+    table: Table,
+    buffers: ReceiveBuffers,
+    device_type: str,
+    target_device: torch.device | None,
 ) -> None:
     """Memory for the regions of one type of device that were spared."""
-    on_device = _take(table, {device_type}, landing.direct, wish)
+    on_device = _take(table, {device_type}, buffers.direct, target_device)
     for region, tensor in on_device.items():
-        landing.put(region, tensor)
+        buffers.put(region, tensor)
     left = [r for r, name in table.devices.items() if name == device_type and r not in on_device]
     host = allocate(session, array("Q", [table.regions[region] for region in left]))
     for region, where in zip(left, host.places):
-        landing.places[region] = where
-    landing.after.extend(accelerators.record(on_device.values()))
+        buffers.places[region] = where
+    buffers.after.extend(accelerators.record(on_device.values()))
 
 
-def landing_device(device_type: str, wish: torch.device | None) -> torch.device | None:
+def receive_device(device_type: str, target_device: torch.device | None) -> torch.device | None:
     """The device that regions of a type land on; None: host memory."""
-    accelerator = accelerators.usable(device_type if wish is None else wish.type)
+    accelerator = accelerators.usable(device_type if target_device is None else target_device.type)
     if accelerator is None:
         return None
-    is_exact = wish is not None and wish.index is not None
-    return wish if is_exact else accelerator.current_device()
+    is_exact = target_device is not None and target_device.index is not None
+    return target_device if is_exact else accelerator.current_device()
 
 
 def _take(
     table: Table,
     types: Collection[str],
     others: Collection[int],
-    wish: torch.device | None,
+    target_device: torch.device | None,
 ) -> dict[int, torch.Tensor]:
     """New memory on devices for the regions of some types that land there, and are no others."""
-    devices = {name: landing_device(name, wish) for name in types}
+    devices = {name: receive_device(name, target_device) for name in types}
     on_device = {}
     for region, device_type in table.devices.items():
         device = devices.get(device_type)

@@ -1,9 +1,9 @@
-"""Where users want the tensors of objects that this process will get.
+"""Targets: the tensors or devices that the user chose to receive objects into.
 
-A user's tensors are kept until they have received the object once; from then on they are held
-weakly, since a borrower is not told when an object's last reference is gone: as soon as one of them
-dies, the object's wish is void. A wish that does not fit is void once its error was raised, so that
-the reference stays usable.
+Target tensors are held strongly until they have received the object once, and weakly afterwards: a
+borrower is not told when the last reference of an object is gone. The target is cleared as soon as
+one of the tensors dies. A target that does not fit is cleared once its error is raised, so that the
+reference stays usable.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """Where the user wants an object's tensors.
+    """The place that the user chose for an object's tensors.
 
     Attributes:
         tensors: Tensors to receive into, None for new ones.
@@ -36,24 +36,24 @@ class Target:
 
 ANYWHERE = Target()
 
-#: Gives the target, None if a tensor of it has died.
-_Wish = Callable[[], "Target | None"]
+#: Returns the target, None if one of its tensors has died.
+_TargetRef = Callable[[], "Target | None"]
 
 
 class Targets:
-    """The wishes of one process by object id (hex). Runs on: any thread; never blocks."""
+    """The targets of one process by object ID (hex). Runs on: any thread; never blocks."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wishes: dict[str, _Wish] = {}
+        self._refs: dict[str, _TargetRef] = {}
 
     def __len__(self) -> int:
-        return len(self._wishes)
+        return len(self._refs)
 
     def refuse_plain(self, object_id: str) -> None:
-        """Raises ValueError if the user wants the tensors of this object, which has none."""
-        wish = self._wishes.get(object_id)
-        target = wish() if wish is not None else None
+        """Raise ValueError if this object, which has no tensors, has target tensors."""
+        ref = self._refs.get(object_id)
+        target = ref() if ref is not None else None
         if target is not None and target.tensors:
             self.forget(object_id)
             raise ValueError(
@@ -62,12 +62,12 @@ class Targets:
             )
 
     def set_tensors(self, object_id: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces an earlier wish. Raises ValueError for what cannot receive a tensor."""
+        """Set the target tensors. Raises ValueError for one that cannot receive a tensor."""
         _check_kinds(tensors)
         self._set(object_id, _hold(Target(tensors=list(tensors))))
 
     def set_device(self, object_id: str, device: str) -> None:
-        """Replaces an earlier wish. Raises ValueError for what is no name of a device."""
+        """Set the target device. Raises ValueError for an unknown device name."""
         import torch
 
         try:
@@ -76,19 +76,19 @@ class Targets:
             raise ValueError(f"target device {device!r}: {error}") from None
         self._set(object_id, _hold(Target(device=device)))
 
-    def _set(self, object_id: str, wish: _Wish) -> None:
+    def _set(self, object_id: str, ref: _TargetRef) -> None:
         with self._lock:
-            self._wishes = {key: other for key, other in self._wishes.items() if other()}
-            self._wishes[object_id] = wish
+            self._refs = {key: other for key, other in self._refs.items() if other()}
+            self._refs[object_id] = ref
 
     def of(self, object_id: str, table: Table) -> Target:
-        """The target of an object with this layout.
+        """Return the target of an object with this layout.
 
         Raises:
-            ValueError: the user's tensors do not fit; their wish is void from now on.
+            ValueError: The target tensors do not fit. The target is cleared.
         """
-        wish = self._wishes.get(object_id)
-        target = wish() if wish is not None else None
+        ref = self._refs.get(object_id)
+        target = ref() if ref is not None else None
         if target is None:
             return ANYWHERE
         try:
@@ -100,41 +100,41 @@ class Targets:
         return target
 
     def received(self, object_id: str, target: Target) -> None:
-        """Notes that an object is in its target."""
+        """Record that an object has arrived in its target."""
         if target.tensors is None:
             return
         with self._lock:
-            wish = self._wishes.get(object_id)
-            if wish is not None and wish() is target:
-                self._wishes[object_id] = _hold_weakly(target.tensors)
+            ref = self._refs.get(object_id)
+            if ref is not None and ref() is target:
+                self._refs[object_id] = _hold_weakly(target.tensors)
 
     def forget(self, object_id: str) -> None:
         with self._lock:
-            self._wishes.pop(object_id, None)
+            self._refs.pop(object_id, None)
 
     def clear(self) -> None:
         with self._lock:
-            self._wishes.clear()
+            self._refs.clear()
 
 
-def _hold(target: Target) -> _Wish:
+def _hold(target: Target) -> _TargetRef:
     return lambda: target
 
 
-def _hold_weakly(tensors: Sequence[torch.Tensor]) -> _Wish:
+def _hold_weakly(tensors: Sequence[torch.Tensor]) -> _TargetRef:
     from torch.utils.weak import TensorWeakRef
 
     held = [TensorWeakRef(tensor) for tensor in tensors]
 
-    def wish() -> Target | None:
+    def ref() -> Target | None:
         alive = [tensor for tensor in (each() for each in held) if tensor is not None]
         return Target(tensors=alive) if len(alive) == len(held) else None
 
-    return wish
+    return ref
 
 
 def into(tensors: Sequence[torch.Tensor], table: Table) -> Target:
-    """A target that is meant once. Raises ValueError where it does not fit the object."""
+    """Return a target for one fetch. Raises ValueError if it does not fit the object."""
     _check_kinds(tensors)
     check_targets(table, tensors)
     return Target(tensors=tensors)
@@ -154,9 +154,9 @@ def _check_kinds(tensors: Sequence[Any]) -> None:
 
 
 def check_targets(table: Table, targets: Sequence[torch.Tensor]) -> None:
-    """Raises ValueError unless the targets match the object's tensors one to one.
+    """Raise ValueError unless the targets match the object's tensors one to one.
 
-    Nor may one reach beyond its storage: the lanes write where it says that its memory is.
+    A target that reaches beyond its storage is refused, too: the lanes write to its address range.
     """
     if len(targets) != len(table.rows):
         raise ValueError(

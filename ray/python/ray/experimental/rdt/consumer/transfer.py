@@ -23,7 +23,7 @@ from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer.receive_buffers import (
-    Landing,
+    ReceiveBuffers,
     Targets,
     allocate,
     direct_targets,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.accelerators.base import Event
-    from ray.experimental.rdt.consumer.prefetcher import HintedPulls
+    from ray.experimental.rdt.consumer.prefetcher import Prefetcher
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.session_services import Links
     from ray.experimental.rdt.transports.user.transport import UserTransport
@@ -125,12 +125,12 @@ class Eager:
 
 
 class AgentPull:
-    """The agent moves the bytes of one object into its landing place, from this moment on."""
+    """The agent moves the bytes of one object into receive buffers, from this moment on."""
 
-    def __init__(self, session: Session, address: bytes, key: bytes, landing: Landing):
-        self.landing = landing
+    def __init__(self, session: Session, address: bytes, key: bytes, buffers: ReceiveBuffers):
+        self.buffers = buffers
         self._pull = checksums.pull(
-            session, address, key, landing.addresses, landing.lengths, landing
+            session, address, key, buffers.addresses, buffers.lengths, buffers
         )
 
     @property
@@ -161,11 +161,11 @@ class FromAgent:
 
     def finish(self, deadline: Deadline) -> Targets:
         self._pull.wait(deadline)
-        return self._pull.landing.deliver(self._table, self._targets)
+        return self._pull.buffers.deliver(self._table, self._targets)
 
-    def leave_to(self, hinted: HintedPulls, head: Descriptor) -> None:
+    def leave_to(self, hinted: Prefetcher, head: Descriptor) -> None:
         """Lets the pull go on for whoever asks next; one into tensors of the user's ends here."""
-        if not self._pull.landing.is_users:
+        if not self._pull.buffers.has_user_memory:
             self._is_left = hinted.park(head.key, self._pull, head.nbytes)
 
     def abandon(self) -> None:
@@ -229,7 +229,7 @@ class Exchange:
             self._session, self._head, self.lane, self._device_type, op, route, deadline
         )
 
-    def move(self, landing: Landing, deadline: Deadline) -> None:
+    def move(self, buffers: ReceiveBuffers, deadline: Deadline) -> None:
         """Returns when the bytes are in place. Raises TransportUnavailable, or that it failed.
 
         Where they are to be verified, ChecksumMismatch as well; device memory is not.
@@ -237,19 +237,19 @@ class Exchange:
         head, expected = self._head, None
         if self._device_type == "cpu":
             expected = checksums.expected(self._session, head.address, head.key)
-        self._move(landing, deadline)
+        self._move(buffers, deadline)
         if self._device_type == "cpu":
-            self._session.agent.note_pulled(landing.addresses, landing.lengths)
+            self._session.agent.note_pulled(buffers.addresses, buffers.lengths)
         if expected is not None:
-            expected.check_memory(landing.addresses, landing.lengths, deadline)
+            expected.check_memory(buffers.addresses, buffers.lengths, deadline)
 
-    def _move(self, landing: Landing, deadline: Deadline) -> None:
-        buffers, after = landing.flat(self._device_type), landing.after
+    def _move(self, buffers: ReceiveBuffers, deadline: Deadline) -> None:
+        flat, after = buffers.flat(self._device_type), buffers.after
         if self._exposed is None:
-            retry_stale(lambda: self._receive(buffers, deadline, after), deadline)
+            retry_stale(lambda: self._receive(flat, deadline, after), deadline)
         else:
             exposed = self._await_exposed(self._exposed, deadline)
-            cast(OneSided, self._transport).read(self._peer, exposed, buffers, deadline, after)
+            cast(OneSided, self._transport).read(self._peer, exposed, flat, deadline, after)
             self.abandon()
 
     def _receive(
@@ -311,12 +311,12 @@ class Exchanges:
         self.current: Exchange | None = None
         self._begin_next(deadline)
 
-    def move(self, landing: Landing, deadline: Deadline) -> bool:
+    def move(self, buffers: ReceiveBuffers, deadline: Deadline) -> bool:
         """Waits for the bytes. False: no transport serves, the agent's lanes have to."""
         while self.current is not None:
             lane, until = self.current.lane, self._until(self.current.lane, deadline)
             try:
-                self.current.move(landing, until)
+                self.current.move(buffers, until)
             except Exception as error:
                 raise_if_interrupt(error)
                 if not self._may_pass_over(lane, error, deadline):
@@ -352,11 +352,11 @@ class Exchanges:
         return name not in (self._head.transport, STAGED)
 
     def _check_allowed(self, name: str) -> None:
-        obstacle = ""
+        unavailable_reason = ""
         if self._is_unnamed(name):
-            obstacle = self._links.unnamed.obstacle(name, self._head.address)
-        if obstacle:
-            raise _RuledOut(obstacle)
+            unavailable_reason = self._links.policy.unavailable_reason(name, self._head.address)
+        if unavailable_reason:
+            raise _RuledOut(unavailable_reason)
 
     def _until(self, name: str, deadline: Deadline) -> Deadline:
         """One that nobody named leaves half of the time to those after it."""
@@ -380,7 +380,7 @@ class Exchanges:
             return
         is_ruled_out = isinstance(error, _RuledOut)
         if not is_ruled_out:
-            self._links.unnamed.failed(name, self._head.address, error)
+            self._links.policy.failed(name, self._head.address, error)
         if not is_ruled_out or self._device_type != "cpu":
             why = f"RDT lane {name} does not serve {describe_peer(self._head)}: {error}"
             self._links.session.say_once(why, logging.INFO)
@@ -424,10 +424,10 @@ class TransportPull:
     def _move(self, deadline: Deadline) -> Targets | None:
         table = self._envelope.table
         direct = direct_targets(table, self._targets)
-        landing = allocate(self._links.session, table.regions, direct)
-        if not self._exchanges.move(landing, deadline):
+        buffers = allocate(self._links.session, table.regions, direct)
+        if not self._exchanges.move(buffers, deadline):
             return None
-        return landing.deliver(table, self._targets)
+        return buffers.deliver(table, self._targets)
 
 
 class UserPull:
@@ -559,9 +559,9 @@ def choose(
         RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
     head, table = envelope.head, envelope.table
-    if head.is_users and (head.nbytes or not table.rows):
+    if head.is_user_defined and (head.nbytes or not table.rows):
         return UserPull(links, envelope, targets)
-    hinted = links.hinted.take(head.key)
+    hinted = links.prefetcher.take(head.key)
     if hinted is not None:
         return FromHint(links, hinted, envelope, targets)
     if head.nbytes:
@@ -592,8 +592,8 @@ def _agent_pull(links: Links, envelope: Envelope, targets: Targets | None) -> Ag
     head, table = envelope.head, envelope.table
     direct = direct_targets(table, targets)
     spreads = find_spreads(table, targets, direct)
-    landing = allocate(links.session, table.regions, direct, spreads)
-    return AgentPull(links.session, head.address, head.key, landing)
+    buffers = allocate(links.session, table.regions, direct, spreads)
+    return AgentPull(links.session, head.address, head.key, buffers)
 
 
 def fall_back(session: Session, head: Descriptor, error: Exception) -> None:

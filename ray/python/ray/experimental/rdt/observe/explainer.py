@@ -27,7 +27,7 @@ from ray.experimental.rdt.consumer.transfer import check_carries
 from ray.experimental.rdt.rpc.session import agent_id_of
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
-from ray.experimental.rdt.transports.selection import STAGED, Unnamed, ways
+from ray.experimental.rdt.transports.selection import STAGED, AutoTransportPolicy, ways
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
 
 if TYPE_CHECKING:
@@ -121,14 +121,14 @@ class Explainer:
     Args:
         session: Brings the requests.
         transports: This process's.
-        unnamed: Rules out those that nobody named.
+        policy: Rules out those that nobody named.
     """
 
-    def __init__(self, session: Session, transports: Transports, unnamed: Unnamed):
+    def __init__(self, session: Session, transports: Transports, policy: AutoTransportPolicy):
         self.address = session.address
         self._session = session
         self._transports = transports
-        self._unnamed = unnamed
+        self._policy = policy
         session.serve("rdt.offers", self._on_offers)
         session.serve("rdt.explain", self._on_explain)
 
@@ -229,7 +229,7 @@ class Explainer:
     ) -> Way:
         obstacle = ""
         if name not in (question.transport, STAGED):
-            obstacle = self._unnamed.obstacle(name, question.address)
+            obstacle = self._policy.unavailable_reason(name, question.address)
         if obstacle:
             return Way(name, False, obstacle)
         obstacle = self._obstacle(name, device_type)

@@ -144,7 +144,7 @@ class Server:
         """Waits until an object's memory is written; returns what sends it."""
         device_type, route = body["device"], body["route"]
         parcel = stored.captured.parcel
-        if parcel is not None and transport.capabilities.is_users:
+        if parcel is not None and transport.capabilities.is_user_defined:
             stored.captured.require_unchanged()
             await_events(stored, deadline)
             return partial(cast(UserTransport, transport).send, route, parcel, deadline)
@@ -178,7 +178,7 @@ class Server:
         stored = self._borrow(body)
         try:
             # A user's transport has described the object when it was made.
-            if transport.capabilities.is_users:
+            if transport.capabilities.is_user_defined:
                 stored.captured.require_unchanged()
                 await_events(stored, deadline)
                 exposed: dict[str, Any] = {}

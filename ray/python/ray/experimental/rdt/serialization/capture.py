@@ -264,7 +264,7 @@ def pack(
         writer.buffer_callback(pickle.PickleBuffer(pickle.dumps(captured.table, protocol=5)))
         if head.is_eager:
             writer.buffer_callback(pickle.PickleBuffer(captured.gather()))
-        if head.is_users:
+        if head.is_user_defined:
             writer.buffer_callback(pickle.PickleBuffer(shipment))
     for buffer in skeleton.buffers:
         writer.buffer_callback(buffer)
@@ -311,7 +311,7 @@ def open_envelope(metadata: bytes, data: Any) -> Envelope:
     _, body = split_buffer(data)
     inband, buffers = unpack_pickle5_buffers(body)
     table = pickle.loads(buffers[0])
-    if head.is_users:
+    if head.is_user_defined:
         return Envelope(head, inband, table, None, buffers[2:], buffers[1])
     eager = buffers[1] if head.is_eager else None
     return Envelope(head, inband, table, eager, buffers[2 if head.is_eager else 1 :])

@@ -50,20 +50,16 @@ class Capabilities:
         name: The lower-case name that users write.
         devices: torch device types that it moves bytes from and into.
         two_sided: Whether the producer's process has to act for each pull.
-        needs_group: Whether the pair must share a process group (which it may make by itself).
-        same_host: Whether it works only between processes of one host.
         abortable: Whether a transfer in progress can be given up without ending either process.
-        is_users: Whether a user wrote it: it moves whole objects.
+        is_user_defined: Whether a user wrote it: it moves whole objects.
         lends: Whether it can give consumers the producer's own memory: it is a ``Lending``, too.
     """
 
     name: str
     devices: frozenset[str]
     two_sided: bool
-    needs_group: bool = False
-    same_host: bool = False
     abortable: bool = True
-    is_users: bool = False
+    is_user_defined: bool = False
     lends: bool = False
 
 
@@ -261,12 +257,6 @@ class TwoSided(Protocol):
                 not asked or has refused: the connection serves the next transfer. True where it was
                 asked and its answer is not known: the connection is closed, which ends its
                 ``send``.
-        """
-
-    def reset(self, peer_id: bytes) -> None:
-        """Tears down what is shared with a peer after a failure; the next ``route`` makes it anew.
-
-        Runs on: any thread. Fails the pair's transfers in progress. Never raises.
         """
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ class GlooBackend:
         host: The address of this node that others reach.
     """
 
-    capabilities = Capabilities("gloo", frozenset({"cpu"}), two_sided=True, needs_group=True)
+    capabilities = Capabilities("gloo", frozenset({"cpu"}), two_sided=True)
     has_tags = True
 
     def __init__(self, host: str):

@@ -58,7 +58,7 @@ class NcclBackend:
         device: The GPU.
     """
 
-    capabilities = Capabilities("nccl", frozenset({"cuda"}), two_sided=True, needs_group=True)
+    capabilities = Capabilities("nccl", frozenset({"cuda"}), two_sided=True)
     has_tags = False
 
     def __init__(self, accelerator: Accelerator, device: torch.device):

@@ -31,7 +31,7 @@ _LEFT_ALONE_S = 60.0
 _has_rdma = functools.cache(has_rdma)
 
 
-class Unnamed:
+class AutoTransportPolicy:
     """One session's judgement of transports that nobody named.
 
     Args:
@@ -45,7 +45,7 @@ class Unnamed:
         self._left_alone: dict[tuple[bytes, str], tuple[Deadline, str]] = {}
         session.on_peer_lost(self._on_peer_lost)
 
-    def obstacle(self, name: str, address: bytes) -> str:
+    def unavailable_reason(self, name: str, address: bytes) -> str:
         """What rules a transport out for the producer whose agent is at an address, "" if nothing.
 
         nixl is for hosts with RDMA devices: on one host, and over TCP, others are faster.

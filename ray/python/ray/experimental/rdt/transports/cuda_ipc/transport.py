@@ -126,7 +126,7 @@ class DeviceIpcTransport:
     def __init__(self, session: Session, device_type: str):
         self._name = name = f"{device_type}_ipc"
         self.capabilities = Capabilities(
-            name, frozenset({device_type}), two_sided=False, same_host=True, lends=True
+            name, frozenset({device_type}), two_sided=False, lends=True
         )
         accelerator = accelerators.of(device_type)
         if accelerator is None or accelerator.unavailable() or accelerator.sharing is None:

@@ -159,7 +159,7 @@ class UserTransport:
             frozenset(entry.devices),
             two_sided=not entry.manager_class.is_one_sided(),
             abortable=entry.manager_class.can_abort_transport(),
-            is_users=True,
+            is_user_defined=True,
         )
         self._lock = threading.Lock()
         self._is_closed = False
