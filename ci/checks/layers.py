@@ -2,6 +2,7 @@
 
 Every import counts, also those inside functions and for types only, and none of them may be part of
 a circle of modules. A module that no layer names is an error, and so is a name without a module.
+Only ``common/ray_core.py`` uses the private state of Ray's worker.
 """
 
 import ast
@@ -11,6 +12,8 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 PACKAGE = "ray.experimental.rdt"
+RAY_ADAPTER = "common.ray_core"
+RAY_STATE = {"ray._private.state", "ray._private.worker", "ray.experimental.internal_kv"}
 SOURCES = Path(__file__).resolve().parents[2] / "ray" / "python"
 
 # From bottom to top. A folder includes all its modules; "" is the package's __init__.
@@ -62,6 +65,19 @@ def imported(tree: ast.AST, known: set[str]) -> Iterator[str]:
                 yield within(name)
 
 
+def ray_state(tree: ast.AST) -> Iterator[str]:
+    """The modules with private state of Ray's that a module imports or reads as attributes."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        yield from RAY_STATE.intersection(names)
+
+
 def within(name: str) -> str:
     return name.removeprefix(PACKAGE).removeprefix(".")
 
@@ -89,7 +105,12 @@ def check(sources: Path = SOURCES) -> list[str]:
     for module, file in files.items():
         if file.suffix == ".pyx":
             continue
-        graph[module] = set(imported(ast.parse(file.read_text(), str(file)), set(files)))
+        tree = ast.parse(file.read_text(), str(file))
+        if module != RAY_ADAPTER:
+            found += [
+                f"{file}: uses {name}, only {RAY_ADAPTER} may" for name in set(ray_state(tree))
+            ]
+        graph[module] = set(imported(tree, set(files)))
         for name in sorted(graph[module]):
             ours, theirs = layer_of(module), layer_of(name)
             if ours is not None and theirs is not None and theirs > ours:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.util.annotations import PublicAPI
 
+from ray.experimental.rdt.common import ray_core
+
 if TYPE_CHECKING:
     import torch
 
@@ -17,9 +19,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _manager() -> RDTManager:
-    import ray
-
-    manager: RDTManager = ray._private.worker.global_worker.rdt_manager
+    manager: RDTManager = ray_core.manager()
     return manager
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.util.annotations import PublicAPI
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
 
@@ -87,14 +88,12 @@ def _about_actor(producer: ActorHandle, transport: str, deadline: Deadline) -> Q
 
 def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     """Return the question about an object, None if it is not an RDT object."""
-    import ray
     from ray.experimental.rdt.common import descriptor
     from ray.experimental.rdt.observe.explainer import Question
     from ray.experimental.rdt.serialization import capture
 
-    worker = ray._private.worker.global_worker
     left_ms = int(1e3 * deadline.left_s())
-    ((data, metadata, _),) = worker.core_worker.get_objects([ref], left_ms)
+    ((data, metadata, _),) = ray_core.get_objects([ref], left_ms)
     if not descriptor.is_rdt(metadata):
         return None
     envelope = capture.open_envelope(metadata, data)
@@ -134,7 +133,5 @@ def _own_address(instance: Any = None) -> bytes:
 
 
 def _explainer() -> Explainer:
-    import ray
-
-    explainer: Explainer = ray._private.worker.global_worker.rdt_manager.explainer()
+    explainer: Explainer = ray_core.manager().explainer()
     return explainer

@@ -24,7 +24,7 @@ from ray._common.ray_option_utils import task_options
 from ray._private import ray_constants
 from ray.exceptions import RayTaskError
 
-from ray.experimental.rdt.common import descriptor
+from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.descriptor import Descriptor
@@ -208,7 +208,7 @@ class RDTManager:
             return
         self._store(ref.hex(), outgoing.captured, outgoing.head)
         with self._directory_lock:
-            self._directory.submitted(ref.hex(), _own_actor_id(), outgoing.head.transport)
+            self._directory.submitted(ref.hex(), ray_core.actor_id(), outgoing.head.transport)
             self._directory.created(ref.hex(), _location(outgoing.head, outgoing.captured))
 
     def serialize_guarded(self, context: Any, value: Any, transport: str, origin: bytes) -> Any:
@@ -260,18 +260,9 @@ class RDTManager:
         return self._links().produced
 
     def _put_guard(self, context: Any, transport: str) -> Any:
-        import ray
-
-        core_worker = ray._private.worker.global_worker.core_worker
-        guard = core_worker.put_object(
-            context.serialize(b""),
-            pin_object=True,
-            inline_small_object=True,
-            _is_experimental_channel=False,
-            tensor_transport=transport,
-        )
+        guard = ray_core.put_object(context.serialize(b""), transport)
         # Tells the core that the guard leaves this process inside another object.
-        core_worker.serialize_object_ref(guard)
+        ray_core.export_ref(guard)
         return guard
 
     def _describe(self, captured: Captured, transport: str, origin: bytes = b"") -> Descriptor:
@@ -635,12 +626,9 @@ class RDTManager:
 
     def _deserialize(self, value: Any, ref: Any, into: Sequence[torch.Tensor] | None) -> Any:
         """Runs on: an rdt-pull thread."""
-        import ray
-
-        worker = ray._private.worker.global_worker
         arrived = self.fetch([value], [ref], into={} if into is None else {0: into})
         with without_turn():
-            return worker.deserialize_objects([value], [ref], arrived)[0]
+            return ray_core.deserialize(value, ref, arrived)
 
     def _request(
         self, object_id: str, metadata: bytes, data: Any, into: Sequence[torch.Tensor] | None
@@ -753,8 +741,8 @@ class RDTManager:
         OwnerWatch(current, produced)
         self._lineage.serve(current)
         Gauges(current, self.stats)
-        publish_worker(current, _own_worker_id())
-        actor_id = _own_actor_id()
+        publish_worker(current, ray_core.worker_id())
+        actor_id = ray_core.actor_id()
         if actor_id is not None:
             current.run_in_background(process_directory.publish_actor, actor_id, current.address)
         return links
@@ -857,27 +845,14 @@ def _wanted(users: UserTransport | None) -> Wanted | None:
     return None if users is None else Wanted(users.data_type, users.capabilities.devices)
 
 
-def _own_actor_id() -> bytes | None:
-    import ray
-
-    actor_id = ray._private.worker.global_worker.actor_id
-    return None if actor_id.is_nil() else bytes(actor_id.binary())
-
-
 def _handle_to_keep(actor: Any) -> Any:
     """The handle that keeps an object's producer alive; None for this process, or a task's."""
-    return None if actor is None or actor._actor_id.binary() == _own_actor_id() else actor
-
-
-def _own_worker_id() -> bytes:
-    import ray
-
-    return bytes(ray._private.worker.global_worker.worker_id)
+    return None if actor is None or actor._actor_id.binary() == ray_core.actor_id() else actor
 
 
 def _own_id() -> bytes:
     """Names this process in descriptors: its actor id, or the start of its worker id."""
-    own = _own_actor_id() or _own_worker_id()
+    own = ray_core.actor_id() or ray_core.worker_id()
     return own[: descriptor.PRODUCER_BYTES]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from ray.util.annotations import PublicAPI
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.engine import NixlError
@@ -27,9 +28,7 @@ logger = logging.getLogger("ray.rdt")
 
 
 def _manager() -> RDTManager:
-    import ray
-
-    manager: RDTManager = ray._private.worker.global_worker.rdt_manager
+    manager: RDTManager = ray_core.manager()
     return manager
 
 

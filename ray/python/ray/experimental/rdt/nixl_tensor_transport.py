@@ -10,6 +10,7 @@ from ray.util.annotations import PublicAPI
 from ray.experimental.rdt import nixl_api
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.tensor_transport_manager import (
@@ -163,9 +164,7 @@ class NixlTensorTransport(TensorTransportManager):
 
 
 def _manager() -> RDTManager:
-    import ray
-
-    manager: RDTManager = ray._private.worker.global_worker.rdt_manager
+    manager: RDTManager = ray_core.manager()
     return manager
 
 

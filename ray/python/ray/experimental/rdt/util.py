@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ray.util.annotations import PublicAPI
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.nixl_api import (
     deregister_nixl_memory,
     register_nixl_memory,
@@ -93,10 +94,8 @@ def get_tensor_transport_manager(transport_name: str) -> TensorTransportManager:
     Raises:
         ValueError: The transport is unknown or has no instance.
     """
-    import ray
-
     name = normalize_and_validate_tensor_transport(transport_name)
-    users = ray._private.worker.global_worker.rdt_manager.users_transport(name)
+    users = ray_core.manager().users_transport(name)
     if users is not None:
         manager: TensorTransportManager = users.manager
         return manager

@@ -7,16 +7,15 @@ so every wait for tensors looks for itself, between two slices of its waiting.
 
 from __future__ import annotations
 
+from ray.experimental.rdt.common import ray_core
+
 
 def raise_if_cancelled() -> None:
     """Raises KeyboardInterrupt, as Ray's own cancelling does, if this thread's task is cancelled.
 
     Runs on: any thread; those that run no task, and coroutines, which asyncio cancels, go on.
     """
-    import ray
-
-    worker = ray._private.worker.global_worker
-    if worker.mode != ray.WORKER_MODE or worker.core_worker.current_actor_is_asyncio():
+    if not ray_core.is_worker() or ray_core.actor_is_asyncio():
         return
-    if worker.core_worker.is_canceled():
+    if ray_core.task_is_canceled():
         raise KeyboardInterrupt

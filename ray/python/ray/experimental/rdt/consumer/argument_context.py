@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray._private import ray_constants
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.consumer.deferred import Deferred
 
 if TYPE_CHECKING:
@@ -99,10 +100,7 @@ def of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
     Args:
         serialized: (data, metadata, transport) of a label and a value for each argument.
     """
-    import ray
-
-    worker = ray._private.worker.global_worker
-    function, owner = _running(worker)
+    function, owner = _running()
     declared: Declaration = getattr(function, _ATTRIBUTE, {})
     givers: dict[int | str, Callable[..., Any]] = {}
     for name, (position, give_it) in declared.items():
@@ -110,7 +108,7 @@ def of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
         if position is not None:
             givers[position - len(owner)] = give_it
     into = {}
-    for index, label in _labels(worker, serialized) if declared else ():
+    for index, label in _labels(serialized) if declared else ():
         give = givers.get(label)
         tensors = None if give is None else _tensors(give, owner)
         if tensors is not None:
@@ -118,22 +116,20 @@ def of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
     return into
 
 
-def _running(worker: Any) -> tuple[Any, tuple[Any, ...]]:
+def _running() -> tuple[Any, tuple[Any, ...]]:
     """The function of this thread's task, and what it is called with before its arguments."""
-    import ray
-
-    if worker.mode != ray.WORKER_MODE:
+    if not ray_core.is_worker():
         return None, ()
-    name = worker.current_task_function_name
-    actor = worker.actors.get(worker.actor_id)
+    name = ray_core.task_function_name()
+    actor = ray_core.actor()
     if actor is not None:
         return getattr(type(actor), name.rpartition(".")[2], None), (actor,)
-    known = list(worker.function_actor_manager._function_execution_info.values())
+    known = ray_core.loaded_functions()
     # The last one loaded: a function that was defined anew keeps its name.
     return next((each.function for each in reversed(known) if each.function_name == name), None), ()
 
 
-def _labels(worker: Any, serialized: Sequence[Any]) -> Iterator[tuple[int, int | str]]:
+def _labels(serialized: Sequence[Any]) -> Iterator[tuple[int, int | str]]:
     """The index of each value, and its position or its keyword."""
     position = 0
     for index in range(0, len(serialized), 2):
@@ -141,7 +137,7 @@ def _labels(worker: Any, serialized: Sequence[Any]) -> Iterator[tuple[int, int |
             yield index + 1, position
             position += 1
         else:
-            yield index + 1, worker.deserialize_objects([serialized[index]], [None], {})[0]
+            yield index + 1, ray_core.deserialize(serialized[index], None, {})
 
 
 def _tensors(give: Callable[..., Any], owner: Sequence[Any]) -> list[torch.Tensor] | None:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ray.exceptions import GetTimeoutError, RayError
 
-from ray.experimental.rdt.common import descriptor
+from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
@@ -180,7 +180,7 @@ class Remakes:
         if outcome.state != UNKNOWN:
             return outcome
         session = self._session()
-        owner = None if one.ref is None or one.ref.is_nil() else lineage.owner_of(one.ref)
+        owner = None if one.ref is None or one.ref.is_nil() else ray_core.owner_of(one.ref)
         agents = [address for address in known_agents(owner) if address != session.address]
         body = {"object_id": one.object_id, "key": key.hex(), "busy": busy}
         reason, state = "no process says that it owns it", UNKNOWN
@@ -196,11 +196,8 @@ class Remakes:
 
     def _values(self, refs: list[Any], deadline: Deadline | None) -> list[Any]:
         """What Ray has for the objects: waits, as ``ray.get`` does, until they are made."""
-        import ray
-
         if not refs:
             return []
-        core_worker = ray._private.worker.global_worker.core_worker
         # A wait that ends gives up what the core has begun to bring, so each is longer.
         patience_s = _FIRST_WAIT_S
         while True:
@@ -208,7 +205,7 @@ class Remakes:
             wait_s = patience_s if left is None else min(patience_s, left)
             try:
                 with without_turn():
-                    return list(core_worker.get_objects(refs, int(1e3 * wait_s)))
+                    return ray_core.get_objects(refs, int(1e3 * wait_s))
             except GetTimeoutError:
                 if wait_s == left:
                     raise
@@ -218,14 +215,10 @@ class Remakes:
 
 def _busy_actor() -> str:
     """The id (hex) of this actor if it runs nothing else while it fetches, else ""."""
-    import ray
-
-    worker = ray._private.worker.global_worker
-    core_worker = worker.core_worker
-    if worker.actor_id.is_nil() or core_worker.current_actor_is_asyncio():
+    actor_id = ray_core.actor_id()
+    if actor_id is None or ray_core.actor_is_asyncio() or ray_core.actor_max_concurrency() > 1:
         return ""
-    is_single = core_worker.current_actor_max_concurrency() == 1
-    return str(worker.actor_id.hex()) if is_single else ""
+    return actor_id.hex()
 
 
 def _left(deadline: Deadline | None) -> float | None:
@@ -242,11 +235,8 @@ def _request(old: Request, value: Any) -> Request:
 
 def _whole(one: _Lost, value: Any) -> Whole | RayError:
     """A value without RDT tensors, or the error that the call ended with."""
-    import ray
-
-    worker = ray._private.worker.global_worker
     with without_turn():
-        got = worker.deserialize_objects([value], [one.ref], {})[0]
+        got = ray_core.deserialize(value, one.ref, {})
     if isinstance(got, RayError):
         return got
     if one.request.target.tensors is not None:

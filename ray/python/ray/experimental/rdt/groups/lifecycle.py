@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups import collectives, records, service
@@ -309,7 +310,7 @@ def _introduce_here(backend: str) -> dict[str, str]:
 
 
 def _begin_session() -> service.GroupService:
-    ray._private.worker.global_worker.rdt_manager._links()  # attaches the service
+    ray_core.manager()._links()  # attaches the service
     begun = service.peek()
     assert begun is not None
     return begun

@@ -9,9 +9,8 @@ import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ray.experimental import internal_kv
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.groups.membership import Member
 
 _NAMESPACE = b"ray_rdt_groups"
@@ -70,46 +69,36 @@ class Record:
 
 def reserve(record: Record) -> bool:
     """Takes the name for a group that is being made; False if it is taken."""
-    is_taken = internal_kv._internal_kv_put(
-        _key(record.name), record.encode(), overwrite=False, namespace=_NAMESPACE
-    )
-    return not is_taken
+    return ray_core.kv_put(_key(record.name), record.encode(), _NAMESPACE, overwrite=False)
 
 
 def publish(record: Record) -> None:
     """Makes a group known that is ready."""
-    internal_kv._internal_kv_put(_key(record.name), record.encode(), namespace=_NAMESPACE)
+    ray_core.kv_put(_key(record.name), record.encode(), _NAMESPACE)
 
 
 def read(name: str) -> Record | None:
     """The record of this name."""
-    data = internal_kv._internal_kv_get(_key(name), namespace=_NAMESPACE)
+    data = ray_core.kv_get(_key(name), _NAMESPACE)
     return Record.decode(data) if data else None
 
 
 def remove(name: str) -> bool:
     """Gives the name back; False if it was not taken."""
-    return bool(internal_kv._internal_kv_del(_key(name), namespace=_NAMESPACE))
+    return ray_core.kv_delete(_key(name), _NAMESPACE)
 
 
 def ready() -> Iterator[Record]:
     """All groups that can be used."""
-    for key in internal_kv._internal_kv_list(_prefix(), namespace=_NAMESPACE):
-        data = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    for key in ray_core.kv_keys(_prefix(), _NAMESPACE):
+        data = ray_core.kv_get(key, _NAMESPACE)
         if data and (record := Record.decode(data)).is_ready:
             yield record
 
 
 def is_any_alive(actor_ids: Sequence[str]) -> bool:
     """Whether Ray knows any of these actors to be alive, or to come."""
-    import ray
-
-    return any(_state(ray, actor_id) not in ("DEAD", "") for actor_id in actor_ids)
-
-
-def _state(ray: Any, actor_id: str) -> str:
-    info = ray._private.state.actors(actor_id)
-    return str(info.get("State", "")) if info else ""
+    return any(ray_core.actor_state(actor_id) not in ("DEAD", "") for actor_id in actor_ids)
 
 
 def _prefix() -> bytes:

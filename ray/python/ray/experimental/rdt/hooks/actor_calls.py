@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.consumer import argument_context as arguments
 from ray.experimental.rdt.hooks.deferred_calls import are_here, call_when_here
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
@@ -59,16 +60,10 @@ def call(
         result = execute(actor, *args, **kwargs)
         if begins_nixl:
             # Not before: a constructor may set what nixl reads from the environment.
-            _manager().begin_nixl()
+            ray_core.manager().begin_nixl()
         return result if spec is None else spec.items_of(result)
 
     if are_here(args) and are_here(kwargs.values()):
         return run(actor, *args, **kwargs)
     arguments.direct(method, (actor, *args), kwargs)
     return call_when_here(method, run, (actor, *args), kwargs)
-
-
-def _manager() -> Any:
-    import ray
-
-    return ray._private.worker.global_worker.rdt_manager

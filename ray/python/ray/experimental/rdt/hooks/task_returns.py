@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 from ray.experimental.rdt.transports.user import registered
 
@@ -34,12 +35,9 @@ class GuardedValue:
 
     def __ray_rdt_serialize__(self, context: Any) -> Any:
         """The serialized object. Runs on: producer, the thread of the task."""
-        import ray
-
-        worker = ray._private.worker.global_worker
         # Returns are numbered from one, after the task's id.
-        origin = worker.current_task_id.binary() + (self._index + 1).to_bytes(4, "little")
-        return worker.rdt_manager.serialize_guarded(context, self._value, self._transport, origin)
+        origin = ray_core.task_id() + (self._index + 1).to_bytes(4, "little")
+        return ray_core.manager().serialize_guarded(context, self._value, self._transport, origin)
 
 
 def submit(
@@ -65,7 +63,6 @@ def submit(
     Raises:
         ValueError: no such transport, or the task's returns cannot be RDT objects.
     """
-    import ray
     from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
 
     name = normalize_and_validate_tensor_transport(transport)
@@ -76,8 +73,7 @@ def submit(
     if num_returns is None or isinstance(num_returns, int):
         variant = _variant(remote_function, name, num_returns)
         return _submit(variant, args, kwargs, runtime_env_info, options)
-    manager = ray._private.worker.global_worker.rdt_manager
-    call = manager.open_stream(
+    call = ray_core.manager().open_stream(
         name, num_returns, options.get("_num_objects_per_yield"), options.get("retry_exceptions")
     )
     variant = _variant(remote_function, name, num_returns)
@@ -93,16 +89,15 @@ def _submit(
     runtime_env_info: Any,
     options: dict[str, Any],
 ) -> Any:
-    import ray
-
     def call(args: Any, kwargs: Any) -> Any:
         return _begin(variant, args, kwargs, runtime_env_info, options)
 
     def call_again(args: Any, kwargs: Any) -> Any:
         return _submit(variant, args, kwargs, runtime_env_info, options)
 
-    manager = ray._private.worker.global_worker.rdt_manager
-    return manager.submit_task(call, call_again, args, kwargs, options.get("max_retries"))
+    return ray_core.manager().submit_task(
+        call, call_again, args, kwargs, options.get("max_retries")
+    )
 
 
 def _begin(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import GetTimeoutError
 
-from ray.experimental.rdt.common import descriptor
+from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
@@ -269,7 +269,7 @@ class Lineage:
         with self._lock:
             self._recipes.add([ref.hex() for ref in refs], recipe)
         for ref in refs:
-            if not _core().add_object_out_of_scope_callback(ref, self._on_out_of_scope):
+            if not ray_core.call_when_out_of_scope(ref, self._on_out_of_scope):
                 self._on_out_of_scope(ref.binary())
 
     def _kept(self, recipe: Recipe, value: Any) -> Any:
@@ -320,7 +320,7 @@ class Lineage:
             busy: The id (hex) of an actor that does nothing else until it has the object, or "".
         """
         object_id = object_id or self._find(key)
-        if not object_id or not _is_own(_name(object_id)):
+        if not object_id or not _is_own(ray_core.uncounted_ref(object_id)):
             return Outcome(UNKNOWN)
         try:
             return self._remake(object_id, key, busy)
@@ -331,14 +331,14 @@ class Lineage:
             return Outcome(REFUSED, reason=f"{type(error).__name__}: {error}")
 
     def _remake(self, object_id: str, key: bytes, busy: str) -> Outcome:
-        ref = _ref(object_id)
+        ref = ray_core.ref(object_id)
         head = _head_of(ref)
         if head is None or head.key != key:
             return Outcome(MADE, ref)  # it is another copy by now
         entry = self._recipes.of(object_id)
         if entry is None:
             raise CannotRemakeError("its call may not be made again")
-        if _core().get_disable_job_level_lineage_reconstruction():
+        if ray_core.reconstruction_is_disabled():
             raise CannotRemakeError("the job is configured to make nothing again")
         if entry[0].successors is None and is_worker_alive(agent_id_of(head.address)):
             return Outcome(ALIVE)
@@ -352,7 +352,7 @@ class Lineage:
             ref = recipe.successors[index]
         if ref is None:
             raise CannotRemakeError("nobody refers to it any more")
-        if recipe.is_of(busy) and not _is_there(ref):
+        if recipe.is_of(busy) and not ray_core.is_created(ref):
             raise CannotRemakeError(_WAITS_FOR_ITSELF)
         return ref
 
@@ -390,7 +390,7 @@ class Lineage:
             if entry is None:
                 raise CannotRemakeError(_gone(object_id))
             return self._make(entry[0], busy)[entry[1]]
-        ref = _ref(object_id, reference.transport)
+        ref = ray_core.ref(object_id, reference.transport)
         while entry is not None and _is_lost(ref):
             # The call would find out by itself, but wait for it in the way of the one it needs.
             recipe, index = entry
@@ -407,7 +407,7 @@ class Lineage:
             return pinned
         if not _is_in_scope(reference.object_id):
             raise CannotRemakeError(_gone(reference.object_id))
-        return _ref(reference.object_id, reference.transport)
+        return ray_core.ref(reference.object_id, reference.transport)
 
     def _on_remake(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: owner, an rdt-call thread."""
@@ -415,8 +415,8 @@ class Lineage:
         answer = {"state": outcome.state, "reason": outcome.reason}
         if outcome.ref is None:
             return answer
-        ref, owner, status = _core().serialize_object_ref(outcome.ref)
-        return answer | {"object_id": ref.hex(), "owner": owner.hex(), "status": status.hex()}
+        object_id, owner, status = ray_core.export_ref(outcome.ref)
+        return answer | {"object_id": object_id.hex(), "owner": owner.hex(), "status": status.hex()}
 
 
 def call_method(
@@ -426,7 +426,7 @@ def call_method(
 
     A recipe holds no handle: it keeps no actor alive.
     """
-    return getattr(_core().get_actor_handle(actor_id), method)._remote(args, kwargs, **options)
+    return getattr(ray_core.actor_handle(actor_id), method)._remote(args, kwargs, **options)
 
 
 def refs_in(returned: Any) -> list[ray.ObjectRef]:
@@ -442,25 +442,9 @@ def borrow(answer: dict[str, Any]) -> ray.ObjectRef:
 
     The owner keeps the object while the lost one is in scope, so nothing has to tell it of this.
     """
-    import ray
-
-    object_id, owner, status = (
-        bytes.fromhex(answer[name]) for name in ("object_id", "owner", "status")
-    )
-    ref = ray.ObjectRef(object_id, owner)
-    _core().deserialize_and_register_object_ref(object_id, ray.ObjectRef.nil(), owner, status)
+    names = ("object_id", "owner", "status")
+    ref: ray.ObjectRef = ray_core.import_ref(*(bytes.fromhex(answer[name]) for name in names))
     return ref
-
-
-def owner_of(ref: Any) -> bytes | None:
-    """The worker id of the process that owns an object, None if this process does not know it."""
-    from ray.core.generated import common_pb2
-
-    try:
-        address = _core().get_owner_address(ref)
-    except ValueError:
-        return None
-    return bytes(common_pb2.Address.FromString(address).worker_id)
 
 
 def _given(value: Any) -> Any:
@@ -473,49 +457,21 @@ def _given(value: Any) -> Any:
     return value if type(value) in _IMMUTABLE and is_small else Argument(value)
 
 
-def _core() -> Any:
-    import ray
-
-    return ray._private.worker.global_worker.core_worker
-
-
-def _ref(object_id: str, transport: str | None = None) -> ray.ObjectRef:
-    import ray
-
-    return ray.ObjectRef(bytes.fromhex(object_id), tensor_transport=transport)
-
-
-def _name(object_id: str) -> ray.ObjectRef:
-    """What names an object and does not refer to it: the constructor would count as a reference."""
-    import ray
-
-    name = ray.ObjectRef.__new__(ray.ObjectRef)
-    name._set_id(bytes.fromhex(object_id))
-    return name
-
-
 def _is_own(ref: Any) -> bool:
-    import ray
-
-    return bool(owner_of(ref) == ray._private.worker.global_worker.worker_id)
+    return ray_core.owner_of(ref) == ray_core.worker_id()
 
 
 def _is_in_scope(object_id: str) -> bool:
     """Whether somebody refers to an object."""
-    ref = _name(object_id)
+    ref = ray_core.uncounted_ref(object_id)
     try:
-        return bool(_core().add_object_out_of_scope_callback(ref, _ignore))
+        return ray_core.call_when_out_of_scope(ref, _ignore)
     except ValueError:  # not this process's own
-        return owner_of(ref) is not None
+        return ray_core.owner_of(ref) is not None
 
 
 def _ignore(object_id: bytes) -> None:
     pass
-
-
-def _is_there(ref: Any) -> bool:
-    """Whether an object of this owner's has been made."""
-    return bool(_core().wait([ref], 1, 0, False)[0])
 
 
 def _is_lost(ref: Any) -> bool:
@@ -530,10 +486,10 @@ def _gone(object_id: str) -> str:
 
 def _head_of(ref: Any) -> Descriptor | None:
     """The descriptor of an object of this owner's, None if it has none or is not there yet."""
-    if not _is_there(ref):
+    if not ray_core.is_created(ref):
         return None
     try:
-        _, metadata, _ = _core().get_objects([ref], _VALUE_MS)[0]
+        _, metadata, _ = ray_core.get_objects([ref], _VALUE_MS)[0]
     except GetTimeoutError:
         return None
     return descriptor.decode(metadata) if descriptor.is_rdt(metadata) else None

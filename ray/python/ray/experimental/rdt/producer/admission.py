@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.errors import RDTError
@@ -94,7 +95,4 @@ class Room:
 
 def may_wait() -> bool:
     """Whether the thread of the running task may wait for others to free something."""
-    import ray
-
-    worker = ray._private.worker.global_worker
-    return not must_not_block() and not worker.core_worker.current_actor_is_asyncio()
+    return not must_not_block() and not ray_core.actor_is_asyncio()

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ray.experimental import internal_kv
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
@@ -28,7 +28,7 @@ def publish_worker(session: Session, worker_id: bytes) -> None:
     """Lets producers find out which worker an agent belongs to, and the agent."""
     key = _worker_key(session.agent.agent_id)
     entry = worker_id + session.address
-    internal_kv._internal_kv_put(key, entry, overwrite=True, namespace=KV_NAMESPACE)
+    ray_core.kv_put(key, entry, KV_NAMESPACE)
 
 
 def known_agents(worker_id: bytes | None = None) -> list[bytes]:
@@ -37,8 +37,8 @@ def known_agents(worker_id: bytes | None = None) -> list[bytes]:
     Args:
         worker_id: Only those of this worker.
     """
-    keys = internal_kv._internal_kv_list(_WORKER_PREFIX, namespace=KV_NAMESPACE)
-    entries = [internal_kv._internal_kv_get(key, namespace=KV_NAMESPACE) for key in keys]
+    keys = ray_core.kv_keys(_WORKER_PREFIX, KV_NAMESPACE)
+    entries = [ray_core.kv_get(key, KV_NAMESPACE) for key in keys]
     return [
         entry[_WORKER_ID_BYTES:]
         for entry in entries
@@ -70,7 +70,7 @@ def ask_all(
 
 def forget_worker(agent_id: bytes) -> None:
     """Takes the entry of an agent away whose worker is dead."""
-    internal_kv._internal_kv_del(_worker_key(agent_id), namespace=KV_NAMESPACE)
+    ray_core.kv_delete(_worker_key(agent_id), KV_NAMESPACE)
 
 
 class OwnerWatch:
@@ -123,20 +123,8 @@ def is_worker_alive(agent_id: bytes) -> bool:
 
     Blocks for answers of the GCS. Nobody tells the GCS of the workers of a node that died.
     """
-    from ray._private import state
-    from ray._raylet import WorkerID
-    from ray.core.generated import gcs_pb2
-
-    entry = internal_kv._internal_kv_get(_worker_key(agent_id), namespace=KV_NAMESPACE)
-    if entry is None:
-        return False
-    accessor = state.state._connect_and_get_accessor()
-    info = accessor.get_worker_info(WorkerID(entry[:_WORKER_ID_BYTES]))
-    worker = gcs_pb2.WorkerTableData.FromString(info or b"")
-    if not worker.is_alive:
-        return False
-    node = worker.worker_address.node_id.hex()
-    return all(each["Alive"] for each in state.state.node_table() if each["NodeID"] == node)
+    entry = ray_core.kv_get(_worker_key(agent_id), KV_NAMESPACE)
+    return entry is not None and ray_core.is_worker_alive(entry[:_WORKER_ID_BYTES])
 
 
 def _worker_key(agent_id: bytes) -> bytes:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray._private.object_ref_generator import ObjectRefGenerator
 
-from ray.experimental.rdt.common import descriptor
+from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.serialized_value import SerializedValue
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
@@ -88,10 +88,7 @@ class StreamItem:
 
     def __ray_rdt_serialize__(self, context: Any) -> Any:
         """The serialized object. Runs on: producer, the thread that reports the item."""
-        import ray
-
-        manager = ray._private.worker.global_worker.rdt_manager
-        return manager.serialize_item(context, self._value, self._spec)
+        return ray_core.manager().serialize_item(context, self._value, self._spec)
 
 
 def _items(generator: Any, spec: StreamSpec) -> Iterator[Any]:
@@ -121,7 +118,7 @@ async def _async_items(generator: Any, spec: StreamSpec) -> AsyncIterator[Any]:
 @contextmanager
 def _producing(spec: StreamSpec) -> Iterator[None]:
     """A stream is open at its producer while the block runs."""
-    produced = _manager().produced_streams()
+    produced = ray_core.manager().produced_streams()
     produced.begin(spec)
     try:
         yield
@@ -372,28 +369,14 @@ def _adopt(item: Any, transport: str, actor: Any) -> Any:
     """
     if item.is_nil():
         return item
-    import ray
-
-    core_worker = ray._private.worker.global_worker.core_worker
-    data, metadata, _ = core_worker.get_objects([item], -1)[0]
+    data, metadata, _ = ray_core.get_objects([item], -1)[0]
     if not metadata or not descriptor.is_rdt(metadata):
         return item
     head: Descriptor = descriptor.decode(metadata)
     if head.is_eager:
         return item
-    adopted = core_worker.put_object(
-        # As it came; holds the item, and so what is nested in it.
-        SerializedValue(data, metadata, [item]),
-        pin_object=True,
-        inline_small_object=True,
-        _is_experimental_channel=False,
-        tensor_transport=transport.upper(),
-    )
-    _manager().adopt(adopted, head, actor)
+    # As it came; holds the item, and so what is nested in it.
+    value = SerializedValue(data, metadata, [item])
+    adopted = ray_core.put_object(value, transport.upper())
+    ray_core.manager().adopt(adopted, head, actor)
     return adopted
-
-
-def _manager() -> Any:
-    import ray
-
-    return ray._private.worker.global_worker.rdt_manager

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from ray.experimental import internal_kv
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.rpc.session import KV_NAMESPACE
 
 
 def publish_actor(actor_id: bytes, address: bytes) -> None:
     """Publish the agent's address of this process's actor. A restarted actor replaces it."""
-    key = _actor_key(actor_id)
-    internal_kv._internal_kv_put(key, address, overwrite=True, namespace=KV_NAMESPACE)
+    ray_core.kv_put(_actor_key(actor_id), address, KV_NAMESPACE)
 
 
 def find_actor(actor_id: bytes) -> bytes | None:
     """Return the address of an actor's agent, None if the actor has published none. Blocks."""
-    address: bytes | None = internal_kv._internal_kv_get(
-        _actor_key(actor_id), namespace=KV_NAMESPACE
-    )
-    return address
+    return ray_core.kv_get(_actor_key(actor_id), KV_NAMESPACE)
 
 
 def _actor_key(actor_id: bytes) -> bytes:

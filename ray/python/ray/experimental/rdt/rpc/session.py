@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import AGENT_LANES, settings
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
@@ -331,10 +332,7 @@ def peek() -> Session | None:
 def end() -> None:
     """Ends the process's session if it has one; in a driver none begins until ``ray.init``."""
     global _session, _ended
-    import ray
-
-    worker = ray._private.worker.global_worker
-    node = worker.node if worker.mode == ray.SCRIPT_MODE else None
+    node = ray_core.node() if ray_core.is_driver() else None
     with _lock:
         session, _session = _session, None
         _ended = object if node is None else weakref.ref(node)
@@ -343,26 +341,21 @@ def end() -> None:
 
 
 def _begin() -> Session:
-    import ray
-
-    worker = ray._private.worker.global_worker
-    worker.check_connected()
+    ray_core.check_connected()
     # The core goes on for a while after ``end``, and events of its still come.
-    if worker.node is _ended():
+    if ray_core.node() is _ended():
         raise RuntimeError("Ray is shutting down")
     started = time.monotonic()
-    session = Session(_cluster_secret(), worker.node_ip_address)
+    session = Session(_cluster_secret(), ray_core.node_ip_address())
     logger.debug("RDT session began in %.1f ms", 1e3 * (time.monotonic() - started))
     return session
 
 
 def _cluster_secret() -> bytes:
     """The secret that all agents of the cluster share; the first to need it makes it."""
-    from ray.experimental import internal_kv
-
     fresh = secrets.token_bytes(32)
-    internal_kv._internal_kv_put(_SECRET_KEY, fresh, overwrite=False, namespace=KV_NAMESPACE)
-    secret = internal_kv._internal_kv_get(_SECRET_KEY, namespace=KV_NAMESPACE)
+    ray_core.kv_put(_SECRET_KEY, fresh, KV_NAMESPACE, overwrite=False)
+    secret = ray_core.kv_get(_SECRET_KEY, KV_NAMESPACE)
     if not secret:
         raise RuntimeError("Ray's GCS did not keep the secret that RDT agents share")
     return bytes(secret)

@@ -21,6 +21,7 @@ import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 import ray
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.deadline import Deadline
 
 #: Elements of an object that does not ride along in the value (1 MiB), and of one that takes a
@@ -232,9 +233,8 @@ def double_free(stage: Stage) -> None:
     before = stage.stored(stage.producer)
     kept, ref = stage.make(stage.producer, _ones), stage.make(stage.producer, _ones)
     assert stage.run(stage.consumer, _total, ref) == _LARGE
-    manager = ray._private.worker.global_worker.rdt_manager
     for _ in range(2):
-        manager.queue_or_free_object_primary_copy(ref.hex())
+        ray_core.manager().queue_or_free_object_primary_copy(ref.hex())
     _await(lambda: stage.stored(stage.producer) <= before + 1, "the object is not freed")
     try:
         stage.run(stage.consumer, _total, ref)
@@ -485,7 +485,7 @@ def _close_under_pulls(_: Any, refs: list[Any]) -> list[str]:
     threads = [threading.Thread(target=pull, args=(ref,), daemon=True) for ref in refs]
     for thread in threads:
         thread.start()
-    ray._private.worker.global_worker.rdt_manager.shutdown()
+    ray_core.manager().shutdown()
     for thread in threads:
         thread.join(_LIMIT_S)
     wrong = [f"{end!r}" for end in ends if not isinstance(end, RayError) and end != _HUGE]

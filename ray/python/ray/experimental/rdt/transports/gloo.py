@@ -15,12 +15,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt._agent import read_memory
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
 from ray.experimental.rdt.transports.process_group.link import CONSUMER, MAX_TAG, PRODUCER, Buffers
-from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport, node_ip
+from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:
     import torch
@@ -145,4 +146,4 @@ class GlooTransport(ProcessGroupTransport):
     """
 
     def __init__(self, session: Session, host: str | None = None, groups: Membership | None = None):
-        super().__init__(GlooBackend(host or node_ip()), session, groups)
+        super().__init__(GlooBackend(host or ray_core.node_ip_address()), session, groups)

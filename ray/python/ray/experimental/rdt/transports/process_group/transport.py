@@ -515,12 +515,5 @@ def serve_links(session: Session, transport: Callable[[str], ProcessGroupTranspo
     session.serve("rdt.link.close", on_close)
 
 
-def node_ip() -> str:
-    """The address by which Ray knows this node."""
-    import ray
-
-    return str(ray._private.worker.global_worker.node_ip_address)
-
-
 def _has_passed(moment: Deadline | None) -> bool:
     return moment is None or moment.has_passed()

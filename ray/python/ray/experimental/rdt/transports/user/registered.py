@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray import cloudpickle
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 
@@ -92,15 +93,11 @@ def register(entry: RegisteredTransport) -> None:
     Raises:
         ValueError: the name is taken.
     """
-    import ray
-
-    hooks = ray._private.worker._post_init_hooks
     with _lock:
         if entry.name in _registered or entry.name in OWN_TRANSPORTS:
             raise ValueError(f"Transport {entry.name} already registered.")
         _registered[entry.name] = entry
-        if _publish_all not in hooks:
-            hooks.append(_publish_all)
+        ray_core.call_after_init(_publish_all)
     if _is_connected():
         try:
             _publish(entry)
@@ -124,7 +121,7 @@ def refresh(name: str) -> None:
     entry, published = _registered.get(name), _published.pop(name, None)
     if entry is None or published is None or (record := _record_of(entry)) == published:
         return
-    _gcs().internal_kv_put(_key(name), record, True, _NAMESPACE, GCS_TIMEOUT_S)
+    ray_core.kv_put(_key(name), record, _NAMESPACE, timeout_s=GCS_TIMEOUT_S)
 
 
 def find(name: str) -> RegisteredTransport | None:
@@ -141,7 +138,7 @@ def find(name: str) -> RegisteredTransport | None:
     entry = _registered.get(name)
     if entry is not None or name in BUILT_IN_TRANSPORTS or not _is_connected():
         return entry
-    job = _job()
+    job = ray_core.cluster_and_job()
     if (job, name) not in _found:
         _, data = _read(name)
         if not data:
@@ -157,12 +154,12 @@ def known_names() -> list[str]:
 
 def publish_note(name: str, value: Any) -> None:
     """Keeps a value for other processes of the job until ``drop_note``."""
-    _gcs().internal_kv_put(_key(name), cloudpickle.dumps(value), True, _NAMESPACE, GCS_TIMEOUT_S)
+    ray_core.kv_put(_key(name), cloudpickle.dumps(value), _NAMESPACE, timeout_s=GCS_TIMEOUT_S)
 
 
 def read_note(name: str) -> Any:
     """A value that a process of the job keeps. Raises KeyError if it does not any more."""
-    data = _gcs().internal_kv_get(_key(name), _NAMESPACE, GCS_TIMEOUT_S)
+    data = ray_core.kv_get(_key(name), _NAMESPACE, GCS_TIMEOUT_S)
     if data is None:
         raise KeyError(f"nothing is kept under {name!r} in Ray's GCS")
     return cloudpickle.loads(data)
@@ -170,7 +167,7 @@ def read_note(name: str) -> Any:
 
 def drop_note(name: str) -> None:
     """Ends ``publish_note``."""
-    _gcs().internal_kv_del(_key(name), False, _NAMESPACE, GCS_TIMEOUT_S)
+    ray_core.kv_delete(_key(name), _NAMESPACE, GCS_TIMEOUT_S)
 
 
 def _publish_all() -> None:
@@ -195,7 +192,7 @@ def _record_of(entry: RegisteredTransport) -> bytes:
 
 def _publish(entry: RegisteredTransport) -> None:
     record = _record_of(entry)
-    _gcs().internal_kv_put(_key(entry.name), record, False, _NAMESPACE, GCS_TIMEOUT_S)
+    ray_core.kv_put(_key(entry.name), record, _NAMESPACE, False, GCS_TIMEOUT_S)
     text, _ = _read(entry.name)
     if text != str(entry):
         raise ValueError(
@@ -206,7 +203,7 @@ def _publish(entry: RegisteredTransport) -> None:
 
 def _read(name: str) -> tuple[str, bytes]:
     """A published transport: what it stands for, and it pickled. Empty if there is none."""
-    record = _gcs().internal_kv_get(_key(name), _NAMESPACE, GCS_TIMEOUT_S) or b""
+    record = ray_core.kv_get(_key(name), _NAMESPACE, GCS_TIMEOUT_S) or b""
     text, _, data = record.partition(b"\n")
     return text.decode(), data
 
@@ -214,20 +211,8 @@ def _read(name: str) -> tuple[str, bytes]:
 def _key(name: str) -> bytes:
     from ray._private.function_manager import make_function_table_key
 
-    _, job_id = _job()
+    _, job_id = ray_core.cluster_and_job()
     return bytes(make_function_table_key(_KEY_TYPE, job_id, b"rdt-" + name.encode()))
-
-
-def _job() -> Any:
-    import ray
-
-    return ray._private.worker.global_worker.current_cluster_and_job
-
-
-def _gcs() -> Any:
-    import ray
-
-    return ray._private.worker.global_worker.gcs_client
 
 
 def _is_connected() -> bool:

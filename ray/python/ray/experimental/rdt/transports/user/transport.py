@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
@@ -353,7 +354,7 @@ class UserTransport:
         return self.manager.wait_fetch_complete(request, left)
 
     def _communicator(self, shipment: Shipment, deadline: Deadline) -> Any:
-        producer, consumer = _actor(shipment.producer), _own_actor()
+        producer, consumer = _actor(shipment.producer), ray_core.own_actor_handle()
         if consumer is not None:
             # The main thread may be what waits here, and so could not run a call of its own actor.
             consumer.__ray_call__ = _CallHere()
@@ -467,8 +468,7 @@ class _CallHere:
     def remote(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         import ray
 
-        worker = ray._private.worker.global_worker
-        return ray.put(function(worker.actors[worker.actor_id], *args, **kwargs))
+        return ray.put(function(ray_core.actor(), *args, **kwargs))
 
 
 def _reason(error: BaseException | None) -> str:
@@ -490,17 +490,8 @@ def _noted(transfer_id: str, communicator: Any) -> Iterator[str]:
 
 def own_actor_handle() -> bytes | None:
     """The handle of this process's actor as Ray serializes it, None if it is none."""
-    actor = _own_actor()
+    actor = ray_core.own_actor_handle()
     return None if actor is None else actor._serialization_helper()[0]
-
-
-def _own_actor() -> Any:
-    import ray
-
-    worker = ray._private.worker.global_worker
-    return (
-        None if worker.actor_id.is_nil() else worker.core_worker.get_actor_handle(worker.actor_id)
-    )
 
 
 def _actor(serialized: bytes | None) -> Any:
