@@ -32,17 +32,13 @@ from tests.integration import user_transports
 Buffers = Sequence[torch.Tensor]
 
 
-class StaleError(TransportUnavailable):
-    is_stale = True
-
-
 def play(step: str) -> None:
     what = user_transports.SCRIPT.get(step)
     if what == "unavailable":
         raise TransportUnavailable(f"scripted to be unavailable in {step}")
     if what == "stale":
         del user_transports.SCRIPT[step]
-        raise StaleError(f"scripted to be stale in {step}")
+        raise TransportUnavailable(f"scripted to be stale in {step}", retryable=True)
     user_transports.play(step)
 
 

@@ -82,9 +82,7 @@ def test_a_producer_without_the_library_is_asked_once(spawn: Any, far: Any) -> N
 
 def fail_to_read(_: Peer, code: str, may_still_write: bool) -> None:
     def read(self: Consumer, *_: Any) -> None:
-        error = nixl_engine.NixlError("the cable is out", code)
-        error.may_still_write = may_still_write  # type: ignore[attr-defined]
-        raise error
+        raise nixl_engine.NixlError("the cable is out", code, may_still_write=may_still_write)
 
     Consumer.read = read  # type: ignore[method-assign]
 

@@ -17,6 +17,7 @@ from ray.exceptions import (
     ObjectLostError,
 )
 
+from ray.experimental.rdt._agent import AgentError
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTFetchError, RDTProducerDiedError
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
@@ -31,12 +32,8 @@ from tests.unit.serialization.test_capture import Context
 ADDRESS = b"\x01\x00" + b"A" * 16
 
 
-class AgentError(Exception):
-    """As the agent raises it."""
-
-    def __init__(self, code: str):
-        super().__init__(f"the agent says {code}")
-        self.code = code
+def agent_error(code: str) -> AgentError:
+    return AgentError(code, f"the agent says {code}")
 
 
 class Block:
@@ -87,7 +84,9 @@ class FakeAgent:
 
     def pull(self, address: bytes, key: bytes, addresses: Any, lengths: Any) -> FakePull:
         assert address == ADDRESS
-        self.pulls.append(FakePull(self.held.get(key, AgentError("not_found")), addresses, lengths))
+        self.pulls.append(
+            FakePull(self.held.get(key, agent_error("not_found")), addresses, lengths)
+        )
         return self.pulls[-1]
 
 
@@ -182,7 +181,7 @@ def test_large_and_small_regions_land_together(world: World):
 
 def test_failed_hint_is_pulled_anew(world: World):
     """It may have failed long ago, for a reason that has passed."""
-    envelope = world.send([torch.arange(5)], outcome=AgentError("peer_lost"))
+    envelope = world.send([torch.arange(5)], outcome=agent_error("peer_lost"))
     key, session = envelope.head.key, world.links().session
     world.hints[key] = AgentPull(session, ADDRESS, key, allocate(session, envelope.table.regions))
     world.agent.held[key] = world.kept[0].gather()
@@ -280,11 +279,11 @@ def test_target_of_an_own_value_is_filled(world: World):
 @pytest.mark.parametrize(
     ("outcome", "kind", "says"),
     [
-        (AgentError("peer_lost"), ActorDiedError, "is gone"),
-        (AgentError("unreachable"), ActorDiedError, "is gone"),
-        (AgentError("not_found"), RDTFetchError, "does not hold it any more"),
-        (AgentError("size_mismatch"), RDTFetchError, "size_mismatch"),
-        (AgentError("auth"), RDTFetchError, "auth"),
+        (agent_error("peer_lost"), ActorDiedError, "is gone"),
+        (agent_error("unreachable"), ActorDiedError, "is gone"),
+        (agent_error("not_found"), RDTFetchError, "does not hold it any more"),
+        (agent_error("size_mismatch"), RDTFetchError, "size_mismatch"),
+        (agent_error("auth"), RDTFetchError, "auth"),
         (TimeoutError("slow"), ObjectFetchTimedOutError, "60 s"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
@@ -313,7 +312,7 @@ def test_failure_becomes_an_error_that_says_what_where_and_why(
 def test_one_failure_leaves_the_others_alone(world: World):
     sent = [
         world.send([torch.ones(5)]),
-        world.send([torch.ones(5)], outcome=AgentError("peer_lost")),
+        world.send([torch.ones(5)], outcome=agent_error("peer_lost")),
         world.send([torch.ones(5)]),
     ]
     first, second, third = world.fetch(*sent)
@@ -331,7 +330,7 @@ def test_users_timeout_is_raised_and_pulls_go_on_where_there_is_room(world: Worl
 
 
 def test_what_no_time_would_bring_is_said_also_to_the_impatient(world: World):
-    sent = world.send([torch.ones(5)], outcome=AgentError("not_found"))
+    sent = world.send([torch.ones(5)], outcome=agent_error("not_found"))
     (error,) = world.fetch(sent, timeout_s=0)
     assert isinstance(error, RDTFetchError)
 
@@ -344,7 +343,7 @@ def test_users_timeout_is_raised_whatever_a_transport_made_of_it(world: World):
 
 def test_death_that_a_transport_wraps_is_still_a_death(world: World):
     wrapped = RuntimeError("no connection")
-    wrapped.__cause__ = AgentError("unreachable")
+    wrapped.__cause__ = agent_error("unreachable")
     (error,) = world.fetch(world.send([torch.ones(5)], outcome=wrapped))
     assert isinstance(error, RDTProducerDiedError)
 

@@ -14,9 +14,9 @@ from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.process_group.link import (
     LinkClosed,
-    TransferError,
+    TransferFailed,
     TransferRefused,
-    TransferTimeout,
+    TransferTimedOut,
 )
 from tests.support import wait_until
 from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern, same
@@ -119,7 +119,7 @@ def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
     with pytest.raises(TransferRefused, match="CPU tensors only") as refused:
         consumer.fetch(producer.peer, "x", [torch.empty(4, dtype=torch.uint8, device="meta")])
     assert isinstance(refused.value, TransportUnavailable)
-    assert not refused.value.is_stale
+    assert not refused.value.retryable
     wait_until(lambda: not consumer.transport._links, "the producer must not send for long")
     round_trip(consumer, producer, [4])
 
@@ -157,7 +157,7 @@ def test_route_whose_link_is_gone_can_be_given_up(nodes, may_send):
 def test_other_sizes_are_an_error_and_nobody_dies(nodes):
     consumer, producer = nodes()
     producer.objects["x"] = pattern([MB], 1)
-    with pytest.raises(TransferError, match="expected"):
+    with pytest.raises(TransferFailed, match="expected"):
         consumer.fetch(producer.peer, "x", blanks([100]))
     round_trip(consumer, producer, [MB])
 
@@ -168,7 +168,7 @@ def test_deadline_ends_the_transfer_and_the_next_one_works(nodes):
     producer.objects["x"] = pattern([MB], 1)
     producer.send_delay_s = 1.0
     started = time.monotonic()
-    with pytest.raises(TransferTimeout):
+    with pytest.raises(TransferTimedOut):
         consumer.fetch(producer.peer, "x", blanks([MB]), timeout_s=0.3)
     assert time.monotonic() - started < 0.9
     producer.send_delay_s = 0.0
@@ -180,7 +180,7 @@ def test_nothing_is_written_after_a_failure(nodes):
     round_trip(consumer, producer, [1])  # the link is made
     producer.objects["x"] = [torch.full((256 * MB,), 7, dtype=torch.uint8)]
     buffers = blanks([256 * MB])
-    with pytest.raises(TransferTimeout):
+    with pytest.raises(TransferTimedOut):
         consumer.fetch(producer.peer, "x", buffers, timeout_s=0.05)
     before = buffers[0].clone()
     time.sleep(0.3)
@@ -205,7 +205,7 @@ def test_who_closes_a_link_second_waits_until_nothing_is_written(nodes, monkeypa
     def receive():
         try:
             consumer.transport.receive(route, blanks([MB]), Deadline.after(0.3))
-        except TransferError as error:
+        except TransferFailed as error:
             ends.append((error, gate.is_set()))
 
     monkeypatch.setattr(link._backend, "kill", slow_kill)
@@ -222,7 +222,7 @@ def test_who_closes_a_link_second_waits_until_nothing_is_written(nodes, monkeypa
     for thread in threads:
         thread.join(5)
     ((error, was_over),) = ends
-    assert isinstance(error, TransferTimeout)
+    assert isinstance(error, TransferTimedOut)
     assert was_over
 
 
@@ -237,7 +237,7 @@ def test_loss_of_the_connection_fails_its_waiters_at_once(nodes):
     with pytest.raises(LinkClosed, match="broke") as failure:
         consumer.fetch(producer.peer, "x", blanks([MB]))
     assert time.monotonic() - started < 1.5
-    assert failure.value.is_stale
+    assert failure.value.retryable
     round_trip(consumer, other, [KB])
 
 

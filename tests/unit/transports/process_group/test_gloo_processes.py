@@ -14,7 +14,7 @@ import pytest
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer
-from ray.experimental.rdt.transports.process_group.link import TransferError
+from ray.experimental.rdt.transports.process_group.link import TransferFailed
 from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern, same
 
 KB, MB = 1 << 10, 1 << 20
@@ -143,7 +143,7 @@ def test_death_in_the_middle_of_a_transfer(workers, node):
 
     threading.Timer(0.05, kill).start()
     started = time.monotonic()
-    with pytest.raises(TransferError):
+    with pytest.raises(TransferFailed):
         node.fetch(producer.peer, "x", buffers)
     assert time.monotonic() - started < 1.5
 
@@ -178,7 +178,7 @@ def test_stopped_producer_costs_its_consumer_the_deadline_only(workers, node):
     stop = threading.Timer(0.05, os.kill, (producer.pid, signal.SIGSTOP))
     stop.start()
     started = time.monotonic()
-    with pytest.raises(TransferError):
+    with pytest.raises(TransferFailed):
         node.fetch(producer.peer, "y", buffers, timeout_s=1.0)
     assert time.monotonic() - started < 2.5
     stop.join()

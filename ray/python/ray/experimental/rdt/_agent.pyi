@@ -5,13 +5,14 @@ from typing import Any, final
 
 from typing_extensions import Buffer
 
+from ray.experimental.rdt.common.failures import TransferFailed
+
 LANES: tuple[str, ...]
 
 def checksum(addrs: Buffer, lens: Buffer) -> int: ...
 def read_memory(addrs: Buffer, lens: Buffer, to: int) -> None: ...
 
-class AgentError(Exception):
-    code: str
+class AgentError(TransferFailed):
     lane: str | None
     def __init__(self, code: str, text: str, lane: str | None = None) -> None: ...
 

@@ -22,13 +22,14 @@ from libcpp.utility cimport move
 from posix.unistd cimport getpid
 
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
+from ray.experimental.rdt.common.failures import TransferFailed
 
 cdef double _SLICE_S = 0.25
 
 LANES = tuple(kLaneNames[i].decode() for i in range(kLaneCount))
 
 
-class AgentError(Exception):
+class AgentError(TransferFailed):
     """A failure that the agent reports.
 
     Attributes:
@@ -38,8 +39,8 @@ class AgentError(Exception):
     """
 
     def __init__(self, code, text, lane=None):
-        super().__init__(code, text, lane)
-        self.code = code
+        super().__init__(text, code)
+        self.args = (code, text, lane)
         self.lane = lane
 
     def __str__(self):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ray.experimental.rdt._tensors import tensor_over
 from ray.experimental.rdt.accelerators.base import CannotShare, Event, Sharing
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.processes import Process
 from ray.experimental.rdt.common.real_threads import Future
 
@@ -46,7 +47,7 @@ class Segment(NamedTuple):
     device: str
 
 
-class MemoryLost(RuntimeError):
+class MemoryLost(TransferFailed, RuntimeError):
     """The process that has allocated memory has ended, and what the memory holds is not known."""
 
     code = "peer_lost"

@@ -1,6 +1,6 @@
-"""What RDT raises. One small tree below ``ray.exceptions.RayError``.
+"""The errors that RDT raises to users, one small tree below ``ray.exceptions.RayError``.
 
-An error says what happened, to which object, between whom, over which lane, and what can be done.
+Each names the object, the two processes, the lane, the cause, and what the user can do.
 """
 
 from __future__ import annotations

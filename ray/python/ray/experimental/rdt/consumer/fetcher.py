@@ -24,6 +24,7 @@ from ray.experimental.rdt.common.errors import (
     RDTFetchTimedOutError,
     RDTProducerDiedError,
 )
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.consumer import transfer as lanes
 from ray.experimental.rdt.consumer.device_transfer import PerDevice
@@ -63,10 +64,6 @@ class Arrival:
 
     def unpickle(self) -> list[Any]:
         return self.envelope.restore(self.tensors)
-
-
-#: What an error says of an object that more time would not bring either.
-_FINAL = {"not_found", "peer_lost", "unreachable", "changed"}
 
 
 class Fetcher:
@@ -159,7 +156,7 @@ class FetchDeadline:
     def is_over(self, error: Exception) -> bool:
         """Whether the user's time ended a step that failed like this."""
         is_late = isinstance(error, TimeoutError) or self.deadline.has_passed()
-        return self.is_of_user and is_late and not _codes(error) & _FINAL
+        return self.is_of_user and is_late and not _is_final(error)
 
 
 def _fetch_deadline(timeout_s: float | None) -> FetchDeadline:
@@ -198,7 +195,7 @@ def as_fetch_error(
 
 
 def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
-    codes = _codes(error)
+    failures = _failures(error)
     if isinstance(error, TimeoutError):
         return RDTFetchTimedOutError(
             context,
@@ -206,7 +203,7 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "Look whether the producer is stopped or its network is cut; the limit is "
             "RAY_rdt_fetch_fail_timeout_milliseconds.",
         )
-    if codes & {"peer_lost", "unreachable"}:
+    if any(each.peer_lost for each in failures):
         return RDTProducerDiedError(
             context,
             f"the process that holds the tensors is gone ({error}).",
@@ -220,7 +217,7 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "A tensor that is changed in place after the first consumer has pulled it does this: "
             "call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
         )
-    return RDTFetchError(context, *_reason_and_advice(error, codes))
+    return RDTFetchError(context, *_reason_and_advice(error, {each.code for each in failures}))
 
 
 def _reason_and_advice(error: Exception, codes: set[str]) -> tuple[str, str]:
@@ -270,9 +267,14 @@ def _reason_of_device(error: Exception) -> tuple[str, str] | None:
     return None
 
 
-def _codes(error: BaseException) -> set[str]:
-    """What an error and its causes say to programs: a named transport wraps what the agent said."""
-    return {str(getattr(each, "code", "")) for each in _chain(error)}
+def _failures(error: BaseException) -> list[TransferFailed]:
+    """The typed failures among an error and its causes: a transport may wrap the agent's."""
+    return [each for each in _chain(error) if isinstance(each, TransferFailed)]
+
+
+def _is_final(error: BaseException) -> bool:
+    """Tell whether more time would not bring the object either."""
+    return any(each.peer_lost or each.code in ("not_found", "changed") for each in _failures(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

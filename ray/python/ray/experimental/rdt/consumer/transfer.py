@@ -20,6 +20,7 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTError
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer.receive_buffers import (
@@ -370,9 +371,10 @@ class Exchanges:
         if not self._is_unnamed(lane) or deadline.has_passed():
             return False
         is_final = isinstance(error, (MemoryError, RayError, ChecksumMismatch))
-        is_gone = getattr(error, "code", "") in ("not_found", "changed")
-        may_write = getattr(error, "may_still_write", False)
-        return not (is_final or is_gone or may_write)
+        if isinstance(error, TransferFailed):
+            is_gone = error.code in ("not_found", "changed")
+            is_final = is_final or is_gone or error.may_still_write
+        return not is_final
 
     def _pass_over(self, name: str, error: Exception) -> None:
         if not self._is_unnamed(name):
@@ -540,8 +542,8 @@ def retry_stale(move: Callable[[], _Moved], deadline: Deadline) -> _Moved:
             return move()
         except Exception as error:
             raise_if_interrupt(error)
-            is_stale = getattr(error, "is_stale", False) or getattr(error, "code", "") == "broken"
-            if not is_stale or not left or deadline.has_passed():
+            is_retryable = isinstance(error, TransferFailed) and error.retryable
+            if not is_retryable or not left or deadline.has_passed():
                 raise
             logger.debug("RDT moves an object again", exc_info=True)
     raise AssertionError("the last try returns or raises")

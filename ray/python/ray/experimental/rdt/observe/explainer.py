@@ -268,7 +268,7 @@ class Explainer:
             agent.pull(address, os.urandom(16), nothing, nothing).wait(_left(deadline))
         except (AgentError, TimeoutError) as error:
             raise_if_interrupt(error)
-            if getattr(error, "code", "") != "not_found":
+            if not isinstance(error, AgentError) or error.code != "not_found":
                 return dict.fromkeys(_LANES, f"the producer's agent cannot be reached: {error}")
         return dict(agent.explain(address))
 

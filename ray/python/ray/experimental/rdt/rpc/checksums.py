@@ -13,13 +13,12 @@ from typing import Any
 
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.rpc.session import Session
 
 
-class ChecksumMismatch(Exception):
-    """What was received is not what the producer has."""
-
-    code = "corrupt"
+class ChecksumMismatch(TransferFailed):
+    """The received bytes differ from the producer's."""
 
 
 class Expected:

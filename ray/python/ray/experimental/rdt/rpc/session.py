@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import AGENT_LANES, settings
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 
 logger = logging.getLogger("ray.rdt")
@@ -46,16 +47,8 @@ class Reply(NamedTuple):
 Handler = Callable[[bytes, dict[str, Any]], dict[str, Any] | Reply]
 
 
-class CallError(Exception):
-    """A request of a peer cannot be served; raised by its handler and, with that text, by ``call``.
-
-    Attributes:
-        code: One word for programs, "" for none: "not_found" is an object that is gone.
-    """
-
-    def __init__(self, message: str, code: str = ""):
-        super().__init__(message)
-        self.code = code
+class CallError(TransferFailed):
+    """A request cannot be served. The handler raises it, and so does ``call`` at the asker."""
 
 
 class Session:
@@ -265,7 +258,7 @@ class Session:
             logger.debug("RDT request of a peer failed", exc_info=True)
             answer = {
                 "error": f"{type(error).__name__}: {error}",
-                "code": getattr(error, "code", ""),
+                "code": error.code if isinstance(error, TransferFailed) else "",
             }
         self.agent.reply(call_id, json.dumps(answer).encode(), False)
         if then is not None:

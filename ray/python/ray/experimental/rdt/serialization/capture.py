@@ -61,6 +61,7 @@ from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.common import descriptor as descriptor_module
 from ray.experimental.rdt.common.descriptor import Descriptor
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.serialization.array_reducers import ArrayPickler, are_arrays_wanted
 from ray.experimental.rdt.transports.base import Parcel, Shipment
 
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
     from ray.experimental.rdt.transports.nixl.pool import Copies
 
 
-class MemoryChanged(Exception):
+class MemoryChanged(TransferFailed):
     """The memory of an object's tensors is not what it was when the object was made."""
 
     code = "changed"

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import TransferFailed
 
 if TYPE_CHECKING:
     import torch
@@ -27,19 +28,15 @@ if TYPE_CHECKING:
     from ray.experimental.rdt.accelerators.base import Event
 
 
-class TransportUnavailable(Exception):
+class TransportUnavailable(TransferFailed):
     """This transport cannot serve this pair or this object; nothing has been sent.
 
     The fetch then takes the best other lane and logs the reason once, or, with
     ``RAY_RDT_STRICT_TRANSPORT=1``, raises it to the user. Raised in the producer's process, it
-    reaches the consumer by its ``code``.
-
-    Attributes:
-        is_stale: Only what was used of it has ended; another ``route`` may do.
+    reaches the consumer by its ``code``. One that is ``retryable`` is followed by another try.
     """
 
     code = "unavailable"
-    is_stale = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ class OneSided(Protocol):
 
         Runs on: consumer, the fetching thread; may block until ``deadline`` (``time.monotonic``).
         Returns only once all bytes are in place; after an error none is written any more, unless
-        it says so in an attribute ``may_still_write``.
+        it is a ``TransferFailed`` with ``may_still_write``.
 
         Raises:
             TransportUnavailable: nothing was sent, another lane may be tried.

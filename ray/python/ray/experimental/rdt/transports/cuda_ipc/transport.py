@@ -42,6 +42,7 @@ from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Eve
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Segment, SharedMemory
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import note_still_writing
 from ray.experimental.rdt.common.real_threads import Empty, SimpleQueue
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
@@ -282,8 +283,8 @@ class DeviceIpcTransport:
             self._read(source, copies, buffers, deadline, after)
         except BaseException as error:
             source.is_over = True
-            has_ended = have_ended(copies, _GRACE_S)
-            error.may_still_write = not has_ended  # type: ignore[attr-defined]
+            if not have_ended(copies, _GRACE_S):
+                note_still_writing(error)
             raise
         finally:
             self._end_read(source, copies, deadline)

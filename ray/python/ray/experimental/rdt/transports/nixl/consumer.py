@@ -13,6 +13,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import note_still_writing
 from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl.endpoint import Endpoint, LazyEndpoint
@@ -109,7 +110,8 @@ class Consumer:
                 _run(endpoint.engine, batches, exposure.agent, under_way, deadline)
         except BaseException as error:
             _settle(under_way, Deadline.after(_GRACE_S))
-            error.may_still_write = bool(under_way)  # type: ignore[attr-defined]
+            if under_way:
+                note_still_writing(error)
             raise
         finally:
             self._end(endpoint, _Hung(under_way, lease, tuple(buffers)))

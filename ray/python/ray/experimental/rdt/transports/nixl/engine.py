@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.plan import Batch
@@ -38,20 +39,14 @@ _PROGRESS_DELAY_US = 10_000
 _open_engines: list[NixlEngine] = []
 
 
-class NixlError(Exception):
-    """nixl reports that something failed.
-
-    Attributes:
-        code: "peer_lost" where the connection to the peer broke, else "".
-    """
-
-    def __init__(self, message: str, code: str = ""):
-        super().__init__(message)
-        self.code = code
+class NixlError(TransferFailed):
+    """An operation of nixl failed; ``peer_lost`` where the connection to the peer broke."""
 
 
 class NixlMissing(TransportUnavailable, ImportError):
     """The nixl library is not installed in this process's environment."""
+
+    name = "nixl"
 
 
 class Read(Protocol):
@@ -110,8 +105,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("nixl") is None:
         raise NixlMissing(
             "the nixl library is missing in this process: pip install nixl (or nixl-cu12 / "
-            "nixl-cu13 for one CUDA version)",
-            name="nixl",
+            "nixl-cu13 for one CUDA version)"
         )
 
 

@@ -25,6 +25,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import TransferFailed, TransferTimedOut
 from ray.experimental.rdt.transports.base import Capabilities, Peer, TransportUnavailable
 from ray.experimental.rdt.transports.process_group import packing
 from ray.experimental.rdt.transports.process_group.packing import Direct, Header, Message, Packed
@@ -47,24 +48,17 @@ _REASON_S = {CONSUMER: 1.0, PRODUCER: 0.1}
 Buffers = Sequence["torch.Tensor"]
 
 
-class TransferError(Exception):
-    """The transfer failed; no byte is written any more."""
-
-
-class TransferTimeout(TransferError, TimeoutError):
-    """The deadline passed before all bytes were there."""
-
-
-class LinkClosed(TransferError, TransportUnavailable):
+class LinkClosed(TransportUnavailable):
     """The link broke or was closed before the transfer ended; another may begin anew.
 
     A transfer that was given up closes its link, and the next one may have picked that just before.
     """
 
-    is_stale = True
+    def __init__(self, message: str):
+        super().__init__(message, retryable=True)
 
 
-class TransferRefused(TransferError, TransportUnavailable):
+class TransferRefused(TransportUnavailable):
     """One end refused these buffers and said why; another lane may serve.
 
     The link stays good if that was the producer, which then has sent nothing.
@@ -140,10 +134,10 @@ class _Job:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.error: BaseException | None = None
-        self._stopping: TransferError | None = None
+        self._stopping: TransferFailed | None = None
         self._lock = threading.Lock()
 
-    def stop(self, error: TransferError) -> None:
+    def stop(self, error: TransferFailed) -> None:
         """Asks the transfer's thread to end after the messages that are under way."""
         self._stopping = error
 
@@ -224,7 +218,7 @@ class Link:
         """Moves one byte, to know that both ends are connected. Runs on: both, any thread.
 
         Raises:
-            TransferError: it did not come; the link is closed.
+            TransferFailed: it did not come; the link is closed.
         """
 
         def move(job: _Job) -> None:
@@ -239,7 +233,7 @@ class Link:
         Buffers that the backend cannot carry are not sent: the consumer is told why.
 
         Raises:
-            TransferError: it failed; the link is closed.
+            TransferFailed: it failed; the link is closed.
         """
         self._run(lambda job: self._send(job, tag, buffers, deadline), deadline)
 
@@ -253,7 +247,7 @@ class Link:
         Raises:
             TransferRefused: the producer does not send these buffers, or the backend cannot write
                 them; the producer has then been stopped by closing the link.
-            TransferError: it failed; no byte is written any more.
+            TransferFailed: it failed; no byte is written any more.
         """
         refusal = self._backend.reject(buffers)
         if refusal:
@@ -293,7 +287,7 @@ class Link:
             raise TransferRefused(header.refusal)
         expected = Header.describing(tag, [b.numel() for b in buffers])
         if header != expected:
-            raise TransferError(f"expected {expected}, the producer sends {header}")
+            raise TransferFailed(f"expected {expected}, the producer sends {header}")
 
         def post(message: Message, slot: torch.Tensor | None) -> Any:
             return self._post(slot if slot is not None else _part(buffers, message), tag)
@@ -370,11 +364,11 @@ class Link:
     def _await(self, job: _Job, deadline: Deadline) -> None:
         while not job.done.wait(min(_SLICE_S, deadline.left_s())):
             if deadline.has_passed():
-                raise TransferTimeout(
+                raise TransferTimedOut(
                     f"not all bytes came over {self._backend.capabilities.name} in time"
                 )
             raise_if_cancelled()
-        if isinstance(job.error, TransferError):
+        if isinstance(job.error, TransferFailed):
             raise job.error
         if job.error is not None:
             # A broken connection is often the end of a link whose reason is still on its way.
@@ -382,7 +376,7 @@ class Link:
                 raise self._closed_error() from job.error
             raise LinkClosed(_in_short(job.error)) from job.error
 
-    def _closed_error(self) -> TransferError:
+    def _closed_error(self) -> TransferFailed:
         return LinkClosed(self._closed)
 
     def close(self, reason: str, grace_s: float = 0.0) -> None:

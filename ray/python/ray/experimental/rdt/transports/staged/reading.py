@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.accelerators.base import Event, have_ended
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import note_still_writing
 from ray.experimental.rdt.rpc import checksums
 from ray.experimental.rdt.rpc.session import Session, boot_id_of
 from ray.experimental.rdt.transports.base import Peer
@@ -67,7 +68,8 @@ class Reader:
         try:
             reading.run()
         except BaseException as error:
-            error.may_still_write = not reading.end()  # type: ignore[attr-defined]
+            if not reading.end():
+                note_still_writing(error)
             raise
 
     def forget(self, producer: bytes) -> None:

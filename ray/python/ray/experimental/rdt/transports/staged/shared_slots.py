@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.failures import TransferFailed
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class SlotLost(Exception):
+class SlotLost(TransferFailed):
     """The producer has used a slot again before this process had read it."""
 
     code = "broken"

@@ -28,6 +28,7 @@ from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTError
+from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import is_interrupt, raise_if_interrupt
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 from ray.experimental.rdt.tensor_transport_manager import (
@@ -63,16 +64,8 @@ _REMEMBERED_ENDS = 256
 Ask = Callable[[str, Route], Route]
 
 
-class TransferEnded(Exception):
-    """The other side of a transfer ended it.
-
-    Attributes:
-        code: "broken" if nothing failed but the connection to its agent.
-    """
-
-    def __init__(self, message: str, code: str = ""):
-        super().__init__(message)
-        self.code = code
+class TransferEnded(TransferFailed):
+    """The other side of a transfer ended it; ``retryable`` if only the connection broke."""
 
 
 class _Call:
@@ -326,7 +319,7 @@ class UserTransport:
             answer = self._session.call(producer, self._end_op, body, _END_S)
         except Exception as lost:
             raise_if_interrupt(lost)
-            return lost if getattr(lost, "code", "") in ("peer_lost", "unreachable") else error
+            return lost if isinstance(lost, TransferFailed) and lost.peer_lost else error
         return TransferEnded(answer["reason"]) if answer["reason"] else error
 
     def _ask(self, ask: Ask, transfer: _Transfer, note: str) -> None:
