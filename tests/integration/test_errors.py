@@ -203,12 +203,12 @@ def spoil(peer: Peer, module: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "module", "function"),
     [
-        ("gloo", "serve", "flat_buffers"),
-        ("gloo", "transports.packing", "plan"),
-        pytest.param("nixl", "serve", "flat_buffers", marks=needs_nixl()),
-        ("pipe", "serve", "await_events"),
-        ("pipe", "transports.registered", "read_note"),
-        ("shm", "serve", "await_events"),
+        ("gloo", "producer.transport_server", "flat_buffers"),
+        ("gloo", "transports.process_group.packing", "plan"),
+        pytest.param("nixl", "producer.transport_server", "flat_buffers", marks=needs_nixl()),
+        ("pipe", "producer.transport_server", "await_events"),
+        ("pipe", "transports.user.registered", "read_note"),
+        ("shm", "producer.transport_server", "await_events"),
     ],
 )
 def test_consumer_hears_at_once_why_the_producer_cannot_send(
