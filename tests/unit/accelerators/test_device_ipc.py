@@ -187,11 +187,13 @@ def test_segment_is_mapped_once_and_until_its_last_user(sides):
 
 def test_memory_is_unmapped_before_the_producer_is_told(sides, monkeypatch):
     consumer = sides[1]
-    live, tell = [], consumer.session.tell
+    live, tell = [], consumer.session.send_oneway
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     read(sides, exposed, bytes_on(TYPE))
     monkeypatch.setattr(
-        consumer.session, "tell", lambda *args: (live.append(consumer.driver.live), tell(*args))
+        consumer.session,
+        "send_oneway",
+        lambda *args: (live.append(consumer.driver.live), tell(*args)),
     )
     sides[0].transport.withdraw(exposed)
     all_is_given_back(*sides)

@@ -38,7 +38,7 @@ def test_a_handler_knows_that_its_asker_is_lost(sessions: tuple[Session, Session
     asker.call(asked.address, "look", {"waits": False}, 20)
     assert seen == [False]
     arrived.clear()
-    asker.tell(asked.address, "look", {"waits": True})
+    asker.send_oneway(asked.address, "look", {"waits": True})
     assert arrived.wait(20)
     asker.close()
     wait_until(lambda: seen == [False, True], "the handler ends")

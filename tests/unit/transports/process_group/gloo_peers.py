@@ -67,14 +67,14 @@ class FakeSession:
         for callback in self._on_lost:
             callback(agent_id)
 
-    def call(self, address, op, body, timeout_s, repeats=True):
+    def call(self, address, op, body, timeout_s, idempotent=True):
         return self.start_call(address, op, body)(timeout_s)
 
-    def tell(self, address, op, body, repeats=True):
+    def send_oneway(self, address, op, body, idempotent=True):
         with suppress(OSError):
             self._told.append(self.start_call(address, op, body))
 
-    def start_call(self, address, op, body, repeats=True):
+    def start_call(self, address, op, body, idempotent=True):
         connection = Client(address.decode(), "AF_UNIX")
         connection.send((self.agent.agent_id, op, json.dumps(body)))
 

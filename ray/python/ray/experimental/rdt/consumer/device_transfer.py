@@ -175,7 +175,7 @@ class _Loan:
             if error.code != TransportUnavailable.code:
                 raise
             why = f"{with_peer}: memory is copied and not shared: {error}"
-            self._session.say_once(why, logging.INFO)
+            self._session.log_once(why, logging.INFO)
             return False
         for region, tensor in zip(regions, tensors):
             buffers.put(region, tensor)
@@ -184,7 +184,7 @@ class _Loan:
             with without_turn():
                 for event in accelerators.record(tensors):
                     event.wait(_left(deadline))
-        self._session.say_once(f"{with_peer}: lane {self.lane}", logging.INFO)
+        self._session.log_once(f"{with_peer}: lane {self.lane}", logging.INFO)
         return True
 
     def abandon(self) -> None:

@@ -278,7 +278,7 @@ class Exchange:
         if self._is_reading:
             self._is_reading = False
             body = {"key": self._head.key.hex()}
-            self._session.tell(self._peer.address, "rdt.done", body, repeats=False)
+            self._session.send_oneway(self._peer.address, "rdt.done", body, idempotent=False)
 
 
 class _RuledOut(TransportUnavailable):
@@ -385,7 +385,7 @@ class Exchanges:
             self._links.policy.failed(name, self._head.address, error)
         if not is_ruled_out or self._device_type != "cpu":
             why = f"RDT lane {name} does not serve {describe_peer(self._head)}: {error}"
-            self._links.session.say_once(why, logging.INFO)
+            self._links.session.log_once(why, logging.INFO)
 
 
 class TransportPull:
@@ -501,7 +501,7 @@ class UserPull:
         if self._is_reading:
             self._is_reading = False
             body = {"key": self._envelope.head.key.hex()}
-            self._links.session.tell(self._peer.address, "rdt.done", body, repeats=False)
+            self._links.session.send_oneway(self._peer.address, "rdt.done", body, idempotent=False)
 
 
 def _start_asking(
@@ -520,7 +520,7 @@ def _start_asking(
         "route": route,
         "timeout_s": deadline.left_s(),
     }
-    return session.start_call(head.address, op, body, repeats=op == "rdt.expose")
+    return session.start_call(head.address, op, body, idempotent=op == "rdt.expose")
 
 
 def _answer_of(asked: Callable[[float], dict[str, Any]], deadline: Deadline) -> Route:
@@ -609,7 +609,7 @@ def fall_back(session: Session, head: Descriptor, error: Exception) -> None:
             f"transport {head.transport!r} cannot serve this object ({error}), and "
             "RAY_RDT_STRICT_TRANSPORT=1 forbids any other lane."
         ) from error
-    session.say_once(
+    session.log_once(
         f"RDT transport {head.transport!r} cannot serve {describe_peer(head)}: {error}. "
         "The best other lane is used."
     )
@@ -623,7 +623,7 @@ def say_used(session: Session, head: Descriptor, lane: str, device_type: str = "
     is_named = lane == head.transport
     why = "the named transport" if is_named else f"the best for {device_type} that serves this pair"
     what = f"RDT with {describe_peer(head)}, tensors on {device_type}"
-    session.say_once(f"{what}: lane {lane} ({why})", logging.INFO)
+    session.log_once(f"{what}: lane {lane} ({why})", logging.INFO)
 
 
 def pull_again(session: Session, head: Descriptor, way: str, error: ChecksumMismatch) -> None:
@@ -634,7 +634,7 @@ def pull_again(session: Session, head: Descriptor, way: str, error: ChecksumMism
     """
     if settings().strict_transport and way == head.transport:
         raise error
-    checksums.say_again(session, way, error)
+    checksums.log_retry(session, way, error)
 
 
 def describe_peer(head: Descriptor) -> str:

@@ -221,7 +221,7 @@ class GroupService:
         """Sends a request; the result waits for the answer. A process asks itself directly."""
         own_id = self._session.agent.agent_id
         if member.agent_id != own_id:
-            return self._session.start_call(member.address, op, body, repeats=False)
+            return self._session.start_call(member.address, op, body, idempotent=False)
         answer = self._handlers[op](own_id, body)
         return lambda timeout_s: answer
 

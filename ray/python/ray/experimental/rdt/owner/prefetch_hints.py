@@ -79,4 +79,4 @@ class HintSender:
             "address": base64.b64encode(location.address).decode(),
             "regions": location.regions,
         }
-        self._session.tell(address, "rdt.hint", body, repeats=False)
+        self._session.send_oneway(address, "rdt.hint", body, idempotent=False)

@@ -166,7 +166,7 @@ class ProducedStreams:
             produced = self._streams.setdefault(spec.stream, _Produced(agent_id_of(spec.caller)))
             produced.running += 1
         body = {"stream": spec.stream, "address": self._session.address.hex()}
-        self._session.tell(spec.caller, "rdt.stream.open", body)
+        self._session.send_oneway(spec.caller, "rdt.stream.open", body)
 
     def end(self, stream: str) -> None:
         """A task makes no more items."""
@@ -276,7 +276,7 @@ class TakenStreams:
                 self._tell_close(address, stream)
 
     def _tell_close(self, address: bytes, stream: str) -> None:
-        self._session.tell(address, "rdt.stream.close", {"stream": stream})
+        self._session.send_oneway(address, "rdt.stream.close", {"stream": stream})
 
 
 class Stream:

@@ -107,7 +107,7 @@ class VerifiedPull:
             self._expected.check(self._pull.checksum, deadline)
             return
         except ChecksumMismatch as error:
-            say_again(self._session, f"lane {self.lane}", error)
+            log_retry(self._session, f"lane {self.lane}", error)
         self._pull = self._begin()
         self._pull.wait(deadline.left_s())
         self._expected.check(self._pull.checksum, deadline)
@@ -143,9 +143,9 @@ def pull(
     return started
 
 
-def say_again(session: Session, way: str, error: ChecksumMismatch) -> None:
+def log_retry(session: Session, way: str, error: ChecksumMismatch) -> None:
     """Says that an object is pulled once more."""
-    session.say_once(
+    session.log_once(
         f"RDT received wrong bytes over {way} ({error}) and pulls the object once more",
         logging.WARNING,
     )

@@ -77,10 +77,10 @@ class Session:
         self.address: bytes = self.agent.address
         assert agent_id_of(self.address) == self.agent.agent_id
         self.pid = os.getpid()
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         # Requests under way whose answers nobody waits for: the agent gives up one that is let go.
-        self._told: list[Any] = []
-        self._told_lock = threading.Lock()
+        self._oneway: list[Any] = []
+        self._oneway_lock = threading.Lock()
         self._handlers: dict[str, Handler] = {}
         # By how a request with such an op begins: the reaper does not read it.
         self._threads: dict[bytes, DaemonThreads] = {}
@@ -115,7 +115,7 @@ class Session:
         op: str,
         body: dict[str, Any],
         timeout_s: float,
-        repeats: bool = True,
+        idempotent: bool = True,
     ) -> dict[str, Any]:
         """Asks a peer's process and waits for its answer.
 
@@ -126,25 +126,27 @@ class Session:
             AgentError: the peer cannot be reached or was lost.
             TimeoutError: no answer within ``timeout_s``.
         """
-        return self.start_call(address, op, body, repeats)(timeout_s)
+        return self.start_call(address, op, body, idempotent)(timeout_s)
 
-    def tell(self, address: bytes, op: str, body: dict[str, Any], repeats: bool = True) -> None:
+    def send_oneway(
+        self, address: bytes, op: str, body: dict[str, Any], idempotent: bool = True
+    ) -> None:
         """Sends a request whose answer nobody needs; a peer that is gone is no error."""
-        sent = self._send(address, op, body, repeats)
-        with self._told_lock:
-            self._told = [pending for pending in self._told if not pending.done]
-            self._told.append(sent)
+        sent = self._send(address, op, body, idempotent)
+        with self._oneway_lock:
+            self._oneway = [pending for pending in self._oneway if not pending.done]
+            self._oneway.append(sent)
 
     def start_call(
-        self, address: bytes, op: str, body: dict[str, Any], repeats: bool = True
+        self, address: bytes, op: str, body: dict[str, Any], idempotent: bool = True
     ) -> Callable[[float], dict[str, Any]]:
         """Sends a request; the returned function waits for its answer as ``call`` does.
 
-        The request is given up when the function is let go before the answer has come. One that
-        ``repeats`` is served twice where the connection breaks before its answer; another one fails
-        then, with the code "broken".
+        The request is given up when the function is let go before the answer has come. If the
+        connection breaks before the answer, an ``idempotent`` request is sent again, and any other
+        fails with the code "broken".
         """
-        pending = self._send(address, op, body, repeats)
+        pending = self._send(address, op, body, idempotent)
 
         def wait(timeout_s: float) -> dict[str, Any]:
             answer = json.loads(pending.wait(timeout_s))
@@ -177,8 +179,8 @@ class Session:
         """Calls back before the agent stops, last registered first."""
         self._on_close.append(callback)
 
-    def _send(self, address: bytes, op: str, body: dict[str, Any], repeats: bool) -> Any:
-        return self.agent.call(address, _request(op, body), repeats)
+    def _send(self, address: bytes, op: str, body: dict[str, Any], idempotent: bool) -> Any:
+        return self.agent.call(address, _request(op, body), idempotent)
 
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
@@ -190,10 +192,10 @@ class Session:
         except RuntimeError:  # the session ends, which peers see by themselves
             logger.debug("RDT ends and leaves %s", action.__qualname__)
 
-    def say_once(self, message: str, level: int = logging.WARNING) -> None:
+    def log_once(self, message: str, level: int = logging.WARNING) -> None:
         """Logs a message unless this session has logged the same before."""
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._logged:
+            self._logged.add(message)
             logger.log(level, message)
 
     def close(self) -> None:

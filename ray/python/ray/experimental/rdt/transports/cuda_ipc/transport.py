@@ -178,7 +178,7 @@ class DeviceIpcTransport:
             self._exposed.pop(number, None)
             readers = self._readers.pop(number, {})
         for address in readers.values():
-            self._session.tell(address, f"rdt.{self._name}.gone", {"exposure": number})
+            self._session.send_oneway(address, f"rdt.{self._name}.gone", {"exposure": number})
 
     def close(self) -> None:
         """See ``OneSided``. What was lent and borrowed stays, since tensors outlive the session.
@@ -354,7 +354,7 @@ class DeviceIpcTransport:
 
     def _keep(self, use: _Use) -> None:
         """Tells the producer that its memory is used beyond the deadline."""
-        self._session.tell(use.peer.address, f"rdt.{self._name}.keep", {"loan": use.loan})
+        self._session.send_oneway(use.peer.address, f"rdt.{self._name}.keep", {"loan": use.loan})
 
     def _read(
         self,
@@ -492,7 +492,7 @@ class DeviceIpcTransport:
         use.mappings.clear()
         if not self._is_closed:
             body = {"loan": use.loan}
-            self._session.tell(use.peer.address, f"rdt.{self._name}.close", body)
+            self._session.send_oneway(use.peer.address, f"rdt.{self._name}.close", body)
         with self._lock:
             self._uses -= 1
         return True

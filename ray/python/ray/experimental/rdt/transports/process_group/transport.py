@@ -252,7 +252,7 @@ class ProcessGroupTransport:
         }
         try:
             self._session.call(
-                peer.address, "rdt.link.open", request, _OPEN_TIMEOUT_S, repeats=False
+                peer.address, "rdt.link.open", request, _OPEN_TIMEOUT_S, idempotent=False
             )
             return self._join(link_id, peer, scope, CONSUMER)
         except Exception as error:
@@ -395,7 +395,7 @@ class ProcessGroupTransport:
         body |= {"transport": self.capabilities.name, "link": link_id}
         for peer in peers:
             try:
-                self._session.tell(peer.address, op, body)
+                self._session.send_oneway(peer.address, op, body)
             except Exception:  # the session is ending: nobody is left to tell
                 logger.debug("RDT could not send %s", op, exc_info=True)
 

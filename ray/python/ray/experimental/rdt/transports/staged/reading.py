@@ -90,7 +90,7 @@ class Reader:
             return self._mappings.open(peer.agent_id, slot, accelerator_of(pieces[0].device))
         except (OSError, RuntimeError) as error:
             self._unmapped.add(peer.agent_id)
-            self.session.say_once(
+            self.session.log_once(
                 f"RDT cannot map the host memory of agent {peer.agent_id.hex()[:8]} and has its "
                 f"agent pull tensors on devices: {error}",
                 logging.INFO,

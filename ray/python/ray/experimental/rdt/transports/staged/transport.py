@@ -188,7 +188,7 @@ class StagedTransport:
         try:
             return slots.take(min(_SLOT_WAIT_S, deadline.left_s()))
         except (OSError, RuntimeError) as error:
-            self._session.say_once(
+            self._session.log_once(
                 f"RDT can share no more host memory for tensors on {device_type} with other "
                 f"processes, whose agents pull it: {error}",
                 logging.INFO,

@@ -410,7 +410,7 @@ class UserTransport:
     def _tell_end(self, peer: bytes, transfer_id: str, error: BaseException) -> None:
         if not isinstance(error, TransferEnded):
             body = {"transfer": transfer_id, "reason": _reason(error)}
-            self._session.tell(peer, self._end_op, body)
+            self._session.send_oneway(peer, self._end_op, body)
 
     def _on_end(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """The other side has failed. Answers with what had failed here before, "" for nothing."""
