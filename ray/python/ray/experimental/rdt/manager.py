@@ -38,7 +38,7 @@ from ray.experimental.rdt.consumer.prefetcher import Prefetcher
 from ray.experimental.rdt.consumer.recovery import Remakes, Result
 from ray.experimental.rdt.consumer.targets import Targets
 from ray.experimental.rdt.groups import service as groups
-from ray.experimental.rdt.hooks.dynamic_generator import DynamicCall
+from ray.experimental.rdt.producer.dynamic_generator import DynamicCall
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.observe.metrics import Gauges
 from ray.experimental.rdt.owner.argument_pins import ArgumentHolder
