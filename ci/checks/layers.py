@@ -29,6 +29,7 @@ LAYERS: list[set[str]] = [
     {"consumer"},
     {"observe"},
     {"session_services"},
+    {"session_parts"},
     {"manager"},
     {
         "api",

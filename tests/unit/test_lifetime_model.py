@@ -17,12 +17,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.owner.object_directory import (
     Directory,
     Free,
     Hint,
     Instruction,
-    Location,
     Own,
 )
 from ray.experimental.rdt.producer.tensor_store import Store

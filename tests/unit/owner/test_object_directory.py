@@ -7,12 +7,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.owner.object_directory import (
     Directory,
     Free,
     Hint,
     LetGo,
-    Location,
     Own,
     State,
     WarnShared,

@@ -9,7 +9,8 @@ import torch
 
 import ray.experimental.rdt
 from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.owner.object_directory import Free, Location
+from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.owner.object_directory import Free
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.serialization.capture import lay_out
 

@@ -40,7 +40,7 @@ def wait_tensor_freed(tensor: torch.Tensor, timeout: float | None = None) -> Non
     Raises:
         TimeoutError: The tensor is still in use.
     """
-    _manager().store.wait_freed(tensor, timeout)
+    _manager().producer.store.wait_freed(tensor, timeout)
 
 
 @PublicAPI(stability="alpha")
@@ -59,7 +59,7 @@ def set_target_for_ref(ref: ray.ObjectRef, target: list[Any]) -> None:
         ValueError: Raised by ``ray.get`` if a target does not fit or the object is not an RDT
             object. The reference stays usable.
     """
-    _manager().set_targets(ref.hex(), target)
+    _manager().consumer.targets.set_tensors(ref.hex(), target)
 
 
 @PublicAPI(stability="alpha")
@@ -116,7 +116,7 @@ def set_target_device_for_ref(ref: ray.ObjectRef, target_device: str) -> None:
         ref: The object.
         target_device: A torch device such as ``"cpu"`` or ``"cuda:1"``.
     """
-    _manager().set_target_device(ref.hex(), target_device)
+    _manager().consumer.targets.set_device(ref.hex(), target_device)
 
 
 @PublicAPI(stability="alpha")

@@ -133,7 +133,7 @@ def register_nixl_memory_pool(size: int, device: torch.device) -> None:
             object has tensors on devices or ``RAY_RDT_STRICT_TRANSPORT=1``.
         ImportError: nixl is not installed, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
-    memory = _manager().make_nixl_pool(size, device)
+    memory = _manager().producer.snapshots.make_pool(size, device)
     _wherever_nixl_is(
         lambda nixl: nixl.register_memory(memory), "Registering a memory pool with nixl"
     )

@@ -95,7 +95,7 @@ def get_tensor_transport_manager(transport_name: str) -> TensorTransportManager:
         ValueError: The transport is unknown or has no instance.
     """
     name = normalize_and_validate_tensor_transport(transport_name)
-    users = ray_core.manager().users_transport(name)
+    users = ray_core.manager().producer.user_transport(name)
     if users is not None:
         manager: TensorTransportManager = users.manager
         return manager

@@ -310,7 +310,7 @@ def _introduce_here(backend: str) -> dict[str, str]:
 
 
 def _begin_session() -> service.GroupService:
-    ray_core.manager()._links()  # attaches the service
+    ray_core.manager().begin()  # attaches the service
     begun = service.peek()
     assert begun is not None
     return begun

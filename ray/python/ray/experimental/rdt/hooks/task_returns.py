@@ -37,7 +37,9 @@ class GuardedValue:
         """The serialized object. Runs on: producer, the thread of the task."""
         # Returns are numbered from one, after the task's id.
         origin = ray_core.task_id() + (self._index + 1).to_bytes(4, "little")
-        return ray_core.manager().serialize_guarded(context, self._value, self._transport, origin)
+        return ray_core.manager().producer.serialize_guarded(
+            context, self._value, self._transport, origin
+        )
 
 
 def submit(
@@ -95,7 +97,7 @@ def _submit(
     def call_again(args: Any, kwargs: Any) -> Any:
         return _submit(variant, args, kwargs, runtime_env_info, options)
 
-    return ray_core.manager().submit_task(
+    return ray_core.manager().owner.submit_task(
         call, call_again, args, kwargs, options.get("max_retries")
     )
 

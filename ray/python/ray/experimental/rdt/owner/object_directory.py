@@ -35,24 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Location:
-    """Where an object's tensors are.
-
-    Attributes:
-        address: The producer's agent.
-        key: The object's key there.
-        nbytes: What a pull moves.
-        regions: The bytes of each region, None where there are too many to tell.
-        is_eager: Whether the value has their bytes inside.
-    """
-
-    address: bytes
-    key: bytes = field(repr=False)
-    nbytes: int
-    regions: tuple[int, ...] | None = None
-    is_eager: bool = False
+from ray.experimental.rdt.common.location import Location
 
 
 @dataclass(frozen=True)

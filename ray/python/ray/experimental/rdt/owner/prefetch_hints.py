@@ -7,39 +7,13 @@ from __future__ import annotations
 
 import base64
 import time
-from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.owner.object_directory import Location
+from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.rpc import process_directory
 from ray.experimental.rdt.rpc.session import Session
 
-if TYPE_CHECKING:
-    from ray.experimental.rdt._tensors import Table
-    from ray.experimental.rdt.common.descriptor import Descriptor
-
-#: A smaller pull takes less time than its hint.
-_MIN_NBYTES = 1 << 20
-
-#: The hint lists the sizes of all regions. With more regions it costs more than it saves.
-_MAX_REGIONS = 256
-
 #: The GCS is asked again for the address of an unknown actor after this time.
 _LOOK_UP_AGAIN_S = 1.0
-
-
-def regions_to_hint(head: Descriptor, table: Table) -> tuple[int, ...] | None:
-    """Return the region sizes that a hint of this object carries, None if it is not hinted.
-
-    A hinted object comes over the agent's lanes, which serve no device memory and no other
-    transport than "auto".
-    """
-    is_hinted = (
-        head.transport == "auto"
-        and head.nbytes >= _MIN_NBYTES
-        and len(table.regions) <= _MAX_REGIONS
-        and not table.devices
-    )
-    return tuple(table.regions) if is_hinted else None
 
 
 class HintSender:

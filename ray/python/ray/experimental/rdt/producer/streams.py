@@ -88,7 +88,7 @@ class StreamItem:
 
     def __ray_rdt_serialize__(self, context: Any) -> Any:
         """The serialized object. Runs on: producer, the thread that reports the item."""
-        return ray_core.manager().serialize_item(context, self._value, self._spec)
+        return ray_core.manager().producer.serialize_item(context, self._value, self._spec)
 
 
 def _items(generator: Any, spec: StreamSpec) -> Iterator[Any]:
@@ -118,7 +118,7 @@ async def _async_items(generator: Any, spec: StreamSpec) -> AsyncIterator[Any]:
 @contextmanager
 def _producing(spec: StreamSpec) -> Iterator[None]:
     """A stream is open at its producer while the block runs."""
-    produced = ray_core.manager().produced_streams()
+    produced = ray_core.manager().producer.streams
     produced.begin(spec)
     try:
         yield
@@ -378,5 +378,5 @@ def _adopt(item: Any, transport: str, actor: Any) -> Any:
     # As it came; holds the item, and so what is nested in it.
     value = SerializedValue(data, metadata, [item])
     adopted = ray_core.put_object(value, transport.upper())
-    ray_core.manager().adopt(adopted, head, actor)
+    ray_core.manager().owner.adopt(adopted, head, actor)
     return adopted

@@ -1,0 +1,185 @@
+"""The consumer of RDT objects: brings the tensors of values that Ray deserializes."""
+
+from __future__ import annotations
+
+import functools
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from ray._private import ray_constants
+from ray.exceptions import RayTaskError
+
+from ray.experimental.rdt.common import descriptor, ray_core
+from ray.experimental.rdt.common.thread_role import must_not_block, without_turn
+from ray.experimental.rdt.consumer import argument_context, targets
+from ray.experimental.rdt.consumer.deferred import Deferred, Puller
+from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
+from ray.experimental.rdt.consumer.recovery import Remakes, Result
+from ray.experimental.rdt.consumer.targets import Targets
+from ray.experimental.rdt.serialization import capture
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.producer.tensor_store import Store
+
+#: The metadata of values that are neither RDT objects nor errors.
+_PLAIN_METADATA = (
+    ray_constants.OBJECT_METADATA_TYPE_PYTHON,
+    ray_constants.OBJECT_METADATA_TYPE_RAW,
+    ray_constants.OBJECT_METADATA_TYPE_CROSS_LANGUAGE,
+)
+
+#: One request of a batch: the object's key, and the position that has targets of its own, if any.
+_Slot = tuple[bytes, "int | None"]
+
+
+class Consumer:
+    """The consumer side of one process.
+
+    Args:
+        store: The tensors that this process produced.
+        fetcher: Brings tensors.
+        recovery: Replaces objects whose producer died.
+
+    Attributes:
+        targets: The tensors and devices that users want objects received into.
+    """
+
+    def __init__(self, store: Store, fetcher: Fetcher, recovery: Remakes):
+        self._store = store
+        self._fetcher = fetcher
+        self._recovery = recovery
+        self._puller = Puller()
+        self.targets = Targets()
+
+    def fetch(
+        self,
+        serialized: Sequence[Any],
+        refs: Sequence[Any],
+        timeout_s: float | None = None,
+        into: Mapping[int, Sequence[torch.Tensor]] = MappingProxyType({}),
+    ) -> dict[int, Result]:
+        """Fetch the tensors of all RDT values in a batch.
+
+        Runs on: consumer, the thread that deserializes, before Ray's deserialization lock.
+
+        Args:
+            serialized: (data, metadata, transport) of each object.
+            refs: Their references; None where there is none.
+            timeout_s: The user's timeout, if any.
+            into: By position in the batch, tensors to receive into.
+
+        Returns:
+            By position in the batch: the input of Ray's deserializer for the value, or the error
+            that replaces it.
+
+        Raises:
+            GetTimeoutError: The user's timeout passed first.
+            ValueError: A target does not fit its tensor, or is for no RDT object. Nothing has
+                moved.
+        """
+        began = time.monotonic()
+        # One request for each object, and one more for each that has targets of its own.
+        requests: dict[_Slot, Request] = {}
+        sources: dict[_Slot, Any] = {}
+        slots: dict[int, _Slot] = {}
+        results: dict[int, Result] = {}
+        for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
+            object_id = "" if ref is None or ref.is_nil() else ref.hex()
+            if descriptor.is_rdt(metadata):
+                try:
+                    request = self._request(object_id, metadata, data, into.get(index))
+                except ImportError as error:  # torch is not installed
+                    failed = descriptor.decode(metadata)
+                    results[index] = as_fetch_error(object_id, failed, error)
+                    continue
+                slot = request.envelope.head.key, index if index in into else None
+                slots[index] = slot
+                if slot not in requests:
+                    requests[slot], sources[slot] = request, ref
+            elif metadata in _PLAIN_METADATA:
+                self.targets.refuse_plain(object_id)
+        wanted = list(requests.values())
+        fetched = self._fetcher.fetch(wanted, timeout_s)
+        arrivals = self._recovery.replace_lost(
+            wanted, list(sources.values()), fetched, began, timeout_s
+        )
+        for request, arrival in zip(wanted, arrivals):
+            if isinstance(arrival, Arrival):
+                self.targets.received(request.object_id, request.target)
+        by_slot = dict(zip(requests, arrivals))
+        return results | {index: by_slot[slot] for index, slot in slots.items()}
+
+    def fetch_or_defer(
+        self, serialized: Sequence[Any], refs: Sequence[Any]
+    ) -> dict[int, Result | Deferred]:
+        """Fetch for the core, whose io thread and event loops must not wait.
+
+        Runs on: consumer, the thread on which the core deserializes.
+
+        Returns:
+            As ``fetch``, with a ``Deferred`` for each value whose tensors are in another process.
+        """
+        if not must_not_block():
+            into = argument_context.of_running_task(serialized)
+            return dict(self.fetch(serialized, refs, into=into))
+        at_once = list(serialized)
+        late: dict[int, Deferred] = {}
+        for index, (value, ref) in enumerate(zip(serialized, refs)):
+            if self._has_to_move(value[1]):
+                deserialize = functools.partial(self._deserialize, value, ref)
+                producer = descriptor.decode(value[1]).address
+                late[index] = self._puller.defer(deserialize, producer)
+                at_once[index] = (None, b"", None)
+        return self._fetch_each(at_once, refs) | late
+
+    def _fetch_each(self, serialized: Sequence[Any], refs: Sequence[Any]) -> dict[int, Result]:
+        """Fetch one by one; the error of a target that does not fit replaces the value.
+
+        Ray discards what is raised here.
+
+        Runs on: Ray's io thread, or an event loop.
+        """
+        results: dict[int, Result] = {}
+        for index, (value, ref) in enumerate(zip(serialized, refs)):
+            found = self._fetch_or_fail(value, ref)
+            if found:
+                results[index] = found[0]
+        return results
+
+    def _fetch_or_fail(self, value: Any, ref: Any) -> Mapping[int, Result]:
+        try:
+            return self.fetch([value], [ref])
+        except ValueError as error:
+            return {0: RayTaskError("ray.get", traceback.format_exc(), error)}
+
+    def _has_to_move(self, metadata: bytes) -> bool:
+        if not descriptor.is_rdt(metadata):
+            return False
+        head = descriptor.decode(metadata)
+        is_here = head.is_eager or self._store.by_key(head.key) is not None
+        return not is_here or argument_context.are_expected()
+
+    def _deserialize(self, value: Any, ref: Any, into: Sequence[torch.Tensor] | None) -> Any:
+        """Runs on: an rdt-pull thread."""
+        arrived = self.fetch([value], [ref], into={} if into is None else {0: into})
+        with without_turn():
+            return ray_core.deserialize(value, ref, arrived)
+
+    def _request(
+        self, object_id: str, metadata: bytes, data: Any, into: Sequence[torch.Tensor] | None
+    ) -> Request:
+        envelope = capture.open_envelope(metadata, data)
+        if into is not None:
+            return Request(object_id, envelope, targets.into(into, envelope.table))
+        return Request(object_id, envelope, self.targets.of(object_id, envelope.table))
+
+    def close(self) -> None:
+        """End deferred pulls and forget targets. Runs on: the thread that shuts Ray down."""
+        self._puller.close()
+        self._puller = Puller()
+        self.targets.clear()

@@ -1,0 +1,131 @@
+"""The composition root: builds the parts of one session and gives each what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ray.experimental.rdt.common import ray_core
+from ray.experimental.rdt.common.real_threads import Lock
+from ray.experimental.rdt.consumer.prefetcher import Prefetcher
+from ray.experimental.rdt.groups import service as groups
+from ray.experimental.rdt.observe.explainer import Explainer
+from ray.experimental.rdt.observe.metrics import Gauges
+from ray.experimental.rdt.owner.owner import Owner, OwnerServices
+from ray.experimental.rdt.owner.prefetch_hints import HintSender
+from ray.experimental.rdt.producer.orphan_collector import ClaimWatch
+from ray.experimental.rdt.producer.owner_monitor import OwnerWatch, publish_worker
+from ray.experimental.rdt.producer.producer import Producer, ProducerServices
+from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
+from ray.experimental.rdt.producer.transport_server import Server
+from ray.experimental.rdt.rpc import process_directory
+from ray.experimental.rdt.rpc import session as sessions
+from ray.experimental.rdt.session_services import Links
+from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.transports.selection import AutoTransportPolicy
+
+if TYPE_CHECKING:
+    from ray.experimental.rdt.rpc.session import Session
+
+
+@dataclass(frozen=True)
+class SessionParts:
+    """The parts that begin and end with one session.
+
+    Attributes:
+        session: The agent and the requests to other processes.
+        producer: Services of the producer.
+        owner: Services of the owner.
+        consumer: Services of the consumer.
+        server: Sends and exposes this process's objects.
+        explainer: Explains transport selection to users.
+    """
+
+    session: Session
+    producer: ProducerServices
+    owner: OwnerServices
+    consumer: Links
+    server: Server
+    explainer: Explainer
+
+    def stats(self) -> dict[str, int]:
+        """Return the counters of this session."""
+        return {
+            "hinted_bytes": self.consumer.prefetcher.nbytes,
+            "exposed": self.server.exposed,
+            "streams": len(self.producer.streams) + len(self.owner.streams),
+            **self.session.agent.stats(),
+        }
+
+
+def build(
+    session: Session, producer: Producer, owner: Owner, stats: Callable[[], dict[str, int]]
+) -> SessionParts:
+    """Build the parts of a session that has begun. Runs on: any thread; blocks for Ray's GCS.
+
+    Args:
+        session: The session.
+        producer: The producer side of this process.
+        owner: The owner side of this process.
+        stats: Returns the counters that Ray's metrics show.
+    """
+    store, transports, policy = producer.store, Transports(session), AutoTransportPolicy(session)
+    produced, taken = ProducedStreams(session), TakenStreams(session)
+    server = Server(session, store, transports, produced)
+    prefetcher = Prefetcher(session, policy)
+    orphans = ClaimWatch(session, lambda key: store.by_key(key) is not None, owner.may_own)
+    OwnerWatch(session, produced)
+    owner.recipes.serve(session)
+    groups.attach(session, transports.get)  # type: ignore[arg-type]
+    Gauges(session, stats)
+
+    def drop(tokens: list[int]) -> None:
+        """Runs on: producer, the reaper thread."""
+        for stored in store.drop(tokens):
+            server.withdraw(stored)
+
+    session.on_released(drop)
+    session.on_tick(prefetcher.drop_stale)
+    session.on_tick(owner.on_tick)
+    session.on_close(transports.close)
+    publish_worker(session, ray_core.worker_id())
+    actor_id = ray_core.actor_id()
+    if actor_id is not None:
+        session.run_in_background(process_directory.publish_actor, actor_id, session.address)
+    return SessionParts(
+        session,
+        ProducerServices(session, transports, produced, orphans),
+        OwnerServices(session, taken, HintSender(session)),
+        Links(session, transports, policy, prefetcher),
+        server,
+        Explainer(session, transports, policy),
+    )
+
+
+class CurrentParts:
+    """The parts of this process's session. Thread-safe.
+
+    Args:
+        build: Builds the parts of a session that has begun.
+    """
+
+    def __init__(self, build: Callable[[Session], SessionParts]):
+        self._build = build
+        self._lock = Lock()
+        self._built: SessionParts | None = None
+
+    def get(self) -> SessionParts:
+        """Return the parts; begin a session if there is none. May block: not for the io thread."""
+        session, built = sessions.current(), self._built
+        if built is None or built.session is not session:
+            with self._lock:
+                built = self._built
+                if built is None or built.session is not session:
+                    built = self._built = self._build(session)
+        return built
+
+    def peek(self) -> SessionParts | None:
+        """Return the parts if a session has begun and not ended."""
+        built = self._built
+        return built if built is not None and built.session is sessions.peek() else None
