@@ -87,13 +87,13 @@ def test_one_link_serves_many_transfers(nodes):
     consumer, producer = nodes()
     for seed in range(5):
         round_trip(consumer, producer, [100 * KB], seed=seed)
-    assert len(consumer.transport._links) == len(producer.transport._links) == 1
+    assert len(consumer.transport._links.all()) == len(producer.transport._links.all()) == 1
 
 
 def test_link_is_made_once_when_many_ask(nodes):
     consumer, producer = nodes()
     run_all([lambda i=i: round_trip(consumer, producer, [KB], f"o{i}", i) for i in range(8)])
-    assert len(consumer.transport._links) == 1
+    assert len(consumer.transport._links.all()) == 1
 
 
 def test_both_directions_at_once(nodes):
@@ -108,9 +108,9 @@ def test_refusal_reaches_the_consumer_and_keeps_the_link(nodes):
     producer.objects["x"] = [torch.empty(4, dtype=torch.uint8, device="meta")]
     with pytest.raises(TransferRefused, match="CPU tensors only"):
         consumer.fetch(producer.peer, "x", blanks([4]))
-    link = next(iter(consumer.transport._links))
+    links = consumer.transport._links.all()
     round_trip(consumer, producer, [4])
-    assert list(consumer.transport._links) == [link]
+    assert consumer.transport._links.all() == links
 
 
 def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
@@ -120,7 +120,7 @@ def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
         consumer.fetch(producer.peer, "x", [torch.empty(4, dtype=torch.uint8, device="meta")])
     assert isinstance(refused.value, TransportUnavailable)
     assert not refused.value.retryable
-    wait_until(lambda: not consumer.transport._links, "the producer must not send for long")
+    wait_until(lambda: not consumer.transport._links.all(), "the producer must not send for long")
     round_trip(consumer, producer, [4])
 
 
@@ -128,9 +128,9 @@ def test_route_that_the_producer_refused_gives_the_link_back(nodes):
     consumer, producer = nodes()
     route = consumer.transport.route(producer.peer, Deadline.after(20))
     consumer.transport.give_up(route, may_send=False)
-    assert [link.leased_until for link in consumer.transport._links.values()] == [None]
+    assert [link.leased_until for link in consumer.transport._links.all()] == [None]
     round_trip(consumer, producer, [4])
-    assert list(consumer.transport._links) == [route["link"]]
+    assert [link.id for link in consumer.transport._links.all()] == [route["link"]]
 
 
 def test_route_that_is_given_up_ends_the_send(nodes):
@@ -149,9 +149,9 @@ def test_route_that_is_given_up_ends_the_send(nodes):
 def test_route_whose_link_is_gone_can_be_given_up(nodes, may_send):
     consumer, producer = nodes()
     route = consumer.transport.route(producer.peer, Deadline.after(20))
-    consumer.transport.reset(producer.peer.agent_id)
+    consumer.transport._find(route).close("the connection broke")
     consumer.transport.give_up(route, may_send)
-    assert not consumer.transport._links
+    assert not consumer.transport._links.all()
 
 
 def test_other_sizes_are_an_error_and_nobody_dies(nodes):
@@ -241,14 +241,14 @@ def test_loss_of_the_connection_fails_its_waiters_at_once(nodes):
     round_trip(consumer, other, [KB])
 
 
-def test_reset_at_the_producer_fails_the_consumer(nodes):
+def test_loss_of_the_connection_at_the_producer_fails_the_consumer(nodes):
     consumer, producer = nodes()
     producer.objects["x"] = pattern([MB], 1)
     producer.send_delay_s = 30.0
-    reset = threading.Timer(0.3, producer.transport.reset, (consumer.peer.agent_id,))
-    reset.start()
+    lose = threading.Timer(0.3, producer.session.lose, (consumer.peer.agent_id,))
+    lose.start()
     started = time.monotonic()
-    with pytest.raises(LinkClosed, match=r"other end.*reset"):
+    with pytest.raises(LinkClosed, match=r"other end.*broke"):
         consumer.fetch(producer.peer, "x", blanks([MB]))
     assert time.monotonic() - started < 1.5
     producer.send_delay_s = 0.0
@@ -309,12 +309,12 @@ def group_of(nodes, group_id="g1", name="group"):
 def test_group_has_all_its_links_before_the_first_transfer(nodes):
     members = nodes(4)
     group_of(members)
-    assert [len(n.transport._links) for n in members] == [6] * 4
+    assert [len(n.transport._links.all()) for n in members] == [6] * 4
     for consumer in members:
         for producer in members:
             if consumer is not producer:
                 round_trip(consumer, producer, [KB])
-    assert [len(n.transport._links) for n in members] == [6] * 4
+    assert [len(n.transport._links.all()) for n in members] == [6] * 4
 
 
 def test_destroyed_group_fails_its_transfers_and_leaves_others(nodes):
@@ -335,7 +335,7 @@ def test_destroyed_group_fails_its_transfers_and_leaves_others(nodes):
     b.send_delay_s = 0.0
     round_trip(a, c, [KB])
     round_trip(a, b, [KB])  # as a pair
-    assert sorted(link.scope for link in a.transport._links.values()) == ["", "g2", "g2"]
+    assert sorted(link.scope for link in a.transport._links.all()) == ["", "g2", "g2"]
 
 
 def test_connect_names_the_member_that_cannot_be_reached(nodes):

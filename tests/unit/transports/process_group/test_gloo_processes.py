@@ -36,7 +36,7 @@ def worker(pipe):
             elif name == "fetch_all":
                 pipe.send(list(pool.map(lambda job: fetch(node, *job), args)))
             elif name == "links":
-                pipe.send(len(node.transport._links))
+                pipe.send(len(node.transport._links.all()))
     node.close()
     os._exit(0)
 
@@ -154,7 +154,7 @@ def test_death_of_the_consumer_frees_the_producer(workers, node):
     job = (node.peer.address, node.peer.agent_id, "x", [512 * MB], 1, 0)
     consumer.pipe.send(("fetch_all", [job]))
     end = Deadline.after(20)
-    while not node.transport._links and not end.has_passed():
+    while not node.transport._links.all() and not end.has_passed():
         time.sleep(0.001)
     time.sleep(0.05)
     os.kill(consumer.pid, signal.SIGKILL)
@@ -164,9 +164,9 @@ def test_death_of_the_consumer_frees_the_producer(workers, node):
         time.sleep(0.01)
     assert node.send_errors
     assert time.monotonic() - started < 1.5
-    while node.transport._links and time.monotonic() - started < 10:
+    while node.transport._links.all() and time.monotonic() - started < 10:
         time.sleep(0.01)
-    assert not node.transport._links
+    assert not node.transport._links.all()
 
 
 def test_stopped_producer_costs_its_consumer_the_deadline_only(workers, node):

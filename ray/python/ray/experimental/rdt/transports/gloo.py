@@ -20,7 +20,12 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities
-from ray.experimental.rdt.transports.process_group.link import CONSUMER, MAX_TAG, PRODUCER, Buffers
+from ray.experimental.rdt.transports.process_group.backend import (
+    CONSUMER,
+    MAX_TAG,
+    PRODUCER,
+    Buffers,
+)
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:

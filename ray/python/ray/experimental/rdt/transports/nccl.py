@@ -26,7 +26,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import Capabilities, TransportUnavailable
-from ray.experimental.rdt.transports.process_group.link import PRODUCER, Buffers
+from ray.experimental.rdt.transports.process_group.backend import PRODUCER, Buffers
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:

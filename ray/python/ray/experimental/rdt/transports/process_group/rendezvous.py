@@ -1,23 +1,24 @@
-"""Where the ranks of a process group that is being made find each other.
+"""Rendezvous of the ranks of a process group under construction.
 
-Torch wants a key-value store for that. Ours lives in each rank and what one sets is sent to the
-others through their agents: no port is opened, no name server asked (torch's TCPStore looks up the
-names of its clients), and a rank that fails tells the others at once.
+Torch needs a key-value store for this. Each rank keeps a copy of the keys, and the agents carry
+each new key to the other ranks. So no port is opened and no name is looked up (torch's TCPStore
+looks up the names of its clients), and a rank that fails reports this to the others at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.transports.base import TransportUnavailable
+from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 
 
 class Rendezvous:
-    """One rank's copy of the keys. Safe to use from any thread.
+    """One rank's copy of the keys. Thread-safe.
 
     Args:
         publish: Sends a key and its value to the other ranks; must not block.
@@ -30,26 +31,26 @@ class Rendezvous:
         self._failure = ""
 
     def set(self, key: str, value: bytes) -> None:
-        """Stores a key here and at the other ranks."""
+        """Store a key in all ranks."""
         self.put(key, value)
         self._publish(key, value)
 
     def put(self, key: str, value: bytes) -> None:
-        """Stores a key that another rank has set."""
+        """Store a key that another rank has set."""
         with self._changed:
             self._values[key] = value
             self._changed.notify_all()
 
     def has(self, keys: list[str]) -> bool:
-        """Whether all these are here."""
+        """Tell whether all these keys are set."""
         with self._changed:
             return all(key in self._values for key in keys)
 
     def wait(self, keys: list[str], timeout_s: float) -> list[bytes]:
-        """The values of these, once all are here.
+        """Return the values of these keys once all are set.
 
         Raises:
-            TransportUnavailable: a rank failed, or the time has passed.
+            TransportUnavailable: A rank failed, or the time has passed.
         """
         deadline = Deadline.after(timeout_s)
         with self._changed:
@@ -63,14 +64,17 @@ class Rendezvous:
             return [self._values[key] for key in keys]
 
     def fail(self, reason: str) -> None:
-        """Ends all waits."""
+        """End all waits with an error."""
         with self._changed:
             self._failure = self._failure or reason
             self._changed.notify_all()
 
 
 def as_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
-    """A ``torch.distributed.Store`` over it. Torch calls it from its threads, with the GIL."""
+    """Return a ``torch.distributed.Store`` over a rendezvous.
+
+    Torch calls it from its own threads, with the GIL.
+    """
     import torch.distributed
 
     store: Any = torch.distributed.Store  # type: ignore[attr-defined]
@@ -92,3 +96,100 @@ def as_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
             return False
 
     return AgentStore()
+
+
+@dataclass(frozen=True)
+class PendingGroup:
+    """A process group under construction.
+
+    Attributes:
+        rendezvous: The keys that its ranks have set.
+        peers: The other processes that take part.
+        scope: The ID of the collective group that it belongs to, "" for none.
+        is_link: Whether it becomes a link. The others run the operations of a collective group.
+    """
+
+    rendezvous: Rendezvous
+    peers: tuple[Peer, ...]
+    scope: str
+    is_link: bool
+
+    def has(self, peer_id: bytes) -> bool:
+        """Tell whether a process takes part."""
+        return any(peer.agent_id == peer_id for peer in self.peers)
+
+
+class PendingGroups:
+    """The process groups under construction in this process, by name. Thread-safe.
+
+    Args:
+        publish: Sends a key to the peers of a group: peers, name, key and value. Must not block.
+    """
+
+    def __init__(self, publish: Callable[[tuple[Peer, ...], str, str, bytes], None]):
+        self._publish = publish
+        self._changed = threading.Condition()
+        self._groups: dict[str, PendingGroup] = {}
+
+    def begin(
+        self, name: str, peers: tuple[Peer, ...], scope: str = "", is_link: bool = True
+    ) -> None:
+        """Begin to collect the keys that the other ranks set."""
+        rendezvous = Rendezvous(lambda key, value: self._publish(peers, name, key, value))
+        with self._changed:
+            self._groups[name] = PendingGroup(rendezvous, peers, scope, is_link)
+
+    def end(self, name: str) -> None:
+        """Drop a group that is complete or has failed."""
+        with self._changed:
+            self._groups.pop(name, None)
+            self._changed.notify_all()
+
+    def store(self, name: str, timeout_s: float) -> Any:
+        """Return the torch store of a group.
+
+        Raises:
+            TransportUnavailable: There is no group of this name.
+        """
+        with self._changed:
+            group = self._groups.get(name)
+        if group is None:
+            raise TransportUnavailable("the collective group was destroyed")
+        return as_store(group.rendezvous, timeout_s)
+
+    def find(self, name: str, peer_id: bytes) -> PendingGroup | None:
+        """Return a group that a peer takes part in."""
+        with self._changed:
+            group = self._groups.get(name)
+        return group if group is not None and group.has(peer_id) else None
+
+    def fail_scope(self, scope: str, reason: str) -> None:
+        """Fail the groups of a collective group that is destroyed."""
+        with self._changed:
+            failed = {name: group for name, group in self._groups.items() if group.scope == scope}
+            for name, group in failed.items():
+                if not group.is_link:  # the thread that makes a link ends its own entry
+                    del self._groups[name]
+        for group in failed.values():
+            group.rendezvous.fail(reason)
+
+    def fail_peer(self, peer_id: bytes, reason: str) -> None:
+        """Fail the groups that a lost peer takes part in."""
+        for group in self.all():
+            if group.has(peer_id):
+                group.rendezvous.fail(reason)
+
+    def fail_all(self, reason: str) -> None:
+        """Fail all groups."""
+        for group in self.all():
+            group.rendezvous.fail(reason)
+
+    def wait_until_none_connects(self, timeout_s: float) -> None:
+        """Wait until no thread makes a link: Python must not end while one is in torch."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(g.is_link for g in self.all()), timeout_s)
+
+    def all(self) -> list[PendingGroup]:
+        """Return the groups under construction."""
+        with self._changed:
+            return list(self._groups.values())
