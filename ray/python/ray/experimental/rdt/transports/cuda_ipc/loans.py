@@ -1,9 +1,9 @@
-"""Memory that a producer keeps for consumers which have it mapped.
+"""Memory that a producer keeps for consumers that have mapped it.
 
-A loan is named by the consumer, so that it can be given back whether or not its answer has come.
-It ends when the consumer says so, when the consumer's process ends, or, if the consumer never
-confirms it, soon after the deadline. A connection that breaks ends no loan whose process lives:
-both are on one host, and the kernel tells the end of a process.
+The consumer chooses the ID of a loan, so that it can end the loan even if the answer is lost. A
+loan ends when the consumer ends it, when the consumer's process ends, or, if the consumer never
+confirms it, soon after the deadline. A broken connection does not end the loan of a live process:
+both are on one host, and the kernel reports the end of a process.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.processes import Process
 
-#: A consumer gives up at its deadline; what it says of that may take so much longer.
+#: A consumer gives up at its deadline. Its report of that may take this much longer.
 _SLACK_S = 5.0
 
 
 @dataclass
 class _Loan:
-    """What is kept for one consumer.
+    """Memory kept for one consumer.
 
     Attributes:
-        reader: Its agent.
-        kept: The memory, and what else it uses.
+        consumer: Its agent.
+        kept: The memory, and objects that it depends on.
         until: When the loan ends if the consumer has not confirmed it; None if it has.
     """
 
-    reader: bytes
+    consumer: bytes
     kept: Sequence[Any]
     until: Deadline | None
 
@@ -48,36 +48,39 @@ class Loans:
         return len(self._loans)
 
     def add(
-        self, name: str, reader: bytes, pid: int, kept: Sequence[Any], deadline: Deadline
+        self, name: str, consumer: bytes, pid: int, kept: Sequence[Any], deadline: Deadline
     ) -> None:
-        """Keeps memory until the consumer says otherwise."""
+        """Keep memory until the loan ends."""
         with self._lock:
             if self._ended_early.pop(name, None) is not None:
-                return  # given back before it was lent
-            self._loans[name] = _Loan(reader, kept, deadline.later(_SLACK_S))
-            if reader not in self._processes:
-                self._processes[reader] = Process(pid)
+                return  # it ended before it began
+            self._loans[name] = _Loan(consumer, kept, deadline.later(_SLACK_S))
+            if consumer not in self._processes:
+                self._processes[consumer] = Process(pid)
 
     def confirm(self, name: str) -> None:
-        """The consumer has mapped the memory: the loan has no deadline any more."""
+        """Remove the deadline of a loan: the consumer has mapped the memory."""
         with self._lock:
             loan = self._loans.get(name)
             if loan is not None:
                 loan.until = None
 
     def end(self, name: str) -> None:
-        """The consumer has given the memory back."""
+        """End a loan."""
         with self._lock:
             loan = self._loans.pop(name, None)
             if loan is None:
                 self._ended_early[name] = Deadline.after(_SLACK_S)
 
-    def look_after(self) -> None:
-        """Ends loans whose consumers have ended or never confirmed. Runs on: the reaper thread."""
+    def end_expired(self) -> None:
+        """End loans that were not confirmed in time or whose consumers have ended.
+
+        Runs on: the reaper thread.
+        """
         ended = self._ended_processes()
 
         def is_over(loan: _Loan) -> bool:
-            return loan.reader in ended or (loan.until is not None and loan.until.has_passed())
+            return loan.consumer in ended or (loan.until is not None and loan.until.has_passed())
 
         self._drop(is_over)
         with self._lock:
@@ -86,21 +89,23 @@ class Loans:
             }
 
     def on_peer_lost(self, peer_id: bytes) -> None:
-        """Ends the loans of a consumer whose process has ended. Runs on: the reaper thread."""
+        """End the loans of a consumer if its process has ended. Runs on: the reaper thread."""
         with self._lock:
             process = self._processes.get(peer_id)
         if process is not None and process.has_ended():
-            self._drop(lambda loan: loan.reader == peer_id)
+            self._drop(lambda loan: loan.consumer == peer_id)
 
     def _ended_processes(self) -> set[bytes]:
         with self._lock:
-            return {reader for reader, process in self._processes.items() if process.has_ended()}
+            return {
+                consumer for consumer, process in self._processes.items() if process.has_ended()
+            }
 
     def _drop(self, is_over: Callable[[_Loan], bool]) -> None:
         with self._lock:
             over = [name for name, loan in self._loans.items() if is_over(loan)]
             dropped = [self._loans.pop(name) for name in over]
-            readers = {loan.reader for loan in self._loans.values()}
-            for reader in [each for each in self._processes if each not in readers]:
-                del self._processes[reader]
+            consumers = {loan.consumer for loan in self._loans.values()}
+            for consumer in [each for each in self._processes if each not in consumers]:
+                del self._processes[consumer]
         dropped.clear()  # memory is freed without the lock
