@@ -22,8 +22,9 @@ from ray.experimental.rdt.serialization import capture
 from ray.experimental.rdt.serialization.capture import Captured, Skeleton, Wanted
 from ray.experimental.rdt.transports.base import Shipment, TransportUnavailable
 from ray.experimental.rdt.transports.user import registered
+from ray.experimental.rdt.transports.user.actors import own_actor_handle
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
-from ray.experimental.rdt.transports.user.transport import UserTransport, own_actor_handle
+from ray.experimental.rdt.transports.user.transport import UserTransport
 
 if TYPE_CHECKING:
     import torch
