@@ -381,7 +381,6 @@ class FakeAccelerator:
         copies: How many copies it was given.
         gate: What copies wait for, if anything.
         is_late: Whether torch's copies between devices run on the current stream.
-        pins: Addresses of mapped memory that is pinned.
         pin_error: Why none can be; "" if it can.
     """
 
@@ -395,7 +394,6 @@ class FakeAccelerator:
         self.copies = 0
         self.gate: threading.Event | None = None
         self.is_late = False
-        self.pins: set[int] = set()
         self.pin_error = ""
         self._local = threading.local()
         self._default = Stream()
@@ -442,11 +440,9 @@ class FakeAccelerator:
         if self.pin_error:
             raise RuntimeError(self.pin_error)
         address = memory.data_ptr()
-        self.pins.add(address)
 
         def undo() -> None:
             ctypes.string_at(address, 1)  # ends the process if the memory is unmapped already
-            self.pins.remove(address)
 
         return undo
 

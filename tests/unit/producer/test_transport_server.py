@@ -58,3 +58,34 @@ def test_a_reader_waits_for_anothers_exposure_no_longer_than_it_has_time() -> No
         first.join(20)
     expose(5)
     assert answers == [{"exposed": 1}] * 2
+
+
+def test_a_first_reader_that_runs_out_of_time_fails_no_other() -> None:
+    server, transport = make_server(), SlowTransport()
+    stored: Any = SimpleNamespace(key=b"k" * 16, captured=lay_out([torch.ones(3)]))
+    body, ends = {"device": "cpu", "transport": "slow"}, []
+    expose = transport.expose
+
+    def run_out_of_time(buffers: list[torch.Tensor]) -> dict[str, Any]:
+        transport.expose = expose  # type: ignore[method-assign]
+        expose(buffers)
+        raise TimeoutError("the device did not finish")
+
+    def read(seconds: float) -> None:
+        try:
+            ends.append(server._expose_once(transport, stored, body, Deadline.after(seconds)))
+        except TimeoutError as error:
+            ends.append(error)
+
+    transport.expose = run_out_of_time  # type: ignore[method-assign]
+    readers = [threading.Thread(target=read, args=(seconds,)) for seconds in (0.05, 20)]
+    readers[0].start()
+    assert transport.begun.wait(10)
+    readers[1].start()
+    transport.gate.set()
+    for reader in readers:
+        reader.join(20)
+    failure, described = ends
+    assert str(failure) == "the device did not finish"
+    assert described == {"exposed": 1}
+    assert server.exposed == 1

@@ -18,8 +18,8 @@ from ray.experimental.rdt._tensors import tensor_over
 from ray.experimental.rdt.accelerators.base import CannotShare, Event, Sharing
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.failures import TransferFailed
+from ray.experimental.rdt.common.once import Once
 from ray.experimental.rdt.common.processes import Process
-from ray.experimental.rdt.common.real_threads import Future
 
 if TYPE_CHECKING:
     from typing import Any
@@ -81,7 +81,7 @@ class _Mapped:
     segment: Segment
     device: torch.device
     process: Process
-    address: Future[int] = field(default_factory=Future)
+    address: Once[int] = field(default_factory=Once)
     uses: int = 0
     is_told: bool = False
 
@@ -149,30 +149,29 @@ class SharedMemory:
 
     def _find(self, address: int, device: torch.device) -> tuple[Segment, int]:
         """The segment of an address, and where it begins in this process."""
-        for entry in self._entries():
-            start = entry.address.result()
+        for entry, start in self._entries():
             if start <= address < start + entry.segment.nbytes:
                 return entry.segment, start
         handle, start, nbytes = self.driver.export(address, device)
         identity = self.identity(device)
         return Segment(handle, self._owner, os.getpid(), start, nbytes, identity), start
 
-    def _entries(self) -> list[_Mapped]:
+    def _entries(self) -> list[tuple[_Mapped, int]]:
+        """The segments that are mapped, and where they begin in this process."""
         with self._lock:
-            entries = list(self._mapped.values())
-        return [e for e in entries if e.address.done() and e.address.exception() is None]
+            entries = [(entry, entry.address.peek()) for entry in self._mapped.values()]
+        return [(entry, start) for entry, start in entries if start is not None]
 
     def check_owners(self, buffers: Sequence[torch.Tensor]) -> None:
         """Raises MemoryLost if the process that has allocated one of the buffers has ended."""
-        for entry in self._entries():
-            if entry.process.has_ended():
-                start = entry.address.result()
-                if any(0 <= b.data_ptr() - start < entry.segment.nbytes for b in buffers):
-                    raise MemoryLost(entry.segment)
+        for entry, start in self._entries():
+            is_used = any(0 <= b.data_ptr() - start < entry.segment.nbytes for b in buffers)
+            if is_used and entry.process.has_ended():
+                raise MemoryLost(entry.segment)
 
     def lost(self) -> list[int]:
         """The processes whose memory is mapped here and that have ended since the last call."""
-        ended = [e for e in self._entries() if not e.is_told and e.process.has_ended()]
+        ended = [e for e, _ in self._entries() if not e.is_told and e.process.has_ended()]
         for entry in ended:
             entry.is_told = True
         return sorted({entry.segment.pid for entry in ended})
@@ -189,18 +188,17 @@ class SharedMemory:
         if obstacle:
             raise CannotShare(obstacle)
         key = segment.handle, device
-        mine = _Mapped(segment, device, Process(segment.pid))
         with self._lock:
-            entry = self._mapped.setdefault(key, mine)
+            entry = self._mapped.get(key)
+            if entry is None:
+                entry = self._mapped[key] = _Mapped(segment, device, Process(segment.pid))
             entry.uses += 1
-        if entry is mine:
-            try:
-                mine.address.set_result(self.driver.map(segment.handle, device))
-            except BaseException as error:
-                with self._lock:
-                    del self._mapped[key]
-                mine.address.set_exception(error)
-        return Mapping(entry.address.result(), lambda: self._leave(key, entry))
+        try:
+            address = entry.address.get(lambda: self.driver.map(segment.handle, device))
+        except BaseException:
+            self._leave(key, entry)
+            raise
+        return Mapping(address, lambda: self._leave(key, entry))
 
     def _leave(self, key: tuple[bytes, torch.device], entry: _Mapped) -> None:
         with self._lock:
@@ -208,7 +206,9 @@ class SharedMemory:
             if entry.uses:
                 return
             del self._mapped[key]
-        self.driver.unmap(entry.address.result(), entry.device)
+        address = entry.address.peek()
+        if address is not None:
+            self.driver.unmap(address, entry.device)
 
     def tensor(self, address: int, nbytes: int, device: torch.device, owner: Any) -> torch.Tensor:
         """A flat uint8 tensor over mapped memory; keeps ``owner`` until its storage dies."""

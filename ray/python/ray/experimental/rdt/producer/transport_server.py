@@ -23,14 +23,13 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import TimeoutError as NotDone
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.common.real_threads import Future
+from ray.experimental.rdt.common.once import Once, StillBeingMade
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
@@ -82,7 +81,7 @@ class Server:
         self._store = store
         self._transports = transports
         self._lock = threading.Lock()
-        self._exposed: dict[tuple[bytes, str, str], Future[_Exposure]] = {}
+        self._exposed: dict[tuple[bytes, str, str], Once[_Exposure]] = {}
         # By consumer and key, the deadline of each reader.
         self._readers: defaultdict[tuple[bytes, bytes], list[Deadline]] = defaultdict(list)
         self._senders = DaemonThreads(_SEND_THREADS, "rdt-send")
@@ -103,7 +102,8 @@ class Server:
     @property
     def exposed(self) -> int:
         """How many objects are described to readers of one-sided transports."""
-        return len(self._exposed)
+        with self._lock:
+            return sum(exposed.peek() is not None for exposed in self._exposed.values())
 
     def withdraw(self, stored: StoredObject) -> None:
         """Ends all that was made for an object that is not stored any more.
@@ -122,9 +122,10 @@ class Server:
             transport = self._transports.get(name)
             assert transport.capabilities.two_sided is False
             one_sided: OneSided = transport  # type: ignore[assignment]
-            # Nobody is exposing it any more: that would have borrowed it.
-            if exposed.exception() is None:
-                one_sided.withdraw(exposed.result().described)
+            # No thread is exposing it any more: that thread would have borrowed it.
+            exposure = exposed.peek()
+            if exposure is not None:
+                one_sided.withdraw(exposure.described)
 
     def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> Reply:
         """Runs on: producer, an rdt-send thread. What fails here is the consumer's answer."""
@@ -214,24 +215,18 @@ class Server:
         """Exposes an object at its first reader's request; others wait for that. May block."""
         device_type = body["device"]
         stored.captured.require_unchanged()
-        mine: Future[_Exposure] = Future()
-        entry = (stored.key, body["transport"], device_type)
+
+        def expose() -> _Exposure:
+            await_writers(stored, device_type, deadline)
+            buffers = buffers_for(transport, stored, device_type, deadline)
+            return _Exposure(transport.expose(buffers), buffers)
+
         with self._lock:
-            known = self._exposed.setdefault(entry, mine)
-        if known is mine:
-            try:
-                await_writers(stored, device_type, deadline)
-                buffers = buffers_for(transport, stored, device_type, deadline)
-                mine.set_result(_Exposure(transport.expose(buffers), buffers))
-            except BaseException as error:
-                with self._lock:
-                    del self._exposed[entry]
-                mine.set_exception(error)
+            entry = (stored.key, body["transport"], device_type)
+            exposed = self._exposed.setdefault(entry, Once())
         try:
-            return known.result(deadline.left_s()).described
-        except NotDone as error:
-            if known.done():
-                raise
+            return exposed.get(expose, deadline).described
+        except StillBeingMade as error:
             raise CallError(
                 f"exposing the object over {body['transport']} for another reader has not ended"
             ) from error

@@ -9,7 +9,7 @@ import importlib
 from typing import cast
 
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.common.real_threads import Future
+from ray.experimental.rdt.common.once import Once
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import Transport, TransportUnavailable
 from ray.experimental.rdt.transports.user import registered
@@ -36,7 +36,7 @@ class Transports:
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.Lock()
-        self._made: dict[str, Future[Transport]] = {}
+        self._made: dict[str, Once[Transport]] = {}
 
     def get(self, name: str) -> Transport:
         """The transport of this name; several that ask at once wait for the first.
@@ -44,23 +44,15 @@ class Transports:
         Raises:
             TransportUnavailable: it has no module here, or its library is missing.
         """
-        mine: Future[Transport] = Future()
         with self._lock:
-            made = self._made.setdefault(name, mine)
-        if made is mine:
-            try:
-                mine.set_result(self._make(name))
-            except BaseException as error:
-                with self._lock:
-                    del self._made[name]
-                mine.set_exception(error)
-        return made.result()
+            made = self._made.setdefault(name, Once())
+        return made.get(lambda: self._make(name))
 
     def peek(self, name: str) -> Transport | None:
         """The transport of this name if it was made."""
         with self._lock:
             made = self._made.get(name)
-        return made.result() if made is not None and made.done() else None
+        return None if made is None else made.peek()
 
     def users(self, name: str) -> UserTransport | None:
         """The transport of this name if a user wrote it.
@@ -97,8 +89,8 @@ class Transports:
     def made(self) -> list[Transport]:
         """Those in use so far."""
         with self._lock:
-            made = list(self._made.values())
-        return [each.result() for each in made if each.done()]
+            made = [each.peek() for each in self._made.values()]
+        return [transport for transport in made if transport is not None]
 
     def close(self) -> None:
         """Closes all. Runs on: whoever shuts Ray down."""

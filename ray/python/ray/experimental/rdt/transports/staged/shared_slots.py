@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
+from ray.experimental.rdt.common.once import Once
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +160,7 @@ class Mappings:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[tuple[bytes, str], tuple[torch.Tensor, memoryview]] = {}
+        self._known: dict[tuple[bytes, str], Once[tuple[torch.Tensor, memoryview]]] = {}
 
     def open(self, owner: bytes, described: dict[str, Any], accelerator: Accelerator) -> Mapped:
         """The slot that a producer has described.
@@ -177,11 +178,8 @@ class Mappings:
         """
         entry = owner, described["name"]
         with self._lock:
-            mapped = self._known.get(entry)
-        if mapped is None:
-            opened = _open(described, accelerator)
-            with self._lock:
-                mapped = self._known.setdefault(entry, opened)
+            known = self._known.setdefault(entry, Once())
+        mapped = known.get(lambda: _open(described, accelerator))
         return Mapped(*mapped, described["use"])
 
     def forget(self, owner: bytes) -> None:
