@@ -26,7 +26,7 @@ from ray.experimental.rdt.owner.object_directory import (
     Own,
 )
 from ray.experimental.rdt.producer.tensor_store import Store
-from ray.experimental.rdt.serialization.capture import lay_out
+from ray.experimental.rdt.serialization.layout import lay_out
 
 PRODUCER, CONSUMER = b"p" * 16, b"c" * 16
 

@@ -28,7 +28,7 @@ from ray.experimental.rdt.consumer.receive_buffers import (
 )
 from ray.experimental.rdt.producer.transport_server import await_writers, flat_buffers
 from ray.experimental.rdt.serialization import capture
-from ray.experimental.rdt.serialization.capture import Captured, lay_out
+from ray.experimental.rdt.serialization.layout import Captured, lay_out
 from ray.experimental.rdt.transports.selection import ways
 from tests import fake_device
 from tests.fake_device import TYPE, accelerator, launch, on_host

@@ -25,8 +25,8 @@ from ray.experimental.rdt.consumer.receive_buffers import allocate
 from ray.experimental.rdt.consumer.targets import Target, Targets
 from ray.experimental.rdt.consumer.transfer import AgentPull
 from ray.experimental.rdt.producer.tensor_store import Store
-from ray.experimental.rdt.serialization import capture
-from ray.experimental.rdt.serialization.capture import Envelope
+from ray.experimental.rdt.serialization import capture, layout
+from ray.experimental.rdt.serialization.envelope import Envelope
 from tests.unit.serialization.test_capture import Context
 
 ADDRESS = b"\x01\x00" + b"A" * 16
@@ -385,7 +385,7 @@ def test_target_device_moves_the_tensors(world: World):
 
 
 def table_of(*tensors: torch.Tensor) -> Any:
-    return capture.lay_out(list(tensors)).table
+    return layout.lay_out(list(tensors)).table
 
 
 def test_target_holds_until_it_is_replaced_or_forgotten():

@@ -17,7 +17,7 @@ from ray.experimental.rdt.producer import admission as room
 from ray.experimental.rdt.producer import snapshots
 from ray.experimental.rdt.producer import transport_server as serve
 from ray.experimental.rdt.producer.tensor_store import Store
-from ray.experimental.rdt.serialization import capture
+from ray.experimental.rdt.serialization import layout
 from tests import fake_device
 from tests.fake_device import accelerator
 
@@ -36,7 +36,7 @@ def make(nbytes: int = 4 * LARGE, device: str = "cpu", nixl: Any = None) -> snap
     return made
 
 
-def sent(captured: capture.Captured, device_type: str, lane: str = "nixl") -> list[torch.Tensor]:
+def sent(captured: layout.Captured, device_type: str, lane: str = "nixl") -> list[torch.Tensor]:
     """What a transport reads of an object."""
     stored: Any = SimpleNamespace(captured=captured)
     transport: Any = SimpleNamespace(capabilities=SimpleNamespace(name=lane))
@@ -47,7 +47,7 @@ def sent(captured: capture.Captured, device_type: str, lane: str = "nixl") -> li
 
 def test_the_regions_are_copied_and_the_values_tensors_are_the_users() -> None:
     whole = torch.zeros(LARGE, dtype=torch.uint8)
-    captured = capture.lay_out([whole, whole[10:], torch.ones(LARGE, dtype=torch.uint8)])
+    captured = layout.lay_out([whole, whole[10:], torch.ones(LARGE, dtype=torch.uint8)])
     assert make().take(captured)
     whole.fill_(7)
     assert [int(buffer.sum()) for buffer in sent(captured, "cpu")] in (
@@ -61,18 +61,18 @@ def test_the_regions_are_copied_and_the_values_tensors_are_the_users() -> None:
 def test_the_room_is_free_again_when_the_object_is() -> None:
     pool = make(LARGE + 64)
     for _ in range(3):
-        assert pool.take(capture.lay_out([torch.ones(LARGE, dtype=torch.uint8)]))
+        assert pool.take(layout.lay_out([torch.ones(LARGE, dtype=torch.uint8)]))
 
 
 def test_small_objects_need_no_copy() -> None:
-    captured = capture.lay_out([torch.ones(10)])
+    captured = layout.lay_out([torch.ones(10)])
     assert make().take(captured)
     assert captured.copies is None
 
 
 def test_what_the_user_has_registered_is_not_copied() -> None:
     nixl = SimpleNamespace(has_registered=lambda buffers: True)
-    captured = capture.lay_out([torch.ones(LARGE)])
+    captured = layout.lay_out([torch.ones(LARGE)])
     assert make(8 * LARGE, nixl=nixl).take(captured)
     assert captured.copies is None
 
@@ -82,7 +82,7 @@ def test_device_memory_is_copied_in_the_order_of_the_stream() -> None:
     gate = threading.Event()
     tensor = torch.zeros(LARGE, device=f"{TYPE}:0")
     fake_device.launch(tensor, 1.0, gate)
-    captured = capture.lay_out([tensor])
+    captured = layout.lay_out([tensor])
     assert make(8 * LARGE, f"{TYPE}:0").take(captured)
     fake_device.launch(tensor, 2.0)
     gate.set()
@@ -93,7 +93,7 @@ def test_device_memory_is_copied_in_the_order_of_the_stream() -> None:
 
 def test_a_pool_on_the_host_takes_device_memory() -> None:
     tensor = torch.ones(LARGE, device=f"{TYPE}:1")
-    captured = capture.lay_out([tensor])
+    captured = layout.lay_out([tensor])
     assert make(8 * LARGE).take(captured)
     fake_device.launch(tensor, 2.0)
     (buffer,) = sent(captured, TYPE)
@@ -107,22 +107,22 @@ def test_a_pool_on_the_host_takes_device_memory() -> None:
 def test_a_pool_on_a_device_takes_no_other_memory() -> None:
     pool = make(8 * LARGE, f"{TYPE}:0")
     for tensor in (torch.ones(LARGE), torch.ones(LARGE, device=f"{TYPE}:1")):
-        captured = capture.lay_out([tensor])
+        captured = layout.lay_out([tensor])
         assert pool.take(captured)
         assert captured.copies is None
 
 
 def test_device_memory_without_room_is_an_error() -> None:
-    captured = capture.lay_out([torch.ones(LARGE, device=f"{TYPE}:0")])
+    captured = layout.lay_out([torch.ones(LARGE, device=f"{TYPE}:0")])
     with pytest.raises(NixlOutOfMemoryError, match="cannot go through Ray's object store"):
         make(LARGE, f"{TYPE}:0").take(captured)
 
 
 def test_host_memory_without_room_is_refused() -> None:
     pool = make(LARGE)
-    assert not pool.take(capture.lay_out([torch.ones(LARGE)]))
+    assert not pool.take(layout.lay_out([torch.ones(LARGE)]))
     gc.collect()
-    assert pool.take(capture.lay_out([torch.ones(LARGE - 64, dtype=torch.uint8)]))
+    assert pool.take(layout.lay_out([torch.ones(LARGE - 64, dtype=torch.uint8)]))
 
 
 def test_the_named_stream_orders_the_copy() -> None:
@@ -137,7 +137,7 @@ def test_the_named_stream_orders_the_copy() -> None:
     try:
         with accelerator.on(stream):
             fake_device.launch(tensor, 1.0, gate)
-        captured = capture.lay_out([tensor])
+        captured = layout.lay_out([tensor])
         assert make(8 * LARGE, f"{TYPE}:0").take(captured)
         with accelerator.on(stream):
             fake_device.launch(tensor, 2.0)
@@ -152,5 +152,5 @@ def test_whole_devices_are_waited_for_if_the_user_asks() -> None:
     waited: list[Any] = []
     nixl = SimpleNamespace(has_registered=lambda _: False, check_writers=waited.extend)
     tensor = torch.ones(LARGE, device=f"{TYPE}:0")
-    assert make(8 * LARGE, nixl=nixl).take(capture.lay_out([tensor]))
+    assert make(8 * LARGE, nixl=nixl).take(layout.lay_out([tensor]))
     assert [buffer.device for buffer in waited] == [tensor.device]

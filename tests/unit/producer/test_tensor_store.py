@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
-from ray.experimental.rdt.serialization.capture import Captured, lay_out
+from ray.experimental.rdt.serialization.layout import Captured, lay_out
 
 
 def key_of(number: int) -> bytes:

@@ -13,7 +13,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc.session import CallError
-from ray.experimental.rdt.serialization.capture import lay_out
+from ray.experimental.rdt.serialization.layout import lay_out
 
 
 class SlowTransport:

@@ -12,13 +12,13 @@ from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.owner.object_directory import Free
 from ray.experimental.rdt.producer.tensor_store import Store
-from ray.experimental.rdt.serialization.capture import lay_out
+from ray.experimental.rdt.serialization.layout import lay_out
 
 KEY = bytes.fromhex("d00dfeedc0ffee00d00dfeedc0ffee00")
 
 #: Where something is unpickled, and how it came there.
 UNPICKLING = {
-    "serialization/capture.py": "in the Ray value: the skeleton and the table of its tensors",
+    "serialization/envelope.py": "in the Ray value: the skeleton and the table of its tensors",
     "consumer/transfer.py": "in the Ray value: what a transport of the user's ships",
     "transports/user/registered.py": "from Ray's GCS: transports of users, and their notes",
 }

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from ray import cloudpickle
 from ray.experimental.rdt import _tensors
-from ray.experimental.rdt.serialization import capture
+from ray.experimental.rdt.serialization import capture, layout
+from ray.experimental.rdt.serialization.envelope import Envelope
 from tests.support import ROOT
 from tests.unit import values
 
@@ -43,7 +44,7 @@ def send(value: Any, is_packed: bool = False) -> Any:
     for nbytes in table.regions:
         places.append((joined, at) if is_packed else (joined[at : at + nbytes], 0))
         at += nbytes
-    envelope = capture.Envelope(None, skeleton.inband, table, None, skeleton.buffers)
+    envelope = Envelope(None, skeleton.inband, table, None, skeleton.buffers)
     (result,) = envelope.restore(_tensors.build_tensors(table, places))
     return result
 
@@ -81,7 +82,7 @@ def test_views_that_leave_out_most_of_their_span(views: list[torch.Tensor], is_p
     _, captured = capture.take(Context(), views)
     got = send(views, is_packed)
     elements = [addresses(view) for view in views]
-    whole = capture.lay_out(captured.tensors, may_gather=False).table
+    whole = layout.lay_out(captured.tensors, may_gather=False).table
     assert captured.table.nbytes <= whole.nbytes
     for one, view, its in zip(got, views, elements):
         assert values.bytes_of(one) == values.bytes_of(view)
@@ -167,7 +168,7 @@ def test_tensor_kept_alone_does_not_pickle_its_neighbours():
 def test_same_process_gives_the_very_tensors():
     tensor, parameter = torch.zeros(3), torch.nn.Parameter(torch.ones(2))
     skeleton, captured = capture.take(Context(), {"t": tensor, "p": [parameter, tensor]})
-    envelope = capture.Envelope(None, skeleton.inband, captured.table, None, skeleton.buffers)
+    envelope = Envelope(None, skeleton.inband, captured.table, None, skeleton.buffers)
     (result,) = envelope.restore(captured.tensors)
     assert result["t"] is tensor
     assert result["p"][0] is parameter
@@ -239,7 +240,7 @@ def test_torch_that_offers_no_dlpack_functions_does_as_well():
 
 def malformed(field: int, change: Any) -> Any:
     """The parts of a good table, one of them changed."""
-    _, parts = capture.lay_out([torch.ones(4)]).table.__reduce__()
+    _, parts = layout.lay_out([torch.ones(4)]).table.__reduce__()
     return [change(part) if i == field else part for i, part in enumerate(parts)]
 
 
@@ -266,7 +267,7 @@ def test_table_that_contradicts_itself_is_refused(field: int, change: Any):
 
 
 def test_memory_that_is_too_small_is_refused():
-    table = capture.lay_out([torch.ones(4)]).table
+    table = layout.lay_out([torch.ones(4)]).table
     with pytest.raises(ValueError, match="16 bytes are meant to be in 15"):
         _tensors.build_tensors(table, [(bytearray(15), 0)])
 
@@ -277,7 +278,7 @@ def test_memory_lives_as_long_as_a_tensor_over_it():
 
     memory = Memory(32)
     watched = weakref.ref(memory)
-    (tensor,) = _tensors.build_tensors(capture.lay_out([torch.ones(8)]).table, [(memory, 0)])
+    (tensor,) = _tensors.build_tensors(layout.lay_out([torch.ones(8)]).table, [(memory, 0)])
     part = tensor[2:]
     del memory, tensor
     gc.collect()
@@ -316,7 +317,7 @@ def test_storages_are_watched(make: Any):
     for nbytes in (0, 1 << 20):
         tensor.untyped_storage().resize_(nbytes)
         assert False in words(captured.guards)
-        with pytest.raises(capture.MemoryChanged, match="was freed, resized or moved"):
+        with pytest.raises(layout.MemoryChanged, match="was freed, resized or moved"):
             captured.require_unchanged()
 
 
@@ -343,7 +344,7 @@ def test_a_captured_object_keeps_memory_that_its_tensors_left():
     tensor.data = torch.zeros(3)
     assert words(captured.guards) == [True, True]
     captured.require_unchanged()
-    assert capture.region_bytes(captured, 0).view(torch.float32).eq(5).all()
+    assert layout.region_bytes(captured, 0).view(torch.float32).eq(5).all()
     assert captured.gather() == b"\0\0\xa0\x40" * 1000
 
 
@@ -352,7 +353,7 @@ def test_storages_that_begin_at_one_address_share_what_reaches_furthest():
     parts = [torch.frombuffer(memory, dtype=torch.uint8, count=n) for n in (10, 100, 30)]
     _, captured = capture.take(Context(), parts)
     assert list(captured.table.regions) == [100]
-    assert bytes(capture.region_bytes(captured, 0).tolist()) == bytes(memory)
+    assert bytes(layout.region_bytes(captured, 0).tolist()) == bytes(memory)
 
 
 def test_unpicklable_value_raises_as_plain_pickling_does():

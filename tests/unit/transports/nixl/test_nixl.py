@@ -19,7 +19,7 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.nixl_tensor_transport import NixlTensorTransport
 from ray.experimental.rdt.producer.transport_server import await_writers
-from ray.experimental.rdt.serialization.capture import lay_out
+from ray.experimental.rdt.serialization.layout import lay_out
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import consumer as nixl_consumer
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine

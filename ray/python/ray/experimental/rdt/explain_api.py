@@ -90,13 +90,13 @@ def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     """Return the question about an object, None if it is not an RDT object."""
     from ray.experimental.rdt.common import descriptor
     from ray.experimental.rdt.observe.explainer import Question
-    from ray.experimental.rdt.serialization import capture
+    from ray.experimental.rdt.serialization.envelope import open_envelope
 
     left_ms = int(1e3 * deadline.left_s())
     ((data, metadata, _),) = ray_core.get_objects([ref], left_ms)
     if not descriptor.is_rdt(metadata):
         return None
-    envelope = capture.open_envelope(metadata, data)
+    envelope = open_envelope(metadata, data)
     head, table = envelope.head, envelope.table
     devices = sorted({table.devices.get(region, "cpu") for region in range(len(table.regions))})
     return Question(

@@ -19,7 +19,7 @@ from ray.experimental.rdt.consumer.deferred import Deferred, Puller
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.consumer.recovery import Remakes, Result
 from ray.experimental.rdt.consumer.targets import Targets
-from ray.experimental.rdt.serialization import capture
+from ray.experimental.rdt.serialization.envelope import open_envelope
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ class Consumer:
     def _request(
         self, object_id: str, metadata: bytes, data: Any, into: Sequence[torch.Tensor] | None
     ) -> Request:
-        envelope = capture.open_envelope(metadata, data)
+        envelope = open_envelope(metadata, data)
         if into is not None:
             return Request(object_id, envelope, targets.into(into, envelope.table))
         return Request(object_id, envelope, self.targets.of(object_id, envelope.table))

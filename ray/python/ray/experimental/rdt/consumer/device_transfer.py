@@ -30,7 +30,7 @@ from ray.experimental.rdt.consumer.receive_buffers import (
 from ray.experimental.rdt.consumer.targets import Target
 from ray.experimental.rdt.consumer.transfer import AgentPull, Exchanges, describe_peer
 from ray.experimental.rdt.rpc.session import CallError, agent_id_of
-from ray.experimental.rdt.serialization.capture import Envelope
+from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.transports.base import Lending, Peer, TransportUnavailable
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from ray.experimental.rdt.consumer.device_transfer import PerDevice
 from ray.experimental.rdt.consumer.receive_buffers import move
 from ray.experimental.rdt.consumer.targets import ANYWHERE, Target
 from ray.experimental.rdt.rpc.checksums import ChecksumMismatch
-from ray.experimental.rdt.serialization.capture import Envelope
+from ray.experimental.rdt.serialization.envelope import Envelope
 
 if TYPE_CHECKING:
     import torch

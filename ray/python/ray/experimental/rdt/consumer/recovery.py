@@ -26,7 +26,7 @@ from ray.experimental.rdt.owner import recipes as lineage
 from ray.experimental.rdt.owner.recipes import ALIVE, MADE, UNKNOWN, Lineage, Outcome
 from ray.experimental.rdt.producer.owner_monitor import ask_all, known_agents
 from ray.experimental.rdt.rpc.session import Session
-from ray.experimental.rdt.serialization import capture
+from ray.experimental.rdt.serialization.envelope import open_envelope
 
 #: Ray's GCS tells nobody of a worker's end, so it is asked again. It knows of a killed process in
 #: milliseconds, of a dead node in a while.
@@ -227,7 +227,7 @@ def _left(deadline: Deadline | None) -> float | None:
 
 def _request(old: Request, value: Any) -> Request:
     """A request for what an object is now, into the targets of what it was."""
-    envelope = capture.open_envelope(value[1], value[0])
+    envelope = open_envelope(value[1], value[0])
     if old.target.tensors is not None:
         targets.check_targets(envelope.table, old.target.tensors)
     return Request(old.object_id, envelope, old.target)

@@ -36,7 +36,8 @@ from ray.experimental.rdt.consumer.target_spans import find_spreads
 from ray.experimental.rdt.rpc import checksums
 from ray.experimental.rdt.rpc.checksums import ChecksumMismatch
 from ray.experimental.rdt.rpc.session import CallError, agent_id_of
-from ray.experimental.rdt.serialization.capture import Captured, Envelope, unpack_carriers
+from ray.experimental.rdt.serialization.envelope import Envelope
+from ray.experimental.rdt.serialization.layout import Captured, unpack_carriers
 from ray.experimental.rdt.transports.base import (
     OneSided,
     Peer,

@@ -14,7 +14,7 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.common.thread_role import must_not_block
 from ray.experimental.rdt.producer.tensor_store import Store
-from ray.experimental.rdt.serialization.capture import Captured
+from ray.experimental.rdt.serialization.layout import Captured
 
 logger = logging.getLogger("ray.rdt")
 

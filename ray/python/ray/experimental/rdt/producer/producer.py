@@ -19,7 +19,9 @@ from ray.experimental.rdt.producer.admission import Room
 from ray.experimental.rdt.producer.snapshots import Snapshots
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.serialization import capture
-from ray.experimental.rdt.serialization.capture import Captured, Skeleton, Wanted
+from ray.experimental.rdt.serialization.capture import Skeleton, Wanted
+from ray.experimental.rdt.serialization.envelope import pack
+from ray.experimental.rdt.serialization.layout import Captured, carriers
 from ray.experimental.rdt.transports.base import Shipment, TransportUnavailable
 from ray.experimental.rdt.transports.user import registered
 from ray.experimental.rdt.transports.user.actors import own_actor_handle
@@ -160,12 +162,12 @@ class Producer:
         if not self._is_admitted(captured, transport):
             return context.serialize(value), _NO_TENSORS
         if not captured:
-            return capture.pack(skeleton, captured, None), _NO_TENSORS
+            return pack(skeleton, captured, None), _NO_TENSORS
         shipment = b"" if users is None else _ship(users, context, skeleton, captured)
         pending = self._describe(captured, transport, origin)
         if is_guarded:
             skeleton.contained_refs.add(self._guard(context, pending, transport))
-        return capture.pack(skeleton, captured, pending.descriptor, shipment), pending
+        return pack(skeleton, captured, pending.descriptor, shipment), pending
 
     def _is_admitted(self, captured: Captured, transport: str) -> bool:
         """Wait for room. False if there is none: Ray's object store takes the value."""
@@ -235,7 +237,7 @@ class Producer:
         users = self.user_transport(transport)
         captured = capture.arrange(tensors, wanted=_wanted(users))
         if users is not None:
-            captured.parcel = users.describe(capture.carriers(captured))
+            captured.parcel = users.describe(carriers(captured))
         return self._store(object_id, self._describe(captured, transport))
 
     def _store(self, object_id: str, pending: PendingObject) -> Location:
@@ -271,7 +273,7 @@ def _wanted(users: UserTransport | None) -> Wanted | None:
 
 def _ship(users: UserTransport, context: Any, skeleton: Skeleton, captured: Captured) -> bytes:
     """Describe an object to a user-defined transport; return the part for the consumer, pickled."""
-    captured.parcel = parcel = users.describe(capture.carriers(captured))
+    captured.parcel = parcel = users.describe(carriers(captured))
     shipment = Shipment(
         parcel.object_id,
         parcel.metadata,

@@ -19,7 +19,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.serialization.capture import Captured
+    from ray.experimental.rdt.serialization.layout import Captured
 
 
 _SLICE_S = 0.25

@@ -34,7 +34,7 @@ from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
 from ray.experimental.rdt.rpc.session import CallError, Reply, Session
-from ray.experimental.rdt.serialization.capture import region_bytes, tenants
+from ray.experimental.rdt.serialization.layout import region_bytes, tenants
 from ray.experimental.rdt.transports.base import Lending, OneSided, Transport, TwoSided
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.user.transport import UserTransport

@@ -1,10 +1,9 @@
-"""Arrays that are no torch tensors, and other objects with large buffers, as tensors.
+"""Arrays other than torch tensors, and other objects with large buffers, carried as tensors.
 
-``RAY_RDT_ARRAY_BYTES`` asks for it. What exports its memory by the buffer protocol and pickles it
-out of band (numpy arrays, what holds them as pandas does, Arrow buffers) is pickled as it always
-is, with tensors over the same memory in place of its buffers. What speaks DLPack and the array API
-(jax, cupy) becomes a tensor and, at the consumer, an array of its own kind again. Nothing is
-copied.
+``RAY_RDT_ARRAY_BYTES`` enables this. Objects that export memory by the buffer protocol and pickle
+it out of band (numpy arrays, pandas objects, Arrow buffers) are pickled as usual, with tensors over
+the same memory in place of the buffers. Arrays with DLPack and the array API (jax, cupy) become
+tensors and, at the consumer, arrays of their own type again. Nothing is copied.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class ArrayPickler(Pickler):
     """
 
     def reducer_override(self, obj: Any) -> Any:
-        # What the user registered a serializer for is pickled by that.
+        # A serializer that the user registered takes precedence.
         if type(obj) not in self.dispatch_table:
             reduced = reduce(obj, settings().array_bytes)
             if reduced is not None:
@@ -38,7 +37,7 @@ class ArrayPickler(Pickler):
 
 
 def are_arrays_wanted() -> bool:
-    """Whether the user asks for it, and this process has torch, whose tensors stand for arrays."""
+    """Tell whether the user enabled it and this process has torch, whose tensors replace arrays."""
     if not settings().array_bytes:
         return False
     try:
@@ -49,16 +48,16 @@ def are_arrays_wanted() -> bool:
 
 
 def reduce(value: Any, least_bytes: int) -> tuple[Any, ...] | None:
-    """How to pickle a value so that a pickler which carries tensors carries its memory.
+    """Reduce a value to a form with tensors over its memory.
 
     Runs on: producer, the thread that pickles.
 
     Args:
-        value: Anything but a tensor.
-        least_bytes: Less memory than this stays in the value.
+        value: Any object but a tensor.
+        least_bytes: Smaller buffers stay in the value.
 
     Returns:
-        What ``__reduce_ex__`` returns, with tensors in it; None for what is pickled as ever.
+        The result of ``__reduce_ex__`` with tensors in it; None if the value is pickled as usual.
     """
     if hasattr(type(value), "__dlpack__") and not _is_numpy(value):
         return _reduce_by_dlpack(value, least_bytes)
@@ -74,7 +73,7 @@ def _is_numpy(value: Any) -> bool:
 
 
 def _exports(value: Any, least_bytes: int) -> bool:
-    """Whether it exports so much memory."""
+    """Tell whether a value exports at least so much memory."""
     if _is_numpy(value):
         return bool(value.nbytes >= least_bytes)  # also of dtypes that memoryview does not know
     try:
@@ -91,7 +90,7 @@ def _carried(argument: Any, least_bytes: int) -> Any:
 
 
 class _Carried:
-    """Stands for a buffer: pickled as a tensor over its memory, unpickled as a buffer again."""
+    """A buffer that is pickled as a tensor over its memory and unpickled as a buffer."""
 
     def __init__(self, memory: memoryview):
         self._memory = memory
@@ -101,7 +100,10 @@ class _Carried:
 
 
 def _tensor_over(memory: memoryview) -> torch.Tensor:
-    """A flat uint8 tensor over memory, which it keeps alive. torch warns of read-only memory."""
+    """Return a flat uint8 tensor over memory that it keeps alive.
+
+    torch warns of read-only memory, but not of ctypes arrays.
+    """
     import numpy
     import torch
 
@@ -112,7 +114,7 @@ def _tensor_over(memory: memoryview) -> torch.Tensor:
 
 
 def _buffer_over(tensor: torch.Tensor, is_readonly: bool) -> memoryview:
-    """Runs on: consumer, the thread that deserializes. Memory that the consumer got is its own."""
+    """Runs on: consumer, the thread that deserializes."""
     memory = memoryview(tensor.numpy())  # type: ignore[arg-type]
     return memory.toreadonly() if is_readonly else memory
 
