@@ -28,7 +28,6 @@ LAYERS: list[set[str]] = [
     {"owner"},
     {"consumer"},
     {"observe"},
-    {"session_services"},
     {"session_parts"},
     {"manager"},
     {

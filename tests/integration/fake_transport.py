@@ -94,6 +94,9 @@ class FakeTwoSided:
         self._is_closed = False
         session.on_peer_lost(self._on_peer_lost)
 
+    def check_available(self) -> None:
+        """Every process can use it."""
+
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Shows the end of the pipe to whoever waits for a sender that will not open it."""
         for path in [path for path, sender in self._senders.items() if sender == peer_id]:

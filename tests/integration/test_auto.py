@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 import ray
 from ray.experimental.rdt import explain
-from ray.experimental.rdt.transports import selection as ways
+from ray.experimental.rdt.transports import selection
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
 from ray.experimental.rdt.transports.nixl.consumer import Consumer
 from tests.integration.peers import LARGE, Peer, count_up, ones, pulls, total
@@ -23,8 +23,8 @@ pytestmark = needs_nixl()
 
 def go_far(_: Peer) -> None:
     """This process's host has RDMA devices, and every other process is on another."""
-    ways._has_rdma = lambda: True
-    ways.boot_id_of = lambda address: address[6:22]
+    selection._has_rdma = lambda: True
+    selection.boot_id_of = lambda address: address[6:22]
 
 
 @pytest.fixture

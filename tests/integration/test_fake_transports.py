@@ -11,8 +11,7 @@ from ray.exceptions import RayTaskError
 
 import ray
 from ray.experimental.rdt.common.errors import RDTError, RDTFetchError
-from ray.experimental.rdt.consumer import prefetcher as hints
-from ray.experimental.rdt.consumer import transfer as lanes
+from ray.experimental.rdt.transports import selection
 from tests.integration import user_transports
 from tests.integration.peers import FAKES, LARGE, Peer, ones, pulls, total
 from tests.support import wait_until
@@ -81,7 +80,7 @@ def test_a_step_that_fails_is_the_waiters_error_and_the_next_works(
 
 def prefer(_: Any, *names: str) -> None:
     """This process tries the agent's lanes, for what nobody named, only after these."""
-    hints.ways = lanes.ways = lambda named, device_type: [*names] if named == "auto" else [named]
+    selection._HOST_TRANSPORTS = names
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -89,7 +88,7 @@ def prefer(_: Any, *names: str) -> None:
 def test_a_step_of_a_transport_that_nobody_named(
     producer: Any, chooser: Any, step: str, what: str
 ) -> None:
-    """The next way is taken: first the other fake, then the agent's lanes."""
+    """The next candidate is tried: first the other fake, then the agent's lanes."""
     name, side = STEPS[step]
     other = ONE_SIDED if name == TWO_SIDED else TWO_SIDED
     before = sum(pulls(chooser).values())

@@ -20,13 +20,14 @@ from ray.exceptions import (
 from ray.experimental.rdt._agent import AgentError
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTFetchError, RDTProducerDiedError
+from ray.experimental.rdt.consumer.agent_transfer import AgentPull
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
 from ray.experimental.rdt.consumer.receive_buffers import allocate
 from ray.experimental.rdt.consumer.targets import Target, Targets
-from ray.experimental.rdt.consumer.transfer import AgentPull
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.serialization import capture, layout
 from ray.experimental.rdt.serialization.envelope import Envelope
+from ray.experimental.rdt.transports.selection import Pair
 from tests.unit.serialization.test_capture import Context
 
 ADDRESS = b"\x01\x00" + b"A" * 16
@@ -106,7 +107,7 @@ class World:
         self.link_uses += 1
         session = SimpleNamespace(agent=self.agent)
         hinted = SimpleNamespace(take=lambda key: self.hints.pop(key, None), park=self.park)
-        policy = SimpleNamespace(unavailable_reason=lambda name, address: "the lanes are best")
+        policy = SimpleNamespace(pair=lambda address: Pair())
         return SimpleNamespace(session=session, prefetcher=hinted, transports=None, policy=policy)
 
     def park(self, key: bytes, pull: AgentPull, nbytes: int) -> bool:
@@ -183,7 +184,9 @@ def test_failed_hint_is_pulled_anew(world: World):
     """It may have failed long ago, for a reason that has passed."""
     envelope = world.send([torch.arange(5)], outcome=agent_error("peer_lost"))
     key, session = envelope.head.key, world.links().session
-    world.hints[key] = AgentPull(session, ADDRESS, key, allocate(session, envelope.table.regions))
+    world.hints[key] = AgentPull.start(
+        session, ADDRESS, key, allocate(session, envelope.table.regions)
+    )
     world.agent.held[key] = world.kept[0].gather()
     assert value_of(*world.fetch(envelope))[0].tolist() == [0, 1, 2, 3, 4]
     assert len(world.agent.pulls) == 2

@@ -13,6 +13,7 @@ from ray.experimental.rdt import _agent
 from ray.experimental.rdt.common import config
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.consumer.prefetcher import Prefetcher
+from ray.experimental.rdt.transports.selection import Pair
 from tests.support import wait_until
 
 MIB = 1 << 20
@@ -30,8 +31,8 @@ class World:
         session = SimpleNamespace(
             agent=consumer, serve=self._handlers.__setitem__, on_close=lambda _: None
         )
-        self.unavailable_reason = "the lanes are best"
-        policy = SimpleNamespace(unavailable_reason=lambda name, address: self.unavailable_reason)
+        self.pair = Pair(is_same_host=True)
+        policy = SimpleNamespace(pair=lambda address: self.pair)
         self.hinted = Prefetcher(session, policy)
 
     def hint(self, number):
@@ -72,7 +73,7 @@ def make_world(monkeypatch):
 
 def test_hints_are_let_go_where_a_transport_comes_before_the_lanes(make_world):
     world = make_world()
-    world.unavailable_reason = ""
+    world.pair = Pair(is_same_host=False, has_rdma=True)
     key = world.hint(1)
     assert world.hinted.nbytes == 0
     assert world.hinted.take(key) is None

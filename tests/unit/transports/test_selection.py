@@ -1,4 +1,4 @@
-"""Which transports may be taken for a pair although nobody named them."""
+"""Transports that the user did not name: for which pairs of processes they are tried."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from ray.experimental.rdt.common import deadline
 from ray.experimental.rdt.common.config import settings
-from ray.experimental.rdt.transports import selection as ways
+from ray.experimental.rdt.consumer.planner import TransferObject, plan_transfer
+from ray.experimental.rdt.transports import selection
 from ray.experimental.rdt.transports.nixl.engine import has_rdma
 
 
@@ -27,9 +28,16 @@ FAR = address(b"c", b"2")
 def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
     lost: list[Any] = []
     session: Any = SimpleNamespace(address=HERE, on_peer_lost=lost.append)
-    monkeypatch.setattr(ways, "_has_rdma", lambda: True)
-    made = ways.AutoTransportPolicy(session)
-    return SimpleNamespace(judge=made, lose=lost[0])
+    monkeypatch.setattr(selection, "_has_rdma", lambda: True)
+    made = selection.AutoTransportPolicy(session)
+
+    def reason(name: str, producer: bytes) -> str:
+        """Why a transport that the user did not name is not tried."""
+        obj = TransferObject(default_transports=[name])
+        (found,) = [c for c in plan_transfer(obj, made.pair(producer)) if c.name == name]
+        return found.unavailable_reason
+
+    return SimpleNamespace(failed=made.failed, reason=reason, lose=lost[0])
 
 
 @pytest.mark.parametrize(
@@ -45,26 +53,26 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_what_rules_a_transport_out(policy: Any, name: str, producer: bytes, why: str) -> None:
-    unavailable_reason = policy.judge.unavailable_reason(name, producer)
-    assert why in unavailable_reason
-    assert bool(why) == bool(unavailable_reason)
+    reason = policy.reason(name, producer)
+    assert why in reason
+    assert bool(why) == bool(reason)
 
 
 def test_nixl_is_not_taken_where_there_is_no_rdma(
     policy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(ways, "_has_rdma", lambda: has_rdma(tmp_path))
-    assert "no RDMA device" in policy.judge.unavailable_reason("nixl", FAR)
+    monkeypatch.setattr(selection, "_has_rdma", lambda: has_rdma(tmp_path))
+    assert "no RDMA device" in policy.reason("nixl", FAR)
     (tmp_path / "infiniband/mlx5_0").mkdir(parents=True)
-    assert policy.judge.unavailable_reason("nixl", FAR) == ""
+    assert policy.reason("nixl", FAR) == ""
 
 
 def test_the_setting_forbids(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     only_tcp = replace(settings(), lanes=frozenset({"tcp"}))
-    monkeypatch.setattr(ways, "settings", lambda: only_tcp)
+    monkeypatch.setattr(selection, "settings", lambda: only_tcp)
     for name in ("nixl", "nccl", "cuda_ipc"):
-        assert "RAY_RDT_LANES" in policy.judge.unavailable_reason(name, NEAR)
-    assert policy.judge.unavailable_reason("another_ipc", NEAR) == ""
+        assert "RAY_RDT_LANES" in policy.reason(name, NEAR)
+    assert policy.reason("another_ipc", NEAR) == ""
 
 
 def test_what_failed_is_left_alone_for_a_while(
@@ -72,19 +80,19 @@ def test_what_failed_is_left_alone_for_a_while(
 ) -> None:
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(deadline.time, "monotonic", lambda: clock.now)
-    policy.judge.failed("nixl", FAR, RuntimeError("the cable is out"))
-    policy.judge.failed("cuda_ipc", NEAR, RuntimeError("an expandable segment"))
-    assert "RuntimeError: the cable is out" in policy.judge.unavailable_reason("nixl", FAR)
-    assert policy.judge.unavailable_reason("nccl", FAR) == ""
-    assert policy.judge.unavailable_reason("nixl", address(b"d", b"2")) == ""
-    assert policy.judge.unavailable_reason("cuda_ipc", NEAR) == ""
+    policy.failed("nixl", FAR, RuntimeError("the cable is out"))
+    policy.failed("cuda_ipc", NEAR, RuntimeError("an expandable segment"))
+    assert "RuntimeError: the cable is out" in policy.reason("nixl", FAR)
+    assert policy.reason("nccl", FAR) == ""
+    assert policy.reason("nixl", address(b"d", b"2")) == ""
+    assert policy.reason("cuda_ipc", NEAR) == ""
     clock.now += 61
-    assert policy.judge.unavailable_reason("nixl", FAR) == ""
+    assert policy.reason("nixl", FAR) == ""
 
 
 def test_a_lost_peer_is_forgotten(policy: Any) -> None:
-    policy.judge.failed("nccl", FAR, RuntimeError("it hangs"))
-    policy.judge.failed("nccl", NEAR, RuntimeError("it hangs"))
+    policy.failed("nccl", FAR, RuntimeError("it hangs"))
+    policy.failed("nccl", NEAR, RuntimeError("it hangs"))
     policy.lose(b"c" * 16)
-    assert policy.judge.unavailable_reason("nccl", FAR) == ""
-    assert policy.judge.unavailable_reason("nccl", NEAR)
+    assert policy.reason("nccl", FAR) == ""
+    assert policy.reason("nccl", NEAR)

@@ -74,21 +74,29 @@ def explain(
         return plain(f"ObjectRef({source.hex()}) to {to}")
     asked = replace(question, subject=f"{question.subject} to {to}")
     if consumer is None:
-        return _explainer().judge(asked, deadline)
+        return _explainer().explain(asked, deadline)
     return _explainer().ask(_address_of(consumer, deadline), asked, deadline)
 
 
 def _about_actor(producer: ActorHandle, transport: str, deadline: Deadline) -> Question:
     from ray.experimental.rdt.observe.explainer import Question
+    from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
 
     address = _address_of(producer, deadline)
     offers = _explainer().offers(address, transport, None, deadline)
-    return Question(f"transport {transport!r} from {producer}", address, transport, offers)
+    return Question(
+        f"transport {transport!r} from {producer}",
+        address,
+        transport,
+        offers,
+        is_user_defined=transport.upper() not in BUILT_IN_TRANSPORTS,
+    )
 
 
 def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     """Return the question about an object, None if it is not an RDT object."""
     from ray.experimental.rdt.common import descriptor
+    from ray.experimental.rdt.consumer.planner import TransferObject
     from ray.experimental.rdt.observe.explainer import Question
     from ray.experimental.rdt.serialization.envelope import open_envelope
 
@@ -99,14 +107,16 @@ def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     envelope = open_envelope(metadata, data)
     head, table = envelope.head, envelope.table
     devices = sorted({table.devices.get(region, "cpu") for region in range(len(table.regions))})
+    obj = TransferObject.of(envelope)
     return Question(
         f"RDT object {ref.hex()} of {head.nbytes} bytes, transport {head.transport!r}",
         head.address,
         head.transport,
         _explainer().offers_or_why_not(head.address, head.transport, devices or ["cpu"], deadline),
         head.nbytes,
-        head.is_eager,
-        head.is_user_defined and not len(table),
+        obj.is_inline,
+        obj.is_user_defined,
+        obj.is_foreign,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.real_threads import Lock
 from ray.experimental.rdt.consumer.prefetcher import Prefetcher
+from ray.experimental.rdt.consumer.transfer import TransferServices
 from ray.experimental.rdt.groups import service as groups
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.observe.metrics import Gauges
@@ -21,7 +22,6 @@ from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc import process_directory
 from ray.experimental.rdt.rpc import session as sessions
-from ray.experimental.rdt.session_services import Links
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
@@ -45,7 +45,7 @@ class SessionParts:
     session: Session
     producer: ProducerServices
     owner: OwnerServices
-    consumer: Links
+    consumer: TransferServices
     server: Server
     explainer: Explainer
 
@@ -97,7 +97,7 @@ def build(
         session,
         ProducerServices(session, transports, produced, orphans),
         OwnerServices(session, taken, HintSender(session)),
-        Links(session, transports, policy, prefetcher),
+        TransferServices(session, transports, policy, prefetcher),
         server,
         Explainer(session, transports, policy),
     )

@@ -1,23 +1,25 @@
-"""The way of an object that has tensors on devices: each type of device goes its own.
+"""Transfers of objects that have tensors on devices: one chain of candidates for each device type.
 
-What is in the producer's host memory goes as any object: over the named transport if that carries
-it, else over the agent's lanes. What is on a device goes over the first of these that serves the
-pair: the named transport, those of the device type (``Accelerator.transports``), ``staged``, which
-goes through host memory and serves every pair.
-
-Where the named transport lends (``base.Lending``) and the user gave no tensors to receive into, the
-producer is asked first for its own memory.
+Runs on: consumer, the thread that deserializes.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.thread_role import is_on_own_thread, without_turn
+from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer
+from ray.experimental.rdt.consumer.fallback import TransportFallbackChain
+from ray.experimental.rdt.consumer.planner import (
+    Candidate,
+    Kind,
+    TransferObject,
+    plan_transfer,
+)
 from ray.experimental.rdt.consumer.receive_buffers import (
     ReceiveBuffers,
     Targets,
@@ -28,209 +30,221 @@ from ray.experimental.rdt.consumer.receive_buffers import (
     take_memory,
 )
 from ray.experimental.rdt.consumer.targets import Target
-from ray.experimental.rdt.consumer.transfer import AgentPull, Exchanges, describe_peer
-from ray.experimental.rdt.rpc.session import CallError, agent_id_of
+from ray.experimental.rdt.consumer.transport_transfer import ProducerRequests, TransportAttempt
 from ray.experimental.rdt.serialization.envelope import Envelope
-from ray.experimental.rdt.transports.base import Lending, Peer, TransportUnavailable
+from ray.experimental.rdt.transports.base import Borrowing, Lending, Route, TransportUnavailable
+from ray.experimental.rdt.transports.selection import default_transports
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt._tensors import Table
+    from ray.experimental.rdt.consumer.transfer import Transfer, TransferServices
     from ray.experimental.rdt.rpc.session import Session
-    from ray.experimental.rdt.session_services import Links
 
 
-class PerDevice:
-    """An object with tensors on devices, under way. See ``lanes.Transfer``.
+class DeviceTransfer:
+    """An object with tensors on devices. See ``transfer.Transfer``.
+
+    If the named transport lends (``base.Lending``) and the user gave no target tensors, the
+    producer is first asked for its own memory.
 
     Args:
-        links: This process's parts.
+        services: The parts of the session.
         envelope: The object.
         target: The user's target.
-        deadline: When the fetch gives up.
-
-    Raises:
-        RDTError: the named transport cannot serve it, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
 
-    def __init__(self, links: Links, envelope: Envelope, target: Target, deadline: Deadline):
+    def __init__(self, services: TransferServices, envelope: Envelope, target: Target):
+        self._services = services
+        self._head = envelope.head
+        self._table = envelope.table
+        self._target = target
+        self._buffers: ReceiveBuffers | None = None
+        self._chains: list[TransportFallbackChain] = []
+
+    def start(self, deadline: Deadline) -> None:
         import torch
 
-        table = envelope.table
-        self._links = links
-        self._head = envelope.head
-        self._table = table
-        self._targets = target.tensors
-        self._target_device = torch.device(target.device) if target.device is not None else None
-        direct = direct_targets(table, target.tensors)
-        # What has no bytes needs no way.
+        table, target = self._table, self._target
+        device = torch.device(target.device) if target.device is not None else None
+        # Regions without bytes are not transferred.
         types = {
             table.devices.get(region, "cpu")
             for region, nbytes in enumerate(table.regions)
             if nbytes
         }
-        self._shares: list[_Share] = []
-        self._loans: list[_Loan] = []
-        try:
-            if target.tensors is None:
-                self._begin_loans(types - {"cpu"}, deadline)
-            spared = {loan.device_type for loan in self._loans}
-            hosted = hosted_regions(table, target.tensors)
-            self._buffers = allocate_on_devices(
-                links.session, table, direct, self._target_device, spared, hosted
+        lending = {name: self._lending(name, device) for name in types}
+        self._buffers = allocate_on_devices(
+            self._services.session,
+            table,
+            direct_targets(table, target.tensors),
+            device,
+            {name for name, transport in lending.items() if transport is not None},
+            hosted_regions(table, target.tensors),
+        )
+        for device_type in sorted(types):
+            destination = _SharedDestination(
+                self._services.session,
+                table,
+                self._buffers,
+                device_type,
+                device,
+                has_memory=lending[device_type] is None,
             )
-            for device_type in sorted(types - spared):
-                self._begin_share(device_type, deadline)
-        except BaseException:
-            self.abandon()
-            raise
-
-    def _begin_loans(self, types: set[str], deadline: Deadline) -> None:
-        for device_type in types:
-            device = receive_device(device_type, self._target_device)
-            if device is not None and device.type == device_type:
-                lending = _lending(self._links, self._head, device_type)
-                if lending is not None:
-                    loan = _Loan(self._links.session, self._head, lending, device, deadline)
-                    self._loans.append(loan)
-
-    def _begin_share(self, device_type: str, deadline: Deadline) -> None:
-        share = _Share(self._links, self._head, self._buffers, device_type, deadline)
-        self._shares.append(share)
+            chain = self._chain(device_type, destination, lending[device_type])
+            self._chains.append(chain)
+            chain.start(deadline)
 
     @property
     def lane(self) -> str:
-        return "+".join(part.lane for part in self._parts())
+        return "+".join(chain.lane for chain in self._chains)
 
     def finish(self, deadline: Deadline) -> Targets:
-        for loan in self._loans.copy():
-            if not loan.finish(self._table, self._buffers, deadline):
-                self._loans.remove(loan)
-                session, device_type = self._links.session, loan.device_type
-                take_memory(session, self._table, self._buffers, device_type, self._target_device)
-                self._begin_share(device_type, deadline)
-        for share in self._shares:
-            share.finish(deadline)
-        return self._buffers.deliver(self._table, self._targets)
+        assert self._buffers is not None, "start comes before finish"
+        for chain in self._chains:
+            chain.finish(deadline)
+        return self._buffers.deliver(self._table, self._target.tensors)
 
     def abandon(self) -> None:
-        for part in self._parts():
-            part.abandon()
+        for chain in self._chains:
+            chain.abandon()
 
-    def _parts(self) -> list[_Loan | _Share]:
-        return [*self._loans, *self._shares]
+    def _chain(
+        self, device_type: str, destination: _SharedDestination, lending: Lending | None
+    ) -> TransportFallbackChain:
+        services, head = self._services, self._head
+        obj = TransferObject(
+            transport=head.transport,
+            device_type=device_type,
+            default_transports=default_transports(device_type),
+            nbytes=head.nbytes,
+            is_shareable=lending is not None,
+        )
 
+        def make(candidate: Candidate) -> Transfer:
+            if candidate.kind is Kind.SHARED:
+                assert lending is not None
+                return BorrowTransfer(services.session, head, lending, destination)
+            if candidate.kind is Kind.AGENT:
+                return AgentTransfer(services.session, head, destination)
+            return TransportAttempt(services, candidate.name, head, device_type, destination)
 
-def _lending(links: Links, head: Descriptor, device_type: str) -> Lending | None:
-    """The named transport, if it lends memory of such devices."""
-    if head.transport == "auto" or head.is_user_defined:
-        return None
-    try:
-        transport = links.transports.get(head.transport)
-    except TransportUnavailable:
-        return None  # what is tried next says why
-    capabilities = transport.capabilities
-    is_able = capabilities.lends and device_type in capabilities.devices
-    return cast(Lending, transport) if is_able else None
+        plan = plan_transfer(obj, services.policy.pair(head.address))
+        return TransportFallbackChain(services, head, device_type, plan, make)
 
-
-class _Loan:
-    """The regions of one object on one type of device, whose memory the producer is asked for."""
-
-    def __init__(
-        self,
-        session: Session,
-        head: Descriptor,
-        lending: Lending,
-        device: torch.device,
-        deadline: Deadline,
-    ):
-        self.device_type = device.type
-        self.lane = f"{head.transport} (shared)"
-        self._session = session
-        self._head = head
-        self._peer = Peer(head.address, agent_id_of(head.address))
-        self._borrowing = lending.borrow(device)
-        body = {
-            "key": head.key.hex(),
-            "transport": head.transport,
-            "device": device.type,
-            "asked": self._borrowing.asked,
-            "timeout_s": _left(deadline),
-        }
-        self._answer = session.start_call(head.address, "rdt.lend", body)
-
-    def finish(self, table: Table, buffers: ReceiveBuffers, deadline: Deadline) -> bool:
-        """Puts the producer's memory where the regions land. False: a copy has to do."""
-        regions = [r for r, name in sorted(table.devices.items()) if name == self.device_type]
-        sizes = [table.regions[region] for region in regions]
-        with_peer = f"RDT with {describe_peer(self._head)}, tensors on {self.device_type}"
+    def _lending(self, device_type: str, target_device: torch.device | None) -> Lending | None:
+        """Return the named transport if it can lend the memory of such devices to this process."""
+        head = self._head
+        if self._target.tensors is not None or head.transport == "auto" or device_type == "cpu":
+            return None
+        device = receive_device(device_type, target_device)
+        if device is None or device.type != device_type:
+            return None
         try:
-            with without_turn():
-                lent = self._answer(_left(deadline))
-            tensors = self._borrowing.take(self._peer, lent, sizes)
-        except (CallError, TransportUnavailable) as error:
-            self.abandon()
-            if error.code != TransportUnavailable.code:
-                raise
-            why = f"{with_peer}: memory is copied and not shared: {error}"
-            self._session.log_once(why, logging.INFO)
-            return False
-        for region, tensor in zip(regions, tensors):
-            buffers.put(region, tensor)
-        if is_on_own_thread():
-            # The stream that waits for the producer is this thread's and not the user's.
-            with without_turn():
-                for event in accelerators.record(tensors):
-                    event.wait(_left(deadline))
-        self._session.log_once(f"{with_peer}: lane {self.lane}", logging.INFO)
-        return True
-
-    def abandon(self) -> None:
-        self._borrowing.abandon(self._peer)
+            transport = self._services.transports.get(head.transport)
+        except TransportUnavailable:
+            return None  # the attempt to use it says why
+        capabilities = transport.capabilities
+        is_able = capabilities.lends and capabilities.carries(device_type)
+        return cast(Lending, transport) if is_able else None
 
 
-class _Share:
-    """The regions of one object that are on one type of device at the producer.
+class _SharedDestination:
+    """The part of one object's buffers for its memory of one device type. See ``Destination``.
 
-    Those in its host memory have the agent's lanes after the transports.
+    Args:
+        session: Its agent's receive pool gives the memory.
+        table: The object's layout.
+        buffers: The buffers for the whole object.
+        device_type: The device type of the memory at the producer.
+        target_device: The device that the user chose, if any.
+        has_memory: Whether the buffers have memory for it.
     """
 
     def __init__(
         self,
-        links: Links,
-        head: Descriptor,
+        session: Session,
+        table: Table,
         buffers: ReceiveBuffers,
         device_type: str,
-        deadline: Deadline,
+        target_device: torch.device | None,
+        has_memory: bool,
     ):
-        self._session = links.session
-        self._head = head
+        self.device_type = device_type
+        self.target_device = target_device
+        self._session = session
+        self._table = table
         self._buffers = buffers
-        self._exchanges = Exchanges(links, head, device_type, deadline)
-        self._pull = None if self._exchanges.current is not None else self._begin_pull()
+        self._has_memory = has_memory
 
     @property
-    def lane(self) -> str:
-        under_way = self._exchanges.current or self._pull
-        return under_way.lane if under_way is not None else ""
+    def sizes(self) -> dict[int, int]:
+        """The bytes of each of its regions."""
+        devices = sorted(self._table.devices.items())
+        return {r: self._table.regions[r] for r, name in devices if name == self.device_type}
 
-    def finish(self, deadline: Deadline) -> None:
+    def put(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Use these tensors as the memory of its regions."""
+        for region, tensor in zip(self.sizes, tensors):
+            self._buffers.put(region, tensor)
+
+    def buffers(self, may_spread: bool) -> ReceiveBuffers:
+        if not self._has_memory:
+            self._has_memory = True
+            session, device = self._session, self.target_device
+            take_memory(session, self._table, self._buffers, self.device_type, device)
+        return self._buffers
+
+    def deliver(self, buffers: ReceiveBuffers) -> Targets:
+        """The tensors are built once all device types have arrived."""
+        return ()
+
+
+class BorrowTransfer:
+    """The producer's own device memory becomes this process's tensors. See ``transfer.Transfer``.
+
+    Args:
+        session: Asks the producer.
+        head: The object.
+        lending: The transport.
+        destination: The regions.
+    """
+
+    def __init__(
+        self, session: Session, head: Descriptor, lending: Lending, destination: _SharedDestination
+    ):
+        self.lane = f"{head.transport} (shared)"
+        self._lending = lending
+        self._destination = destination
+        device_type = destination.device_type
+        self._producer = ProducerRequests(session, head, head.transport, device_type)
+        self._borrowing: Borrowing | None = None
+        self._answer: Callable[[Deadline], Route] | None = None
+
+    def start(self, deadline: Deadline) -> None:
+        destination = self._destination
+        device = receive_device(destination.device_type, destination.target_device)
+        assert device is not None, "only memory of a device that is here is lent"
+        self._borrowing = self._lending.borrow(device)
+        asked = {"asked": self._borrowing.asked}
+        self._answer = self._producer.start("rdt.lend", asked, deadline, idempotent=True)
+
+    def finish(self, deadline: Deadline) -> Targets:
+        assert self._borrowing is not None, "start comes before finish"
+        assert self._answer is not None, "start comes before finish"
         with without_turn():
-            has_moved = self._exchanges.move(self._buffers, deadline)
-        if not has_moved:
-            self._pull = self._pull or self._begin_pull()
-            self._pull.wait(deadline)
+            lent = self._answer(deadline)
+        sizes = list(self._destination.sizes.values())
+        tensors = self._borrowing.take(self._producer.peer, lent, sizes)
+        self._destination.put(tensors)
+        if is_on_own_thread():
+            # The stream that waits for the producer is this thread's and not the user's.
+            with without_turn():
+                for event in accelerators.record(tensors):
+                    event.wait(deadline.left_s())
+        return ()
 
     def abandon(self) -> None:
-        self._exchanges.abandon()
-        if self._pull is not None:
-            self._pull.abandon()
-
-    def _begin_pull(self) -> AgentPull:
-        return AgentPull(self._session, self._head.address, self._head.key, self._buffers)
-
-
-def _left(deadline: Deadline) -> float:
-    return deadline.left_s()
+        if self._borrowing is not None:
+            self._borrowing.abandon(self._producer.peer)

@@ -1,8 +1,8 @@
-"""Brings the tensors of RDT values to the process that deserializes them.
+"""Fetches the tensors of RDT values for the process that deserializes them.
 
-Runs on: consumer, the thread that deserializes; blocks without the GIL and holds no lock. All
-objects of a batch move at once. Bytes land in their final memory: a block of the receive pool or
-the user's own tensors.
+Runs on: consumer, the thread that deserializes. Blocks without the GIL and holds no lock. All
+objects of a batch are transferred at once. Bytes are received into their final memory: a block of
+the receive pool or the user's own tensors.
 """
 
 from __future__ import annotations
@@ -26,18 +26,28 @@ from ray.experimental.rdt.common.errors import (
 )
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
-from ray.experimental.rdt.consumer import transfer as lanes
-from ray.experimental.rdt.consumer.device_transfer import PerDevice
-from ray.experimental.rdt.consumer.receive_buffers import move
+from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer, PrefetchedTransfer
+from ray.experimental.rdt.consumer.device_transfer import DeviceTransfer
+from ray.experimental.rdt.consumer.fallback import TransportFallbackChain, describe_peer
+from ray.experimental.rdt.consumer.planner import Candidate, Kind, TransferObject, plan_transfer
+from ray.experimental.rdt.consumer.receive_buffers import HostDestination, move
 from ray.experimental.rdt.consumer.targets import ANYWHERE, Target
+from ray.experimental.rdt.consumer.transfer import (
+    InlineTransfer,
+    LocalTransfer,
+    Transfer,
+    TransferServices,
+)
+from ray.experimental.rdt.consumer.transport_transfer import TransportAttempt
+from ray.experimental.rdt.consumer.user_transfer import UserTransfer
 from ray.experimental.rdt.rpc.checksums import ChecksumMismatch
 from ray.experimental.rdt.serialization.envelope import Envelope
+from ray.experimental.rdt.transports.selection import default_transports
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.producer.tensor_store import Store
-    from ray.experimental.rdt.session_services import Links
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Request:
     Attributes:
         object_id: Its id in hex, "" if the value came without a reference.
         envelope: The value as it arrived.
-        target: The user's target.
+        target: The place that the user chose for the tensors.
     """
 
     object_id: str
@@ -57,7 +67,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A value whose tensors are here. Ray's deserializer calls ``unpickle``."""
+    """A value whose tensors have arrived. Ray's deserializer calls ``unpickle``."""
 
     envelope: Envelope
     tensors: Sequence[torch.Tensor]
@@ -70,116 +80,152 @@ class Fetcher:
     """Fetches for one process.
 
     Args:
-        store: What this process produced itself.
-        links: Gives the process's session and its parts; called only if bytes have to move.
+        store: The objects that this process produced.
+        services: Returns the parts of the session; called only if bytes have to be transferred.
     """
 
-    def __init__(self, store: Store, links: Callable[[], Links]):
+    def __init__(self, store: Store, services: Callable[[], TransferServices]):
         self._store = store
-        self._links = links
+        self._services = services
 
     def fetch(
         self, requests: Sequence[Request], timeout_s: float | None
     ) -> list[Arrival | RayError]:
-        """Fetches all at once.
+        """Fetch all objects at once.
 
         Args:
             requests: The objects.
-            timeout_s: The user's patience, None for only RDT's own.
+            timeout_s: The user's limit, None for only RDT's own.
 
         Returns:
-            For each request its arrival or the error to give to the user in its place.
+            For each request its arrival, or the error that the user gets in its place.
 
         Raises:
-            GetTimeoutError: the user's timeout passed first.
+            GetTimeoutError: The user's timeout passed first.
         """
-        patience = _fetch_deadline(timeout_s)
-        transfers: list[lanes.Transfer | RayError] = []
+        limit = FetchDeadline.after(timeout_s)
+        transfers: list[Transfer | RayError] = []
         try:
             for request in requests:
-                transfers.append(self._begin(request, patience))
+                transfers.append(self._begin(request, limit))
             return [
-                self._finish(request, transfer, patience)
+                self._finish(request, transfer, limit)
                 for request, transfer in zip(requests, transfers)
             ]
         except GetTimeoutError:
-            # As in plain Ray, what is on its way goes on: the user may ask again.
-            for request, transfer in zip(requests, transfers):
-                if isinstance(transfer, lanes.FromAgent):
-                    transfer.leave_to(self._links().prefetcher, request.envelope.head)
+            # As in plain Ray, pulls in progress continue: the user may ask again.
+            for transfer in transfers:
+                if isinstance(transfer, TransportFallbackChain):
+                    transfer.park(self._services().prefetcher.park)
             raise
         finally:
             for transfer in transfers:
                 if not isinstance(transfer, RayError):
                     transfer.abandon()
 
-    def _begin(self, request: Request, patience: FetchDeadline) -> lanes.Transfer | RayError:
-        return _attempt(request, lambda: self._start(request, patience.deadline), patience)
+    def _begin(self, request: Request, limit: FetchDeadline) -> Transfer | RayError:
+        return _attempt(request, lambda: self._start(request, limit.deadline), limit)
 
-    def _start(self, request: Request, deadline: Deadline) -> lanes.Transfer:
-        head = request.envelope.head
-        stored = self._store.by_key(head.key)
-        if stored is not None:
-            for event in stored.captured.events:
-                event.order()
-            return lanes.Here(stored.captured, request.target.tensors)
-        if request.envelope.eager is not None:
-            return lanes.Eager(request.envelope, request.target.tensors)
-        if request.envelope.table.devices:
-            return PerDevice(self._links(), request.envelope, request.target, deadline)
-        return lanes.choose(self._links(), request.envelope, request.target.tensors, deadline)
+    def _start(self, request: Request, deadline: Deadline) -> Transfer:
+        transfer = self._plan(request)
+        try:
+            transfer.start(deadline)
+        except BaseException:
+            transfer.abandon()
+            raise
+        return transfer
+
+    def _plan(self, request: Request) -> Transfer:
+        """Return the transfer of an object, not started."""
+        envelope, target = request.envelope, request.target
+        stored = self._store.by_key(envelope.head.key)
+        obj = TransferObject.of(envelope, is_local=stored is not None)
+        if obj.is_here:
+            first = next(c for c in plan_transfer(obj, None) if c.serves)
+            if first.kind is Kind.LOCAL:
+                assert stored is not None
+                return LocalTransfer(stored.captured, target.tensors)
+            return InlineTransfer(envelope, target.tensors)
+        if envelope.table.devices and not obj.is_foreign:
+            return DeviceTransfer(self._services(), envelope, target)
+        return _host_transfer(self._services(), request, obj)
 
     def _finish(
-        self, request: Request, transfer: lanes.Transfer | RayError, patience: FetchDeadline
+        self, request: Request, transfer: Transfer | RayError, limit: FetchDeadline
     ) -> Arrival | RayError:
         if isinstance(transfer, RayError):
             return transfer
 
         def finish() -> Arrival:
-            tensors = transfer.finish(patience.deadline)
+            tensors = transfer.finish(limit.deadline)
             device = request.target.device
             if device is not None:
-                left_s = patience.deadline.left_s()
+                left_s = limit.deadline.left_s()
                 tensors = move(tensors, device, left_s)
             return Arrival(request.envelope, tensors)
 
-        return _attempt(request, finish, patience, lambda: transfer.lane)
+        return _attempt(request, finish, limit, lambda: transfer.lane)
+
+
+def _host_transfer(
+    services: TransferServices, request: Request, obj: TransferObject
+) -> TransportFallbackChain:
+    """Return the transfer of an object in host memory, or of one that a user's transport moves."""
+    envelope, targets = request.envelope, request.target.tensors
+    session, head = services.session, envelope.head
+    pull = services.prefetcher.take(head.key)
+    destination = HostDestination(session, envelope.table, targets)
+
+    def make(candidate: Candidate) -> Transfer:
+        if candidate.kind is Kind.PREFETCHED:
+            assert pull is not None
+            return PrefetchedTransfer(session, head, destination, pull)
+        if candidate.kind is Kind.AGENT:
+            return AgentTransfer(session, head, destination)
+        if obj.is_user_defined:
+            return UserTransfer(services, envelope, targets)
+        return TransportAttempt(services, candidate.name, head, "cpu", destination)
+
+    obj = obj._replace(default_transports=default_transports("cpu"), is_prefetched=pull is not None)
+    plan = plan_transfer(obj, services.policy.pair(head.address))
+    return TransportFallbackChain(services, head, "cpu", plan, make)
 
 
 @dataclass(frozen=True)
 class FetchDeadline:
-    """Until when a fetch may take, and whether that is the user's limit or RDT's own."""
+    """The deadline of a fetch, and whether it is the user's or RDT's own."""
 
     deadline: Deadline
     is_of_user: bool
 
+    @classmethod
+    def after(cls, timeout_s: float | None) -> FetchDeadline:
+        """Return the deadline of a fetch with this timeout of the user's, None for no timeout."""
+        own_s = settings().fetch_timeout_s
+        if timeout_s is not None and 0 <= timeout_s < own_s:
+            return cls(Deadline.after(timeout_s), True)
+        return cls(Deadline.after(own_s), False)
+
     def is_over(self, error: Exception) -> bool:
-        """Whether the user's time ended a step that failed like this."""
+        """Tell whether a step failed like this because the user's timeout passed."""
         is_late = isinstance(error, TimeoutError) or self.deadline.has_passed()
         return self.is_of_user and is_late and not _is_final(error)
-
-
-def _fetch_deadline(timeout_s: float | None) -> FetchDeadline:
-    own = settings().fetch_timeout_s
-    if timeout_s is not None and 0 <= timeout_s < own:
-        return FetchDeadline(Deadline.after(timeout_s), True)
-    return FetchDeadline(Deadline.after(own), False)
 
 
 def _attempt(
     request: Request,
     action: Callable[[], Any],
-    patience: FetchDeadline,
+    limit: FetchDeadline,
     lane: Callable[[], str] = lambda: "",
 ) -> Any:
-    """Runs one step of a fetch; an error becomes the object's value, as in plain Ray."""
+    """Run one step of a fetch. An error becomes the object's value, as in plain Ray."""
     try:
         return action()
     except Exception as error:
         raise_if_interrupt(error)
-        if patience.is_over(error):
+        if limit.is_over(error):
             raise GetTimeoutError(
-                f"ray.get timed out while RDT object {request.object_id} was on its way"
+                f"ray.get timed out while RDT object {request.object_id} was in flight"
             ) from error
         return as_fetch_error(request.object_id, request.envelope.head, error, lane())
 
@@ -187,8 +233,8 @@ def _attempt(
 def as_fetch_error(
     object_id: str, head: Descriptor, error: Exception, lane: str = ""
 ) -> RDTFetchError:
-    """The error that the user sees for a failed fetch; keeps the cause."""
-    context = FetchContext(object_id, head.transport, lane, lanes.describe_peer(head))
+    """Return the error that the user gets for a failed fetch. Keeps the cause."""
+    context = FetchContext(object_id, head.transport, lane, describe_peer(head))
     failure = _classify(context, error)
     failure.__cause__ = error
     return failure
@@ -278,7 +324,7 @@ def _is_final(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and its causes."""
+    """Yield an error and its causes."""
     seen: set[int] = set()
     # Users' code may raise an error that is its own cause.
     while error is not None and id(error) not in seen:

@@ -1,5 +1,5 @@
-"""Memory that the bytes of an object land in: receive-pool blocks, memory of this process's device,
-or the user's own tensors.
+"""Memory that an object is received into: blocks of the receive pool, device memory, or the user's
+target tensors.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ray.experimental.rdt._tensors import Table, build_tensors, place
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.config import settings
-from ray.experimental.rdt.consumer.target_spans import Spread, spans, takes_bytes
+from ray.experimental.rdt.consumer.target_spans import Spread, find_spreads, spans, takes_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -33,19 +33,19 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class ReceiveBuffers:
-    """Where a pull's bytes land.
+    """The memory for one object.
 
     Attributes:
         regions: The bytes of each region.
         places: For each region its buffer and the offset in it; on a device a flat tensor and 0.
         addresses: For each region its address, as uint64.
         lengths: For each region its bytes, as uint64.
-        direct: Regions that land in a tensor of the user's, and that tensor.
-        devices: The producer's device type of each region that is not in its host memory. The agent
-            does not fill these: ``addresses`` and ``lengths`` leave them out.
-        after: What memory on devices may be written after: what this thread's streams had when the
-            memory was taken.
-        spreads: Regions that land in several tensors of the user's. Only the agent can do that:
+        direct: Regions that are received into one target tensor, and that tensor.
+        devices: The device type at the producer of each region in device memory. The agent does not
+            fill these regions: ``addresses`` and ``lengths`` leave them out.
+        after: Device memory may be written after these events: they mark the work of this thread's
+            streams at the time of the allocation.
+        spreads: Regions that are received into several target tensors. Only the agent does that:
             ``flat`` has none of them.
     """
 
@@ -60,18 +60,18 @@ class ReceiveBuffers:
 
     @property
     def has_user_memory(self) -> bool:
-        """Whether some of the memory is the user's."""
+        """Tell whether some of the memory is the user's."""
         return bool(self.direct or self.spreads)
 
     def put(self, region: int, tensor: torch.Tensor) -> None:
-        """Has a region land in a flat tensor on a device."""
+        """Receive a region into a flat tensor on a device."""
         self.places[region] = (tensor, 0)
 
     def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
-        """Regions as flat uint8 tensors, for a transport to fill.
+        """Return regions as flat uint8 tensors, for a transport to fill.
 
         Args:
-            device_type: Those that are on such a device at the producer, in their order.
+            device_type: The device type at the producer of the regions, which keep their order.
         """
         return [
             self._flat(region)
@@ -92,7 +92,7 @@ class ReceiveBuffers:
         return torch.frombuffer(buffer, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def deliver(self, table: Table, targets: Targets | None) -> Targets:
-        """The object's tensors over the memory, now that the bytes are there."""
+        """Return the object's tensors over the memory. The bytes have arrived."""
         if targets is None:
             return build_tensors(table, self.places)
         arrived = {
@@ -108,19 +108,56 @@ class ReceiveBuffers:
         return fill(targets, build_tensors(table, self.places, arrived))
 
 
+class Destination(Protocol):
+    """The memory that a transfer fills."""
+
+    def buffers(self, may_spread: bool) -> ReceiveBuffers:
+        """Return the memory.
+
+        Args:
+            may_spread: Whether a region may be received into several tensors of the user's.
+        """
+
+    def deliver(self, buffers: ReceiveBuffers) -> Targets:
+        """Return the tensors over the memory. The bytes have arrived."""
+
+
+class HostDestination:
+    """New memory for an object in the host memory of its producer. See ``Destination``.
+
+    Args:
+        session: Its agent's receive pool gives the memory.
+        table: The object's layout.
+        targets: The user's tensors, if any.
+    """
+
+    def __init__(self, session: Session, table: Table, targets: Targets | None):
+        self._session = session
+        self._table = table
+        self._targets = targets
+
+    def buffers(self, may_spread: bool) -> ReceiveBuffers:
+        direct = direct_targets(self._table, self._targets)
+        spreads = find_spreads(self._table, self._targets, direct) if may_spread else {}
+        return allocate(self._session, self._table.regions, direct, spreads)
+
+    def deliver(self, buffers: ReceiveBuffers) -> Targets:
+        return buffers.deliver(self._table, self._targets)
+
+
 def allocate(
     session: Session,
     regions: array[int],
     direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
     spreads: Mapping[int, Spread] = MappingProxyType({}),
 ) -> ReceiveBuffers:
-    """Memory for all regions of an object.
+    """Allocate memory for all regions of an object.
 
     Args:
         session: Its agent's receive pool gives the blocks.
         regions: The bytes of each region, as uint64.
-        direct: Regions that go straight into a tensor of the user's.
-        spreads: Regions that go straight into several.
+        direct: Regions that are received into one target tensor.
+        spreads: Regions that are received into several.
     """
     take = session.agent.allocate
     users = {**direct, **{region: spread.parts[0] for region, spread in spreads.items()}}
@@ -151,19 +188,19 @@ def allocate_on_devices(
     spared: Collection[str] = (),
     hosted: Collection[int] = (),
 ) -> ReceiveBuffers:
-    """Memory for an object with tensors on devices.
+    """Allocate memory for an object with tensors on devices.
 
-    A region lands on this thread's current device of the type that it has at the producer, or in
-    host memory where this process has no such device.
+    A region is received on this thread's current device of the type that it has at the producer. If
+    this process has no such device, it is received into host memory.
 
     Args:
         session: Its agent's receive pool gives the blocks of host memory.
         table: The object's layout.
-        direct: Regions that go straight into a tensor of the user's.
+        direct: Regions that are received into one target tensor.
         target_device: The device that the user chose for all tensors, if any.
         spared: Types of devices whose regions get no memory here; ``ReceiveBuffers.put`` or
             ``take_memory`` gives it to them.
-        hosted: Regions that land in host memory all the same.
+        hosted: Regions that are received into host memory in any case.
     """
     import torch
 
@@ -194,7 +231,7 @@ def take_memory(
     device_type: str,
     target_device: torch.device | None,
 ) -> None:
-    """Memory for the regions of one type of device that were spared."""
+    """Allocate memory for the regions of one device type that ``allocate_on_devices`` spared."""
     on_device = _take(table, {device_type}, buffers.direct, target_device)
     for region, tensor in on_device.items():
         buffers.put(region, tensor)
@@ -206,7 +243,7 @@ def take_memory(
 
 
 def receive_device(device_type: str, target_device: torch.device | None) -> torch.device | None:
-    """The device that regions of a type land on; None: host memory."""
+    """Return the device that regions of a type are received on, None for host memory."""
     accelerator = accelerators.usable(device_type if target_device is None else target_device.type)
     if accelerator is None:
         return None
@@ -220,7 +257,7 @@ def _take(
     others: Collection[int],
     target_device: torch.device | None,
 ) -> dict[int, torch.Tensor]:
-    """New memory on devices for the regions of some types that land there, and are no others."""
+    """Allocate device memory for regions of some device types, except ``others``."""
     devices = {name: receive_device(name, target_device) for name in types}
     on_device = {}
     for region, device_type in table.devices.items():
@@ -233,9 +270,9 @@ def _take(
 
 
 def hosted_regions(table: Table, targets: Targets | None) -> set[int]:
-    """Regions that only targets in host memory are filled from.
+    """Return the regions that only target tensors in host memory receive.
 
-    In memory of a device they would be copied from there to memory that is not pinned.
+    From device memory they would be copied to memory that is not pinned.
     """
     if targets is None:
         return set()
@@ -244,7 +281,7 @@ def hosted_regions(table: Table, targets: Targets | None) -> set[int]:
 
 
 def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Tensor]:
-    """Regions that are exactly one contiguous target's bytes, and that target."""
+    """Return the regions that are exactly the bytes of one contiguous target, and that target."""
     if targets is None:
         return {}
     users: dict[int, list[int]] = {}
@@ -261,21 +298,21 @@ def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Ten
 
 
 def fill(targets: Targets, tensors: Targets) -> Targets:
-    """Copies the tensors into the user's. Autograd has no part in it, but is told."""
+    """Copy tensors into target tensors, without autograd."""
     import torch
 
     copies = [(target, tensor) for target, tensor in zip(targets, tensors) if target is not tensor]
     written = [target for target, _ in copies]
     with accelerators.copying(written, settings().fetch_timeout_s):
         for target, tensor in copies:
-            # Only within inference mode may what it has made be written to.
+            # torch allows writes to an inference tensor in inference mode only.
             with torch.inference_mode() if target.is_inference() else torch.no_grad():
                 target.copy_(tensor)
     return targets
 
 
 def note_written(targets: Iterable[torch.Tensor]) -> None:
-    """Tells autograd that tensors of the user's have been written to behind its back."""
+    """Tell autograd that target tensors were written to outside of torch."""
     import torch
 
     for target in targets:
@@ -284,7 +321,7 @@ def note_written(targets: Iterable[torch.Tensor]) -> None:
 
 
 def writable(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor over the same memory that any thread may write to, in any mode."""
+    """Return a tensor over the same memory that any thread may write to, in any mode."""
     import torch
 
     with torch.inference_mode(False):
@@ -294,7 +331,7 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
-    """The tensors on a device; those that are there are as they were."""
+    """Return the tensors on a device. Tensors that are there are not copied."""
     import torch
 
     where = torch.device(device)

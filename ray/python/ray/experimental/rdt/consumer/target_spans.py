@@ -1,7 +1,7 @@
-"""Regions of host memory whose bytes land in several tensors of the user's at once.
+"""Regions of host memory that are received into several target tensors.
 
-Rows of one weight and views of one bucket lie in one region at the producer; the user may have a
-tensor for each of them. The agent takes lists of spans, so it writes to each where its bytes are.
+Rows of one weight, or views of one bucket, are one region at the producer. The user may have a
+target tensor for each of them. The agent takes a list of spans, so it writes to each directly.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """How the bytes of one region land.
+    """The target tensors of one region.
 
     Attributes:
-        lead: How many bytes at its start belong to no tensor.
-        parts: The targets that the other bytes land in, in their order.
-        arrived: By the number of each tensor in the region the target that gets its bytes. Two
-            tensors that are the same bytes have one target here; the other's is copied into.
+        lead: The number of bytes at its start that belong to no tensor.
+        parts: The targets of the other bytes, in their order.
+        arrived: For each tensor in the region, by its number, the target that receives its bytes.
+            Tensors of the same bytes share one target; the other targets are copied into.
     """
 
     lead: int
@@ -37,7 +37,7 @@ class Spread:
 
 
 def takes_bytes(target: torch.Tensor, row: Row) -> bool:
-    """Whether a target's memory is to hold a tensor's very bytes, as they are sent."""
+    """Tell whether a target can hold a tensor's bytes exactly as they are sent."""
     _, _, _, _, stride, flags = row
     is_dense = stride is None and not flags & (CONJUGATED | NEGATED)
     return is_dense and target.is_contiguous() and not (target.is_conj() or target.is_neg())
@@ -46,12 +46,12 @@ def takes_bytes(target: torch.Tensor, row: Row) -> bool:
 def find_spreads(
     table: Table, targets: Targets | None, direct: Mapping[int, torch.Tensor]
 ) -> dict[int, Spread]:
-    """The regions that targets cover without a gap, each byte once.
+    """Return the regions that targets cover without a gap, each byte once.
 
     Args:
         table: The object's layout.
-        targets: The user's tensors, if any.
-        direct: Regions that need nothing of this kind.
+        targets: The target tensors, if any.
+        direct: Regions that are received into one target.
     """
     if targets is None or len(direct) == len(table.regions):
         return {}
@@ -87,7 +87,7 @@ def _spread(table: Table, targets: Targets, region: int, rows: list[int]) -> Spr
 
 
 def spans(spread: Spread, scratch: int) -> Iterator[tuple[int, int]]:
-    """The addresses and bytes that a region lands at; ``scratch`` takes its lead."""
+    """Yield the addresses and sizes that a region is received at; ``scratch`` takes its lead."""
     if spread.lead:
         yield scratch, spread.lead
     for part in spread.parts:

@@ -1,13 +1,13 @@
-"""What would move an object between two processes, and why nothing else would.
+"""Explains the transport selection between two processes.
 
-A consumer judges each way as the fetch does, from what its agent knows of the producer's and from
-what the producer answers to one request:
+The consumer runs the planner of the fetch (``consumer/planner.py``) with what its agent knows of
+the producer, and with the producer's answer to one request:
 
-* ``rdt.offers`` {transport, devices}: for each type of device (null: all that it has) the
-  transports of ``ways.ways``, each with what is in its way there, "" for nothing.
-* ``rdt.explain`` {question}: a third process asks a consumer; the answer is an explanation.
+* ``rdt.offers`` {transport, devices}: for each device type (null: all that the producer has) the
+  candidate transports there, each with the reason why the producer cannot use it, "" if it can.
+* ``rdt.explain`` {question}: a third process asks a consumer. The answer is an explanation.
 
-Neither handler waits for another process's Python. Nothing is moved.
+Neither handler waits for another process's Python. No tensor is moved.
 """
 
 from __future__ import annotations
@@ -23,51 +23,58 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
-from ray.experimental.rdt.consumer.transfer import check_carries
+from ray.experimental.rdt.consumer.planner import (
+    AGENT_LANES,
+    Candidate,
+    Kind,
+    Offers,
+    TransferObject,
+    candidate_transports,
+    plan_transfer,
+)
 from ray.experimental.rdt.rpc.session import agent_id_of
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
-from ray.experimental.rdt.transports.selection import STAGED, AutoTransportPolicy, ways
+from ray.experimental.rdt.transports.selection import default_transports
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
 
 if TYPE_CHECKING:
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.registry import Transports
+    from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
-#: For each type of device the transports to try, and what is in their way at the producer.
-Offers = Mapping[str, Mapping[str, str]]
-
-#: The agent's lanes between two processes, best first, and what speaks for each.
-_LANES = {
-    "cma": "on one host, and the kernel lets this process read the producer's memory",
-    "shm": "on one host",
-    "tcp": "the producer's agent can be reached",
-}
+#: For each device type the candidate transports, and why the producer cannot use them.
+ProducerOffers = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One lane or transport.
+    """One lane or transport, as users see it.
 
     Attributes:
         name: Its name.
         serves: Whether it can move the tensors, as far as both sides can tell beforehand.
-        reason: Why it can, or what is in its way.
+        reason: Why it can or cannot.
     """
 
     name: str
     serves: bool
     reason: str
 
+    @classmethod
+    def of(cls, candidate: Candidate) -> Way:
+        """Return a candidate of the planner as users see it."""
+        return cls(candidate.name, candidate.serves, candidate.reason)
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """How tensors would get from one process to another. ``str`` of it is for people.
+    """The transport selection for tensors from one process to another. ``str`` of it is a table.
 
     Attributes:
-        subject: What is to be moved, from where to where.
+        subject: The tensors, the producer and the consumer.
         transport: The transport that was named; "" for a plain object.
-        ways: By type of device at the producer, all ways, in the order in which they are tried.
+        ways: By device type at the producer, all lanes and transports in the order in which they
+            are tried.
     """
 
     subject: str
@@ -75,7 +82,7 @@ class Explanation:
     ways: Mapping[str, Sequence[Way]]
 
     def used(self, device_type: str = "cpu") -> str | None:
-        """The name of the way that would be taken, None if nothing serves."""
+        """Return the name of the lane or transport that is used, None if nothing serves."""
         return next((way.name for way in self.ways.get(device_type, ()) if way.serves), None)
 
     def __str__(self) -> str:
@@ -91,37 +98,53 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Question:
-    """What a consumer needs to know to judge.
+    """The knowledge that a consumer needs to explain a transfer to it.
 
     Attributes:
         subject: See ``Explanation``.
         address: The producer's agent.
         transport: The named transport, lower case.
         offers: What the producer can do.
-        nbytes: The object's size, None where there is no object.
-        is_eager: Whether its bytes ride in the value.
-        is_foreign: Whether it is data of a user's transport that nothing else can move.
+        nbytes: The object's size, None if there is no object.
+        is_eager: Whether its bytes are in the value.
+        is_user_defined: Whether a user wrote the named transport.
+        is_foreign: Whether it is data that only a user's transport can move.
     """
 
     subject: str
     address: bytes
     transport: str
-    offers: Offers
+    offers: ProducerOffers
     nbytes: int | None = None
     is_eager: bool = False
+    is_user_defined: bool = False
     is_foreign: bool = False
+
+    def object_on(self, device_type: str, is_local: bool) -> TransferObject:
+        """Return the properties of the object's memory of one device type."""
+        return TransferObject(
+            transport=self.transport,
+            device_type=device_type,
+            default_transports=default_transports(device_type),
+            nbytes=self.nbytes,
+            inline_limit=settings().eager_bytes,
+            is_local=is_local,
+            is_inline=self.is_eager,
+            is_user_defined=self.is_user_defined,
+            is_foreign=self.is_foreign,
+        )
 
 
 class Explainer:
-    """One process's part: says what it offers, and judges as a consumer.
+    """One process's part: tells what it can do as a producer, and explains as a consumer.
 
     Attributes:
         address: This process's agent.
 
     Args:
-        session: Brings the requests.
+        session: Receives the requests.
         transports: This process's.
-        policy: Rules out those that nobody named.
+        policy: What is known of automatic attempts.
     """
 
     def __init__(self, session: Session, transports: Transports, policy: AutoTransportPolicy):
@@ -134,24 +157,24 @@ class Explainer:
 
     def offers(
         self, address: bytes, transport: str, devices: Sequence[str] | None, deadline: Deadline
-    ) -> Offers:
-        """What the agent at an address can do as a producer. Runs on: any thread; blocks.
+    ) -> ProducerOffers:
+        """Ask the agent at an address what it can do as a producer. Runs on: any thread; blocks.
 
         Raises:
-            AgentError, TimeoutError: it cannot be asked.
+            AgentError, TimeoutError: It cannot be asked.
         """
         body = {"transport": transport, "devices": None if devices is None else list(devices)}
-        return self._session.call(address, "rdt.offers", body, _left(deadline))
+        return self._session.call(address, "rdt.offers", body, deadline.left_s())
 
     def offers_or_why_not(
         self, address: bytes, transport: str, devices: Sequence[str], deadline: Deadline
-    ) -> Offers:
-        """As ``offers``; for a producer that cannot be asked, that as what is in the way."""
+    ) -> ProducerOffers:
+        """As ``offers``. A producer that cannot be asked can use no transport, for that reason."""
         from ray.experimental.rdt._agent import AgentError
 
-        tried = {each: ways(transport, each) for each in devices}
+        tried = {each: _candidates(transport, each) for each in devices}
         if not any(tried.values()):
-            return {each: {} for each in devices}  # the agent's lanes only: nothing to ask for
+            return {each: {} for each in devices}  # only the agent's lanes: nothing to ask for
         try:
             return self.offers(address, transport, devices, deadline)
         except (AgentError, TimeoutError) as error:
@@ -160,24 +183,27 @@ class Explainer:
             return {each: dict.fromkeys(names, why) for each, names in tried.items()}
 
     def ask(self, consumer: bytes, question: Question, deadline: Deadline) -> Explanation:
-        """What the consumer whose agent is at an address would do. Runs on: any thread; blocks."""
+        """Return what the agent at an address would do as the consumer.
+
+        Runs on: any thread; blocks.
+        """
         body = asdict(replace(question, address=b""))
         body |= {
             "address": base64.b64encode(question.address).decode(),
-            "timeout_s": _left(deadline),
+            "timeout_s": deadline.left_s(),
         }
-        answer = self._session.call(consumer, "rdt.explain", body, _left(deadline))
+        answer = self._session.call(consumer, "rdt.explain", body, deadline.left_s())
         found = {
             device_type: [Way(**way) for way in tried]
             for device_type, tried in answer["ways"].items()
         }
         return Explanation(answer["subject"], answer["transport"], found)
 
-    def judge(self, question: Question, deadline: Deadline) -> Explanation:
-        """What this process would do as the consumer. Runs on: any thread; blocks."""
+    def explain(self, question: Question, deadline: Deadline) -> Explanation:
+        """Return what this process would do as the consumer. Runs on: any thread; blocks."""
         found = {
-            device_type: self._judge(question, device_type, dict(obstacles), deadline)
-            for device_type, obstacles in question.offers.items()
+            device_type: self._explain(question, device_type, offers, deadline)
+            for device_type, offers in question.offers.items()
         }
         return Explanation(question.subject, question.transport, found)
 
@@ -188,8 +214,8 @@ class Explainer:
             devices = ["cpu", *accelerators.usable_types()]
         return {
             device_type: {
-                name: self._obstacle(name, device_type)
-                for name in ways(body["transport"], device_type)
+                name: self._unavailable_reason(name, device_type)
+                for name in _candidates(body["transport"], device_type)
             }
             for device_type in devices
         }
@@ -198,111 +224,84 @@ class Explainer:
         """Runs on: consumer, an rdt-call thread."""
         deadline = Deadline.after(float(body.pop("timeout_s")))
         question = Question(**{**body, "address": base64.b64decode(body["address"])})
-        return asdict(self.judge(question, deadline))
+        return asdict(self.explain(question, deadline))
 
-    def _judge(
-        self, question: Question, device_type: str, obstacles: dict[str, str], deadline: Deadline
+    def _explain(
+        self,
+        question: Question,
+        device_type: str,
+        producer_offers: Mapping[str, str],
+        deadline: Deadline,
     ) -> list[Way]:
-        tried = [self._same_process(question), _in_value(question)]
-        for name, obstacle in obstacles.items():
-            tried.append(self._transport(question, name, device_type, obstacle))
-        if device_type == "cpu" and question.is_foreign:
-            tried += [Way(lane, False, "moves torch tensors only") for lane in _LANES]
-        elif device_type == "cpu":
-            tried += self._agents_lanes(question, deadline)
-        names = {way.name for way in tried}
-        tried += [
-            Way(name, False, f"not named; the named transport is {question.transport!r}")
-            for name in map(str.lower, BUILT_IN_TRANSPORTS)
-            if name not in names and name != "auto"
+        is_local = agent_id_of(question.address) == self._session.agent.agent_id
+        obj = question.object_on(device_type, is_local)
+        pair = self._policy.pair(question.address)
+        # Only transports that the rules allow are made here.
+        allowed = [
+            candidate.name
+            for candidate in plan_transfer(obj, pair)
+            if candidate.kind is Kind.TRANSPORT and candidate.serves
         ]
-        tried.append(_object_store)
-        return _obey_strict(question.transport, tried)
+        offers = Offers(
+            {name: self._pair_reason(name, device_type, producer_offers) for name in allowed},
+            self._agent_lanes(question, device_type, deadline),
+        )
+        plan = [Way.of(candidate) for candidate in plan_transfer(obj, pair, offers)]
+        return plan + _not_tried(question.transport, {way.name for way in plan})
 
-    def _same_process(self, question: Question) -> Way:
-        if agent_id_of(question.address) == self._session.agent.agent_id:
-            return Way("inproc", True, "the consumer made it: it gets the very tensors")
-        return Way("inproc", False, "the producer is another process")
+    def _pair_reason(self, name: str, device_type: str, producer_offers: Mapping[str, str]) -> str:
+        """Return why one of both sides cannot use a transport, "" if both can."""
+        reason = self._unavailable_reason(name, device_type)
+        if reason:
+            return f"at the consumer: {reason}"
+        reason = producer_offers.get(name, "")
+        return f"at the producer: {reason}" if reason else ""
 
-    def _transport(
-        self, question: Question, name: str, device_type: str, producers_obstacle: str
-    ) -> Way:
-        obstacle = ""
-        if name not in (question.transport, STAGED):
-            obstacle = self._policy.unavailable_reason(name, question.address)
-        if obstacle:
-            return Way(name, False, obstacle)
-        obstacle = self._obstacle(name, device_type)
-        if obstacle:
-            return Way(name, False, f"at the consumer: {obstacle}")
-        if producers_obstacle:
-            return Way(name, False, f"at the producer: {producers_obstacle}")
-        return Way(name, True, f"both sides have it, and it carries tensors on {device_type}")
-
-    def _obstacle(self, name: str, device_type: str) -> str:
-        """What is in the way of a transport in this process, "" if nothing."""
+    def _unavailable_reason(self, name: str, device_type: str) -> str:
+        """Return why this process cannot use a transport, "" if it can."""
         try:
-            transport = self._transports.get(name)
-            if name != STAGED:
-                check_carries(transport, device_type)
-            if isinstance(transport, ProcessGroupTransport):
-                transport.check_available()
+            self._transports.usable(name, device_type)
         except TransportUnavailable as error:
             return str(error)
         return ""
 
-    def _agents_lanes(self, question: Question, deadline: Deadline) -> list[Way]:
-        reasons = self._lane_reasons(question.address, deadline)
-        return [
-            Way(lane, reasons[lane] == "ok", why if reasons[lane] == "ok" else reasons[lane])
-            for lane, why in _LANES.items()
-        ]
-
-    def _lane_reasons(self, address: bytes, deadline: Deadline) -> dict[str, str]:
-        """For each lane of the agent "ok" or what is in its way."""
+    def _agent_lanes(
+        self, question: Question, device_type: str, deadline: Deadline
+    ) -> Mapping[str, str]:
+        """Return for each lane of the agent why it cannot be used, "" if it can."""
         from ray.experimental.rdt._agent import AgentError
 
+        if device_type != "cpu" or question.is_foreign:
+            return dict.fromkeys(AGENT_LANES, "")
         agent, nothing = self._session.agent, array("Q")
-        # The lanes are judged once the agents are connected, which a pull of no object does.
+        # The agents choose their lanes when they connect, which a pull of no object makes them do.
         try:
-            agent.pull(address, os.urandom(16), nothing, nothing).wait(_left(deadline))
+            agent.pull(question.address, os.urandom(16), nothing, nothing).wait(deadline.left_s())
         except (AgentError, TimeoutError) as error:
             raise_if_interrupt(error)
             if not isinstance(error, AgentError) or error.code != "not_found":
-                return dict.fromkeys(_LANES, f"the producer's agent cannot be reached: {error}")
-        return dict(agent.explain(address))
-
-
-_object_store = Way(
-    "object store", False, "RDT never copies tensors there; without a transport Ray does"
-)
+                why = f"the producer's agent cannot be reached: {error}"
+                return dict.fromkeys(AGENT_LANES, why)
+        reasons = dict(agent.explain(question.address))
+        return {name: "" if reasons[name] == "ok" else reasons[name] for name in AGENT_LANES}
 
 
 def plain(subject: str) -> Explanation:
-    """Of a value without tensors that RDT carries."""
+    """Return the explanation for a value without tensors that RDT carries."""
     reason = "the value has no tensors that RDT carries: it goes as any Ray object"
     return Explanation(subject, "", {"cpu": [Way("object store", True, reason)]})
 
 
-def _in_value(question: Question) -> Way:
-    if question.is_eager:
-        return Way("eager", True, f"the {question.nbytes} bytes ride in the value")
-    limit = settings().eager_bytes
-    if question.nbytes is None:
-        return Way("eager", False, f"for objects of up to {limit} bytes in host memory only")
-    return Way("eager", False, f"the {question.nbytes} bytes are not in the value")
+def _candidates(transport: str, device_type: str) -> Sequence[str]:
+    default = default_transports(device_type)
+    return candidate_transports(TransferObject(transport, device_type, default))
 
 
-def _obey_strict(transport: str, tried: list[Way]) -> list[Way]:
-    """Rules out what comes after a named transport that cannot serve, where that is an error."""
-    names = [way.name for way in tried]
-    if not settings().strict_transport or transport not in names:
-        return tried
-    at = names.index(transport) + 1
-    why = "RAY_RDT_STRICT_TRANSPORT=1 forbids any lane but the named transport"
-    forbidden = [replace(way, serves=False, reason=why) for way in tried[at:]]
-    return tried[:at] + forbidden
-
-
-def _left(deadline: Deadline) -> float:
-    return deadline.left_s()
+def _not_tried(transport: str, tried: set[str]) -> list[Way]:
+    """Return the built-in transports that are no candidates, and Ray's object store."""
+    reason = f"not named; the named transport is {transport!r}"
+    others = [name.lower() for name in BUILT_IN_TRANSPORTS if name != "AUTO"]
+    return [
+        *(Way(name, False, reason) for name in others if name not in tried),
+        Way("object store", False, "RDT never copies tensors there; without a transport Ray does"),
+    ]

@@ -1,16 +1,16 @@
-"""The seam between RDT and the transports that a user names.
+"""The interface between RDT and the transports that a user names.
 
 A transport moves the bytes of one RDT object from the producer's tensors into memory that the
-consumer has prepared. It sees flat byte buffers only: what the tensors look like, where they are
-kept and when they are freed is decided elsewhere. There are two kinds; a transport is one of them:
+consumer has prepared. It sees flat byte buffers only, not tensors and their lifetime. There are two
+kinds:
 
-* one-sided: the producer describes its memory once (``expose``), consumers read it (``read``);
-* two-sided: both act. The consumer agrees on a route, asks the producer's process to ``send``
-  along it, and calls ``receive`` itself.
+* one-sided: the producer describes its memory once (``expose``), and consumers read it (``read``).
+* two-sided: both act. The consumer gets a route, asks the producer's process to ``send`` along it,
+  and calls ``receive``.
 
-A transport that a user wrote is neither: it moves whole objects; ``user.py`` adapts it.
+A transport that a user wrote is neither: it moves whole objects. ``user/transport.py`` adapts it.
 
-The agent's own lanes (in-process, cma, shm, tcp) are no transports: they serve what these cannot.
+The agent's own lanes (in-process, cma, shm, tcp) are not transports. They are the fallback.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class TransportUnavailable(TransferFailed):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a transport can do, as data.
+    """The properties of a transport.
 
     Attributes:
         name: The lower-case name that users write.
-        devices: torch device types that it moves bytes from and into.
-        two_sided: Whether the producer's process has to act for each pull.
-        abortable: Whether a transfer in progress can be given up without ending either process.
-        is_user_defined: Whether a user wrote it: it moves whole objects.
-        lends: Whether it can give consumers the producer's own memory: it is a ``Lending``, too.
+        devices: torch device types that it moves bytes from and into. Empty: all.
+        two_sided: Whether the producer's process has to act for each transfer.
+        abortable: Whether a transfer in progress can be aborted while both processes go on.
+        is_user_defined: Whether a user wrote it. It then moves whole objects.
+        lends: Whether it is a ``Lending`` as well: consumers can get the producer's own memory.
     """
 
     name: str
@@ -59,10 +59,14 @@ class Capabilities:
     is_user_defined: bool = False
     lends: bool = False
 
+    def carries(self, device_type: str) -> bool:
+        """Tell whether it moves bytes from and into memory of a device type."""
+        return not self.devices or device_type in self.devices
+
 
 @dataclass(frozen=True)
 class Peer:
-    """The other process of a pull, as both kinds of transport see it.
+    """The other process of a transfer.
 
     Attributes:
         address: The endpoint of its agent, as ``Session.call`` takes it.
@@ -75,12 +79,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Parcel:
-    """An object at its producer, as a transport of the user's knows it.
+    """An object at its producer, for a transport that a user wrote.
 
     Attributes:
-        object_id: Names it to the user's code: 56 hexadecimal digits, not Ray's own id.
-        metadata: What the user's code extracted.
-        tensors: What it moves.
+        object_id: Its id for the user's code: 56 hexadecimal digits, not Ray's own id.
+        metadata: The metadata that the user's code extracted.
+        tensors: The tensors to move.
     """
 
     object_id: str
@@ -89,14 +93,14 @@ class Parcel:
 
 
 class Shipment(NamedTuple):
-    """What a consumer needs to receive a parcel. Travels in the Ray value, pickled.
+    """The description of a parcel that a consumer needs. Part of the Ray value, pickled.
 
     Attributes:
         object_id: As in the parcel.
         metadata: As in the parcel.
-        size: How many tensors the parcel has.
-        producer: The handle of the actor that made it as Ray serializes it, None for no actor.
-        has_regions: Whether the agent's lanes could move it as well.
+        size: The number of tensors in the parcel.
+        producer: The serialized handle of the actor that made it, None without an actor.
+        has_regions: Whether the agent's lanes can move it as well.
     """
 
     object_id: str
@@ -111,18 +115,18 @@ Route = dict[str, Any]
 
 
 class OneSided(Protocol):
-    """Consumer reads what the producer has exposed."""
+    """A transport whose consumers read memory that the producer has exposed."""
 
     capabilities: Capabilities
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
-        """Describes flat uint8 ``buffers`` so that ``read`` in another process can reach them.
+        """Describe flat uint8 ``buffers`` so that ``read`` in another process can reach them.
 
-        Runs on: producer, an ``rdt-call`` thread, at an object's first pull over this transport.
-        The buffers stay the object's; they live until ``withdraw`` has returned.
+        Runs on: producer, an ``rdt-expose`` thread, at an object's first pull over this transport.
+        The buffers belong to the object and live until ``withdraw`` has returned.
 
         Raises:
-            TransportUnavailable: it cannot expose these.
+            TransportUnavailable: It cannot expose these.
         """
 
     def read(
@@ -133,7 +137,7 @@ class OneSided(Protocol):
         deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
-        """Fills flat uint8 ``buffers``, which match the exposed ones one to one.
+        """Fill flat uint8 ``buffers``, which match the exposed ones one to one.
 
         Buffers on devices may be written after the events in ``after``.
 
@@ -147,16 +151,16 @@ class OneSided(Protocol):
         """
 
     def withdraw(self, exposed: Route) -> None:
-        """Ends what ``expose`` began. Runs on: producer, the reaper thread. Never raises."""
+        """Undo ``expose``. Runs on: producer, the reaper thread. Never raises."""
 
     def close(self) -> None:
-        """Gives everything back. Runs on: whoever shuts Ray down. Idempotent."""
+        """Release everything. Runs on: the thread that shuts Ray down. Idempotent."""
 
 
 class Lending(Protocol):
-    """A transport whose consumers may get the producer's own memory instead of a copy.
+    """A transport whose consumers can get the producer's own memory instead of a copy.
 
-    Its name alone has to be asked for by the user: what one side writes, the other one sees.
+    It lends only where the user named it: each side sees what the other one writes.
     """
 
     capabilities: Capabilities
@@ -169,7 +173,7 @@ class Lending(Protocol):
         events: Sequence[Event],
         deadline: Deadline,
     ) -> Route:
-        """Keeps flat buffers for a consumer and describes them; what ``borrow`` gives answers.
+        """Keep flat buffers for a consumer, and describe them for ``Borrowing.take``.
 
         Runs on: producer, an ``rdt-call`` thread. Does not wait for the events: the consumer's
         stream does.
@@ -179,50 +183,53 @@ class Lending(Protocol):
         """
 
     def borrow(self, device: torch.device) -> Borrowing:
-        """Begins to get an object's memory for a device of this process. Runs on: consumer."""
+        """Prepare to borrow an object's memory for a device of this process. Runs on: consumer."""
 
 
 class Borrowing(Protocol):
-    """One object's memory on its way to a consumer that borrows it."""
+    """The transfer of one object's memory to a consumer that borrows it."""
 
-    #: What the producer is told; its ``lend`` gets it.
+    #: Sent to the producer, whose ``lend`` gets it.
     asked: Route
 
     def take(self, peer: Peer, lent: Route, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Tensors over the producer's memory, which it keeps until the last of them has died.
+        """Return tensors over the producer's memory, which is kept until the last of them has died.
 
-        Runs on: consumer, the fetching thread, whose current stream waits for what writes them.
+        Runs on: consumer, the fetching thread. Its current stream waits for pending writes.
 
         Args:
             peer: The producer.
-            lent: What ``lend`` gave.
+            lent: The result of ``lend``.
             sizes: The bytes of each buffer.
 
         Raises:
-            TransportUnavailable: the memory cannot be opened here.
+            TransportUnavailable: The memory cannot be opened here.
         """
 
     def abandon(self, peer: Peer) -> None:
-        """Gives back what may have been lent. Idempotent; nothing happens after ``take``."""
+        """Return memory that may have been lent. Idempotent; without effect after ``take``."""
 
 
 class TwoSided(Protocol):
-    """Producer sends, consumer receives."""
+    """A transport whose producer sends and whose consumer receives."""
 
     capabilities: Capabilities
 
-    def route(self, peer: Peer, deadline: Deadline) -> Route:
-        """Settles how ``peer`` will send to this process; makes the connection if there is none.
+    def check_available(self) -> None:
+        """Raise TransportUnavailable if this process cannot use it. Runs on: any thread."""
 
-        Runs on: consumer, the fetching thread. Each call gives a route for one transfer: two
-        transfers of one pair at once never mix.
+    def route(self, peer: Peer, deadline: Deadline) -> Route:
+        """Return a route for ``peer`` to send along to this process; connect if necessary.
+
+        Runs on: consumer, the fetching thread. A route is for one transfer: concurrent transfers of
+        one pair never mix.
 
         Raises:
-            TransportUnavailable: no route to this peer.
+            TransportUnavailable: There is no route to this peer.
         """
 
     def send(self, route: Route, buffers: Sequence[torch.Tensor], deadline: Deadline) -> None:
-        """Sends flat uint8 ``buffers`` along ``route``.
+        """Send flat uint8 ``buffers`` along ``route``.
 
         Runs on: producer, an ``rdt-send`` thread; returns when the buffers may change again. A send
         that fails also ends the consumer's ``receive`` on this route.
@@ -235,7 +242,7 @@ class TwoSided(Protocol):
         deadline: Deadline,
         after: Sequence[Event] = (),
     ) -> None:
-        """Fills flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
+        """Fill flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
 
         Buffers on devices may be written after the events in ``after``.
 
@@ -243,13 +250,13 @@ class TwoSided(Protocol):
         """
 
     def give_up(self, route: Route, may_send: bool) -> None:
-        """Gives back a ``route`` along which ``receive`` will not be called.
+        """Release a ``route`` along which ``receive`` will not be called.
 
         Runs on: consumer, the fetching thread; blocks briefly. Never raises, also for a route whose
         connection is gone.
 
         Args:
-            route: What ``route`` gave.
+            route: The result of ``route``.
             may_send: Whether the producer may have been told to send along it. False where it was
                 not asked or has refused: the connection serves the next transfer. True where it was
                 asked and its answer is not known: the connection is closed, which ends its
@@ -257,7 +264,7 @@ class TwoSided(Protocol):
         """
 
     def close(self) -> None:
-        """Gives everything back. Runs on: whoever shuts Ray down. Idempotent."""
+        """Release everything. Runs on: the thread that shuts Ray down. Idempotent."""
 
 
 Transport = OneSided | TwoSided

@@ -1,6 +1,6 @@
-"""Transports by name. One line each; a transport's libraries are imported only when it is made.
+"""Transports by name. The libraries of a transport are imported when it is first used.
 
-Those that users registered are no lines here: ``registered.py`` finds them.
+``user/registered.py`` finds the transports that users registered.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import cast
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.once import Once
 from ray.experimental.rdt.rpc.session import Session
-from ray.experimental.rdt.transports.base import Transport, TransportUnavailable
+from ray.experimental.rdt.transports.base import Transport, TransportUnavailable, TwoSided
 from ray.experimental.rdt.transports.user import registered
 from ray.experimental.rdt.transports.user.transport import UserTransport
 
-#: Lower-case name -> module and class. ``auto`` is no transport: it means the best lane for each
-#: pair. ``staged`` is none that users name.
+#: Lower-case name -> module and class. Users cannot name ``staged``.
 _FACTORIES = {
     "cuda_ipc": ("ray.experimental.rdt.transports.cuda_ipc.transport", "CudaIpcTransport"),
     "gloo": ("ray.experimental.rdt.transports.gloo", "GlooTransport"),
@@ -27,10 +26,10 @@ _FACTORIES = {
 
 
 class Transports:
-    """The transports of one session, each made at its first use.
+    """The transports of one session. Each is created at its first use.
 
     Args:
-        session: What the transports talk to their peers through.
+        session: Sends the requests of the transports.
     """
 
     def __init__(self, session: Session):
@@ -39,26 +38,40 @@ class Transports:
         self._made: dict[str, Once[Transport]] = {}
 
     def get(self, name: str) -> Transport:
-        """The transport of this name; several that ask at once wait for the first.
+        """Return the transport of this name. Concurrent callers wait for the first.
 
         Raises:
-            TransportUnavailable: it has no module here, or its library is missing.
+            TransportUnavailable: The name is unknown, or its library is missing.
         """
         with self._lock:
             made = self._made.setdefault(name, Once())
         return made.get(lambda: self._make(name))
 
+    def usable(self, name: str, device_type: str) -> Transport:
+        """Return the transport of this name if this process can use it for such memory.
+
+        Raises:
+            TransportUnavailable: It cannot.
+        """
+        transport = self.get(name)
+        capabilities = transport.capabilities
+        if not capabilities.carries(device_type):
+            raise TransportUnavailable(f"{name} does not carry tensors on {device_type}")
+        if capabilities.two_sided and not capabilities.is_user_defined:
+            cast(TwoSided, transport).check_available()
+        return transport
+
     def peek(self, name: str) -> Transport | None:
-        """The transport of this name if it was made."""
+        """Return the transport of this name if it was created."""
         with self._lock:
             made = self._made.get(name)
         return None if made is None else made.peek()
 
     def users(self, name: str) -> UserTransport | None:
-        """The transport of this name if a user wrote it.
+        """Return the transport of this name if a user wrote it.
 
         Raises:
-            TransportUnavailable: nobody in this job has registered it.
+            TransportUnavailable: It is not registered in this job.
         """
         if name == "auto" or name in _FACTORIES:
             return None
@@ -87,12 +100,12 @@ class Transports:
         return UserTransport(self._session, entry)
 
     def made(self) -> list[Transport]:
-        """Those in use so far."""
+        """Return the transports that were created."""
         with self._lock:
             made = [each.peek() for each in self._made.values()]
         return [transport for transport in made if transport is not None]
 
     def close(self) -> None:
-        """Closes all. Runs on: whoever shuts Ray down."""
+        """Close all transports. Runs on: the thread that shuts Ray down."""
         for transport in self.made():
             transport.close()

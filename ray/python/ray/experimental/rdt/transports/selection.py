@@ -1,14 +1,15 @@
-"""Which transports are tried for an object, and what rules out one that nobody named.
+"""Transport selection where the user named none: rules as data, and what is known of a pair.
 
-Host memory has the agent's lanes after these. Runs on: consumer, any thread. Nothing is asked of
-the producer: what only it knows, it answers to the request itself, and the pair then goes without
-that transport for a while.
+``consumer/planner.py`` applies the rules. Runs on: any thread; never blocks.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
@@ -20,67 +21,119 @@ from ray.experimental.rdt.transports.nixl.engine import has_rdma
 if TYPE_CHECKING:
     from ray.experimental.rdt.rpc.session import Session
 
-#: Through host memory: the last way, and the only one that is not tried but relied on.
-STAGED = "staged"
+#: Stages device memory in host memory.
+_STAGED = "staged"
 
-#: To find out that one of these cannot serve a pair costs connections, or memory registered in
-#: vain. So it is not tried again for that pair before this time has passed.
-_COSTLY = ("nixl", "nccl")
-_LEFT_ALONE_S = 60.0
+#: Tried for host memory before the agent's lanes.
+_HOST_TRANSPORTS = ("nixl",)
+
+_RETRY_AFTER_S = 60.0
 
 _has_rdma = functools.cache(has_rdma)
 
 
+@dataclass(frozen=True)
+class AutoRule:
+    """The conditions under which a transport is tried although the user did not name it.
+
+    Attributes:
+        on_one_host: Whether it is tried between processes of one host.
+        between_hosts: Whether it is tried between hosts.
+        needs_rdma: Whether it is tried only on hosts with RDMA devices.
+        is_costly: Whether a failed attempt is expensive, in connections or registered memory. It
+            is then not repeated for this pair for a while.
+        is_last_resort: Whether it serves every pair, so that nothing is tried after it.
+    """
+
+    on_one_host: bool = True
+    between_hosts: bool = True
+    needs_rdma: bool = False
+    is_costly: bool = False
+    is_last_resort: bool = False
+
+
+#: On one host and over TCP, other lanes are faster than nixl.
+AUTO_RULES: Mapping[str, AutoRule] = {
+    "cuda_ipc": AutoRule(between_hosts=False),
+    "nccl": AutoRule(is_costly=True),
+    "nixl": AutoRule(on_one_host=False, needs_rdma=True, is_costly=True),
+    _STAGED: AutoRule(is_last_resort=True),
+}
+_DEFAULT_RULE = AutoRule()
+
+
+def rule_of(name: str) -> AutoRule:
+    """Return the rule of a transport."""
+    return AUTO_RULES.get(name, _DEFAULT_RULE)
+
+
+def default_transports(device_type: str) -> Sequence[str]:
+    """Return the transports that this process tries for memory of a device type, best first."""
+    if device_type == "cpu":
+        return _HOST_TRANSPORTS
+    accelerator = accelerators.usable(device_type)
+    return (*(accelerator.transports if accelerator is not None else ()), _STAGED)
+
+
+class Pair(NamedTuple):
+    """What is known of a producer and this process before anything is tried.
+
+    Attributes:
+        is_same_host: Whether both are on one host.
+        has_rdma: Whether this host has an RDMA device.
+        forbidden: Lanes and transports that ``RAY_RDT_LANES`` forbids unless they are named.
+        is_strict: Whether a named transport must not be replaced by another lane.
+        failures: Transports whose attempt failed for this pair a short time ago, and the error.
+    """
+
+    is_same_host: bool = True
+    has_rdma: bool = False
+    forbidden: frozenset[str] = frozenset()
+    is_strict: bool = False
+    failures: Mapping[str, str] = MappingProxyType({})
+
+
 class AutoTransportPolicy:
-    """One session's judgement of transports that nobody named.
+    """Remembers for one session which automatic attempts failed.
 
     Args:
-        session: This process's.
+        session: The session of this process.
     """
 
     def __init__(self, session: Session):
         self._session = session
         self._lock = threading.Lock()
-        # By producer and transport: until when, and what it failed of.
-        self._left_alone: dict[tuple[bytes, str], tuple[Deadline, str]] = {}
+        # By producer and transport: until when it is not tried, and the error.
+        self._failures: dict[tuple[bytes, str], tuple[Deadline, str]] = {}
         session.on_peer_lost(self._on_peer_lost)
 
-    def unavailable_reason(self, name: str, address: bytes) -> str:
-        """What rules a transport out for the producer whose agent is at an address, "" if nothing.
-
-        nixl is for hosts with RDMA devices: on one host, and over TCP, others are faster.
-        """
-        if name in LANES and name not in settings().lanes:
-            return "forbidden by RAY_RDT_LANES"
-        is_same_host = boot_id_of(address) == boot_id_of(self._session.address)
-        if name == "cuda_ipc" and not is_same_host:
-            return "the producer is on another host"
-        if name == "nixl" and is_same_host:
-            return "on one host only where it is named"
-        if name == "nixl" and not _has_rdma():
-            return "this host has no RDMA device"
-        until, failure = self._left_alone.get((agent_id_of(address), name), (Deadline(0.0), ""))
-        return f"it failed a moment ago: {failure}" if not until.has_passed() else ""
+    def pair(self, address: bytes) -> Pair:
+        """Return what is known of the producer whose agent has this address."""
+        peer_id = agent_id_of(address)
+        with self._lock:
+            failures = {
+                name: failure
+                for (peer, name), (until, failure) in self._failures.items()
+                if peer == peer_id and not until.has_passed()
+            }
+        return Pair(
+            is_same_host=boot_id_of(address) == boot_id_of(self._session.address),
+            has_rdma=_has_rdma(),
+            forbidden=frozenset(LANES) - settings().lanes,
+            is_strict=settings().strict_transport,
+            failures=failures,
+        )
 
     def failed(self, name: str, address: bytes, error: Exception) -> None:
-        """Notes that a transport could not serve a pair."""
-        if name in _COSTLY:
-            until, failure = Deadline.after(_LEFT_ALONE_S), f"{type(error).__name__}: {error}"
+        """Record that an automatic attempt failed."""
+        if rule_of(name).is_costly:
+            failure = f"{type(error).__name__}: {error}"
             with self._lock:
-                self._left_alone[agent_id_of(address), name] = until, failure
+                entry = Deadline.after(_RETRY_AFTER_S), failure
+                self._failures[agent_id_of(address), name] = entry
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread."""
         with self._lock:
-            for entry in [entry for entry in self._left_alone if entry[0] == peer_id]:
-                del self._left_alone[entry]
-
-
-def ways(named: str, device_type: str) -> list[str]:
-    """The transports to try for memory of one device type, best first."""
-    own = [] if named == "auto" else [named]
-    if device_type == "cpu":
-        return own or ["nixl"]
-    accelerator = accelerators.usable(device_type)
-    others = accelerator.transports if accelerator is not None else ()
-    return [*own, *(name for name in others if name != named), STAGED]
+            for entry in [entry for entry in self._failures if entry[0] == peer_id]:
+                del self._failures[entry]

@@ -1,0 +1,115 @@
+"""Transfers over the lanes of the agent.
+
+Runs on: consumer, the thread that deserializes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.descriptor import Descriptor
+from ray.experimental.rdt.common.thread_role import without_turn
+from ray.experimental.rdt.consumer.receive_buffers import Destination, ReceiveBuffers, Targets
+from ray.experimental.rdt.rpc import checksums
+
+if TYPE_CHECKING:
+    from ray.experimental.rdt.rpc.session import Session
+
+
+class AgentPull:
+    """A pull of the agent in progress: it moves the bytes of one object into receive buffers.
+
+    Args:
+        pull: The pull.
+        buffers: The memory that it writes to.
+    """
+
+    def __init__(self, pull: Any, buffers: ReceiveBuffers):
+        self.buffers = buffers
+        self._pull = pull
+
+    @classmethod
+    def start(
+        cls, session: Session, address: bytes, key: bytes, buffers: ReceiveBuffers
+    ) -> AgentPull:
+        """Start to pull an object from the agent at an address."""
+        return cls(
+            checksums.pull(session, address, key, buffers.addresses, buffers.lengths, buffers),
+            buffers,
+        )
+
+    @property
+    def lane(self) -> str:
+        return self._pull.lane or ""
+
+    def wait(self, deadline: Deadline) -> None:
+        with without_turn():
+            self._pull.wait(deadline.left_s())
+
+    def abandon(self) -> None:
+        if not self._pull.done:
+            self._pull.cancel()
+
+
+class AgentTransfer:
+    """The agent brings the bytes. See ``transfer.Transfer``.
+
+    Args:
+        session: Its agent pulls.
+        head: The object.
+        destination: The memory for the bytes.
+    """
+
+    def __init__(self, session: Session, head: Descriptor, destination: Destination):
+        self._session = session
+        self._head = head
+        self._destination = destination
+        self._pull: AgentPull | None = None
+        self._is_parked = False
+
+    @property
+    def lane(self) -> str:
+        return self._pull.lane if self._pull is not None else ""
+
+    def start(self, deadline: Deadline) -> None:
+        buffers = self._destination.buffers(may_spread=True)
+        head = self._head
+        self._pull = AgentPull.start(self._session, head.address, head.key, buffers)
+
+    def finish(self, deadline: Deadline) -> Targets:
+        assert self._pull is not None, "start comes before finish"
+        self._pull.wait(deadline)
+        return self._destination.deliver(self._pull.buffers)
+
+    def park(self, keep: Callable[[bytes, AgentPull, int], bool]) -> None:
+        """Leave the pull to a later fetch. A pull into tensors of the user's is not left."""
+        if self._pull is not None and not self._pull.buffers.has_user_memory:
+            self._is_parked = keep(self._head.key, self._pull, self._head.nbytes)
+
+    def abandon(self) -> None:
+        if self._pull is not None and not self._is_parked:
+            self._pull.abandon()
+
+
+class PrefetchedTransfer(AgentTransfer):
+    """The agent brings the bytes by a pull that began before the fetch.
+
+    The pull may have failed long ago, for a reason that has passed.
+
+    Args:
+        session: As for ``AgentTransfer``.
+        head: As for ``AgentTransfer``.
+        destination: As for ``AgentTransfer``.
+        pull: The pull.
+    """
+
+    def __init__(
+        self, session: Session, head: Descriptor, destination: Destination, pull: AgentPull
+    ):
+        super().__init__(session, head, destination)
+        self._pull = pull
+
+    def start(self, deadline: Deadline) -> None:
+        """The pull is in progress."""

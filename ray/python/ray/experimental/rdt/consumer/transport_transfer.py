@@ -1,0 +1,213 @@
+"""Transfers over a transport, and the requests to the producer that they make.
+
+Runs on: consumer, the thread that deserializes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.descriptor import Descriptor
+from ray.experimental.rdt.common.failures import TransferFailed
+from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.thread_role import without_turn
+from ray.experimental.rdt.consumer.receive_buffers import Destination, ReceiveBuffers, Targets
+from ray.experimental.rdt.rpc import checksums
+from ray.experimental.rdt.rpc.session import CallError, agent_id_of
+from ray.experimental.rdt.transports.base import (
+    OneSided,
+    Peer,
+    Route,
+    Transport,
+    TransportUnavailable,
+    TwoSided,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.consumer.transfer import TransferServices
+    from ray.experimental.rdt.rpc.session import Session
+
+logger = logging.getLogger("ray.rdt")
+
+#: Attempts of a transfer whose connection breaks while its producer lives.
+_TRIES = 4
+
+_Result = TypeVar("_Result")
+
+
+class ProducerRequests:
+    """Requests to the process that holds an object, for its memory of one device type.
+
+    Args:
+        session: Sends them.
+        head: The object.
+        transport: The name of the transport.
+        device_type: The device type of the memory at the producer.
+    """
+
+    def __init__(self, session: Session, head: Descriptor, transport: str, device_type: str):
+        self.peer = Peer(head.address, agent_id_of(head.address))
+        self._session = session
+        self._key = head.key.hex()
+        self._transport = transport
+        self._device_type = device_type
+        self._is_exposed = False
+
+    def start_expose(self, deadline: Deadline) -> Callable[[Deadline], Route]:
+        """Ask the producer to expose the memory; the result waits for its answer."""
+        self._is_exposed = True
+        ask = self.start("rdt.expose", {"route": {}}, deadline, idempotent=True)
+
+        def answer(until: Deadline) -> Route:
+            try:
+                return ask(until)
+            except (CallError, TransportUnavailable):
+                self._is_exposed = False  # it refused, so it does not keep the memory for us
+                raise
+
+        return answer
+
+    def send(self, route: Route, deadline: Deadline) -> None:
+        """Have the producer send the memory along a route."""
+        self.start("rdt.send", {"route": route}, deadline)(deadline)
+
+    def start(
+        self, op: str, details: dict[str, Any], deadline: Deadline, idempotent: bool = False
+    ) -> Callable[[Deadline], Route]:
+        """Send a request; the result waits for its answer.
+
+        The result raises TransportUnavailable if the producer cannot use the transport.
+        """
+        body = {
+            "key": self._key,
+            "transport": self._transport,
+            "device": self._device_type,
+            "timeout_s": deadline.left_s(),
+            **details,
+        }
+        asked = self._session.start_call(self.peer.address, op, body, idempotent=idempotent)
+
+        def answer(until: Deadline) -> Route:
+            try:
+                return asked(until.left_s())
+            except CallError as error:
+                if error.code == TransportUnavailable.code:
+                    raise TransportUnavailable(str(error)) from error
+                raise
+
+        return answer
+
+    def done(self) -> None:
+        """Tell the producer that this process does not read the memory any more. Idempotent."""
+        if self._is_exposed:
+            self._is_exposed = False
+            self._session.send_oneway(
+                self.peer.address, "rdt.done", {"key": self._key}, idempotent=False
+            )
+
+
+class TransportAttempt:
+    """A transport moves the memory of one device type. See ``transfer.Transfer``.
+
+    One-sided: ``start`` asks the producer to expose the memory. Two-sided: nothing is asked before
+    ``finish``. A sender and a link are in use until their consumer receives, and a process has few
+    of both: consumers of large batches that wait for each other's producers would deadlock.
+
+    Args:
+        services: The parts of the session.
+        name: The name of the transport.
+        head: The object.
+        device_type: The device type of the memory at the producer.
+        destination: The memory for the bytes.
+    """
+
+    def __init__(
+        self,
+        services: TransferServices,
+        name: str,
+        head: Descriptor,
+        device_type: str,
+        destination: Destination,
+    ):
+        self.lane = name
+        self._session = services.session
+        self._transports = services.transports
+        self._head = head
+        self._device_type = device_type
+        self._destination = destination
+        self._producer = ProducerRequests(services.session, head, name, device_type)
+        self._transport: Transport | None = None
+        self._exposed: Callable[[Deadline], Route] | None = None
+
+    def start(self, deadline: Deadline) -> None:
+        """Raises TransportUnavailable if this process cannot use the transport."""
+        self._transport = self._transports.usable(self.lane, self._device_type)
+        if not self._transport.capabilities.two_sided:
+            self._exposed = self._producer.start_expose(deadline)
+
+    def finish(self, deadline: Deadline) -> Targets:
+        """Raises ChecksumMismatch as well; memory on devices is not verified."""
+        with without_turn():
+            buffers = self._destination.buffers(may_spread=False)
+            self._move_and_verify(buffers, deadline)
+        return self._destination.deliver(buffers)
+
+    def _move_and_verify(self, buffers: ReceiveBuffers, deadline: Deadline) -> None:
+        if self._device_type != "cpu":
+            self._move(buffers, deadline)
+            return
+        expected = checksums.expected(self._session, self._head.address, self._head.key)
+        self._move(buffers, deadline)
+        self._session.agent.note_pulled(buffers.addresses, buffers.lengths)
+        if expected is not None:
+            expected.check_memory(buffers.addresses, buffers.lengths, deadline)
+
+    def _move(self, buffers: ReceiveBuffers, deadline: Deadline) -> None:
+        flat, after = buffers.flat(self._device_type), buffers.after
+        if self._exposed is None:
+            retry_broken(lambda: self._receive(flat, deadline, after), deadline)
+        else:
+            exposed = self._exposed(deadline)
+            transport = cast(OneSided, self._transport)
+            transport.read(self._producer.peer, exposed, flat, deadline, after)
+            self._producer.done()
+
+    def _receive(
+        self, flat: list[torch.Tensor], deadline: Deadline, after: Sequence[Event]
+    ) -> None:
+        transport = cast(TwoSided, self._transport)
+        route = transport.route(self._producer.peer, deadline)
+        try:
+            self._producer.send(route, deadline)
+        except BaseException as error:
+            is_refused = isinstance(error, (CallError, TransportUnavailable))
+            transport.give_up(route, may_send=not is_refused)
+            raise
+        transport.receive(route, flat, deadline, after)
+
+    def abandon(self) -> None:
+        """Tell the producer that nothing is read any more. The transfer ends by itself."""
+        self._producer.done()
+
+
+def retry_broken(move: Callable[[], _Result], deadline: Deadline) -> _Result:
+    """Repeat a transfer, up to ``_TRIES`` times, that failed only because its connection broke.
+
+    A broken connection does not tell whether the producer lives: the next attempt finds out.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            return move()
+        except Exception as error:
+            raise_if_interrupt(error)
+            is_retryable = isinstance(error, TransferFailed) and error.retryable
+            if not is_retryable or not left or deadline.has_passed():
+                raise
+            logger.debug("RDT repeats a transfer whose connection broke", exc_info=True)
+    raise AssertionError("the last attempt returns or raises")
