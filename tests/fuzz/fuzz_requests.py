@@ -24,7 +24,8 @@ with atheris.instrument_imports(
     ]
 ):
     from ray.experimental.rdt.consumer.prefetcher import Prefetcher
-    from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
+    from ray.experimental.rdt.owner.streams import TakenStreams
+    from ray.experimental.rdt.producer.streams import ProducedStreams
     from ray.experimental.rdt.producer.tensor_store import Store
     from ray.experimental.rdt.producer.transport_server import Server
     from ray.experimental.rdt.rpc.session import Session

@@ -15,10 +15,11 @@ from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.observe.metrics import Gauges
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
 from ray.experimental.rdt.owner.prefetch_hints import HintSender
-from ray.experimental.rdt.producer.orphan_collector import ClaimWatch
-from ray.experimental.rdt.producer.owner_monitor import OwnerWatch, publish_worker
+from ray.experimental.rdt.producer.orphan_collector import OrphanCollector
+from ray.experimental.rdt.producer.owner_monitor import OwnerMonitor
 from ray.experimental.rdt.producer.producer import Producer, ProducerServices
-from ray.experimental.rdt.producer.streams import ProducedStreams, TakenStreams
+from ray.experimental.rdt.owner.streams import TakenStreams
+from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc import process_directory
 from ray.experimental.rdt.rpc import session as sessions
@@ -74,8 +75,8 @@ def build(
     produced, taken = ProducedStreams(session), TakenStreams(session)
     server = Server(session, store, transports, produced)
     prefetcher = Prefetcher(session, policy)
-    orphans = ClaimWatch(session, lambda key: store.by_key(key) is not None, owner.may_own)
-    OwnerWatch(session, produced)
+    orphans = OrphanCollector(session, lambda key: store.by_key(key) is not None, owner.may_own)
+    OwnerMonitor(session, produced)
     owner.recipes.serve(session)
     groups.attach(session, transports.get)  # type: ignore[arg-type]
     Gauges(session, stats)

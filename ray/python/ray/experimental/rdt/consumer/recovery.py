@@ -24,7 +24,7 @@ from ray.experimental.rdt.consumer import targets
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
 from ray.experimental.rdt.owner import recipes as lineage
 from ray.experimental.rdt.owner.recipes import ALIVE, MADE, UNKNOWN, Lineage, Outcome
-from ray.experimental.rdt.producer.owner_monitor import ask_all, known_agents
+from ray.experimental.rdt.rpc.process_directory import ask_all, known_agents
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.serialization.envelope import open_envelope
 

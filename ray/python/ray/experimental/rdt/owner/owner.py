@@ -36,7 +36,7 @@ from ray.experimental.rdt.transports.user import registered
 if TYPE_CHECKING:
     from ray.experimental.rdt.common.descriptor import Descriptor
     from ray.experimental.rdt.owner.prefetch_hints import HintSender
-    from ray.experimental.rdt.producer.streams import Stream, TakenStreams
+    from ray.experimental.rdt.owner.streams import Stream, TakenStreams
     from ray.experimental.rdt.rpc.session import Session
 
 

@@ -29,7 +29,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.common.serialized_value import SerializedValue
-from ray.experimental.rdt.producer.owner_monitor import is_worker_alive
+from ray.experimental.rdt.rpc.process_directory import is_worker_alive
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
 if TYPE_CHECKING:

@@ -1,10 +1,10 @@
-"""Frees objects that no owner will ever free.
+"""Frees objects that have no owner.
 
-An owner claims an object as soon as it hears of it (``Agent.own``). If it has died before that, or
-the reply that told of the object was lost and the task ran again, nobody claims it. So a producer
-asks every process of the cluster that uses RDT whether an unclaimed object is its own, and frees
-the object once all have said no. A process that does not answer keeps it, while Ray counts its
-worker as alive.
+An owner claims an object as soon as the task's reply arrives (``Agent.own``). Nobody claims the
+object if the owner died before that, or if the reply was lost and the task ran again. The producer
+therefore asks every process of the cluster that uses RDT about an unclaimed object. It frees the
+object when all processes deny it. A process that does not answer keeps the object as long as Ray
+counts its worker as alive.
 
 Runs on: producer, the rdt-call and reaper threads; the answer, at each process that is asked.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.producer.owner_monitor import (
+from ray.experimental.rdt.rpc.process_directory import (
     ask_all,
     forget_worker,
     is_worker_alive,
@@ -28,31 +28,33 @@ from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
 logger = logging.getLogger("ray.rdt")
 
-#: An object that is not claimed for so long is asked about.
+#: Time for the owner to claim an object.
 _GRACE_S = 3.0
 
-#: How long a process may take to answer.
+#: Time for a process to answer.
 _ANSWER_S = 2.0
 
-#: The most objects that one request names.
-_MOST = 10_000
+#: The most objects in one request.
+_MAX_OBJECTS = 10_000
 
 
-class Unclaimed(NamedTuple):
-    """An object without an owner so far: its id in hex, its key, and when it was stored."""
+class UnclaimedObject(NamedTuple):
+    """An object without an owner so far: its id in hex, its key, and when its grace began."""
 
     object_id: str
     key: bytes
     since: float
 
 
-class ClaimWatch:
-    """The objects of this process that nobody has claimed yet.
+class OrphanCollector:
+    """Collects the objects of this process that no owner claims.
 
     Args:
         session: Asks and answers.
-        is_stored: Whether an object of this key is still here.
-        may_own: Whether this process owns, or may yet come to own, the object of this id and key.
+        is_stored: Tells whether an object of this key is still here.
+        may_own: Tells whether this process owns, or may still come to own, the object of this id
+            and key.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -60,66 +62,72 @@ class ClaimWatch:
         session: Session,
         is_stored: Callable[[bytes], bool],
         may_own: Callable[[str, bytes], bool],
+        clock: Callable[[], float] = time.monotonic,
     ):
         self._session = session
         self._is_stored = is_stored
         self._may_own = may_own
-        self._young: deque[Unclaimed] = deque()
+        self._clock = clock
+        # In the order of ``since``.
+        self._unclaimed: deque[UnclaimedObject] = deque()
         self._asking = threading.Lock()
         session.serve("rdt.claims", self._on_claims)
         session.on_tick(self._on_tick)
 
     def add(self, object_id: str, key: bytes) -> None:
-        """Watches an object that was made for another process. Runs on: the thread of the task."""
-        self._young.append(Unclaimed(object_id, key, time.monotonic()))
+        """Add an object that was made for another process. Runs on: the thread of the task."""
+        self._unclaimed.append(UnclaimedObject(object_id, key, self._clock()))
 
     def _on_tick(self) -> None:
         """Runs on: the reaper thread."""
-        if self._young and self._young[0].since + _GRACE_S < time.monotonic():
-            self._session.run_in_background(self._look)
+        if self._unclaimed and self._unclaimed[0].since + _GRACE_S < self._clock():
+            self._session.run_in_background(self._collect)
 
-    def _look(self) -> None:
+    def _collect(self) -> None:
         """Runs on: an rdt-call thread; one at a time."""
         if not self._asking.acquire(blocking=False):
             return
-        old: list[Unclaimed] = []
+        overdue: list[UnclaimedObject] = []
         try:
-            old = self._old()
-            orphans = self._ask(old)
-        except BaseException:  # nobody could be asked: they are asked about again
-            now = time.monotonic()
-            self._young.extend(one._replace(since=now) for one in old)
+            overdue = self._take_overdue()
+            orphans = self._orphans_among(overdue)
+        except BaseException:  # the processes could not be asked: try again
+            self._keep(overdue)
             raise
         finally:
             self._asking.release()
-        count = self._session.agent.release_unowned([one.key for one in orphans])
+        count = self._session.agent.release_unowned([each.key for each in orphans])
         if count:
             logger.info("RDT freed %d objects that no process owns", count)
 
-    def _old(self) -> list[Unclaimed]:
-        """Takes those that nobody has claimed in time."""
-        latest = time.monotonic() - _GRACE_S
-        old: list[Unclaimed] = []
-        while self._young and self._young[0].since < latest and len(old) < _MOST:
-            one = self._young.popleft()
-            if self._is_stored(one.key):
-                old.append(one)
-        unowned = set(self._session.agent.unowned([one.key for one in old]))
-        return [one for one in old if one.key in unowned]
+    def _take_overdue(self) -> list[UnclaimedObject]:
+        """Remove and return the stored objects that were not claimed in time."""
+        latest = self._clock() - _GRACE_S
+        overdue: list[UnclaimedObject] = []
+        while self._unclaimed and self._unclaimed[0].since < latest and len(overdue) < _MAX_OBJECTS:
+            each = self._unclaimed.popleft()
+            if self._is_stored(each.key):
+                overdue.append(each)
+        unowned = set(self._session.agent.unowned([each.key for each in overdue]))
+        return [each for each in overdue if each.key in unowned]
 
-    def _ask(self, objects: list[Unclaimed]) -> list[Unclaimed]:
-        """Those that no process wants; the others are watched on."""
+    def _orphans_among(self, objects: list[UnclaimedObject]) -> list[UnclaimedObject]:
+        """Return the objects that all processes deny; keep the others."""
         if not objects:
             return []
-        body = {"objects": [[one.object_id, one.key.hex()] for one in objects]}
+        body = {"objects": [[each.object_id, each.key.hex()] for each in objects]}
         wanted: set[bytes] = set()
         for address, answer in ask_all(
             self._session, known_agents(), "rdt.claims", body, _ANSWER_S
         ):
             wanted.update(_wanted(address, answer, objects))
-        now = time.monotonic()
-        self._young.extend(one._replace(since=now) for one in objects if one.key in wanted)
-        return [one for one in objects if one.key not in wanted]
+        self._keep(each for each in objects if each.key in wanted)
+        return [each for each in objects if each.key not in wanted]
+
+    def _keep(self, objects: Iterable[UnclaimedObject]) -> None:
+        """Grant another grace period."""
+        now = self._clock()
+        self._unclaimed.extend(each._replace(since=now) for each in objects)
 
     def _on_claims(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: an rdt-call thread of the process that is asked."""
@@ -128,14 +136,14 @@ class ClaimWatch:
 
 
 def _wanted(
-    address: bytes, answer: dict[str, Any] | Exception, objects: Iterable[Unclaimed]
+    address: bytes, answer: dict[str, Any] | Exception, objects: Iterable[UnclaimedObject]
 ) -> Iterable[bytes]:
-    """The keys of what a process that was asked may own."""
+    """Return the keys of the objects that a process may own, from its answer."""
     if not isinstance(answer, Exception):
         return [bytes.fromhex(key) for key in answer["keys"]]
     agent_id = agent_id_of(address)
     if is_worker_alive(agent_id):
         logger.debug("RDT keeps objects that agent %s may own: %s", agent_id.hex(), answer)
-        return [one.key for one in objects]
+        return [each.key for each in objects]
     forget_worker(agent_id)
     return []

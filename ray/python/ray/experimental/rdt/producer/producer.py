@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt._tensors import Table
-    from ray.experimental.rdt.producer.orphan_collector import ClaimWatch
+    from ray.experimental.rdt.producer.orphan_collector import OrphanCollector
     from ray.experimental.rdt.producer.streams import ProducedStreams, StreamSpec
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.nixl.transport import NixlTransport
@@ -59,7 +59,7 @@ class ProducerServices:
     session: Session
     transports: Transports
     streams: ProducedStreams
-    orphans: ClaimWatch
+    orphans: OrphanCollector
 
 
 @dataclass(frozen=True)
