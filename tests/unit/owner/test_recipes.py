@@ -27,25 +27,25 @@ def test_each_return_knows_its_recipe(recipes: Recipes):
 
 def test_retries_are_counted_down_to_none():
     made = recipe(2)
-    assert [made.use_up(), made.why_not()] == [1, ""]
-    assert [made.use_up(), made.why_not()] == [0, "all its retries are used up"]
+    assert [made.use_retry(), made.refusal()] == [1, ""]
+    assert [made.use_retry(), made.refusal()] == [0, "all its retries are used up"]
 
 
 def test_endless_retries_stay_so():
     made = recipe(-1)
-    assert [made.use_up(), made.use_up(), made.why_not()] == [-1, -1, ""]
+    assert [made.use_retry(), made.use_retry(), made.refusal()] == [-1, -1, ""]
 
 
-def test_an_obstacle_is_told_first():
-    assert recipe(0, obstacle="it is Monday").why_not() == "it is Monday"
+def test_an_unavailable_reason_is_told_first():
+    assert recipe(0, unavailable_reason="it is Monday").refusal() == "it is Monday"
 
 
-def test_an_object_that_goes_takes_its_recipe_and_its_successor_along(recipes: Recipes):
+def test_an_object_that_goes_takes_its_recipe_and_its_replacement_along(recipes: Recipes):
     made = recipe()
     recipes.add(["a", "b"], made)
-    made.successors = ["new a", "new b"]
+    made.replacements = ["new a", "new b"]
     assert recipes.drop("b") == [made, "new b"]
-    assert made.successors == ["new a", None]
+    assert made.replacements == ["new a", None]
     assert recipes.of("b") is None
     assert recipes.drop("b") == []
     assert recipes.drop("a") == [made, "new a"]
@@ -59,17 +59,17 @@ def test_arguments_are_pinned_until_the_last_return_goes(recipes: Recipes):
     assert made.pins
     assert recipes.drop("b") == [made, {"argument": "ref"}]
     assert not made.pins
-    # As an ingredient of another it is of no use any more.
-    assert "gone" in made.why_not()
+    # As an dependency of another it is of no use any more.
+    assert "out of scope" in made.refusal()
 
 
-def test_a_recipe_without_pins_stays_of_use_as_an_ingredient(recipes: Recipes):
+def test_a_recipe_without_pins_stays_of_use_as_an_dependency(recipes: Recipes):
     first, second = recipe(), recipe()
     recipes.add(["first"], first)
-    second.require("first", (first, 0))
+    second.depend_on("first", (first, 0))
     recipes.drop("first")
-    assert second.ingredients["first"] == (first, 0)
-    assert first.why_not() == ""
+    assert second.dependencies["first"] == (first, 0)
+    assert first.refusal() == ""
 
 
 def test_chains_of_recipes_have_an_end():
@@ -77,16 +77,16 @@ def test_chains_of_recipes_have_an_end():
     longest = 0
     for _ in range(1000):
         following = recipe()
-        following.require("before", (last, 0))
+        following.depend_on("before", (last, 0))
         last = following
         longest = max(longest, last.depth)
     assert longest == 100
 
 
 def test_calls_of_an_actor_are_known():
-    assert recipe(actor="a").is_of("a")
-    assert not recipe(actor="a").is_of("b")
-    assert not recipe().is_of("")
+    assert recipe(actor="a").runs_on("a")
+    assert not recipe(actor="a").runs_on("b")
+    assert not recipe().runs_on("")
 
 
 def test_clear_gives_back_everything(recipes: Recipes):

@@ -12,7 +12,7 @@ from ray.experimental.rdt import session_parts
 from ray.experimental.rdt.common.real_threads import Lock, Thread
 from ray.experimental.rdt.consumer.consumer import Consumer
 from ray.experimental.rdt.consumer.fetcher import Fetcher
-from ray.experimental.rdt.consumer.recovery import Remakes
+from ray.experimental.rdt.consumer.recovery import Recovery
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
 from ray.experimental.rdt.producer.producer import Producer
@@ -47,7 +47,7 @@ class RDTManager:
         )
         store = self.producer.store
         fetcher = Fetcher(store, lambda: parts.get().consumer)
-        recovery = Remakes(self.owner.recipes, fetcher, lambda: parts.get().session)
+        recovery = Recovery(self.owner.recipes, fetcher, lambda: parts.get().session)
         self.consumer = Consumer(store, fetcher, recovery)
         self.rdt_store = StoreByObjectId(self.producer)
         # What Ray's worker and core call at a producer ...

@@ -90,7 +90,7 @@ def build(
     session.on_tick(prefetcher.drop_stale)
     session.on_tick(owner.on_tick)
     session.on_close(transports.close)
-    publish_worker(session, ray_core.worker_id())
+    process_directory.publish_worker(session, ray_core.worker_id())
     actor_id = ray_core.actor_id()
     if actor_id is not None:
         session.run_in_background(process_directory.publish_actor, actor_id, session.address)

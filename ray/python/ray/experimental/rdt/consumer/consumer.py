@@ -17,7 +17,7 @@ from ray.experimental.rdt.common.thread_role import must_not_block, without_turn
 from ray.experimental.rdt.consumer import argument_context, targets
 from ray.experimental.rdt.consumer.deferred import Deferred, Puller
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
-from ray.experimental.rdt.consumer.recovery import Remakes, Result
+from ray.experimental.rdt.consumer.recovery import Recovery, Result
 from ray.experimental.rdt.consumer.targets import Targets
 from ray.experimental.rdt.serialization.envelope import open_envelope
 
@@ -49,7 +49,7 @@ class Consumer:
         targets: The tensors and devices that users want objects received into.
     """
 
-    def __init__(self, store: Store, fetcher: Fetcher, recovery: Remakes):
+    def __init__(self, store: Store, fetcher: Fetcher, recovery: Recovery):
         self._store = store
         self._fetcher = fetcher
         self._recovery = recovery

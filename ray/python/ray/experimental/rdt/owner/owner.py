@@ -29,7 +29,7 @@ from ray.experimental.rdt.owner.object_directory import (
     Row,
     WarnShared,
 )
-from ray.experimental.rdt.owner.recipes import Lineage, call_method, refs_in
+from ray.experimental.rdt.owner.reconstruction import Reconstruction, call_method, refs_in
 from ray.experimental.rdt.producer.dynamic_generator import DynamicCall
 from ray.experimental.rdt.transports.user import registered
 
@@ -76,7 +76,7 @@ class Owner:
         self._small_to_claim: deque[Own] = deque()
         self._unneeded_handles: deque[Any] = deque()
         self._pins = ArgumentHolder()
-        self.recipes = Lineage(self.find)
+        self.recipes = Reconstruction(self.find)
 
     # Calls.
 

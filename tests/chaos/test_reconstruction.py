@@ -1,4 +1,4 @@
-"""Objects whose producer dies after it made them: calls that may be retried make them again."""
+"""Objects whose producer dies after it made them: calls that may be retried reconstruct them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class AsyncTaker:
         return all([is_right(await ref) for ref in refs])
 
 
-def test_all_who_ask_get_it_again(spawn: Any, consumer: Any, runs: Path) -> None:
+def test_all_consumers_get_the_reconstructed_object(spawn: Any, consumer: Any, runs: Path) -> None:
     """The call is made a second time, and not once for each who asks."""
     maker, late = spawn(**RETRIED), spawn(AsyncTaker)
     before = ray.experimental.rdt.stats()
@@ -135,7 +135,7 @@ def test_task_runs_again(spawn: Any, consumer: Any, runs: Path, tmp_path: Path) 
     wait_until(lambda: ray.experimental.rdt.stats()["recipes"] == 0, "its recipe is gone")
 
 
-def test_arguments_are_made_again_as_well(spawn: Any, runs: Path, tmp_path: Path) -> None:
+def test_arguments_are_reconstructed(spawn: Any, runs: Path, tmp_path: Path) -> None:
     """One that is lost and one that nobody refers to any more; and one is as it was."""
     maker = spawn(**RETRIED)
     held = maker.make.remote(counted, tmp_path / "held")
@@ -169,7 +169,7 @@ def test_an_actor_does_not_wait_for_itself(spawn: Any, consumer: Any, runs: Path
     maker = spawn(**RETRIED)
     ref = maker.make.remote(counted, runs)
     lose(maker, ref)
-    with pytest.raises(RDTProducerDiedError, match="waits for it itself"):
+    with pytest.raises(RDTProducerDiedError, match="waits for the object itself"):
         ray.get(maker.run.remote(lambda _, tensor: is_right(tensor), ref), timeout=100)
     assert is_right(ray.get(ref, timeout=100))
     assert ray.get(maker.run.remote(lambda _, tensor: is_right(tensor), ref), timeout=100)
@@ -238,7 +238,7 @@ def test_what_may_not_be_retried_is_lost(spawn: Any, consumer: Any, runs: Path) 
         ray.get(maker.run.remote(lambda _: [ray.put(ones(_), _tensor_transport="auto")]))[0]
     )
     lose(maker, *refs[:1])
-    with pytest.raises(RDTProducerDiedError, match="may not be made again"):
+    with pytest.raises(RDTProducerDiedError, match="may not be retried"):
         ray.get(refs[0], timeout=100)
     with pytest.raises(ObjectLostError):
         ray.get(refs[1], timeout=100)
@@ -258,7 +258,7 @@ def test_large_arguments_are_not_kept(spawn: Any) -> None:
 
 
 def test_owner_in_an_actor(spawn: Any, consumer: Any, runs: Path) -> None:
-    """The driver borrows what another actor owns, and makes nothing again itself."""
+    """The driver borrows what another actor owns, and reconstructs nothing itself."""
 
     def own(peer: Peer, maker: Any) -> list[Any]:
         peer.kept["own"] = [maker.make.remote(counted, runs)]
