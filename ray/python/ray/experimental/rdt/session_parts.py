@@ -15,10 +15,10 @@ from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.observe.metrics import Gauges
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
 from ray.experimental.rdt.owner.prefetch_hints import HintSender
+from ray.experimental.rdt.owner.streams import TakenStreams
 from ray.experimental.rdt.producer.orphan_collector import OrphanCollector
 from ray.experimental.rdt.producer.owner_monitor import OwnerMonitor
 from ray.experimental.rdt.producer.producer import Producer, ProducerServices
-from ray.experimental.rdt.owner.streams import TakenStreams
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc import process_directory
