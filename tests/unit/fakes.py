@@ -262,6 +262,12 @@ class FakeSession:
     def send_oneway(self, peer: bytes, op: str, body: Any, idempotent: bool = True) -> None:
         self._ask(peer, op, body)
 
+    def call(self, peer: bytes, op: str, body: Any, timeout_s: float) -> Any:
+        return self._ask(peer, op, body)
+
+    def is_asker_lost(self) -> bool:
+        return False
+
     def start_call(self, peer: bytes, op: str, body: Any) -> Callable[[float], Any]:
         def wait(timeout_s: float) -> Any:
             return self._ask(peer, op, body)
