@@ -82,7 +82,7 @@ def _envelopes(monkeypatch: pytest.MonkeyPatch) -> None:
     def open_envelope(metadata: bytes, data: Any) -> Any:
         return SimpleNamespace(head=decode(metadata), table="table")
 
-    monkeypatch.setattr(recovery.capture, "open_envelope", open_envelope)
+    monkeypatch.setattr(recovery, "open_envelope", open_envelope)
 
 
 @pytest.fixture
