@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ray/rdt/acceptor.h"
+#include "ray/rdt/context.h"
 #include "ray/rdt/peer.h"
 #include "ray/rdt/pool.h"
 #include "ray/rdt/region.h"

@@ -7,10 +7,10 @@ namespace ray::rdt {
 SelfPeer::SelfPeer(const Context &context, RegionTable *regions, Service *service)
     : context_(context), regions_(regions), service_(service) {
   LaneSet mine = context_.settings->lanes;
-  SetReasons(EvaluateLanes({.mine = mine,
-                            .theirs = mine,
-                            .is_same_agent = true,
-                            .no_tcp_reason = "the peer is this process"}));
+  lane_report_.Set(EvaluateLanes({.mine = mine,
+                                  .theirs = mine,
+                                  .is_same_agent = true,
+                                  .no_tcp_reason = "the peer is this process"}));
 }
 
 void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
@@ -44,7 +44,7 @@ void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
 }
 
 void SelfPeer::SendNotices() {
-  Notices notices = TakeNotices();
+  Notices notices = notice_queue_.TakeAll();
   regions_->SetOwner(notices.owned, context_.self->agent);
   for (const Key &key : notices.freed) regions_->Release(key);
 }

@@ -3,6 +3,7 @@
 
 #include <map>
 
+#include "ray/rdt/context.h"
 #include "ray/rdt/peer.h"
 #include "ray/rdt/region.h"
 #include "ray/rdt/service.h"

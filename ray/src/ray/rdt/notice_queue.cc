@@ -1,25 +1,22 @@
-#include "ray/rdt/peer.h"
+#include "ray/rdt/notice_queue.h"
+
+#include <utility>
 
 namespace ray::rdt {
 
-bool Peer::Queue(Notice notice, const Key &key) {
+bool NoticeQueue::Add(Notice notice, const Key &key) {
   std::lock_guard<std::mutex> lock(mutex_);
-  bool is_first = notices_.empty();
+  bool was_empty = notices_.empty();
   (notice == Notice::kOwn ? notices_.owned : notices_.freed).push_back(key);
-  return is_first;
+  return was_empty;
 }
 
-LaneReasons Peer::Reasons() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return reasons_;
-}
-
-Notices Peer::TakeNotices() {
+Notices NoticeQueue::TakeAll() {
   std::lock_guard<std::mutex> lock(mutex_);
   return std::exchange(notices_, {});
 }
 
-void Peer::PutBackNotices(Notices notices) {
+void NoticeQueue::PutBack(Notices notices) {
   std::lock_guard<std::mutex> lock(mutex_);
   notices_.owned.swap(notices.owned);
   notices_.freed.swap(notices.freed);
@@ -27,14 +24,9 @@ void Peer::PutBackNotices(Notices notices) {
   notices_.freed.insert(notices_.freed.end(), notices.freed.begin(), notices.freed.end());
 }
 
-bool Peer::HasNotices() const {
+bool NoticeQueue::is_empty() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return !notices_.empty();
-}
-
-void Peer::SetReasons(const LaneReasons &reasons) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  reasons_ = reasons;
+  return notices_.empty();
 }
 
 }  // namespace ray::rdt

@@ -1,0 +1,41 @@
+// What the parts of one agent share: its settings and its services.
+#pragma once
+
+#include <string>
+
+#include "ray/rdt/address.h"
+#include "ray/rdt/auth.h"
+#include "ray/rdt/copy_pool.h"
+#include "ray/rdt/counters.h"
+#include "ray/rdt/events.h"
+#include "ray/rdt/huge_pages.h"
+#include "ray/rdt/lanes/lane_kind.h"
+
+namespace ray::rdt {
+
+// Set by the user.
+struct Settings {
+  std::string bind_ip;
+  LaneSet lanes = 0;
+  int copy_threads = 2;
+  int tcp_streams = 4;
+  uint64_t pool_bytes = 0;
+  double connect_timeout_s = 10;
+  double peer_timeout_s = 30;
+  bool clear_tcp = true;  // false: no connection may cross the network unencrypted
+};
+
+// Owned by the agent, which outlives its peers.
+struct Context {
+  Loop *loop;
+  CopyPool *copies;
+  HugePages *huge_pages;
+  EventQueue *events;
+  Log *log;
+  Counters *counters;
+  const Settings *settings;
+  const Identity *identity;
+  const Address *self;
+};
+
+}  // namespace ray::rdt

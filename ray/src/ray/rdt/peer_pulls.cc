@@ -1,0 +1,202 @@
+#include "ray/rdt/peer_pulls.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+namespace ray::rdt {
+namespace {
+
+// An object up to this size comes with the grant: on every lane that takes less time
+// than starting the lane.
+constexpr uint64_t kMaxAttached = 64 << 10;
+
+}  // namespace
+
+PeerPulls::PeerPulls(const Context &context, PeerLink *link, PeerLanes *lanes)
+    : context_(context), link_(link), lanes_(lanes) {}
+
+void PeerPulls::Add(std::shared_ptr<Pull> pull) {
+  link_->StartSilenceClock();
+  uint64_t id = pull->id;
+  PendingPull &pending = pulls_[id] = {.pull = std::move(pull)};
+  if (link_->is_connected()) Send(id, &pending);
+}
+
+void PeerPulls::Forget(uint64_t id) {
+  auto node = pulls_.extract(id);
+  if (node && node.mapped().state != State::kQueued) {
+    link_->Send(EncodeFrame(FrameType::kAbort, id));
+  }
+}
+
+void PeerPulls::SendAll() {
+  // Send may end a pull and so change the map.
+  std::vector<uint64_t> ids;
+  for (auto &[id, pending] : pulls_) ids.push_back(id);
+  for (uint64_t id : ids) {
+    if (auto found = pulls_.find(id); found != pulls_.end()) Send(id, &found->second);
+  }
+}
+
+void PeerPulls::Send(uint64_t id, PendingPull *pending) {
+  Lane *lane = lanes_->Best(pending->tried, &pending->lane);
+  if (lane == nullptr) {
+    Status no_lane{Code::kRefused, "no usable lane to the peer is left"};
+    return Finish(id, link_->WithAddress(no_lane));
+  }
+  pending->state = State::kRequested;
+  pending->pull->set_lane(pending->lane);
+  PullRequest request{.key = pending->pull->key,
+                      .with_spans = lane->reads_memory(),
+                      .max_attached = kMaxAttached};
+  link_->Send(EncodeFrame(FrameType::kPull, id, request));
+}
+
+bool PeerPulls::OnGrant(uint64_t id, const std::optional<Grant> &grant) {
+  uint64_t span_bytes = 0;
+  if (!grant || !TotalOf(grant->spans, &span_bytes)) return false;
+  auto found = pulls_.find(id);
+  if (found == pulls_.end()) return true;  // cancelled; an ABORT was sent
+  PendingPull &pending = found->second;
+  if (pending.state != State::kRequested) return false;
+  if (Status fit = pending.pull->CheckTotal(grant->total); !fit.ok()) {
+    Finish(id, fit);
+    return true;
+  }
+  if (grant->total == 0 || !grant->attached.empty()) return TakeAttached(id, *grant);
+  Lane *lane = lanes_->Find(pending.lane);
+  if (lane == nullptr) {  // disabled since the PULL was sent
+    TryNextLane(id);
+    return true;
+  }
+  if (lane->reads_memory() && span_bytes != grant->total) return false;
+  if (pending.pull->is_whole()) {  // complete when the last connection broke
+    Finish(id, {});
+  } else {
+    StartLane(id, *grant);
+  }
+  return true;
+}
+
+bool PeerPulls::TakeAttached(uint64_t id, const Grant &grant) {
+  if (grant.attached.size() != grant.total) return false;
+  Pull &pull = *pulls_.at(id).pull;
+  Range range;
+  uint64_t attempt = pull.attempt(), sum = 0;
+  while (pull.TakeRange(attempt, grant.total, &range) && pull.BeginWrite(attempt)) {
+    auto copy = [&](Range part) {
+      pull.destination.CopyIn(part, grant.attached.data() + part.offset);
+      return Status{};
+    };
+    pull.Fill(range, copy, &sum);
+    pull.EndWrite();
+    pull.CompleteRange(attempt, range, std::exchange(sum, 0));
+  }
+  Finish(id, {});
+  return true;
+}
+
+void PeerPulls::StartLane(uint64_t id, const Grant &grant) {
+  PendingPull &pending = pulls_.at(id);
+  pending.state = State::kMoving;
+  uint64_t attempt = pending.pull->attempt();
+  auto report = [loop = context_.loop, weak = std::weak_ptr(alive_), id, attempt](
+                    const Status &status) {
+    loop->Post([weak, id, attempt, status] {
+      if (auto self = weak.lock()) (*self)->OnLaneReport(id, attempt, status);
+    });
+  };
+  lanes_->Find(pending.lane)->Start(pending.pull, grant, std::move(report));
+}
+
+bool PeerPulls::OnRefuse(uint64_t id, const std::optional<Refuse> &refuse) {
+  if (!refuse) return false;
+  auto found = pulls_.find(id);
+  if (found == pulls_.end()) return true;
+  if (found->second.state != State::kRequested) return false;
+  Code code = CodeFromWire(refuse->code);
+  if (code == Code::kRefused) {  // the lane cannot carry the object
+    TryNextLane(id);
+  } else {
+    Finish(id, link_->WithAddress({code, refuse->text}));
+  }
+  return true;
+}
+
+void PeerPulls::OnLaneReport(uint64_t id, uint64_t attempt, const Status &status) {
+  auto found = pulls_.find(id);
+  if (found == pulls_.end() || found->second.pull->attempt() != attempt) return;
+  const PendingPull &pending = found->second;
+  bool read_memory = pending.lane == LaneKind::kCma;
+  if (read_memory && status.ok() && !link_->IsSameProcess()) {
+    return link_->Lose({Code::kPeerLost, "the peer exited during the pull"});
+  }
+  // A data connection may break before the control connection does.
+  if (status.code == Code::kIo && pending.tries < PeerLink::kMaxTries)
+    return RequestAgain(id);
+  if (status.code != Code::kRefused) return Finish(id, status);
+  if (lanes_->Find(pending.lane)) lanes_->Disable(pending.lane, status.text);
+  TryNextLane(id);
+}
+
+void PeerPulls::TryNextLane(uint64_t id) {
+  PendingPull &pending = pulls_.at(id);
+  link_->Send(EncodeFrame(FrameType::kAbort, id));
+  pending.pull->Restart();
+  pending.tried |= LaneBit(pending.lane);
+  Send(id, &pending);
+}
+
+void PeerPulls::RequestAgain(uint64_t id) {
+  PendingPull &pending = pulls_.at(id);
+  link_->Send(EncodeFrame(FrameType::kAbort, id));
+  MayRetry(&pending);
+  Send(id, &pending);
+}
+
+void PeerPulls::Finish(uint64_t id, const Status &status) {
+  auto node = pulls_.extract(id);
+  PendingPull &pending = node.mapped();
+  if (status.ok()) {
+    context_.counters->CountPull(pending.lane, pending.pull->destination.total());
+    pending.pull->Complete();
+    context_.huge_pages->RecordPull(pending.pull->destination, nullptr);
+  } else {
+    pending.pull->Fail(status);
+  }
+  if (pending.state != State::kQueued) link_->Send(EncodeFrame(FrameType::kDone, id));
+}
+
+void PeerPulls::OnLost(const Status &why, PeerLink::Loss loss) {
+  for (auto it = pulls_.begin(); it != pulls_.end();) {
+    auto here = it++;
+    PendingPull &pending = here->second;
+    // A peer that was silent gets one more try: it may well be silent again.
+    if (loss == PeerLink::Loss::kSilent) {
+      pending.tries = std::max(pending.tries, PeerLink::kMaxTries - 1);
+    }
+    if (loss != PeerLink::Loss::kExited && MayRetry(&pending)) continue;
+    pending.pull->Fail(why);
+    pulls_.erase(here);
+  }
+}
+
+// Ends the attempt. If tries are left, the pull is queued for what has not arrived.
+bool PeerPulls::MayRetry(PendingPull *pending) {
+  pending->pull->Resume();
+  uint64_t received = pending->pull->received_bytes();
+  int tries = received == pending->received_before ? pending->tries + 1 : 2;
+  if (tries > PeerLink::kMaxTries) return false;
+  *pending = {.pull = pending->pull, .tries = tries, .received_before = received};
+  return true;
+}
+
+void PeerPulls::FailAll(const Status &why) {
+  for (auto &[id, pending] : std::exchange(pulls_, {})) {
+    bool is_loss = pending.tries > 1 && why.code == Code::kUnreachable;
+    pending.pull->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
+  }
+}
+
+}  // namespace ray::rdt
