@@ -10,6 +10,7 @@
 
 #include "fixtures.h"
 #include "ray/rdt/connector.h"
+#include "ray/rdt/limits.h"
 #include "ray/rdt/net.h"
 
 namespace fixtures {
@@ -129,7 +130,8 @@ TEST("acceptor: without a proof every request is answered by an error and the en
 TEST("acceptor: a frame over 512 bytes is refused by its header alone") {
   Served served;
   Caller caller(*served.agent);
-  FrameHeader header{.type = FrameType::kHello, .length = kMaxFrameBeforeAuth + 1};
+  FrameHeader header{.type = FrameType::kHello,
+                     .length = limits::kMaxFrameBeforeAuth + 1};
   Bytes bytes(sizeof(header));
   std::memcpy(bytes.data(), &header, sizeof(header));
   caller.Send(bytes);
@@ -140,7 +142,7 @@ TEST("acceptor: of too many who do not prove themselves the oldest goes") {
   Served served;
   Caller oldest(*served.agent);
   std::vector<std::unique_ptr<Caller>> others;
-  for (size_t i = 0; i < Acceptor::kMaxUnauthenticated; ++i) {
+  for (size_t i = 0; i < limits::kMaxUnauthenticated; ++i) {
     others.push_back(std::make_unique<Caller>(*served.agent));
   }
   CHECK(oldest.IsClosed());
@@ -151,7 +153,7 @@ TEST("acceptor: a crowd over TCP is not in the way of who comes over Unix") {
   Served served;
   Caller slow(*served.agent);
   std::vector<std::unique_ptr<Caller>> crowd;
-  for (size_t i = 0; i < Acceptor::kMaxUnauthenticated + 2; ++i) {
+  for (size_t i = 0; i < limits::kMaxUnauthenticated + 2; ++i) {
     crowd.push_back(std::make_unique<Caller>(*served.agent, false));
   }
   CHECK(crowd[1]->IsClosed());
@@ -205,7 +207,7 @@ TEST("acceptor: who proves nothing for five seconds is sent away") {
   silent.Send(hello);
   CHECK(silent.IsClosed());
   std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
-  CHECK(took.count() > Acceptor::kHandshakeTimeoutS / 2);
+  CHECK(took.count() > limits::kHandshakeTimeoutS / 2);
 }
 
 TEST("acceptor: another user of the host is turned away") {

@@ -15,6 +15,7 @@
 #include <thread>
 
 #include "fixtures.h"
+#include "ray/rdt/limits.h"
 #include "ray/rdt/net.h"
 
 namespace fixtures {
@@ -82,7 +83,7 @@ TEST("fallback: cma that is forbidden later gives way to shm in the same pull") 
 }
 
 TEST("fallback: an object in too many pieces for cma takes another lane") {
-  constexpr size_t kPieces = (kMaxFrame / sizeof(Span)) + 1;
+  constexpr size_t kPieces = (limits::kMaxFrame / sizeof(Span)) + 1;
   Memory source(kPieces);
   Memory destination(kPieces);
   source.FillRandom(1);

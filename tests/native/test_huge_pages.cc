@@ -6,13 +6,14 @@
 
 #include "fixtures.h"
 #include "ray/rdt/huge_pages.h"
+#include "ray/rdt/limits.h"
 #include "ray/rdt/pool.h"
 
 namespace fixtures {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kNbytes = 2 * HugePages::kMinSpan;
+constexpr size_t kNbytes = 2 * limits::kMinCollapsedSpan;
 
 // Anonymous memory of small pages, as torch allocates it. The pages around it keep it
 // apart from other mappings in the kernel's books.
@@ -80,7 +81,7 @@ bool CanTell() {
 void PullOften(const SmallPages &source, const SmallPages &target, LaneKind lane) {
   auto producer = MakeAgent();
   auto consumer = MakeAgent(LaneBit(lane));
-  for (unsigned pull = 1; pull <= HugePages::kPullsBeforeCollapse; ++pull) {
+  for (unsigned pull = 1; pull <= limits::kPullsBeforeCollapse; ++pull) {
     producer->Register(KeyOf(1), source.Whole(), pull);
     PullTicket ticket =
         consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
@@ -92,13 +93,13 @@ void PullOften(const SmallPages &source, const SmallPages &target, LaneKind lane
     CHECK_EQ(target.HugeBytes(), 0u);
   }
   for (const SmallPages *memory : {&source, &target}) {
-    CHECK(Await([&] { return memory->HugeBytes() >= HugePages::kMinSpan; }));
+    CHECK(Await([&] { return memory->HugeBytes() >= limits::kMinCollapsedSpan; }));
     CHECK(memory->IsAsWritten());
   }
   size_t released = 0;
   CHECK(Await([&] {
     for (Event &event : producer->NextEvents(0.1)) released += event.tokens.size();
-    return released == HugePages::kPullsBeforeCollapse;
+    return released == limits::kPullsBeforeCollapse;
   }));
 }
 
@@ -116,18 +117,18 @@ TEST("huge pages: what moved without a pull of the agent's counts when it is sai
   auto agent = MakeAgent();
   SmallPages memory;
   memory.Fill();
-  for (unsigned time = 1; time < HugePages::kPullsBeforeCollapse; ++time)
+  for (unsigned time = 1; time < limits::kPullsBeforeCollapse; ++time)
     agent->RecordPull(memory.Whole());
   CHECK(!Await([&] { return memory.HugeBytes() > 0; }, 0.1));
   agent->RecordPull(memory.Whole());
-  CHECK(Await([&] { return memory.HugeBytes() >= HugePages::kMinSpan; }));
+  CHECK(Await([&] { return memory.HugeBytes() >= limits::kMinCollapsedSpan; }));
   CHECK(memory.IsAsWritten());
 }
 
 TEST("huge pages: memory that is gone when its turn comes does no harm") {
   auto agent = MakeAgent();
   std::vector<Span> gone = SmallPages().Whole();
-  for (unsigned time = 1; time <= 2 * HugePages::kPullsBeforeCollapse; ++time)
+  for (unsigned time = 1; time <= 2 * limits::kPullsBeforeCollapse; ++time)
     agent->RecordPull(gone);
   auto consumer = MakeAgent();
   Memory source(kPage), target(kPage);

@@ -5,6 +5,7 @@
 
 #include <cerrno>
 
+#include "ray/rdt/limits.h"
 #include "ray/rdt/net.h"
 
 namespace ray::rdt {
@@ -19,7 +20,7 @@ class Acceptor::PendingConnection : public Channel::Handler {
         listener_(listener),
         channel_(std::move(channel)),
         handshake_(Handshake::Server(acceptor->self_)) {
-    deadline_ = acceptor_->loop_->After(kHandshakeTimeoutS, [this] {
+    deadline_ = acceptor_->loop_->After(limits::kHandshakeTimeoutS, [this] {
       acceptor_->Drop(this, {Code::kAuth, "no proof came in time"});
     });
     channel_->Start(this);
@@ -88,7 +89,7 @@ void Acceptor::Accept(Listener *listener) {
   }
   if (!listener->is_unix) TuneTcp(fd.get(), listener->peer_timeout_s);
   auto &pending = listener->pending;
-  if (pending.size() == kMaxUnauthenticated) {
+  if (pending.size() == limits::kMaxUnauthenticated) {
     Drop(pending.front().get(), {Code::kRefused, "too many connections without proof"});
   }
   auto channel = std::make_shared<Channel>(loop_, std::move(fd));
@@ -105,7 +106,7 @@ size_t Acceptor::unauthenticated() const {
 void Acceptor::PauseAccepting(Listener *listener, int shortage) {
   log_->Warning("acceptor", WithErrno("RDT cannot take connections for now", shortage));
   loop_->Unwatch(listener->watch);
-  pauses_.push_back(loop_->After(kPauseS, [this, listener] {
+  pauses_.push_back(loop_->After(limits::kAcceptPauseS, [this, listener] {
     pauses_.pop_front();
     Open(listener);
   }));
@@ -115,7 +116,7 @@ void Acceptor::OnHandshakeDone(PendingConnection *pending) {
   std::shared_ptr<Channel> channel = pending->channel();
   PeerInfo peer = pending->peer();
   Remove(pending);
-  channel->set_max_frame(kMaxFrame);
+  channel->set_max_frame(limits::kMaxFrame);
   on_authenticated_(std::move(channel), peer);
 }
 

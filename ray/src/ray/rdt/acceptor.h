@@ -17,13 +17,6 @@ class Acceptor {
  public:
   using OnAuthenticated = std::function<void(std::shared_ptr<Channel>, const PeerInfo &)>;
 
-  // More than this many connections without proof at one listener, and its oldest
-  // is dropped: an honest one proves itself in milliseconds, and tries again if it
-  // was dropped (see Connector), so a flood keeps nobody out. A flood over TCP is not in
-  // the way of the processes of this host.
-  static constexpr size_t kMaxUnauthenticated = 64;
-  static constexpr double kHandshakeTimeoutS = 5.0;
-
   Acceptor(Loop *loop, const Identity &self, Log *log, OnAuthenticated on_authenticated);
   ~Acceptor();
 
@@ -40,10 +33,6 @@ class Acceptor {
     Loop::Id watch = 0;
     std::list<std::unique_ptr<PendingConnection>> pending;  // oldest first
   };
-
-  // After a failure for want of descriptors or memory: a waiting connection
-  // keeps the listener ready, so trying again at once would take all the CPU.
-  static constexpr double kPauseS = 0.1;
 
   void Open(Listener *listener);
   void Accept(Listener *listener);

@@ -3,16 +3,13 @@
 #include <future>
 #include <stdexcept>
 
+#include "ray/rdt/limits.h"
 #include "ray/rdt/net.h"
 #include "ray/rdt/remote_peer.h"
 #include "ray/rdt/self_peer.h"
 
 namespace ray::rdt {
 namespace {
-
-constexpr double kTickS = 1.0;
-// A free block that nobody wanted for this long goes back to the system.
-constexpr double kPoolIdleS = 10.0;
 
 Identity MakeIdentity(std::string secret, LaneSet lanes, Probe *probe) {
   Identity identity;
@@ -49,8 +46,6 @@ uint64_t FreshPullId() {
   return id;
 }
 
-// A frame, less the byte that says whether a reply is an error.
-constexpr size_t kMaxPayload = kMaxFrame - 1;
 constexpr char kTooLong[] = "a call or reply is longer than 64 MiB";
 
 }  // namespace
@@ -71,7 +66,7 @@ Agent::Agent(std::string secret, const Settings &settings)
   address_bytes_ = Pack(self_);
   auto self = std::make_shared<SelfPeer>(MakeContext(), &regions_, &service_);
   peers_[identity_.agent] = std::move(self);
-  loop_.After(kTickS, [this] { TickAll(); });
+  loop_.After(limits::kTickS, [this] { TickAll(); });
   copies_.Start();
   loop_.Start();
 }
@@ -155,7 +150,7 @@ CallTicket Agent::StartRequest(ByteView address,
                                Bytes payload,
                                bool is_idempotent) {
   CallTicket ticket;
-  bool is_too_long = payload.size() > kMaxPayload;
+  bool is_too_long = payload.size() > limits::kMaxCallPayload;
   Status status =
       is_too_long
           ? Status{Code::kRefused, kTooLong}
@@ -181,7 +176,7 @@ void Agent::Cancel(const CallTicket &ticket) {
 }
 
 void Agent::Reply(uint64_t call, Bytes payload, bool is_error) {
-  if (payload.size() > kMaxPayload) {
+  if (payload.size() > limits::kMaxCallPayload) {
     is_error = true;
     payload.assign(std::begin(kTooLong), std::end(kTooLong) - 1);
   }
@@ -248,8 +243,8 @@ void Agent::CloseAll() {
 }
 
 void Agent::TickAll() {
-  loop_.After(kTickS, [this] { TickAll(); });
-  pool_->Trim(kPoolIdleS);
+  loop_.After(limits::kTickS, [this] { TickAll(); });
+  pool_->Trim(limits::kPoolIdleS);
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto &[id, peer] : peers_) peer->Tick();
   // The map's own reference is the last one: nobody is about to use the peer.

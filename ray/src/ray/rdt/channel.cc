@@ -6,15 +6,12 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
 constexpr size_t kHeaderBytes = sizeof(FrameHeader);
-constexpr size_t kReadBytes = 64 << 10;
-// An empty buffer larger than this is given back.
-constexpr size_t kKeptBytes = 1 << 20;
-// Reads in one turn of the loop, so that a busy peer does not hold up others.
-constexpr int kReadsPerTurn = 8;
 
 }  // namespace
 
@@ -60,7 +57,7 @@ void Channel::OnReady(uint32_t events) {
 }
 
 void Channel::Receive() {
-  for (int i = 0; i < kReadsPerTurn && fd_; ++i) {
+  for (int i = 0; i < limits::kReadsPerTurn && fd_; ++i) {
     if (!ReceiveOnce()) return;
     Dispatch();
   }
@@ -91,16 +88,16 @@ bool Channel::ReceiveOnce() {
 
 // The rest of a large frame at once, else a little.
 size_t Channel::NextReadBytes() const {
-  if (end_ - begin_ < kHeaderBytes) return kReadBytes;
+  if (end_ - begin_ < kHeaderBytes) return limits::kReadBytes;
   size_t whole = kHeaderBytes + DecodeHeader(in_.data() + begin_).length;
   size_t have = end_ - begin_;
-  return std::max(kReadBytes, whole > have ? whole - have : 0);
+  return std::max(limits::kReadBytes, whole > have ? whole - have : 0);
 }
 
 void Channel::ReserveInput(size_t nbytes) {
   if (begin_ == end_) {
     begin_ = end_ = 0;
-    if (in_.size() > kKeptBytes) Bytes().swap(in_);
+    if (in_.size() > limits::kMaxKeptInput) Bytes().swap(in_);
   }
   if (in_.size() - end_ >= nbytes) return;
   if (begin_ > 0) std::memmove(in_.data(), in_.data() + begin_, end_ - begin_);

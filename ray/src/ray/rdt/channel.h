@@ -6,6 +6,7 @@
 #include <deque>
 #include <memory>
 
+#include "ray/rdt/limits.h"
 #include "ray/rdt/loop.h"
 #include "ray/rdt/status.h"
 #include "ray/rdt/wire.h"
@@ -64,7 +65,7 @@ class Channel : public std::enable_shared_from_this<Channel> {
   Fd fd_;
   Handler *handler_ = nullptr;
   Loop::Id watch_ = 0;
-  uint64_t max_frame_ = kMaxFrameBeforeAuth;
+  uint64_t max_frame_ = limits::kMaxFrameBeforeAuth;
   Bytes in_;  // received and not dispatched: [begin_, end_)
   size_t begin_ = 0;
   size_t end_ = 0;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "ray/rdt/limits.h"
 #include "ray/rdt/read_memory.h"
 
 namespace ray::rdt {
@@ -19,18 +20,16 @@ class ChecksumJob {
   // One chunk; true if there may be more.
   bool Step() {
     uint64_t total = pin_->memory.total();
-    uint64_t offset = next_.fetch_add(kChunk);
+    uint64_t offset = next_.fetch_add(limits::kMaxChunk);
     if (offset >= total) return false;
-    uint64_t nbytes = std::min(kChunk, total - offset);
+    uint64_t nbytes = std::min(limits::kMaxChunk, total - offset);
     sum_ += ChecksumOf({offset, nbytes});
     if (done_.fetch_add(nbytes) + nbytes == total) pin_->checksum.Set(sum_);
     return true;
   }
 
  private:
-  // As long a turn on a copy thread as a chunk of a pull takes.
-  static constexpr uint64_t kChunk = 4 << 20;
-  static_assert(kChunk % kChecksumBlock == 0);
+  static_assert(limits::kMaxChunk % kChecksumBlock == 0);
 
   // Blocks that cannot be read count for nothing: whoever pulls them is told why.
   uint64_t ChecksumOf(Range range) const {

@@ -4,15 +4,10 @@
 
 #include <cerrno>
 
+#include "ray/rdt/limits.h"
 #include "ray/rdt/net.h"
 
 namespace ray::rdt {
-namespace {
-
-// Nobody tells when what is missing is there again.
-constexpr double kRetryS = 0.01;
-
-}  // namespace
 
 Connector::Connector(Loop *loop,
                      const Identity &self,
@@ -45,7 +40,7 @@ void Connector::Connect() {
   shortage_ = !connecting_ && IsShortage(errno) ? errno : 0;
   // EAGAIN: the backlog of a Unix socket is full.
   if (!connecting_ && (shortage_ != 0 || errno == EAGAIN)) {
-    retry_ = loop_->After(kRetryS, [this] { Connect(); });
+    retry_ = loop_->After(limits::kConnectRetryS, [this] { Connect(); });
     return;
   }
   if (!connecting_) return Finish({Code::kUnreachable, WithErrno("connect", errno)});
@@ -53,7 +48,7 @@ void Connector::Connect() {
   if (watch_ != 0) return;
   shortage_ = errno;
   connecting_.Reset();
-  retry_ = loop_->After(kRetryS, [this] { Connect(); });
+  retry_ = loop_->After(limits::kConnectRetryS, [this] { Connect(); });
 }
 
 void Connector::OnWritable() {
@@ -84,11 +79,11 @@ void Connector::OnFrame(const FrameHeader &header, ByteView payload, Fd *attache
 // Who is gone refuses the next attempt; a network that broke this one may not, nor a
 // crowd that had this one dropped. Each attempt waits twice as long as the last.
 void Connector::OnClosed(const Status &why) {
-  if (++broken_handshakes_ < kMaxHandshakes) {
+  if (++broken_handshakes_ < limits::kMaxHandshakes) {
     channel_.reset();
     handshake_ = NewHandshake();
-    retry_ =
-        loop_->After(kRetryS * (1 << (broken_handshakes_ - 1)), [this] { Connect(); });
+    retry_ = loop_->After(limits::kConnectRetryS * (1 << (broken_handshakes_ - 1)),
+                          [this] { Connect(); });
     return;
   }
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});
@@ -104,7 +99,7 @@ void Connector::Finish(Status status) {
     channel->Close();
     channel.reset();
   }
-  if (channel) channel->set_max_frame(kMaxFrame);
+  if (channel) channel->set_max_frame(limits::kMaxFrame);
   PeerInfo peer = handshake_.peer();
   on_result(status, std::move(channel), peer);
 }

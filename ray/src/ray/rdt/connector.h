@@ -43,9 +43,6 @@ class Connector : private Channel::Handler {
   void OnClosed(const Status &why) override;
   void Finish(Status status);
 
-  // Over a second and more: a crowd at the other's door is let in by then.
-  static constexpr int kMaxHandshakes = 8;
-
   Loop *const loop_;
   const Identity self_;
   const Address address_;

@@ -1,5 +1,7 @@
 #include "ray/rdt/events.h"
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 
 void EventQueue::Push(Event event) {
@@ -40,7 +42,7 @@ void Log::Write(const char *level, const std::string &kind, std::string text) {
       }
       rate = {.since = now};
     }
-    if (rate.written == kLinesPerSecond) {
+    if (rate.written == limits::kLogLinesPerSecond) {
       ++rate.dropped;
       return;
     }

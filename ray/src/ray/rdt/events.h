@@ -53,7 +53,6 @@ class Log {
   }
 
  private:
-  static constexpr int kLinesPerSecond = 5;
   struct Rate {
     Clock::time_point since;
     int written = 0;

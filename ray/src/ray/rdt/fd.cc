@@ -6,24 +6,24 @@
 #include <array>
 #include <atomic>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
-// Higher descriptors stay open in children; no program has so many of ours.
-constexpr int kMarks = 1 << 16;
-
 // A plain array of flags, because a forked child may take no lock and own no
 // memory but what is there already.
-std::array<std::atomic<bool>, kMarks> g_close_in_children{};
+std::array<std::atomic<bool>, limits::kMaxTrackedFd> g_close_in_children{};
 
 void CloseMarked() {
-  for (int fd = 0; fd < kMarks; ++fd) {
+  for (int fd = 0; fd < limits::kMaxTrackedFd; ++fd) {
     if (g_close_in_children[fd].exchange(false, std::memory_order_relaxed)) close(fd);
   }
 }
 
 void Mark(int fd, bool is_marked) {
-  if (fd < kMarks) g_close_in_children[fd].store(is_marked, std::memory_order_relaxed);
+  if (fd < limits::kMaxTrackedFd)
+    g_close_in_children[fd].store(is_marked, std::memory_order_relaxed);
 }
 
 }  // namespace

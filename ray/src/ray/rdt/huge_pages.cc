@@ -6,6 +6,7 @@
 #include <bit>
 #include <cerrno>
 
+#include "ray/rdt/limits.h"
 #include "ray/rdt/pool.h"
 
 #ifndef MADV_COLLAPSE
@@ -14,9 +15,6 @@
 
 namespace ray::rdt {
 namespace {
-
-// A turn on a copy thread: a few milliseconds.
-constexpr uint64_t kPiece = 8 << 20;
 
 // What lies wholly within a span, piece by piece.
 class CollapseJob {
@@ -29,7 +27,7 @@ class CollapseJob {
   // One piece; true if there are more. Pages that are in use right now are left out.
   bool Step() {
     if (next_ >= end_) return false;
-    uint64_t nbytes = std::min(kPiece, end_ - next_);
+    uint64_t nbytes = std::min(limits::kCollapseBytesPerTurn, end_ - next_);
     int failed = madvise(reinterpret_cast<void *>(next_), nbytes, MADV_COLLAPSE);
     next_ += nbytes;
     return failed == 0 || errno == EAGAIN || errno == EBUSY;
@@ -43,16 +41,16 @@ class CollapseJob {
 
 // 3, 6, 12, 24 ...
 bool IsCollapseDue(unsigned pulls) {
-  return pulls % HugePages::kPullsBeforeCollapse == 0 &&
-         std::has_single_bit(pulls / HugePages::kPullsBeforeCollapse);
+  return pulls % limits::kPullsBeforeCollapse == 0 &&
+         std::has_single_bit(pulls / limits::kPullsBeforeCollapse);
 }
 
 }  // namespace
 
 void HugePages::RecordPull(const SpanList &memory, std::shared_ptr<const void> keep) {
   for (const Span &span : memory.spans()) {
-    if (span.nbytes < kMinSpan) continue;
-    if (pulls_.size() >= kMaxSpans) pulls_.clear();
+    if (span.nbytes < limits::kMinCollapsedSpan) continue;
+    if (pulls_.size() >= limits::kMaxCountedSpans) pulls_.clear();
     if (!IsCollapseDue(++pulls_[{span.address, span.nbytes}])) continue;
     auto job = std::make_shared<CollapseJob>(keep, span);
     copies_->Add([job] { return job->Step(); }, 1);

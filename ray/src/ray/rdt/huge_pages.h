@@ -27,15 +27,7 @@ class HugePages {
   // comes to lie there instead is collapsed.
   void RecordPull(const SpanList &memory, std::shared_ptr<const void> keep);
 
-  // Collapsed after so many pulls, and again after each doubling: what is in use at
-  // that moment is left out.
-  static constexpr unsigned kPullsBeforeCollapse = 3;
-  static constexpr uint64_t kMinSpan = 16 << 20;
-
  private:
-  // Forgotten all together beyond so many: memory that comes and goes.
-  static constexpr size_t kMaxSpans = 1024;
-
   CopyPool *const copies_;
   std::map<std::pair<uint64_t, uint64_t>, unsigned> pulls_;  // by address and length
 };

@@ -15,10 +15,11 @@
 #include <cstddef>
 #include <system_error>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
-constexpr int kBacklog = 4096;  // the kernel lowers it to its own limit
 constexpr int kStreamFlags = SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK;
 
 struct SocketAddress {
@@ -57,7 +58,7 @@ Fd Listen(SocketAddress name, const std::string &what) {
   Fd fd(socket(name.storage.ss_family, kStreamFlags, 0));
   fd.CloseInChildren();
   bool is_up = fd && bind(fd.get(), name.get(), name.length) == 0 &&
-               listen(fd.get(), kBacklog) == 0;
+               listen(fd.get(), limits::kListenBacklog) == 0;
   if (!is_up) throw std::system_error(errno, std::generic_category(), what);
   return fd;
 }
@@ -120,13 +121,13 @@ Fd ConnectTcp(const std::string &ip, uint16_t port) {
 }
 
 void TuneTcp(int fd, double peer_timeout_s) {
-  constexpr int kProbes = 3;
-  int interval_s = std::max(1, static_cast<int>(peer_timeout_s / (kProbes + 1)));
+  int interval_s =
+      std::max(1, static_cast<int>(peer_timeout_s / (limits::kKeepaliveProbes + 1)));
   SetOption(fd, IPPROTO_TCP, TCP_NODELAY, 1);
   SetOption(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
   SetOption(fd, IPPROTO_TCP, TCP_KEEPIDLE, interval_s);
   SetOption(fd, IPPROTO_TCP, TCP_KEEPINTVL, interval_s);
-  SetOption(fd, IPPROTO_TCP, TCP_KEEPCNT, kProbes);
+  SetOption(fd, IPPROTO_TCP, TCP_KEEPCNT, limits::kKeepaliveProbes);
   SetOption(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, static_cast<int>(peer_timeout_s * 1000));
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 
 void PeerCalls::Add(std::shared_ptr<Call> call, Bytes payload) {
@@ -57,14 +59,14 @@ bool PeerCalls::MayRetry(PendingCall *pending, PeerLink::Loss loss) {
   if (loss == PeerLink::Loss::kExited) return false;
   // A peer that was silent gets one more try: it may well be silent again.
   if (loss == PeerLink::Loss::kSilent) {
-    pending->tries = std::max(pending->tries, PeerLink::kMaxTries - 1);
+    pending->tries = std::max(pending->tries, limits::kMaxTries - 1);
   }
   if (pending->call->is_idempotent) {
     pending->state = State::kQueued;
   } else if (pending->state == State::kSent) {
     pending->state = State::kUncertain;
   }
-  return ++pending->tries <= PeerLink::kMaxTries;
+  return ++pending->tries <= limits::kMaxTries;
 }
 
 void PeerCalls::FailAll(const Status &why) {

@@ -29,9 +29,6 @@ class PeerLink : private Channel::Handler {
   enum class State { kDisconnected, kConnecting, kConnected };
   enum class Loss { kBroken, kSilent, kExited };
 
-  // How often a pull or call is sent before it fails.
-  static constexpr int kMaxTries = 5;
-
   class Handler {
    public:
     virtual ~Handler() = default;

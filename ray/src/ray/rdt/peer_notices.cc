@@ -2,21 +2,13 @@
 
 #include <utility>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
-namespace {
-
-// The peer may only be cut off: its notices are kept for so long.
-constexpr std::chrono::seconds kMaxUnreachable{600};
-constexpr std::chrono::seconds kRetryInterval{5};
-// Of a burst of notices the first is sent at once and the rest together: each frame
-// wakes threads at both sides.
-constexpr std::chrono::milliseconds kInterval{5};
-
-}  // namespace
 
 void PeerNotices::Send() {
   if (!link_->is_connected()) return link_->Connect();
-  Clock::duration early = sent_at_ + kInterval - Clock::now();
+  Clock::duration early = sent_at_ + limits::kNoticeInterval - Clock::now();
   if (early <= Clock::duration::zero()) return Flush();
   context_.loop->After(std::chrono::duration<double>(early).count(),
                        [weak = std::weak_ptr(alive_)] {
@@ -57,8 +49,8 @@ void PeerNotices::OnUnreachable(const Status &why) {
   Clock::time_point now = Clock::now();
   if (!unreachable_since_) unreachable_since_ = now;
   bool may_pass = why.code == Code::kUnreachable || why.code == Code::kIo;
-  if (!may_pass || now - *unreachable_since_ > kMaxUnreachable) DropAll();
-  retry_at_ = now + kRetryInterval;
+  if (!may_pass || now - *unreachable_since_ > limits::kNoticesKept) DropAll();
+  retry_at_ = now + limits::kNoticeRetryInterval;
 }
 
 void PeerNotices::OnLost(PeerLink::Loss loss) {

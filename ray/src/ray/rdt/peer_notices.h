@@ -17,7 +17,7 @@ namespace ray::rdt {
 // unconfirmed  PONG                                    none               (done)
 // unconfirmed  connection lost                         none               queued
 // any          the peer's process exited               none               (dropped)
-// any          unreachable for kMaxUnreachable, or     none               (dropped)
+// any          unreachable for kNoticesKept, or        none               (dropped)
 //              for a reason that does not pass
 //
 // Notices may reach the peer twice: it ignores keys that it does not know.
@@ -28,8 +28,8 @@ class PeerNotices {
   PeerNotices(const Context &context, PeerLink *link, NoticeQueue *queue)
       : context_(context), link_(link), queue_(queue) {}
 
-  // Sends what is queued, but not earlier than kInterval after the last send. Connects
-  // first if there is no connection.
+  // Sends what is queued, but not earlier than kNoticeInterval after the last send.
+  // Connects first if there is no connection.
   void Send();
   // Sends what is queued now. Requires a connection, as do the next two.
   void Flush();

@@ -4,14 +4,9 @@
 #include <utility>
 #include <vector>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
-namespace {
-
-// An object up to this size comes with the grant: on every lane that takes less time
-// than starting the lane.
-constexpr uint64_t kMaxAttached = 64 << 10;
-
-}  // namespace
 
 PeerPulls::PeerPulls(const Context &context, PeerLink *link, PeerLanes *lanes)
     : context_(context), link_(link), lanes_(lanes) {}
@@ -49,7 +44,7 @@ void PeerPulls::Send(uint64_t id, PendingPull *pending) {
   pending->pull->set_lane(pending->lane);
   PullRequest request{.key = pending->pull->key,
                       .with_spans = lane->reads_memory(),
-                      .max_attached = kMaxAttached};
+                      .max_attached = limits::kMaxAttached};
   link_->Send(EncodeFrame(FrameType::kPull, id, request));
 }
 
@@ -133,7 +128,7 @@ void PeerPulls::OnLaneReport(uint64_t id, uint64_t attempt, const Status &status
     return link_->Lose({Code::kPeerLost, "the peer exited during the pull"});
   }
   // A data connection may break before the control connection does.
-  if (status.code == Code::kIo && pending.tries < PeerLink::kMaxTries)
+  if (status.code == Code::kIo && pending.tries < limits::kMaxTries)
     return RequestAgain(id);
   if (status.code != Code::kRefused) return Finish(id, status);
   if (lanes_->Find(pending.lane)) lanes_->Disable(pending.lane, status.text);
@@ -174,7 +169,7 @@ void PeerPulls::OnLost(const Status &why, PeerLink::Loss loss) {
     PendingPull &pending = here->second;
     // A peer that was silent gets one more try: it may well be silent again.
     if (loss == PeerLink::Loss::kSilent) {
-      pending.tries = std::max(pending.tries, PeerLink::kMaxTries - 1);
+      pending.tries = std::max(pending.tries, limits::kMaxTries - 1);
     }
     if (loss != PeerLink::Loss::kExited && MayRetry(&pending)) continue;
     pending.pull->Fail(why);
@@ -187,7 +182,7 @@ bool PeerPulls::MayRetry(PendingPull *pending) {
   pending->pull->Resume();
   uint64_t received = pending->pull->received_bytes();
   int tries = received == pending->received_before ? pending->tries + 1 : 2;
-  if (tries > PeerLink::kMaxTries) return false;
+  if (tries > limits::kMaxTries) return false;
   *pending = {.pull = pending->pull, .tries = tries, .received_before = received};
   return true;
 }

@@ -6,14 +6,13 @@
 #include <cstdlib>
 #include <new>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
 constexpr size_t kAlignment = 64;
 constexpr size_t kPage = 4096;
-// Classes of mapped blocks are this fraction of a power of two apart, so a
-// block is at most 1/32 larger than asked for.
-constexpr size_t kClassesPerDoubling = 32;
 
 size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
@@ -34,12 +33,12 @@ void *MapBlock(size_t nbytes) {
 }
 
 void *NewBlock(size_t nbytes) {
-  if (nbytes >= Pool::kMapFrom) return MapBlock(nbytes);
+  if (nbytes >= limits::kMinMappedBlock) return MapBlock(nbytes);
   return std::aligned_alloc(kAlignment, nbytes);
 }
 
 void DeleteBlock(void *memory, size_t nbytes) {
-  if (nbytes >= Pool::kMapFrom) {
+  if (nbytes >= limits::kMinMappedBlock) {
     munmap(memory, nbytes);
   } else {
     std::free(memory);
@@ -55,8 +54,9 @@ Pool::~Pool() {
 size_t Pool::ClassOf(size_t nbytes) {
   if (nbytes <= kAlignment) return kAlignment;
   size_t power = std::bit_ceil(nbytes);
-  if (power < kMapFrom) return power;
-  return RoundUp(nbytes, std::max(kPage, std::bit_floor(nbytes) / kClassesPerDoubling));
+  if (power < limits::kMinMappedBlock) return power;
+  return RoundUp(nbytes,
+                 std::max(kPage, std::bit_floor(nbytes) / limits::kClassesPerDoubling));
 }
 
 void *Pool::Allocate(size_t nbytes) {

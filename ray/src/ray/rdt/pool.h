@@ -19,8 +19,6 @@ namespace ray::rdt {
 // Runs on: any thread. Allocate and Free may call mmap and munmap.
 class Pool {
  public:
-  // From here on a block has its own mapping.
-  static constexpr size_t kMapFrom = 1 << 20;
   static constexpr size_t kHugePage = 2 << 20;
 
   // Keeps at most max_free bytes that nobody uses.

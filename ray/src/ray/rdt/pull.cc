@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 
 uint64_t Pull::attempt() const {
@@ -103,10 +105,12 @@ Status Pull::CheckTotal(uint64_t producer_total) const {
               " bytes, the destination " + std::to_string(destination.total())};
 }
 
+static_assert(limits::kMinChunk % kChecksumBlock == 0, "every chunk begins at a block");
+
 uint64_t Pull::ChunkFor(int workers) const {
   uint64_t fair = destination.total() / (2 * static_cast<uint64_t>(workers)) + 1;
   uint64_t whole = (fair + kChecksumBlock - 1) / kChecksumBlock * kChecksumBlock;
-  return std::clamp(whole, kMinChunk, kMaxChunk);
+  return std::clamp(whole, limits::kMinChunk, limits::kMaxChunk);
 }
 
 void Pull::Cancel() {

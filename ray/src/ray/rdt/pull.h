@@ -25,12 +25,6 @@ namespace ray::rdt {
 // attempts still say is passed over: their ranges are fetched again.
 class Pull : public Completion {
  public:
-  // A larger chunk makes others wait longer for their turn on a copy thread; a
-  // smaller one costs more system calls.
-  static constexpr uint64_t kMaxChunk = 4 << 20;
-  static constexpr uint64_t kMinChunk = 256 << 10;
-  static_assert(kMinChunk % kChecksumBlock == 0, "every chunk begins with a block");
-
   Pull(uint64_t id,
        const Key &key,
        SpanList destination,

@@ -8,6 +8,7 @@
 #include "ray/rdt/checksum_job.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp_source.h"
+#include "ray/rdt/limits.h"
 #include "ray/rdt/read_memory.h"
 
 namespace ray::rdt {
@@ -92,7 +93,8 @@ class Service::Session : public Channel::Handler {
       return true;
     }
     Grant grant{.total = pin->memory.total()};
-    if (grant.total > 0 && grant.total <= std::min(request->max_attached, kMaxAttached)) {
+    if (grant.total > 0 &&
+        grant.total <= std::min(request->max_attached, limits::kMaxAttachedAccepted)) {
       grant.attached.resize(grant.total);
       Status status = ReadOwnMemory(pin->memory, {0, grant.total}, grant.attached.data());
       if (!status.ok()) {
@@ -166,8 +168,8 @@ class Service::Session : public Channel::Handler {
     };
   }
 
-  static constexpr uint64_t kMaxAttached = 1 << 20;
-  static constexpr size_t kMaxSpans = kMaxFrame / sizeof(Span) - 1;
+  // A GRANT with the spans must fit into a frame.
+  static constexpr size_t kMaxSpans = limits::kMaxFrame / sizeof(Span) - 1;
 
   Service *const service_;
   const std::shared_ptr<Channel> channel_;

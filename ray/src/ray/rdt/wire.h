@@ -37,9 +37,6 @@ static_assert(std::endian::native == std::endian::little,
 
 inline constexpr uint32_t kMagic = 0x54445252;  // "RRDT"
 inline constexpr uint16_t kProtocolVersion = 1;
-inline constexpr uint64_t kMaxFrame = 64u << 20;
-// Before the peer has proved who it is, it may not make us keep more than this.
-inline constexpr uint64_t kMaxFrameBeforeAuth = 512;
 
 using Bytes = std::vector<uint8_t>;
 using ByteView = std::span<const uint8_t>;

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <mutex>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
@@ -72,8 +74,8 @@ void StartCopyJob(CopyPool *copies,
                   Report report) {
   uint64_t total = pull->destination.total();
   if (total == 0) return report({});
-  bool is_small = total <= kCopyAtOnce;
-  int workers = is_small || total <= Pull::kMinChunk ? 1 : copies->threads();
+  bool is_small = total <= limits::kMaxInlineCopy;
+  int workers = is_small || total <= limits::kMinChunk ? 1 : copies->threads();
   uint64_t chunk = pull->ChunkFor(workers);
   auto job = std::make_shared<CopyJob>(
       std::move(pull), std::move(copy), std::move(report), workers, chunk);

@@ -13,10 +13,6 @@ namespace ray::rdt {
 // Copies one range into the pull's destination.
 using CopyRange = std::function<Status(Range range)>;
 
-// At most this much is copied at once by the calling thread: waking another
-// thread would take longer.
-inline constexpr uint64_t kCopyAtOnce = 64 << 10;
-
 // Starts copying all of `pull`; see Report. Runs on: any thread.
 void StartCopyJob(CopyPool *copies,
                   std::shared_ptr<Pull> pull,

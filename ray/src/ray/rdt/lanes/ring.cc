@@ -9,6 +9,8 @@
 #include <cerrno>
 #include <vector>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
@@ -36,7 +38,8 @@ std::shared_ptr<RingMemory> RingMemory::Create(uint64_t nbytes, Fd *fd) {
 RingMemory::~RingMemory() { munmap(memory_, nbytes_); }
 
 std::shared_ptr<RingFile> RingFile::Open(Fd fd, uint64_t nbytes) {
-  if (nbytes == 0 || nbytes > kMaxBytes || !IsFixedSize(fd.get(), nbytes)) return nullptr;
+  if (nbytes == 0 || nbytes > limits::kMaxRing || !IsFixedSize(fd.get(), nbytes))
+    return nullptr;
   return std::shared_ptr<RingFile>(new RingFile(std::move(fd), nbytes));
 }
 

@@ -38,8 +38,6 @@ class RingMemory {
 // Runs on: any thread.
 class RingFile {
  public:
-  static constexpr uint64_t kMaxBytes = 64 << 20;
-
   // Empty unless the descriptor really is a memfd of that size that stays so.
   static std::shared_ptr<RingFile> Open(Fd fd, uint64_t nbytes);
 

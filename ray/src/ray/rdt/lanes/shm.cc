@@ -3,13 +3,14 @@
 #include <cerrno>
 
 #include "ray/rdt/lanes/copy_job.h"
+#include "ray/rdt/limits.h"
 
 namespace ray::rdt {
 namespace {
 
 // Runs `work` here if it is small, else on a copy thread.
 void RunCopy(CopyPool *copies, uint64_t nbytes, std::function<void()> work) {
-  if (nbytes <= kCopyAtOnce) return work();
+  if (nbytes <= limits::kMaxInlineCopy) return work();
   copies->Add(
       [work = std::move(work)] {
         work();
@@ -40,7 +41,7 @@ void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report 
 
 bool ShmLane::OpenRing() {
   Fd fd;
-  uint64_t nbytes = kSlots * kSlotBytes;
+  uint64_t nbytes = limits::kSlots * limits::kSlotBytes;
   ring_ = RingMemory::Create(nbytes, &fd);
   if (!ring_) return false;
   channel_->Send(EncodeFrame(FrameType::kRing, 0, Ring{.nbytes = nbytes}), std::move(fd));
@@ -48,12 +49,12 @@ bool ShmLane::OpenRing() {
 }
 
 bool ShmLane::TakeFrom(const Job &job, Range *range) {
-  return job.pull->TakeRange(job.attempt, kSlotBytes, range);
+  return job.pull->TakeRange(job.attempt, limits::kSlotBytes, range);
 }
 
 // Asks for as much as there are free slots, a slot for each pull in turn.
 void ShmLane::Pump() {
-  for (size_t i = 0; i < kSlots && !jobs_.empty(); ++i) {
+  for (size_t i = 0; i < limits::kSlots && !jobs_.empty(); ++i) {
     Slot &slot = slots_[i];
     if (slot.job) continue;
     while (!jobs_.empty() && !TakeFrom(*jobs_.front(), &slot.range)) jobs_.pop_front();
@@ -63,15 +64,15 @@ void ShmLane::Pump() {
     jobs_.push_back(slot.job);
     Fill fill{.offset = slot.range.offset,
               .nbytes = slot.range.nbytes,
-              .position = i * kSlotBytes};
+              .position = i * limits::kSlotBytes};
     channel_->Send(EncodeFrame(FrameType::kFill, slot.job->pull->id, fill));
   }
 }
 
 void ShmLane::OnFrame(const FrameHeader &header, ByteView payload) {
   auto filled = Unpack<Filled>(payload);
-  size_t index = filled ? filled->position / kSlotBytes : kSlots;
-  if (index >= kSlots || !slots_[index].job || slots_[index].is_filled) return;
+  size_t index = filled ? filled->position / limits::kSlotBytes : limits::kSlots;
+  if (index >= limits::kSlots || !slots_[index].job || slots_[index].is_filled) return;
   Slot &slot = slots_[index];
   if (slot.job->pull->id != header.request) return;
   if (filled->is_ok) {
@@ -93,7 +94,7 @@ void ShmLane::CopySlot(size_t index) {
         if (job->pull->BeginWrite(job->attempt)) {
           uint64_t sum = 0;
           auto copy = [&](Range part) {
-            uint64_t at = index * kSlotBytes + (part.offset - range.offset);
+            uint64_t at = index * limits::kSlotBytes + (part.offset - range.offset);
             job->pull->destination.CopyIn(part, ring->at(at));
             return Status{};
           };

@@ -11,6 +11,7 @@
 #include "ray/rdt/copy_pool.h"
 #include "ray/rdt/lanes/lane.h"
 #include "ray/rdt/lanes/ring.h"
+#include "ray/rdt/limits.h"
 #include "ray/rdt/region.h"
 
 namespace ray::rdt {
@@ -18,10 +19,6 @@ namespace ray::rdt {
 // The consumer's half. Runs on: the agent's loop; copies on the copy threads.
 class ShmLane : public Lane {
  public:
-  static constexpr uint64_t kSlotBytes = 1 << 20;
-  // Enough that both sides can copy while frames are on their way.
-  static constexpr size_t kSlots = 8;
-
   ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
 
   void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
@@ -52,7 +49,7 @@ class ShmLane : public Lane {
   const std::shared_ptr<Channel> channel_;
   std::shared_ptr<RingMemory> ring_;
   Status refusal_;  // for good: who hears of it gives the lane up, later
-  std::vector<Slot> slots_{kSlots};
+  std::vector<Slot> slots_{limits::kSlots};
   std::deque<std::shared_ptr<Job>> jobs_;  // with bytes left to ask for; in turns
   // Lets a copy step find out that the lane is gone.
   const std::shared_ptr<ShmLane *> alive_ = std::make_shared<ShmLane *>(this);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 
 TcpLane::TcpLane(Loop *loop,
@@ -76,7 +78,7 @@ void TcpLane::OnBroken(uint64_t id) {
   if (queue_->is_empty()) return;  // it was idle; the next pull opens another
   uint64_t received = queue_->received_ranges();
   if (std::exchange(received_at_break_, received) != received) breaks_ = 0;
-  if (++breaks_ <= kMaxBreaks) {
+  if (++breaks_ <= limits::kMaxStreamBreaks) {
     Open();
   } else if (streams_.empty() && connectors_.empty()) {
     FailWaiting({Code::kIo, "the data connections keep breaking"});

@@ -48,9 +48,6 @@ class TcpLane : public Lane {
   void OnBroken(uint64_t id);
   void FailWaiting(const Status &why);
 
-  // Breaks in a row, with nothing received in between, before giving up.
-  static constexpr int kMaxBreaks = 3;
-
   Loop *const loop_;
   CopyPool *const copies_;
   const Identity self_;

@@ -7,6 +7,8 @@
 #include <array>
 #include <cerrno>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
 
@@ -35,7 +37,7 @@ void TcpSource::OnReady(uint32_t events) {
 
 // False when the connection ended or the consumer does not keep to the protocol.
 bool TcpSource::Receive() {
-  std::array<uint8_t, 1024> buffer;
+  std::array<uint8_t, limits::kRequestBytes> buffer;
   ssize_t got = recv(fd_.get(), buffer.data(), buffer.size(), 0);
   if (got <= 0) return got < 0 && (errno == EAGAIN || errno == EINTR);
   in_.insert(in_.end(), buffer.begin(), buffer.begin() + got);
@@ -53,7 +55,7 @@ bool TcpSource::OnRead(const FrameHeader &header, ByteView payload) {
   auto read = Unpack<Read>(payload);
   bool is_valid = read && header.magic == kMagic && header.version == kProtocolVersion &&
                   header.type == FrameType::kRead && header.length == payload.size() &&
-                  answers_.size() < kMaxAnswers;
+                  answers_.size() < limits::kMaxQueuedReads;
   if (!is_valid) return false;
   Pin pin = pins_->Find(consumer_, header.request);
   uint64_t total = pin ? pin->memory.total() : 0;
@@ -69,7 +71,7 @@ bool TcpSource::OnRead(const FrameHeader &header, ByteView payload) {
 
 // False when the connection broke.
 bool TcpSource::Send() {
-  uint64_t budget = kBytesPerTurn;
+  uint64_t budget = limits::kStreamBytesPerTurn;
   while (!answers_.empty() && budget > 0) {
     Answer &first = answers_.front();
     ssize_t sent = SendSome(first);
@@ -89,7 +91,8 @@ bool TcpSource::Send() {
 ssize_t TcpSource::SendSome(const Answer &answer) {
   std::vector<iovec> pieces;
   if (answer.rest.nbytes > 0) {
-    Range turn{answer.rest.offset, std::min(answer.rest.nbytes, kBytesPerTurn)};
+    Range turn{answer.rest.offset,
+               std::min(answer.rest.nbytes, limits::kStreamBytesPerTurn)};
     answer.pin->memory.Slice(turn, &pieces);
   }
   if (!answer.header.empty()) {

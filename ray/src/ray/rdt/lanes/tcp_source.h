@@ -32,10 +32,6 @@ class TcpSource : public std::enable_shared_from_this<TcpSource> {
     Bytes header;  // of it, what is not sent yet
   };
 
-  // A consumer asks for two chunks ahead; far more is no consumer of ours.
-  static constexpr size_t kMaxAnswers = 64;
-  static constexpr uint64_t kBytesPerTurn = 1 << 20;
-
   void OnReady(uint32_t events);
   bool Receive();
   bool OnRead(const FrameHeader &header, ByteView payload);

@@ -8,11 +8,10 @@
 #include <array>
 #include <cerrno>
 
+#include "ray/rdt/limits.h"
+
 namespace ray::rdt {
 namespace {
-
-// Bytes in one turn of the loop, so that streams on one thread share it fairly.
-constexpr uint64_t kBytesPerTurn = 1 << 20;
 
 bool TakeFrom(const TcpJob &job, Range *range) {
   return job.pull->TakeRange(job.attempt, job.chunk, range);
@@ -79,7 +78,7 @@ void TcpStream::Start() {
 
 void TcpStream::Pump() {
   TcpRead read;
-  while (fd_ && asked_.size() < kReadsAhead && queue_->Next(&read)) {
+  while (fd_ && asked_.size() < limits::kReadsAhead && queue_->Next(&read)) {
     Read message{.offset = read.range.offset, .nbytes = read.range.nbytes};
     Bytes frame = EncodeFrame(FrameType::kRead, read.job->pull->id, message);
     out_.insert(out_.end(), frame.begin(), frame.end());
@@ -97,7 +96,7 @@ void TcpStream::Close() {
 
 void TcpStream::OnReady(uint32_t events) {
   if (events & EPOLLOUT) Flush();
-  uint64_t budget = kBytesPerTurn;
+  uint64_t budget = limits::kStreamBytesPerTurn;
   while (fd_ && (events & ~EPOLLOUT) && budget > 0 && Receive(&budget)) {
   }
 }
@@ -165,7 +164,7 @@ void TcpStream::ChecksumUpTo(uint64_t nbytes) {
 
 // For a pull that ended meanwhile: its bytes are on the way all the same.
 ssize_t TcpStream::Discard(uint64_t nbytes) {
-  std::array<char, 64 << 10> unused;
+  std::array<char, limits::kDiscardBytes> unused;
   return recv(fd_.get(), unused.data(), std::min<uint64_t>(nbytes, unused.size()), 0);
 }
 

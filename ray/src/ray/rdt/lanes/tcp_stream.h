@@ -80,8 +80,6 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   void Close();
 
  private:
-  static constexpr size_t kReadsAhead = 2;
-
   void OnReady(uint32_t events);
   void Flush();
   bool Receive(uint64_t *budget);
