@@ -346,10 +346,9 @@ def _cythonize(style: Flavour, name: str) -> Path:
     source = f"ray/experimental/rdt/{name}.pyx"
     command = [sys.executable, "-m", "cython", "--cplus", "-3", "-I", "."]
     command += ["--module-name", f"ray.experimental.rdt.{name}", "-o", str(target), source]
-    stamp = [
-        *command,
-        *_hashes(str(package / source)[: -len("pyx")] + e for e in ("pyx", "pxd")).values(),
-    ]
+    files = sorted((package / source).parent.glob(f"{name}*"))
+    inputs = [str(file) for file in files if file.suffix in (".pyx", ".pxd", ".pxi")]
+    stamp = [*command, *_hashes(inputs).values()]
     record = Path(f"{target}.stamp")
     if not target.exists() or not record.exists() or record.read_text() != json.dumps(stamp):
         _run(command, cwd=package)

@@ -13,7 +13,7 @@ from ci.build.steps import ROOT, BuildError, sha256_of
 
 OVERLAY = ROOT / "ray"
 LEFT_OUT = {"__pycache__", "REPLACED"}
-SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".cc", ".h"}
+SOURCES = {".py", ".pyi", ".pyx", ".pxd", ".pxi", ".cc", ".h"}
 
 
 @dataclass(frozen=True)

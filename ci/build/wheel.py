@@ -23,7 +23,7 @@ from ci.build.steps import BUILD, ROOT, BuildError, capture, digest, is_done, ma
 
 DIST = ROOT / "dist"
 SHIPPED = "python/"
-NOT_SHIPPED = (".pyx", ".pxd")
+NOT_SHIPPED = (".pyx", ".pxd", ".pxi")
 EPOCH_2020 = 1577836800
 ZIP_BEGINS = 315532800  # 1980 is the earliest time in a zip file
 CHANGES_FILE = "RDT-CHANGES.txt"
