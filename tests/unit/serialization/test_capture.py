@@ -268,7 +268,7 @@ def test_table_that_contradicts_itself_is_refused(field: int, change: Any):
 
 def test_memory_that_is_too_small_is_refused():
     table = layout.lay_out([torch.ones(4)]).table
-    with pytest.raises(ValueError, match="16 bytes are meant to be in 15"):
+    with pytest.raises(ValueError, match="a buffer of 15 bytes is too small: 16 are needed"):
         _tensors.build_tensors(table, [(bytearray(15), 0)])
 
 

@@ -1,4 +1,4 @@
-"""Types of the native agent's Python face; what each does is said in _agent.pyx."""
+"""Types of _agent.pyx, which has the documentation."""
 
 from collections.abc import Iterable
 from typing import Any, final

@@ -1,13 +1,13 @@
 # cython: language_level=3, embedsignature=True
 # distutils: language = c++
-"""Python face of the native agent: converts, releases the GIL, maps errors.
+"""Python interface of the native agent: converts values, releases the GIL, maps errors.
 
-Every wait here runs without the GIL in slices of at most 250 ms and looks for
-signals and for the cancelling of its task in between: Ray cancels with
+Every wait runs without the GIL, in slices of at most 250 ms. Between two slices it checks
+for signals and for the cancellation of its task: Ray cancels with
 ``_thread.interrupt_main``, which sets a flag but does not wake a system call.
 
-A forked child has none of the agent's threads, so there every method raises
-``AgentError`` with code "stopped", and deallocation frees nothing.
+A forked child has none of the agent's threads. There every method raises ``AgentError``
+with code "stopped", and deallocation frees nothing.
 """
 import time
 
@@ -48,8 +48,7 @@ cdef bytes _id(Key agent):
 cdef class Agent:
     """The native endpoint of this process.
 
-    Safe to use from any thread. Only stop, next_events and the waits block;
-    all of them without the GIL.
+    Runs on: any thread. Only stop, next_events and the waits block, all without the GIL.
     """
     cdef NativeAgent *_native
     cdef int _pid
@@ -72,9 +71,9 @@ cdef class Agent:
         cdef Settings settings
         cdef string key = secret
         if self._native != NULL:
-            raise RuntimeError("an Agent is initialized once")
+            raise RuntimeError("an Agent can be initialized only once")
         if not secret or copy_threads < 1 or tcp_streams < 1:
-            raise ValueError("secret, copy_threads and tcp_streams must not be empty or zero")
+            raise ValueError("secret must not be empty, copy_threads and tcp_streams must be positive")
         settings.bind_ip = bind_ip.encode()
         settings.lanes = _lane_bits(lanes)
         settings.copy_threads = copy_threads
@@ -94,42 +93,42 @@ cdef class Agent:
                 del self._native
 
     def register(self, bytes key, addrs, lens, int64_t token, guards=b""):
-        """Serves the memory at addrs under `key`.
+        """Serve the memory at addrs under `key`.
 
-        The memory stays the caller's, who keeps it and the guards alive until
-        next_events brings ("released", [.., token, ..]).
+        The caller owns the memory. It keeps the memory and the guards alive until
+        next_events returns ("released", [.., token, ..]).
 
         Args:
             key: 16 bytes, not in use.
             addrs, lens: Buffers of uint64, equally long; may be empty.
-            token: Comes back when nobody reads the memory any more.
-            guards: A buffer of uint64: addresses of aligned words, each followed by
-                what the word must hold. Once one holds anything else, pulls fail with
-                the code "changed".
+            token: Returned by next_events when the memory is no longer read.
+            guards: A buffer of uint64: addresses of aligned words, each followed by the
+                expected value. If a word has another value, pulls fail with the code
+                "changed".
         """
         _check_process(self._pid)
         cdef vector[Guard] words
         if len(guards):
             words = _guards(guards)
         if not self._native.Register(_key(key), _spans(addrs, lens), token, words):
-            raise ValueError("the key is in use")
+            raise ValueError("the key is already in use")
 
     def release(self, bytes key):
-        """Stops serving `key`; pulls under way go on. False if unknown."""
+        """Stop serving `key`; pulls in flight continue. Return False if the key is unknown."""
         _check_process(self._pid)
         return self._native.Release(_key(key))
 
     def free(self, address, bytes key):
-        """Asks the agent at `address` to release `key`.
+        """Ask the agent at `address` to release `key`.
 
-        Only queued here; never raises for a peer that is gone.
+        Only queues the message, so it does not raise if the peer is unreachable.
         """
         self._notify(address, Notice.kFree, key)
 
     def own(self, address, bytes key):
-        """Tells the agent at `address` that this process owns `key`.
+        """Tell the agent at `address` that this process owns `key`.
 
-        Only queued here; never raises for a peer that is gone.
+        Only queues the message, so it does not raise if the peer is unreachable.
         """
         self._notify(address, Notice.kOwn, key)
 
@@ -141,32 +140,32 @@ cdef class Agent:
             self._native.Notify(where, notice, native_key)
 
     def owned(self, bytes agent_id):
-        """How many keys of this agent the agent of another process owns."""
+        """Return the number of keys of this agent that another process's agent owns."""
         _check_process(self._pid)
         return self._native.CountOwned(_key(agent_id))
 
     def release_owned(self, bytes agent_id):
-        """Releases all keys that another agent owns. Returns how many."""
+        """Release all keys that another agent owns. Return their number."""
         _check_process(self._pid)
         return self._native.ReleaseOwned(_key(agent_id))
 
     def unowned(self, keys):
-        """Those of the keys that are served here and that nobody has told to own."""
+        """Return those of the keys that are served here and have no owner."""
         _check_process(self._pid)
         return [_id(key) for key in self._native.Unowned(_keys(keys))]
 
     def release_unowned(self, keys):
-        """Releases those of the keys that nobody has told to own. Returns how many."""
+        """Release those of the keys that have no owner. Return their number."""
         _check_process(self._pid)
         return self._native.ReleaseUnowned(_keys(keys))
 
     def pull(self, address, bytes key, addrs, lens, bint with_checksum=False):
-        """Starts to fetch `key` from the agent at `address`.
+        """Start to fetch `key` from the agent at `address`.
 
         Args:
-            addrs, lens: The destination, as in register. It may be cut up in
-                another way than at the producer, but must have the same total.
-            with_checksum: Find the checksum of what lands, for Pull.checksum.
+            addrs, lens: The destination, as in register. Its pieces may differ from the
+                producer's, but the total must be the same.
+            with_checksum: Compute the checksum of the received bytes, for Pull.checksum.
 
         Returns:
             A Pull. The destination must stay alive until it is done.
@@ -186,21 +185,22 @@ cdef class Agent:
         return pull
 
     def note_pulled(self, addrs, lens):
-        """Counts a pull of this memory that went without the agent, as `pull` counts its own.
+        """Count a transfer of this memory that another transport made.
 
-        What is pulled often moves to huge pages: its contents and addresses stay.
+        Memory that is transferred often moves to huge pages. Its contents and addresses
+        stay the same.
 
         Args:
-            addrs, lens: As in register; the memory may go at any time.
+            addrs, lens: As in register; the memory may be freed at any time.
         """
         _check_process(self._pid)
         self._native.RecordPull(_spans(addrs, lens))
 
     def ask_checksum(self, address, bytes key):
-        """Asks the agent at `address` for the checksum of `key`: a Call.
+        """Request the checksum of `key` from the agent at `address`: a Call.
 
-        Its reply is 8 bytes, little-endian. The checksum is that of the memory
-        when the first consumer asked.
+        The reply has 8 bytes, little-endian. The producer computes the checksum at the
+        first request and keeps it.
         """
         cdef Call call = Call.__new__(Call)
         _check_process(self._pid)
@@ -212,10 +212,10 @@ cdef class Agent:
         return call
 
     def call(self, address, payload, bool is_idempotent=False):
-        """Sends `payload` to the Python side of the agent at `address`: a Call.
+        """Send `payload` to the Python side of the agent at `address`: a Call.
 
-        One that `is_idempotent` is sent again where the connection breaks, so it may be served
-        twice. Another one then fails with "broken" if the process behind it lives.
+        If the connection breaks, an idempotent call is sent again, so it may be served
+        twice. Another call then fails with "broken" if the process still runs.
         """
         cdef Call call = Call.__new__(Call)
         _check_process(self._pid)
@@ -227,17 +227,17 @@ cdef class Agent:
         return call
 
     def reply(self, uint64_t call_id, payload, bool is_error=False):
-        """Answers a ("call", call_id, ..) event. Ignored if the caller is gone."""
+        """Answer a ("call", call_id, ..) event. Ignored if the caller is gone."""
         _check_process(self._pid)
         self._native.Reply(call_id, _copy_in(payload), is_error)
 
     def next_events(self, timeout_s=None):
-        """Waits for events; an empty list if none came within timeout_s.
+        """Wait for events. Return an empty list if there was none within timeout_s.
 
         Returns:
             A list of ("released", [token, ..]), ("log", level, text),
             ("call", call_id, peer_agent_id, payload), ("lost", peer_agent_id)
-            and, as the last one ever, ("stopped",).
+            and, as the last event, ("stopped",).
         """
         cdef double deadline = _deadline(timeout_s)
         cdef double left = _SLICE_S
@@ -252,7 +252,7 @@ cdef class Agent:
             PyErr_CheckSignals()
 
     def allocate(self, size_t nbytes):
-        """A Block of at least 64-byte aligned memory from the receive pool."""
+        """Return a Block of memory from the receive pool, aligned to 64 bytes at least."""
         cdef Block block = Block.__new__(Block)
         _check_process(self._pid)
         block._pool = self._native.pool()
@@ -263,7 +263,7 @@ cdef class Agent:
         return block
 
     def explain(self, address):
-        """For each lane "ok", or why it does not serve the agent at `address`."""
+        """Return for each lane "ok" or the reason why it cannot reach the agent at `address`."""
         _check_process(self._pid)
         cdef ByteView where = _view(address)
         cdef LaneReasons reasons
@@ -272,54 +272,57 @@ cdef class Agent:
         return {LANES[i]: reasons[i].decode() for i in range(kLaneCount)}
 
     def stats(self):
+        """Return the agent's counters by name."""
         _check_process(self._pid)
         return {name.decode(): value for name, value in dict(self._native.Stats()).items()}
 
     def trim(self):
-        """Gives the receive pool's free memory back to the system."""
+        """Return the receive pool's free memory to the system."""
         _check_process(self._pid)
         with nogil:
             deref(self._native.pool()).Trim(0)
 
     def stop(self):
-        """Fails all waiters with "stopped" and joins the threads. Idempotent."""
+        """Fail all waiters with "stopped" and join the threads. Idempotent."""
         _check_process(self._pid)
         with nogil:
             self._native.Stop()
 
 
 def checksum(addrs, lens):
-    """The checksum of memory of this process, taken as one run of bytes."""
+    """Return the checksum of memory of this process, taken as one run of bytes."""
     cdef vector[Span] spans = _spans(addrs, lens)
     cdef SpanList *memory = new SpanList(spans)
     cdef uint64_t found = 0
     try:
         with nogil:
-            found = Checksum(deref(memory), _all_of(memory))
+            found = Checksum(deref(memory), _whole_range(memory))
     finally:
         del memory
     return found
 
 
 def read_memory(addrs, lens, uint64_t to):
-    """Copies memory of this process, which may be gone, to an address, as one run of bytes.
+    """Copy memory of this process to an address, as one run of bytes.
+
+    The memory may have been freed: then the read fails and the process continues.
 
     Raises:
-        AgentError: "io": some of it is gone.
+        AgentError: "io": some of the memory is not mapped.
     """
     cdef vector[Span] spans = _spans(addrs, lens)
     cdef SpanList *memory = new SpanList(spans)
     cdef Status status
     try:
         with nogil:
-            status = ReadOwnMemory(deref(memory), _all_of(memory), <void *><uintptr_t>to)
+            status = ReadOwnMemory(deref(memory), _whole_range(memory), <void *><uintptr_t>to)
     finally:
         del memory
     if not status.ok():
         _raise_status(status)
 
 
-cdef Range _all_of(const SpanList *memory) noexcept nogil:
+cdef Range _whole_range(const SpanList *memory) noexcept nogil:
     cdef Range whole
     whole.offset, whole.nbytes = 0, memory.total()
     return whole

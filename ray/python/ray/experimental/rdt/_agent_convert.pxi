@@ -1,17 +1,18 @@
 # Errors, conversions between Python and C++ values, and interruptible waits.
 
+#: Seconds of a wait between two checks for signals and cancellation.
 cdef double _SLICE_S = 0.25
 
 LANES = tuple(kLaneNames[i].decode() for i in range(kLaneCount))
 
 
 class AgentError(TransferFailed):
-    """A failure that the agent reports.
+    """An error of the agent.
 
     Attributes:
         code: "not_found", "unreachable", "auth", "version", "size_mismatch",
             "cancelled", "peer_lost", "refused", "io", "stopped", "broken" or "changed".
-        lane: Name of the lane of a pull that failed, once one was chosen.
+        lane: The lane of the failed pull, None if none was selected yet.
     """
 
     def __init__(self, code, text, lane=None):
@@ -29,13 +30,13 @@ cdef _raise_status(Status status, lane=None):
 
 cdef _check_process(int pid):
     if pid != getpid():
-        raise AgentError("stopped", "a forked process cannot use its parent's RDT agent")
+        raise AgentError("stopped", "a forked process cannot use the RDT agent of its parent")
 
 
 cdef Key _key(bytes key) except *:
     cdef Key result
     if len(key) != 16:
-        raise ValueError(f"a key has 16 bytes, not {len(key)}")
+        raise ValueError(f"a key must have 16 bytes, not {len(key)}")
     memcpy(result.data(), <const char *>key, 16)
     return result
 
@@ -80,7 +81,7 @@ cdef vector[Guard] _guards(const uint64_t[::1] words) except *:
     cdef vector[Guard] guards
     cdef size_t i
     if words.shape[0] % 2:
-        raise ValueError("guards are pairs of an address and a value")
+        raise ValueError("guards must be pairs of an address and a value")
     guards.resize(words.shape[0] // 2)
     for i in range(guards.size()):
         guards[i].address = words[2 * i]
@@ -92,12 +93,12 @@ cdef double _deadline(timeout_s):
     return float("inf") if timeout_s is None else time.monotonic() + timeout_s
 
 
-cdef _look_around():
-    """Raises what a signal or the cancelling of the task is to raise in a wait."""
+cdef _check_interrupts():
+    """Raise the exception of a pending signal or of the task's cancellation."""
     PyErr_CheckSignals()
     raise_if_cancelled()
 
 
 cdef double _slice_before(double deadline):
-    """Seconds to wait now; 0 once the deadline has passed."""
+    """Return the seconds to wait now, 0 once the deadline has passed."""
     return max(0.0, min(_SLICE_S, deadline - time.monotonic()))

@@ -1,9 +1,9 @@
-# What an agent gives out: pulls, calls and blocks of memory.
+# Objects that an agent returns: pulls, calls and blocks of memory.
 
 @cython.final
-@cython.no_gc  # what `keep` holds must not be taken apart before the pull has ended
+@cython.no_gc  # the collector must not clear `keep` before the pull has ended
 cdef class Pull:
-    """One fetch under way, made by Agent.pull. Deallocation cancels it.
+    """One fetch in flight, created by Agent.pull. Deallocation cancels it.
 
     Attributes:
         keep: Any object that must outlive the writes to the destination.
@@ -20,10 +20,10 @@ cdef class Pull:
                 self._agent._native.Cancel(self._ticket)
 
     def wait(self, timeout_s=None):
-        """Blocks until the bytes are there.
+        """Wait for the pull to complete.
 
         Raises:
-            TimeoutError: Not within timeout_s; the pull goes on.
+            TimeoutError: It did not complete within timeout_s. The pull continues.
             AgentError: The pull failed.
         """
         cdef double deadline = _deadline(timeout_s)
@@ -36,21 +36,21 @@ cdef class Pull:
                 is_settled = deref(self._ticket.pull).Wait(left)
             if is_settled:
                 break
-            _look_around()
+            _check_interrupts()
             if left == 0:
-                raise TimeoutError("the pull did not end in time")
+                raise TimeoutError("the pull did not complete within the timeout")
         cdef Status status = deref(self._ticket.pull).status()
         if not status.ok():
             _raise_status(status, self.lane)
 
     def cancel(self):
-        """Gives up. When it returns, nobody writes to the destination any more."""
+        """Cancel the pull. Once this returns, the destination is no longer written to."""
         _check_process(self._agent._pid)
         with nogil:
             self._agent._native.Cancel(self._ticket)
 
     def fileno(self):
-        """A descriptor that is readable once the pull has ended."""
+        """Return a descriptor that becomes readable when the pull ends."""
         _check_process(self._agent._pid)
         return deref(self._ticket.pull).EventFd()
 
@@ -61,7 +61,7 @@ cdef class Pull:
 
     @property
     def checksum(self):
-        """Of what has landed, if Agent.pull was told to find it; whole once done."""
+        """The checksum of the received bytes, if Agent.pull was told to compute it."""
         _check_process(self._agent._pid)
         return deref(self._ticket.pull).checksum()
 
@@ -75,7 +75,7 @@ cdef class Pull:
 @cython.final
 @cython.no_gc_clear
 cdef class Call:
-    """One request under way, made by Agent.call. Deallocation cancels it."""
+    """One request in flight, created by Agent.call. Deallocation cancels it."""
     cdef CallTicket _ticket
     cdef Agent _agent
 
@@ -85,10 +85,10 @@ cdef class Call:
                 self._agent._native.CancelCall(self._ticket)
 
     def wait(self, timeout_s=None):
-        """The reply's payload, which can be taken once.
+        """Wait for the reply and return its payload. It can be taken once.
 
         Raises:
-            TimeoutError: None came within timeout_s; the call goes on.
+            TimeoutError: There was no reply within timeout_s. The call continues.
             AgentError: The call failed; "refused" with the payload as text if
                 the other side replied with an error.
         """
@@ -102,9 +102,9 @@ cdef class Call:
                 is_settled = deref(self._ticket.call).Wait(left)
             if is_settled:
                 break
-            _look_around()
+            _check_interrupts()
             if left == 0:
-                raise TimeoutError("no reply came in time")
+                raise TimeoutError("there was no reply within the timeout")
         cdef Status status = deref(self._ticket.call).status()
         if not status.ok():
             _raise_status(status)
@@ -116,7 +116,7 @@ cdef class Call:
             self._agent._native.CancelCall(self._ticket)
 
     def fileno(self):
-        """A descriptor that is readable once the call has ended."""
+        """Return a descriptor that becomes readable when the call ends."""
         _check_process(self._agent._pid)
         return deref(self._ticket.call).EventFd()
 
@@ -128,14 +128,14 @@ cdef class Call:
 
 @cython.final
 cdef class Block:
-    """Writable memory from the receive pool; goes back when deallocated."""
+    """Writable memory from the receive pool. Deallocation returns it to the pool."""
     cdef shared_ptr[Pool] _pool
     cdef void *_memory
     cdef int _pid
     cdef readonly size_t nbytes
 
     def __dealloc__(self):
-        # In a forked child the pool's lock may be held by a thread that is not there.
+        # In a forked child the pool's lock may be held by a thread that does not exist.
         if self._memory != NULL and self._pid == getpid():
             with nogil:
                 deref(self._pool).Free(self._memory, self.nbytes)

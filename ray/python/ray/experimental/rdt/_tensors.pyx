@@ -1,14 +1,13 @@
 # cython: language_level=3, embedsignature=True
 # distutils: language = c++
-"""All that is done once for each tensor of an object, of which there may be ten thousand.
+"""The steps that run once for each tensor of an object, which may have ten thousand.
 
-Pickles a value and takes its tensors out, reads how they lie in memory, and makes tensors over
-memory that holds their bytes. ``capture`` says what these steps are for.
+Pickles a value without its tensors, reads their layout, and makes tensors over memory that holds
+their bytes. ``serialization/capture.py`` explains these steps.
 
-Tensors are read and made through the C functions that their class offers to other libraries
-(DLPack 1.3, ``DLPackExchangeAPI``, https://dmlc.github.io/dlpack/latest/c_api.html). Where torch has
-none yet, and for tensors that DLPack does not know, its Python functions do the same at a tenth of
-the speed.
+Tensors are read and made through DLPack's C functions (DLPack 1.3, ``DLPackExchangeAPI``,
+https://dmlc.github.io/dlpack/latest/c_api.html). If torch does not offer them, and for tensors that
+DLPack does not support, torch's Python functions do the same at a tenth of the speed.
 """
 import pickle
 import sys
@@ -30,19 +29,19 @@ from libcpp.algorithm cimport sort
 from libcpp.utility cimport pair
 from libcpp.vector cimport vector
 
-#: A view that leaves out more than half of the bytes that it spans is gathered, if what it has is
-#: in runs of at least so many bytes: more and smaller ones take longer than the bytes between them.
+#: Bytes of the shortest run that is gathered. A view that uses less than half of its span is
+#: gathered, unless its runs are shorter: then copying the bytes between them takes less time.
 cdef enum: MIN_RUN_NBYTES = 512
-#: Of one region; the agent keeps the address of each.
+#: Runs of one region. The agent keeps the address of each.
 cdef enum: MAX_RUNS = 65536
 
-#: Regions start at a multiple of this from their storage's start: every dtype stays aligned.
+#: Bytes. Regions start at a multiple of it within their storage, so every dtype is aligned.
 cdef enum: REGION_ALIGNMENT = 16
 cdef enum: UINT = 1
 cdef enum: COMPLEX = 5
 cdef enum: CPU = 1
 
-# What a row's flags say of its tensor.
+# Flags of a row.
 cdef enum: _REQUIRES_GRAD = 1
 cdef enum: _PARAMETER = 2
 cdef enum: _CONJUGATED = 4
@@ -51,7 +50,7 @@ cdef enum: _NEGATED = 8
 REQUIRES_GRAD, PARAMETER = _REQUIRES_GRAD, _PARAMETER
 CONJUGATED, NEGATED = _CONJUGATED, _NEGATED
 
-# One module, so that its parts call each other's C functions directly.
+# One module, so that the parts call each other's C functions directly.
 include "_tensors_dlpack.pxi"
 include "_tensors_table.pxi"
 include "_tensors_layout.pxi"

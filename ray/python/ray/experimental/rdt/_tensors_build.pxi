@@ -1,18 +1,18 @@
 # Making tensors over memory that holds their bytes.
 
 def place(array.array regions, direct, uint64_t own_block_bytes, uint64_t alignment, allocate):
-    """Finds memory for the regions of an object.
+    """Find memory for the regions of an object.
 
     Args:
-        regions: The bytes of each.
-        direct: Tensors that some of the regions go straight into.
-        own_block_bytes: Regions of at least so many get a block of their own.
-        alignment: Of the others, which share one.
-        allocate: Makes a block of so many bytes: a buffer with an ``address``.
+        regions: The size of each in bytes.
+        direct: Target tensors into which some of the regions are received directly, by region.
+        own_block_bytes: Regions of at least this size get a block of their own.
+        alignment: Alignment in bytes of the others, which share a block.
+        allocate: Returns a block of the given size: a buffer with an ``address``.
 
     Returns:
-        For each region its block and the offset in it, (None, 0) if it is direct; and the address
-        of each as an array of uint64.
+        The block and offset of each region, (None, 0) if it is direct; and the address of each as
+        an array of uint64.
     """
     cdef array.array addresses = array.clone(_UINT64, len(regions), True)
     cdef list places = [None] * len(regions)
@@ -47,23 +47,23 @@ cdef inline uint64_t _round_up(uint64_t nbytes, uint64_t alignment) noexcept:
 
 
 def build_tensors(Table table, places, ready=None):
-    """Makes the tensors of a table over memory that holds their bytes.
+    """Make the tensors of a table over memory that holds their bytes.
 
     Args:
         table: The layout.
-        places: For each region a writable buffer and the offset in it, or a flat tensor on a
-            device and 0. Each region becomes a storage of its own that keeps its buffer alive, so
-            that a tensor kept alone does not drag the others' bytes along when it is pickled.
-        ready: Tensors that exist already, by their number.
+        places: For each region a writable buffer and an offset, or a flat tensor on a device and
+            0. Each region becomes its own storage, which keeps its buffer alive. So a pickled
+            tensor does not include the bytes of other regions.
+        ready: Tensors that exist already, by index.
 
     Raises:
-        ValueError: a buffer is too small.
+        ValueError: A buffer is too small.
     """
     cdef vector[uint32_t] tenants
     cdef Row row
     cdef _Memory memory = _Memory(places)
-    if not _is_torch_known:
-        _know_torch()
+    if not _is_torch_loaded:
+        _load_torch()
     tenants.resize(len(table.regions))
     for row in table._rows:
         tenants[row.region] += 1
@@ -75,7 +75,7 @@ def build_tensors(Table table, places, ready=None):
             continue
         kind = <_Kind>kinds[row.dtype]
         if (
-            kind.is_known
+            kind.is_supported
             and tenants[row.region] == 1
             and table.regions.data.as_ulonglongs[row.region] > 0
             and not (table.devices and row.region in table.devices)
@@ -83,17 +83,17 @@ def build_tensors(Table table, places, ready=None):
             tensor = _make(table, row, kind, memory)
         else:
             tensor = _make_over_storage(table, row, places[row.region], storages)
-        tensors.append(_finish(tensor, row.flags) if row.flags else tensor)
+        tensors.append(_apply_flags(tensor, row.flags) if row.flags else tensor)
     return tensors
 
 
 @cython.final
 cdef class _Kind:
-    """A dtype in DLPack's words, if it has any."""
+    """The DLPack type of a dtype, if there is one."""
 
     cdef DlType dtype
     cdef uint64_t itemsize
-    cdef bint is_known
+    cdef bint is_supported
 
 
 cdef dict _kinds = {}
@@ -105,8 +105,8 @@ cdef _Kind _kind_of(dtype):
     if kind is None:
         kind = _Kind()
         kind.itemsize = dtype.itemsize
-        kind.is_known = _view(_torch.empty(0, dtype=dtype, device="cpu"), &view)
-        if kind.is_known:
+        kind.is_supported = _view(_torch.empty(0, dtype=dtype, device="cpu"), &view)
+        if kind.is_supported:
             kind.dtype = view.dtype
         _kinds[dtype] = kind
     return kind
@@ -114,7 +114,7 @@ cdef _Kind _kind_of(dtype):
 
 @cython.final
 cdef class _Memory:
-    """Where the regions of one object are."""
+    """The memory of the regions of one object."""
 
     cdef list _places
     cdef object buffer
@@ -125,7 +125,7 @@ cdef class _Memory:
         self._places = list(places)
 
     cdef char *at(self, uint32_t region, uint64_t start, uint64_t nbytes) except NULL:
-        """The address of some bytes of a region; ``buffer`` is what keeps them alive."""
+        """Return the address of some bytes of a region. ``buffer`` keeps them alive."""
         cdef Py_buffer view
         buffer, where = self._places[region]
         cdef uint64_t offset = <uint64_t>where + start
@@ -135,12 +135,12 @@ cdef class _Memory:
             PyBuffer_Release(&view)
             self.buffer = buffer
         if offset + nbytes > self._nbytes:
-            raise ValueError(f"{offset + nbytes} bytes are meant to be in {self._nbytes}")
+            raise ValueError(f"a buffer of {self._nbytes} bytes is too small: {offset + nbytes} are needed")
         return self._base + offset
 
 
 cdef _make(Table table, Row row, _Kind kind, _Memory memory):
-    """A tensor alone in its region."""
+    """Make a tensor that is alone in its region."""
     cdef const int64_t *dims = table._dims.data() + row.dims
     cdef uint64_t extent = 0
     ExtentOf(dims, dims + row.ndim, row.ndim, kind.itemsize, &extent)
@@ -153,40 +153,40 @@ cdef _make(Table table, Row row, _Kind kind, _Memory memory):
 
 
 def tensor_over(uint64_t address, int64_t nbytes, int device_type, int device_index, owner):
-    """A flat uint8 tensor over memory that nobody here has allocated.
+    """Make a flat uint8 tensor over memory that torch has not allocated.
 
     Args:
-        address: Of the memory.
-        nbytes: Of the memory.
-        device_type: Of the device that has access to it, as DLPack numbers types.
-        device_index: Of that device.
-        owner: Is kept until the tensor's storage dies.
+        address: The address of the memory.
+        nbytes: Its size.
+        device_type: DLPack's number for the type of the device that has access to it.
+        device_index: The index of that device.
+        owner: An object that is kept until the tensor's storage is deleted.
 
     Raises:
-        RuntimeError: this torch is too old.
+        RuntimeError: The torch version is too old.
     """
     cdef DlDevice device = DlDevice(device_type, device_index)
     cdef DlType dtype = DlType(UINT, 8, 1)
     cdef int64_t stride = 1
-    if not _is_torch_known:
-        _know_torch()
+    if not _is_torch_loaded:
+        _load_torch()
     if _exchange == NULL:
-        raise RuntimeError(f"torch {_torch.__version__} does not offer DLPack's exchange of tensors")
+        raise RuntimeError(f"torch {_torch.__version__} does not offer DLPackExchangeAPI")
     return TensorOver(
         _exchange, <PyObject *>owner, <void *>address, device, dtype, &nbytes, &stride, 1
     )
 
 
 cdef _make_over_storage(Table table, Row row, tuple where, dict storages):
-    """A tensor that is empty, on a device, of a rare dtype, or one of several in its region."""
+    """Make a tensor that shares its region, is empty or on a device, or that DLPack lacks a type for."""
     cdef const int64_t *dims = table._dims.data() + row.dims
     dtype = table.dtypes[row.dtype]
     shape = [dims[i] for i in range(row.ndim)]
     stride = [dims[row.ndim + i] for i in range(row.ndim)]
     nbytes = table.regions[row.region]
     if not nbytes:
-        is_away = row.region in table.devices and isinstance(where[0], _torch.Tensor)
-        device = where[0].device if is_away else "cpu"
+        is_on_device = row.region in table.devices and isinstance(where[0], _torch.Tensor)
+        device = where[0].device if is_on_device else "cpu"
         return _torch.empty_strided(shape, stride, dtype=dtype, device=device)
     if row.region not in storages:
         storages[row.region] = _storage_over(where, nbytes)
@@ -203,14 +203,14 @@ cdef _storage_over(tuple where, nbytes):
     return flat.untyped_storage()
 
 
-def finish(tensor, int flags):
-    """A tensor with what its row's flags say."""
-    return _finish(tensor, flags) if flags else tensor
+def apply_flags(tensor, int flags):
+    """Return a tensor with the flags of its row applied."""
+    return _apply_flags(tensor, flags) if flags else tensor
 
 
-cdef _finish(tensor, int flags):
-    if not _is_torch_known:
-        _know_torch()
+cdef _apply_flags(tensor, int flags):
+    if not _is_torch_loaded:
+        _load_torch()
     if flags & _CONJUGATED:
         tensor = tensor.conj()
     if flags & _NEGATED:

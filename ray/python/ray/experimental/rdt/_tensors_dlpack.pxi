@@ -1,4 +1,4 @@
-# DLPack and the C++ helpers: declarations, and tensors handed over to torch.
+# DLPack: declarations, reading a tensor, and exporting memory to torch as a tensor.
 
 cdef extern from "ray/rdt/strided.h" namespace "ray::rdt":
     cppclass Runs:
@@ -81,7 +81,7 @@ cdef extern from *:
       }
     };
 
-    // How many bytes there are from a tensor's first to its last. False if no memory is that large.
+    // The bytes from a tensor's first to its last. False if that exceeds the address space.
     static bool ExtentOf(const int64_t *shape, const int64_t *strides, int ndim, uint64_t itemsize,
                          uint64_t *extent) {
       uint64_t last = 0, step = 0;
@@ -99,42 +99,42 @@ cdef extern from *:
       return !__builtin_mul_overflow(last + 1, itemsize, extent);
     }
 
-    // A tensor on its way to Python, and what keeps its memory alive.
-    struct Handover {
+    // A tensor that is exported to torch, and the object that keeps its memory alive.
+    struct ExportedTensor {
       DlManaged managed;
       PyObject *owner;
       int64_t dims[];
     };
 
-    // Runs on: any thread, when the last tensor over the memory dies.
-    static void EndHandover(DlManaged *managed) {
-      Handover *handover = reinterpret_cast<Handover *>(managed);
+    // Runs on: any thread, when the last tensor over the memory is deleted.
+    static void DeleteExported(DlManaged *managed) {
+      ExportedTensor *exported = reinterpret_cast<ExportedTensor *>(managed);
       if (Py_IsInitialized()) {
         PyGILState_STATE state = PyGILState_Ensure();
-        Py_DECREF(handover->owner);
+        Py_DECREF(exported->owner);
         PyGILState_Release(state);
       }
-      free(handover);
+      free(exported);
     }
 
     static PyObject *TensorOver(const DlExchange *api, PyObject *owner, void *memory,
                                 DlDevice device, DlType dtype, const int64_t *shape,
                                 const int64_t *strides, int ndim) {
-      size_t nbytes = sizeof(Handover) + 2 * size_t(ndim) * sizeof(int64_t);
-      Handover *handover = static_cast<Handover *>(malloc(nbytes));
-      if (handover == nullptr) return PyErr_NoMemory();
+      size_t nbytes = sizeof(ExportedTensor) + 2 * size_t(ndim) * sizeof(int64_t);
+      ExportedTensor *exported = static_cast<ExportedTensor *>(malloc(nbytes));
+      if (exported == nullptr) return PyErr_NoMemory();
       for (int i = 0; i < ndim; ++i) {
-        handover->dims[i] = shape[i];
-        handover->dims[ndim + i] = strides[i];
+        exported->dims[i] = shape[i];
+        exported->dims[ndim + i] = strides[i];
       }
-      handover->managed = {{1, 0}, nullptr, EndHandover, 0,
-                           {memory, device, ndim, dtype, handover->dims,
-                            handover->dims + ndim, 0}};
-      handover->owner = owner;
+      exported->managed = {{1, 0}, nullptr, DeleteExported, 0,
+                           {memory, device, ndim, dtype, exported->dims,
+                            exported->dims + ndim, 0}};
+      exported->owner = owner;
       Py_INCREF(owner);
       void *made = nullptr;
-      if (api->managed_to_python(&handover->managed, &made) != 0) {
-        EndHandover(&handover->managed);
+      if (api->managed_to_python(&exported->managed, &made) != 0) {
+        DeleteExported(&exported->managed);
         return nullptr;
       }
       return static_cast<PyObject *>(made);
@@ -185,18 +185,21 @@ cdef extern from *:
 
 cdef array.array _UINT64 = array.array("Q")
 
-# Set at the first tensor of the process; torch stays for good.
+# Set at the first tensor of the process. torch is never unloaded.
 cdef const DlExchange *_exchange = NULL
-cdef bint _is_torch_known = False
+cdef bint _is_torch_loaded = False
 cdef object _torch = None
-# Which words of a storage hold the address and the size of its memory; 0 where they are not known.
+# Indices of the words of a storage that hold the address and size of its memory; 0 if unknown.
 cdef size_t _address_word = 0
 cdef size_t _size_word = 0
 
 
-cdef _know_torch():
-    """Runs on: any thread that has a tensor, or is to make one. Raises ImportError."""
-    global _torch, _exchange, _is_torch_known
+cdef _load_torch():
+    """Import torch and look up its DLPack functions.
+
+    Runs on: any thread that reads or makes a tensor. Raises ImportError.
+    """
+    global _torch, _exchange, _is_torch_loaded
     import torch
 
     _torch = torch
@@ -205,12 +208,12 @@ cdef _know_torch():
         exchange = <DlExchange *>PyCapsule_GetPointer(capsule, b"dlpack_exchange_api")
         if exchange.version[0] == 1:
             _exchange = exchange
-    _find_words()
-    _is_torch_known = True
+    _find_storage_words()
+    _is_torch_loaded = True
 
 
-cdef _find_words():
-    """Learns how torch's storages are laid out, from two of them."""
+cdef _find_storage_words():
+    """Find the layout of torch's storages by inspecting two of them."""
     global _address_word, _size_word
     cdef const uint64_t *words
     cdef size_t i
@@ -220,15 +223,15 @@ cdef _find_words():
         words = <const uint64_t *><uintptr_t>storage._cdata
         addresses &= {i for i in range(8) if words[i] == <uint64_t>storage.data_ptr()}
         sizes &= {i for i in range(8) if words[i] == <uint64_t>nbytes}
-    # The allocator's own record of the address comes after the first.
+    # The allocator stores the address a second time, after the first.
     if addresses and len(sizes) == 1:
         _address_word, _size_word = min(addresses), sizes.pop()
 
 
 cdef inline bint _view(tensor, DlTensor *view) except -1:
-    """Reads a tensor through DLPack; False if it cannot be."""
-    if not _is_torch_known:
-        _know_torch()
+    """Read a tensor through DLPack. Return False if DLPack does not support it."""
+    if not _is_torch_loaded:
+        _load_torch()
     if _exchange == NULL:
         return False
     try:

@@ -1,15 +1,15 @@
-# Reading tensors: finds the regions of an object.
+# Reading tensors: the regions of an object.
 
 def lay_out(list tensors, is_parameter=None, bint may_gather=True):
-    """Finds the regions of tensors and how each lies in its region: a Layout.
+    """Find the regions of tensors and the place of each tensor in its region: a Layout.
 
-    Spans of one storage that overlap or touch are one region. Where they leave out more than half
-    of their region, each is one that is gathered. An address means one thing in all of a process,
-    on whichever device. Copies nothing.
+    Spans of one storage that overlap or touch are one region. If they use less than half of it,
+    each is gathered into a region of its own. Addresses are unique in a process, across all its
+    devices. Copies nothing.
 
     Args:
-        tensors: The tensors; any that torch has dense, strided memory for.
-        is_parameter: For each whether it is a ``torch.nn.Parameter``; None if none is.
+        tensors: Tensors with the strided layout.
+        is_parameter: Whether each is a ``torch.nn.Parameter``; None if none is.
         may_gather: Whether regions may be gathered.
     """
     cdef Table table = Table()
@@ -34,7 +34,7 @@ def lay_out(list tensors, is_parameter=None, bint may_gather=True):
 
 
 def check_storage(tensor):
-    """Raises ValueError for a tensor that reaches beyond its storage, as one that was freed."""
+    """Raise ValueError if a tensor exceeds its storage, for example because it was freed."""
     cdef Row row
     cdef TensorSpan span
     _read(tensor, Table(), &row, &span, [])
@@ -46,12 +46,12 @@ cdef _check_storage(tensor, const TensorSpan &span, storage):
     if <uint64_t>storage.nbytes() < span.end - span.storage:
         raise ValueError(
             f"a tensor of shape {tuple(tensor.shape)} needs {span.end - span.storage} bytes of a "
-            f"storage that has {storage.nbytes()}: it was freed or shrunk (resize_)"
+            f"storage that has {storage.nbytes()}: it was freed or made smaller (resize_)"
         )
 
 
 cdef bint _read(tensor, Table table, Row *row, TensorSpan *span, list dtypes) except -1:
-    """Fills in what a tensor says about itself. Returns whether it is in host memory."""
+    """Read a tensor's layout into its row and span. Return whether it is in host memory."""
     cdef DlTensor view
     cdef uint64_t itemsize, extent = 0
     cdef bint is_complex, is_host
@@ -74,7 +74,7 @@ cdef bint _read(tensor, Table table, Row *row, TensorSpan *span, list dtypes) ex
             table._dims.push_back(length)
     cdef const int64_t *dims = table._dims.data() + row.dims
     if not ExtentOf(dims, dims + row.ndim, row.ndim, itemsize, &extent):
-        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is no memory")
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has strides that are not supported")
     span.end = span.start + extent
     span.storage = span.start - <uint64_t>tensor.storage_offset() * itemsize
     row.is_dense = extent > 0 and _is_dense(dims, row.ndim)
@@ -109,7 +109,7 @@ cdef int _index_of(dtype, list dtypes) except -1:
 
 
 cdef Layout _merge(Table table, vector[TensorSpan] &spans, list tensors, bint may_gather):
-    """Joins spans, which are sorted, into regions."""
+    """Merge sorted spans into regions."""
     cdef vector[uint64_t] starts, sizes, offsets, storages, guards
     cdef vector[Runs] runs
     cdef list owners = []
@@ -119,7 +119,7 @@ cdef Layout _merge(Table table, vector[TensorSpan] &spans, list tensors, bint ma
     while first < spans.size():
         last, widest = first + 1, first
         start, end, storage = spans[first].start, spans[first].end, spans[first].storage
-        # An empty span takes part in no merge: its address may be anything.
+        # An empty span is not merged: its address may have any value.
         while (
             start < end and last < spans.size() and spans[last].storage == storage
             and spans[last].start < spans[last].end and spans[last].start <= end
@@ -170,10 +170,10 @@ cdef bint _is_sparse(
     Table table, vector[TensorSpan] &spans, size_t first, size_t last, uint64_t end,
     vector[Runs] &runs,
 ) except -1:
-    """Whether tensors that span one region are to be gathered, and the runs of each.
+    """Tell whether the tensors of one region are gathered, and find the runs of each.
 
-    They are not where two share some of their bytes: each byte moves once, and what is written to
-    one shows in the other. Two that have all their bytes in common become one region.
+    Tensors that share only a part of their bytes are not gathered: their copies must share it as
+    well. Tensors that share all their bytes become one region.
     """
     cdef bint is_dense = True
     cdef uint64_t used = 0, at
@@ -216,7 +216,7 @@ cdef bint _is_sparse(
 
 
 cdef _gather_row(Table table, size_t index, uint32_t region, const Runs &runs):
-    """Says that a tensor is all of a region that is gathered."""
+    """Make a tensor's row refer to the whole of a gathered region."""
     cdef Row *row = &table._rows[index]
     cdef int64_t *dims = table._dims.data() + row.dims
     cdef int i
@@ -227,7 +227,7 @@ cdef _gather_row(Table table, size_t index, uint32_t region, const Runs &runs):
 
 
 cdef _owner(tensor, const TensorSpan &span, vector[uint64_t] &guards):
-    """The storage of a tensor; adds what guards it. Raises ValueError if it is too small."""
+    """Return a tensor's storage and add its guards. Raises ValueError if it is too small."""
     storage = tensor.untyped_storage()
     _check_storage(tensor, span, storage)
     if span.is_host and _address_word:

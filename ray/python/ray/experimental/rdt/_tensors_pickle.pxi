@@ -1,22 +1,22 @@
 # Pickling a value without its tensors.
 
 class Pickler(cloudpickle.CloudPickler):
-    """Ray's pickler, with placeholders for the tensors that RDT carries.
+    """Ray's pickler, with placeholders for the tensors that RDT transfers.
 
     Attributes:
-        tensors: What was taken out, in the order in which ``restore`` puts it back.
-        is_parameter: For each torch tensor whether it is a Parameter.
+        tensors: The tensors taken out, in the order in which ``restore`` inserts them.
+        is_parameter: Whether each torch tensor is a Parameter.
     """
 
     def __init__(self, stream, buffer_callback, wanted):
-        """As ``capture.take``."""
+        """Take the arguments of ``capture.take``."""
         super().__init__(stream, protocol=5, buffer_callback=buffer_callback)
         self.tensors = []
         self.is_parameter = []
         is_torch = wanted is None or wanted.is_torch
         self._devices = None if wanted is None else wanted.devices
         self._others = None if is_torch else wanted
-        # Without torch in the process there is no tensor to look for.
+        # If the process has not imported torch, the value has no tensor.
         torch = sys.modules.get("torch") if is_torch else None
         self._tensor_type = getattr(torch, "Tensor", None)
         self._parameter_type = getattr(getattr(torch, "nn", None), "Parameter", None)
@@ -41,28 +41,28 @@ class Pickler(cloudpickle.CloudPickler):
 
 
 cpdef bint is_carried(tensor, devices=None) except -1:
-    """Whether RDT moves this tensor's bytes itself: plain, strided, on one of the devices.
+    """Tell whether RDT transfers this tensor's bytes: it is plain, strided, on a known device.
 
     Args:
         tensor: The tensor.
-        devices: Those of a user's transport; None for those that RDT's own know.
+        devices: The device types of a user's transport; None for those of RDT's transports.
     """
     cdef DlTensor view
-    if not _is_torch_known:
-        _know_torch()
-    # What DLPack can look at on the CPU is none of the kinds that are ruled out below.
+    if not _is_torch_loaded:
+        _load_torch()
+    # A CPU tensor that DLPack supports is of none of the kinds that are excluded below.
     if devices is None and _view(tensor, &view) and view.device.type == CPU:
         return True
     return (
         tensor.layout is _torch.strided
-        and _is_within_reach(tensor, devices)
+        and _is_on_known_device(tensor, devices)
         and not tensor.is_quantized
         and not tensor.is_nested
         and not _torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
-cdef bint _is_within_reach(tensor, devices) except -1:
+cdef bint _is_on_known_device(tensor, devices) except -1:
     if devices is not None:
         return tensor.device.type in devices
     return tensor.is_cpu or accelerators.of(tensor.device.type) is not None
@@ -72,7 +72,7 @@ _restoring = threading.local()
 
 
 def restore(inband, buffers, tensors):
-    """Unpickles a value, its placeholders replaced by the tensors, in their order.
+    """Unpickle a value and replace its placeholders by the tensors, in order.
 
     Runs on: consumer, the thread that deserializes.
     """
@@ -85,11 +85,11 @@ def restore(inband, buffers, tensors):
 
 
 def next_tensor():
-    """Stands in the pickled skeleton for each tensor: they are asked for in their order."""
+    """Return the next tensor of the value that is restored: the placeholder of each tensor."""
     tensors = getattr(_restoring, "tensors", None)
     if tensors is None:
         raise pickle.UnpicklingError(
-            "this is the skeleton of an RDT value; only Ray can restore its tensors"
+            "this is an RDT value without its tensors; only Ray can restore them"
         )
     for tensor in tensors:
         return tensor
@@ -100,5 +100,5 @@ def _set_attributes(tensor, attributes):
     tensor.__dict__.update(attributes)
 
 
-#: How each tensor is pickled. Always the same tuple: ten thousand would keep the collector busy.
+#: The reduced form of each tensor. One shared tuple: ten thousand would burden the collector.
 cdef tuple _CALL = (next_tensor, ())

@@ -1,14 +1,14 @@
-# The layout of an object's tensors: what travels of it, and what its producer keeps.
+# The layout of an object's tensors: the table for consumers, and the producer's part.
 
 @cython.final
 cdef class Table:
-    """The layout of an object's tensors, as it travels. Immutable.
+    """The layout of an object's tensors, as it is sent to consumers. Immutable.
 
     Attributes:
-        regions: The bytes of each region, an array of uint64.
-        dtypes: Of the tensors, each once.
-        devices: The torch device type of each region that is not in host memory. Which of its
-            devices it is matters to nobody else: a consumer receives on its own current one.
+        regions: The size of each region in bytes, an array of uint64.
+        dtypes: The dtypes of the tensors, each once.
+        devices: The torch device type of each region that is not in host memory. The index of
+            the device is not sent: a consumer receives on its current device.
     """
 
     cdef readonly array.array regions
@@ -24,7 +24,7 @@ cdef class Table:
         self.devices = {}
 
     def __len__(self):
-        """How many tensors there are."""
+        """Return the number of tensors."""
         return self._rows.size()
 
     @property
@@ -60,13 +60,13 @@ cdef class Table:
 
 
 def load_table(bytes regions, bytes rows, bytes dims, tuple dtypes, dict devices):
-    """A pickled ``Table``. Raises ValueError if it contradicts itself."""
+    """Load a pickled ``Table``. Raises ValueError if it is inconsistent."""
     cdef Table table = Table()
     cdef uint64_t extent = 0
     cdef const int64_t *first
     cdef Row row
     if len(regions) % 8 or len(rows) % sizeof(Row) or len(dims) % 8:
-        raise ValueError("the table of an RDT value is cut off")
+        raise ValueError("the tensor table of an RDT value is truncated")
     table.regions.frombytes(regions)
     table._rows.resize(len(rows) // sizeof(Row))
     memcpy(table._rows.data(), PyBytes_AS_STRING(rows), len(rows))
@@ -80,32 +80,31 @@ def load_table(bytes regions, bytes rows, bytes dims, tuple dtypes, dict devices
             or row.dtype >= len(itemsizes)
             or row.dims + 2 * <size_t>row.ndim > table._dims.size()
         ):
-            raise ValueError("the table of an RDT value names what it does not hold")
+            raise ValueError("the tensor table of an RDT value refers to an entry that it does not have")
         first = table._dims.data() + row.dims
         if (
             not ExtentOf(first, first + row.ndim, row.ndim, itemsizes[row.dtype], &extent)
             or row.offset + extent < extent
             or row.offset + extent > table.regions.data.as_ulonglongs[row.region]
         ):
-            raise ValueError("a tensor of an RDT value reaches beyond its region")
+            raise ValueError("a tensor of an RDT value exceeds its region")
     return table
 
 
 @cython.final
 cdef class Layout:
-    """How an object's tensors lie in the memory of its producer.
+    """The layout of an object's tensors in the memory of its producer.
 
     Attributes:
-        table: What travels of it.
-        addresses: For each region its address, as uint64.
-        owners: For each region the storage that it lies in, which keeps its memory; None for one
-            without bytes.
-        offsets: For each region how far into its storage it begins, as uint64.
-        runs: For regions that are gathered, where the runs of bytes begin that make one up, as
-            uint64 from its address on, and the bytes of each run.
+        table: The part that is sent to consumers.
+        addresses: The address of each region, as uint64.
+        owners: The storage of each region, which owns its memory; None for an empty region.
+        offsets: The offset of each region within its storage in bytes, as uint64.
+        runs: For each gathered region the offsets of its runs from its address, as uint64, and
+            the bytes of a run.
         storages: The addresses of the storages that have bytes in a region, sorted, as uint64.
-        guards: For ``Agent.register``: what shows that a storage in host memory was freed, resized
-            or moved.
+        guards: For ``Agent.register``: words that change when a storage in host memory is freed,
+            resized or moved.
     """
 
     cdef readonly Table table
@@ -122,7 +121,7 @@ cdef class Layout:
         self.owners, self.runs = [], {}
 
     def is_unchanged(self):
-        """Whether each storage has its memory at the address that it had, and as much of it."""
+        """Tell whether no storage was moved or made smaller."""
         cdef uint64_t nbytes, base
         cdef size_t region
         for region in range(len(self.owners)):

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt import _tensors
-from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Layout, Table, finish
+from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Layout, Table, apply_flags
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.common.failures import TransferFailed
@@ -215,7 +215,7 @@ def unpack_carriers(table: Table, received: Sequence[torch.Tensor]) -> list[torc
                 first = (int(flat.storage_offset()) + start) // dtype.itemsize
                 empty = torch.empty(0, dtype=dtype, device=flat.device)
                 tensor = empty.set_(flat.untyped_storage(), first, shape, step)
-            tensors[index] = finish(tensor, flags)
+            tensors[index] = apply_flags(tensor, flags)
     return tensors
 
 
