@@ -19,6 +19,8 @@ from ray.experimental.rdt.accelerators.base import have_ended
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.descriptor import Descriptor
+from ray.experimental.rdt.consumer.fetcher import Fetcher, Request
 from ray.experimental.rdt.consumer.receive_buffers import (
     allocate_on_devices,
     direct_targets,
@@ -26,10 +28,13 @@ from ray.experimental.rdt.consumer.receive_buffers import (
     hosted_regions,
     move,
 )
+from ray.experimental.rdt.consumer.user_transfer import UserTransfer
+from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.producer.transport_server import await_writers, flat_buffers
 from ray.experimental.rdt.serialization import capture
+from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.serialization.layout import Captured, lay_out
-from ray.experimental.rdt.transports.selection import default_transports
+from ray.experimental.rdt.transports.selection import Pair, default_transports
 from tests import fake_device
 from tests.fake_device import TYPE, accelerator, launch, on_host
 from tests.unit.consumer.test_fetcher import FakeAgent
@@ -553,6 +558,22 @@ def test_events_have_one_period_to_end_together():
     started = time.monotonic()
     assert not have_ended([Never(), Never(), Ended(), Never()], 0.2)
     assert time.monotonic() - started < 0.4
+
+
+def test_a_users_transport_moves_tensors_on_devices():
+    """The transports of RDT cannot: they do not know the user's metadata."""
+    table = lay_out([torch.ones(3, device=TYPE)]).table
+    head = Descriptor(b"k" * 16, table.nbytes, b"p" * 16, "shm", b"A" * 18, False, True)
+    services: Any = SimpleNamespace(
+        session=SESSION,
+        transports=None,
+        policy=SimpleNamespace(pair=lambda address: Pair()),
+        prefetcher=SimpleNamespace(take=lambda key: None),
+    )
+    envelope = Envelope(head, b"", table, None, [], b"")
+    transfer: Any = Fetcher(Store(), lambda: services)._plan(Request("", envelope))
+    transfer.start(Deadline.after(5))
+    assert isinstance(transfer._attempt, UserTransfer)
 
 
 def test_order_of_transports():

@@ -18,6 +18,7 @@ from ray.experimental.rdt.producer import snapshots
 from ray.experimental.rdt.producer import transport_server as serve
 from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.serialization import layout
+from ray.experimental.rdt.transports.base import Capabilities
 from tests import fake_device
 from tests.fake_device import accelerator
 
@@ -39,7 +40,8 @@ def make(nbytes: int = 4 * LARGE, device: str = "cpu", nixl: Any = None) -> snap
 def sent(captured: layout.Captured, device_type: str, lane: str = "nixl") -> list[torch.Tensor]:
     """What a transport reads of an object."""
     stored: Any = SimpleNamespace(captured=captured)
-    transport: Any = SimpleNamespace(capabilities=SimpleNamespace(name=lane))
+    capabilities = Capabilities(lane, frozenset(), False, sends_from_host=lane == "nixl")
+    transport: Any = SimpleNamespace(capabilities=capabilities)
     deadline = Deadline.after(60)
     serve.await_writers(stored, device_type, deadline)
     return serve.buffers_for(transport, stored, device_type, deadline)

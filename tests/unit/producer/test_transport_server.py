@@ -14,12 +14,13 @@ from ray.experimental.rdt.producer.tensor_store import Store
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc.session import CallError
 from ray.experimental.rdt.serialization.layout import lay_out
+from ray.experimental.rdt.transports.base import Capabilities
 
 
 class SlowTransport:
     """Exposes nothing before its gate is opened."""
 
-    capabilities = SimpleNamespace(name="slow", is_user_defined=False)
+    capabilities = Capabilities("slow", frozenset({"cpu"}), two_sided=False)
 
     def __init__(self) -> None:
         self.begun, self.gate = threading.Event(), threading.Event()

@@ -97,12 +97,6 @@ class PrefetchedTransfer(AgentTransfer):
     """The agent brings the bytes by a pull that began before the fetch.
 
     The pull may have failed long ago, for a reason that has passed.
-
-    Args:
-        session: As for ``AgentTransfer``.
-        head: As for ``AgentTransfer``.
-        destination: As for ``AgentTransfer``.
-        pull: The pull.
     """
 
     def __init__(

@@ -312,12 +312,13 @@ def buffers_for(
 ) -> list[torch.Tensor]:
     """``flat_buffers`` as a transport takes them.
 
-    nixl sends what was copied from a device to the host from there. The others get it back on the
-    device. May block.
+    Device memory that was copied to the host goes back to the device, unless the transport sends it
+    from the host. May block.
     """
     buffers = flat_buffers(stored, device_type)
     check_owners(buffers, device_type)
-    if transport.capabilities.name == "nixl" or not any(_is_away(b, device_type) for b in buffers):
+    capabilities = transport.capabilities
+    if capabilities.sends_from_host or not any(_is_away(b, device_type) for b in buffers):
         return buffers
     captured, accelerator = stored.captured, accelerators.of(device_type)
     assert accelerator is not None, f"RDT took a tensor on a device of type {device_type}"

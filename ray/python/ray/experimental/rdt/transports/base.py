@@ -49,6 +49,7 @@ class Capabilities:
         two_sided: Whether the producer's process has to act for each transfer.
         abortable: Whether a transfer in progress can be aborted while both processes go on.
         is_user_defined: Whether a user wrote it. It then moves whole objects.
+        sends_from_host: Whether device memory that was copied to the host is sent from there.
         lends: Whether it is a ``Lending`` as well: consumers can get the producer's own memory.
     """
 
@@ -57,6 +58,7 @@ class Capabilities:
     two_sided: bool
     abortable: bool = True
     is_user_defined: bool = False
+    sends_from_host: bool = False
     lends: bool = False
 
     def carries(self, device_type: str) -> bool:

@@ -46,7 +46,9 @@ class NixlTransport:
         TransportUnavailable: nixl is not installed, or Ray is told to use TLS.
     """
 
-    capabilities = Capabilities("nixl", frozenset({"cpu", "cuda"}), two_sided=False)
+    capabilities = Capabilities(
+        "nixl", frozenset({"cpu", "cuda"}), two_sided=False, sends_from_host=True
+    )
 
     def __init__(
         self,
