@@ -26,7 +26,7 @@ with atheris.instrument_imports(
     from ray.experimental.rdt.consumer.prefetcher import Prefetcher
     from ray.experimental.rdt.owner.streams import TakenStreams
     from ray.experimental.rdt.producer.streams import ProducedStreams
-    from ray.experimental.rdt.producer.tensor_store import Store
+    from ray.experimental.rdt.producer.tensor_store import TensorStore
     from ray.experimental.rdt.producer.transport_server import Server
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.registry import Transports
@@ -55,7 +55,7 @@ def make_session():
     session = Session(b"secret", "127.0.0.1")
     session.agent = Replies(session.agent)
     transports, produced = Transports(session), ProducedStreams(session)
-    Server(session, Store(), transports, produced)
+    Server(session, TensorStore(), transports, produced)
     Prefetcher(session, AutoTransportPolicy(session))
     TakenStreams(session)
     return session

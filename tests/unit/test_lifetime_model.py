@@ -19,13 +19,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.owner.object_directory import (
-    Directory,
     Free,
     Hint,
     Instruction,
+    ObjectDirectory,
     Own,
 )
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization.layout import lay_out
 
 PRODUCER, CONSUMER = b"p" * 16, b"c" * 16
@@ -34,7 +34,7 @@ PRODUCER, CONSUMER = b"p" * 16, b"c" * 16
 class Regions:
     """What the producer's agent serves: who owns each key, and how many pulls read it."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: TensorStore):
         self._store = store
         self._tokens: dict[bytes, int] = {}
         self.owned: dict[bytes, bool] = {}
@@ -65,8 +65,8 @@ class World:
     """One owner, one producer, one consumer, and what is under way between them."""
 
     def __init__(self) -> None:
-        self.directory = Directory()
-        self.store = Store()
+        self.directory = ObjectDirectory()
+        self.store = TensorStore()
         self.regions = Regions(self.store)
         self.replies: deque[tuple[str, Location]] = deque()
         self.notices: deque[Own | Free] = deque()

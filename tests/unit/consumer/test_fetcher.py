@@ -24,7 +24,7 @@ from ray.experimental.rdt.consumer.agent_transfer import AgentPull
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
 from ray.experimental.rdt.consumer.receive_buffers import allocate
 from ray.experimental.rdt.consumer.targets import Target, Targets
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization import capture, layout
 from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.transports.selection import Pair
@@ -96,7 +96,7 @@ class World:
 
     def __init__(self) -> None:
         self.agent = FakeAgent()
-        self.store = Store()
+        self.store = TensorStore()
         self.link_uses = 0
         self.kept: list[Any] = []
         self.hints: dict[bytes, AgentPull] = {}

@@ -9,11 +9,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.owner.object_directory import (
-    Directory,
     Free,
     Hint,
-    LetGo,
+    ObjectDirectory,
     Own,
+    ReleaseHandle,
     State,
     WarnShared,
 )
@@ -24,14 +24,14 @@ ELSEWHERE = Location(b"other", b"j" * 16, 8)
 ACTOR, OTHER = b"a" * 16, b"b" * 16
 
 
-def submitted(directory: Directory, object_id: str = "o") -> None:
+def submitted(directory: ObjectDirectory, object_id: str = "o") -> None:
     submit = directory.begin_submit()
     directory.submitted(object_id, ACTOR, "auto")
     assert directory.end_submit(submit) == []
 
 
 def test_object_is_freed_once_when_it_goes_out_of_scope():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     assert directory.row("o").state is State.SUBMITTED
     assert directory.created("o", HERE) == [Own("o", HERE)]
@@ -41,7 +41,7 @@ def test_object_is_freed_once_when_it_goes_out_of_scope():
 
 
 def test_reply_before_remote_returns_is_kept():
-    directory = Directory()
+    directory = ObjectDirectory()
     submit = directory.begin_submit()
     assert directory.created("o", HERE) == [Own("o", HERE)]
     directory.submitted("o", ACTOR, "auto")
@@ -51,30 +51,30 @@ def test_reply_before_remote_returns_is_kept():
 
 
 def test_handle_is_kept_until_the_object_is_gone():
-    directory = Directory()
+    directory = ObjectDirectory()
     directory.submitted("o", ACTOR, "auto", "handle")
     assert directory.created("o", HERE) == [Own("o", HERE)]
     assert directory.row("o").handle == "handle"
-    assert directory.out_of_scope("o") == [Free(HERE), LetGo("handle", is_last=True)]
+    assert directory.out_of_scope("o") == [Free(HERE), ReleaseHandle("handle", is_last=True)]
 
 
 def test_handle_is_let_go_with_an_object_that_was_never_made():
-    directory = Directory()
+    directory = ObjectDirectory()
     directory.submitted("o", ACTOR, "auto", "handle")
-    assert directory.out_of_scope("o") == [LetGo("handle", is_last=True)]
+    assert directory.out_of_scope("o") == [ReleaseHandle("handle", is_last=True)]
 
 
 @pytest.mark.parametrize("location", [None, INSIDE])
 def test_handle_is_not_kept_for_what_the_value_has_inside(location):
-    directory = Directory()
+    directory = ObjectDirectory()
     directory.submitted("o", ACTOR, "auto", "handle")
-    assert directory.created("o", location)[-1] == LetGo("handle", is_last=False)
-    assert LetGo not in map(type, directory.out_of_scope("o"))
+    assert directory.created("o", location)[-1] == ReleaseHandle("handle", is_last=False)
+    assert ReleaseHandle not in map(type, directory.out_of_scope("o"))
 
 
 def test_handle_comes_after_the_reply():
     for location, kept in ((HERE, "handle"), (INSIDE, None)):
-        directory = Directory()
+        directory = ObjectDirectory()
         submit = directory.begin_submit()
         directory.created("o", location)
         directory.submitted("o", ACTOR, "auto", "handle")
@@ -83,14 +83,14 @@ def test_handle_comes_after_the_reply():
 
 
 def test_handles_are_let_go_at_the_end():
-    directory = Directory()
+    directory = ObjectDirectory()
     directory.submitted("o", ACTOR, "auto", "handle")
     directory.created("o", HERE)
-    assert directory.close() == [Free(HERE), LetGo("handle", is_last=True)]
+    assert directory.close() == [Free(HERE), ReleaseHandle("handle", is_last=True)]
 
 
 def test_freed_before_created_is_freed_on_creation():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     assert directory.out_of_scope("o") == []
     assert directory.created("o", HERE) == [Free(HERE)]
@@ -98,7 +98,7 @@ def test_freed_before_created_is_freed_on_creation():
 
 
 def test_freed_before_created_during_another_submit_is_freed_when_that_ends():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     directory.out_of_scope("o")
     submit = directory.begin_submit()
@@ -108,7 +108,7 @@ def test_freed_before_created_during_another_submit_is_freed_when_that_ends():
 
 
 def test_later_submits_do_not_keep_an_orphan_alive():
-    directory = Directory()
+    directory = ObjectDirectory()
     first = directory.begin_submit()
     directory.created("o", HERE)
     second = directory.begin_submit()
@@ -117,7 +117,7 @@ def test_later_submits_do_not_keep_an_orphan_alive():
 
 
 def test_retry_frees_the_first_copy():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     directory.created("o", HERE)
     assert directory.created("o", ELSEWHERE) == [Free(HERE), Own("o", ELSEWHERE)]
@@ -125,21 +125,21 @@ def test_retry_frees_the_first_copy():
 
 
 def test_same_reply_twice_frees_nothing():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     directory.created("o", HERE)
     assert directory.created("o", HERE) == []
 
 
 def test_object_without_tensors_needs_no_free():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     assert directory.created("o", None) == []
     assert directory.out_of_scope("o") == []
 
 
 def test_close_frees_what_was_created():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory, "made")
     submitted(directory, "unmade")
     directory.created("made", HERE)
@@ -148,7 +148,7 @@ def test_close_frees_what_was_created():
 
 
 def test_sharing_with_the_producer_is_news_once():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     assert directory.passed_to("o", OTHER) == []
     assert directory.passed_to("o", ACTOR) == [WarnShared("o")]
@@ -157,14 +157,14 @@ def test_sharing_with_the_producer_is_news_once():
 
 
 def test_created_object_is_hinted_to_the_actor_it_goes_to():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     directory.created("o", HERE)
     assert directory.passed_to("o", OTHER) == [Hint(OTHER, HERE)]
 
 
 def test_object_passed_on_before_it_exists_is_hinted_when_it_does():
-    directory = Directory()
+    directory = ObjectDirectory()
     submitted(directory)
     assert directory.passed_to("o", OTHER) == []
     assert directory.created("o", HERE) == [Own("o", HERE), Hint(OTHER, HERE)]
@@ -177,7 +177,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = Directory()
+        self.directory = ObjectDirectory()
         self.copies = 0
         self.held: set[str] = set()
         self.live: dict[Location, str] = {}

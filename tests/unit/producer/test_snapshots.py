@@ -13,10 +13,9 @@ import torch
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError
-from ray.experimental.rdt.producer import admission as room
-from ray.experimental.rdt.producer import snapshots
+from ray.experimental.rdt.producer import admission, snapshots
 from ray.experimental.rdt.producer import transport_server as serve
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization import layout
 from ray.experimental.rdt.transports.base import Capabilities
 from tests import fake_device
@@ -32,7 +31,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(nbytes: int = 4 * LARGE, device: str = "cpu", nixl: Any = None) -> snapshots.Snapshots:
-    made = snapshots.Snapshots(room.Room(Store()), lambda: nixl)
+    made = snapshots.Snapshots(admission.AdmissionControl(TensorStore()), lambda: nixl)
     made.make_pool(nbytes, device)
     return made
 

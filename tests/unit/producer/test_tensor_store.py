@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
+from ray.experimental.rdt.producer.tensor_store import StoredObject, TensorStore
 from ray.experimental.rdt.serialization.layout import Captured, lay_out
 
 
@@ -21,12 +21,14 @@ def key_of(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def add(store: Store, number: int, *tensors: torch.Tensor, object_id: str = "") -> StoredObject:
+def add(
+    store: TensorStore, number: int, *tensors: torch.Tensor, object_id: str = ""
+) -> StoredObject:
     return store.add(key_of(number), object_id or f"id{number}", lay_out(list(tensors)), "auto")
 
 
 def test_object_is_found_by_key_and_id_until_it_is_dropped():
-    store = Store()
+    store = TensorStore()
     stored = add(store, 1, torch.ones(3))
     assert store.by_key(key_of(1)) is store.by_id("id1") is stored
     assert store.drop([stored.token]) == [stored]
@@ -36,14 +38,14 @@ def test_object_is_found_by_key_and_id_until_it_is_dropped():
 
 
 def test_unknown_tokens_are_ignored():
-    store = Store()
+    store = TensorStore()
     stored = add(store, 1, torch.ones(3))
     assert store.drop([999, stored.token]) == [stored]
     assert store.drop([stored.token]) == []
 
 
 def test_tensor_dies_with_what_drop_returned():
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(3)
     weak = weakref.ref(tensor)
     stored = add(store, 1, tensor)
@@ -58,7 +60,7 @@ def test_tensor_dies_with_what_drop_returned():
 
 
 def test_second_copy_of_an_object_replaces_the_first_by_id_only():
-    store = Store()
+    store = TensorStore()
     first = add(store, 1, torch.ones(3), object_id="same")
     second = add(store, 2, torch.ones(3), object_id="same")
     assert store.by_id("same") is second
@@ -69,7 +71,7 @@ def test_second_copy_of_an_object_replaces_the_first_by_id_only():
 
 
 def test_borrowed_object_stays_until_it_is_given_back():
-    store = Store()
+    store = TensorStore()
     stored = add(store, 1, torch.ones(3))
     assert store.borrow(stored.key) is store.borrow(stored.key) is stored
     assert store.drop([stored.token]) == []
@@ -80,7 +82,7 @@ def test_borrowed_object_stays_until_it_is_given_back():
 
 
 def test_borrow_that_ends_before_the_release_drops_nothing():
-    store = Store()
+    store = TensorStore()
     stored = add(store, 1, torch.ones(3))
     store.borrow(stored.key)
     assert store.give_back(stored.key) == []
@@ -88,7 +90,7 @@ def test_borrow_that_ends_before_the_release_drops_nothing():
 
 
 def test_clear_drops_everything_borrowed_or_not():
-    store = Store()
+    store = TensorStore()
     tensors = [torch.ones(3), torch.ones(4)]
     kept = [add(store, number, tensor) for number, tensor in enumerate(tensors)]
     store.borrow(kept[0].key)
@@ -99,7 +101,7 @@ def test_clear_drops_everything_borrowed_or_not():
 
 @pytest.mark.parametrize("other", [lambda t: t, lambda t: t[2:3], lambda t: t.view(2, 4).t()])
 def test_views_count_as_the_tensor_itself(other):
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(8)
     stored = add(store, 1, other(tensor))
     with pytest.raises(TimeoutError, match="in use"):
@@ -109,7 +111,7 @@ def test_views_count_as_the_tensor_itself(other):
 
 
 def test_every_object_over_the_storage_counts():
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(8)
     both = [add(store, 1, tensor, tensor[:2]), add(store, 2, tensor[4:])]
     store.drop([both[0].token])
@@ -120,7 +122,7 @@ def test_every_object_over_the_storage_counts():
 
 
 def test_borrowed_object_is_not_freed():
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(8)
     stored = add(store, 1, tensor)
     store.borrow(stored.key)
@@ -132,7 +134,7 @@ def test_borrowed_object_is_not_freed():
 
 
 def test_objects_over_the_same_memory_count_once():
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(8)
     part, whole = add(store, 1, tensor[:2]), add(store, 2, tensor)
     other = add(store, 3, torch.ones(2))
@@ -144,13 +146,13 @@ def test_objects_over_the_same_memory_count_once():
 
 
 def test_other_data_than_tensors_counts_as_nothing():
-    store = Store()
+    store = TensorStore()
     store.add(key_of(1), "id", Captured([b"text"]), "auto")
     assert store.nbytes == 0
 
 
 def test_there_is_room_up_to_the_limit_and_what_is_stored_needs_none():
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(8)
     add(store, 1, tensor)
     assert store.await_room(lay_out([torch.ones(2)]), 40, 0)
@@ -159,7 +161,7 @@ def test_there_is_room_up_to_the_limit_and_what_is_stored_needs_none():
 
 
 def test_waiting_for_room_ends_as_soon_as_enough_is_freed():
-    store = Store()
+    store = TensorStore()
     kept = [add(store, number, torch.ones(8)) for number in range(3)]
     found = []
     waiter = threading.Thread(
@@ -175,7 +177,7 @@ def test_waiting_for_room_ends_as_soon_as_enough_is_freed():
 
 
 def test_a_store_that_nothing_leaves_is_waited_for_once():
-    store = Store()
+    store = TensorStore()
     kept = add(store, 1, torch.ones(8))
     began = time.monotonic()
     assert not store.await_room(lay_out([torch.ones(8)]), 32, 0.3)
@@ -191,20 +193,20 @@ def test_a_store_that_nothing_leaves_is_waited_for_once():
 
 
 def test_what_can_never_fit_is_not_waited_for():
-    store = Store()
+    store = TensorStore()
     began = time.monotonic()
     assert not store.await_room(lay_out([torch.ones(9)]), 32, 60)
     assert time.monotonic() - began < 30
 
 
 def test_another_tensor_is_not_waited_for():
-    store = Store()
+    store = TensorStore()
     add(store, 1, torch.ones(8))
     store.wait_freed(torch.ones(8), 0)
 
 
 def test_waiter_wakes_as_the_object_goes():
-    store = Store()
+    store = TensorStore()
     tensor = torch.ones(8)
     stored = add(store, 1, tensor)
     has_begun = threading.Event()
@@ -222,7 +224,7 @@ def test_waiter_wakes_as_the_object_goes():
 
 
 def test_waiter_for_an_object_gets_it_or_a_timeout():
-    store = Store()
+    store = TensorStore()
     with pytest.raises(TimeoutError, match="id1"):
         store.wait_object("id1", 0.01)
     adder = threading.Thread(target=add, args=(store, 1, torch.ones(2)))
@@ -252,7 +254,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.store = Store()
+        self.store = TensorStore()
         self.memory = [torch.ones(4) for _ in range(3)]
         self.live: dict[bytes, StoredObject] = {}
         self.users: dict[bytes, int] = {}

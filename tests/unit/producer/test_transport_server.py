@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc.session import CallError
 from ray.experimental.rdt.serialization.layout import lay_out
@@ -37,7 +37,7 @@ def make_server() -> Any:
     session: Any = SimpleNamespace(
         serve=nothing, on_peer_lost=nothing, on_tick=nothing, on_close=nothing
     )
-    return Server(session, Store(), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    return Server(session, TensorStore(), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
 
 
 def test_a_reader_waits_for_anothers_exposure_no_longer_than_it_has_time() -> None:

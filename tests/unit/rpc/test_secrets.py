@@ -11,7 +11,7 @@ import ray.experimental.rdt
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.owner.object_directory import Free
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization.layout import lay_out
 
 KEY = bytes.fromhex("d00dfeedc0ffee00d00dfeedc0ffee00")
@@ -19,13 +19,13 @@ KEY = bytes.fromhex("d00dfeedc0ffee00d00dfeedc0ffee00")
 #: Where something is unpickled, and how it came there.
 UNPICKLING = {
     "serialization/envelope.py": "in the Ray value: the skeleton and the table of its tensors",
-    "consumer/transfer.py": "in the Ray value: what a transport of the user's ships",
+    "consumer/user_transfer.py": "in the Ray value: the shipment of a user-defined transport",
     "transports/user/registered.py": "from Ray's GCS: transports of users, and their notes",
 }
 
 
 def test_keys_are_in_no_repr():
-    stored = Store().add(KEY, "id", lay_out([torch.ones(2)]), "auto")
+    stored = TensorStore().add(KEY, "id", lay_out([torch.ones(2)]), "auto")
     shown = [
         Descriptor(KEY, 1, bytes(16), "auto", b"address", False),
         Location(b"address", KEY, 1),

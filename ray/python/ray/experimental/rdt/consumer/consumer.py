@@ -24,7 +24,7 @@ from ray.experimental.rdt.serialization.envelope import open_envelope
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.producer.tensor_store import Store
+    from ray.experimental.rdt.producer.tensor_store import TensorStore
 
 #: The metadata of values that are neither RDT objects nor errors.
 _PLAIN_METADATA = (
@@ -49,7 +49,7 @@ class Consumer:
         targets: The tensors and devices that users want objects received into.
     """
 
-    def __init__(self, store: Store, fetcher: Fetcher, recovery: Recovery):
+    def __init__(self, store: TensorStore, fetcher: Fetcher, recovery: Recovery):
         self._store = store
         self._fetcher = fetcher
         self._recovery = recovery

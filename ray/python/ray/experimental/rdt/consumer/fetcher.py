@@ -47,7 +47,7 @@ from ray.experimental.rdt.transports.selection import default_transports
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.producer.tensor_store import Store
+    from ray.experimental.rdt.producer.tensor_store import TensorStore
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Fetcher:
         services: Returns the parts of the session; called only if bytes have to be transferred.
     """
 
-    def __init__(self, store: Store, services: Callable[[], TransferServices]):
+    def __init__(self, store: TensorStore, services: Callable[[], TransferServices]):
         self._store = store
         self._services = services
 

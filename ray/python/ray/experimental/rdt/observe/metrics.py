@@ -1,7 +1,7 @@
 """RDT's memory in Ray's metrics: ``ray_rdt_stored_bytes`` and three more, for each process.
 
-Set by the reaper thread, so a process that does not use RDT does nothing for them and imports
-nothing. Ray adds the tags that tell processes apart.
+The reaper thread sets them, so a process that does not use RDT does not import or set them. Ray
+adds the tags that identify the process.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from ray.experimental.rdt.rpc.session import Session
 
 _EVERY_S = 2.0
 
-#: By the name that ``stats`` has for it. Ray puts "ray_" before the name of a metric.
+#: By name in ``stats``. Ray adds the prefix "ray_" to the name of a metric.
 _DESCRIPTIONS = {
-    "stored_bytes": "Host memory that RDT objects of this process keep.",
-    "pinned_bytes": "Of RDT objects that other processes read at the moment.",
-    "pooled_bytes": "The receive pool of RDT: received tensors, and free memory for more.",
-    "hinted_bytes": "RDT objects that were received before anybody asked.",
+    "stored_bytes": "Host memory of the RDT objects that this process stores.",
+    "pinned_bytes": "Memory of RDT objects that other processes are reading.",
+    "pooled_bytes": "The receive pool of RDT: received tensors and free memory.",
+    "hinted_bytes": "RDT objects that were prefetched and not fetched yet.",
 }
 
 
@@ -28,9 +28,9 @@ class Gauges:
 
     Args:
         session: Its reaper thread sets them.
-        read: Gives the numbers.
-        make: Makes a gauge from a name and a description; None for ``ray.util.metrics.Gauge``.
-        clock: Seconds.
+        read: Returns the numbers by name.
+        make: Creates a gauge from a name and a description; None for ``ray.util.metrics.Gauge``.
+        clock: Returns the time in seconds.
     """
 
     def __init__(

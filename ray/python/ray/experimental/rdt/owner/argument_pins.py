@@ -1,8 +1,8 @@
-"""Keeps the RDT arguments of normal tasks alive until the tasks have ended.
+"""Argument pins: the RDT arguments of normal tasks stay in scope until the tasks have ended.
 
-Ray's core puts a small value into the task that it is an argument of and then drops its reference
-to the object. An RDT object's value is small, but the task still has to pull its tensors. (For
-actor tasks the core keeps the reference.)
+Ray's core copies a small argument into the task and then drops its reference to the object. The
+value of an RDT object is small, but the task still has to pull its tensors. (For actor tasks the
+core keeps the reference.)
 
 Thread: ``rdt-holder``, which waits in Ray for the tasks' returns and sleeps while there are none.
 """
@@ -15,12 +15,12 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 
-#: How long one wait in Ray lasts before it takes in tasks submitted meanwhile.
+#: One wait in Ray takes this long; then tasks that were submitted meanwhile are included.
 _WAIT_S = 0.25
 
 
-class ArgumentHolder:
-    """The arguments held by one process. Thread-safe; ``hold`` returns at once."""
+class ArgumentPins:
+    """The pinned arguments of one process. Thread-safe; ``hold`` returns at once."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -32,12 +32,12 @@ class ArgumentHolder:
         return len(self._held) + len(self._unreturned)
 
     def hold(self, arguments: list[Any], returned: list[Any]) -> None:
-        """Keeps references until a task has ended.
+        """Hold references until a task has ended.
 
         Args:
             arguments: The task's RDT arguments.
-            returned: The task's returns. Without any, nothing tells its end, and the arguments are
-                kept as long as a fetch may take.
+            returned: The task's returns. The end of a task without returns is unknown, so its
+                arguments are held for the time limit of a fetch.
         """
         with self._changed:
             if returned:
@@ -51,7 +51,7 @@ class ArgumentHolder:
             self._changed.notify_all()
 
     def clear(self) -> None:
-        """Lets go of everything. Runs on: whoever shuts Ray down."""
+        """Release all references. Runs on: the thread that shuts Ray down."""
         with self._changed:
             self._held.clear()
             self._unreturned.clear()
@@ -75,15 +75,15 @@ class ArgumentHolder:
                 if not tasks:
                     self._changed.wait(_WAIT_S)
             if tasks:
-                self._let_go(ray, tasks)
+                self._release_ended(ray, tasks)
 
     def _is_current(self) -> bool:
         return self._thread is not None and self._thread.is_current()
 
-    def _let_go(self, ray: Any, tasks: list[Any]) -> None:
+    def _release_ended(self, ray: Any, tasks: list[Any]) -> None:
         try:
             ended, _ = ray.wait(tasks, num_returns=len(tasks), timeout=_WAIT_S, fetch_local=False)
-        except Exception:  # Ray is shutting down: nothing is left to hold
+        except Exception:  # Ray is shutting down, which ends all tasks
             self.clear()
             return
         with self._changed:

@@ -1,31 +1,30 @@
-"""What an owner knows of its RDT objects. A pure state machine: event in, instructions out.
+"""An owner's records of its RDT objects: a pure state machine, event in, instructions out.
 
-No Ray, torch, thread or clock inside. The caller serializes access and carries out what it gets.
+It uses no Ray, torch, thread or clock. The caller serializes access and carries out instructions.
 
 Rows by object id (hex). Events come in any order that the core allows:
 
-==================  ==========================  ========================================
-event               row before                  what happens
-==================  ==========================  ========================================
+==================  ==========================  ==========================================
+event               row before                  result
+==================  ==========================  ==========================================
 submitted           none                        row SUBMITTED
-passed_to           CREATED                     Hint; once WarnShared if the producer has it too
+passed_to           CREATED                     Hint; once WarnShared if the producer has it
 passed_to           SUBMITTED                   the same; the Hint follows when it is created
 submitted           CREATED (early reply)       row gets the call's producer
-created             none, a submit in flight    row CREATED, Own: the reply was faster than the call
+created             none, a submit in flight    row CREATED, Own: the reply came before the ref
 created             none, no submit in flight   freed before it was created: Free
-created             SUBMITTED                   row CREATED, Own, Hint for each that waits for it
+created             SUBMITTED                   row CREATED, Own, Hint for each destination
 created             CREATED (a retry)           Free of the old copy, Own of the new
-created             any, its bytes are inside   LetGo of the producer's handle
-out_of_scope        SUBMITTED                   row gone (a later created frees), LetGo
-out_of_scope        CREATED                     row gone, Free, LetGo
+created             any, value has the bytes    ReleaseHandle of the producer's handle
+out_of_scope        SUBMITTED                   row gone, ReleaseHandle; a later created frees
+out_of_scope        CREATED                     row gone, Free, ReleaseHandle
 out_of_scope        none                        nothing: the object had no tensors
-close               any                         all rows gone, Free of each created one, LetGo
-==================  ==========================  ========================================
+close               any                         as out_of_scope, for all rows
+==================  ==========================  ==========================================
 
-"A submit in flight": the core may hand over the reply to a task before ``.remote()`` has returned
-the reference that names it. So a caller brackets each submit with ``begin_submit`` and
-``end_submit``; an early row whose submits in flight have all ended without naming it was freed
-before, and is freed.
+"A submit in flight": the core may deliver the reply of a task before ``.remote()`` has returned the
+reference. So a caller brackets each submit with ``begin_submit`` and ``end_submit``. If all submits
+that were in flight at an early reply have ended without naming its object, the object is freed.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Own:
 
 @dataclass(frozen=True)
 class Hint:
-    """Instruction: tell an actor's agent that its next task will ask for this object."""
+    """Instruction: tell an actor's agent that its next task will fetch this object."""
 
     actor_id: bytes
     location: Location
@@ -63,32 +62,32 @@ class Hint:
 
 @dataclass(frozen=True)
 class WarnShared:
-    """Instruction: tell the user that an object's producer and others both have it."""
+    """Instruction: tell the user that an object's producer and another actor share it."""
 
     object_id: str
 
 
 @dataclass
-class LetGo:
-    """Instruction: an object no longer needs the handle of the actor that made it.
+class ReleaseHandle:
+    """Instruction: release the handle of the actor that made an object.
 
-    Letting go of a handle may run code of Ray's, so one thread takes it over from another.
+    A release may run code of Ray, so the handle can be passed to another thread.
 
     Attributes:
         handle: The handle.
-        is_last: Whether the object is gone, and not only the need for its producer.
+        is_last: True if the object is gone; False if only its producer is not needed any more.
     """
 
     handle: Any
     is_last: bool
 
     def take(self) -> Any:
-        """The handle, which is not kept here any more."""
+        """Return the handle and drop it here."""
         handle, self.handle = self.handle, None
         return handle
 
 
-Instruction = Free | Own | Hint | WarnShared | LetGo
+Instruction = Free | Own | Hint | WarnShared | ReleaseHandle
 
 
 class State(enum.Enum):
@@ -104,12 +103,12 @@ class Row:
 
     Attributes:
         state: See ``State``.
-        producer: The id of the actor that makes it, None while unknown or no actor.
+        producer: The id of the actor that makes it, None while unknown or if it is no actor.
         transport: The transport that the user named, None while unknown.
         location: Where its tensors are; None while SUBMITTED, or if it has none.
-        handle: Keeps the producer alive; None where it need not, or is no actor.
+        handle: Keeps the producer alive; None if that is not necessary.
         destinations: Ids of the actors that it was passed to.
-        is_warned: Whether the user was told that producer and others share it.
+        is_warned: True once the user was warned that the producer shares it.
     """
 
     state: State
@@ -119,11 +118,11 @@ class Row:
     handle: Any = None
     destinations: set[bytes] = field(default_factory=set)
     is_warned: bool = False
-    #: Early rows only: submits that may yet name it.
+    #: Early rows only: submits in flight that may name it.
     _awaited_submits: set[int] = field(default_factory=set)
 
 
-class Directory:
+class ObjectDirectory:
     """The rows of one owner. Not thread-safe: its caller holds a lock."""
 
     def __init__(self) -> None:
@@ -173,21 +172,23 @@ class Directory:
             row._awaited_submits = set(self._submits)
             self._early.add(object_id)
         old, row.location, row.state = row.location, location, State.CREATED
-        let_go = [] if _is_at_producer(location) else _let_go(row, is_last=False)
+        release = [] if _is_at_producer(location) else _release_handle(row, is_last=False)
         if old == location:
-            return let_go
+            return release
         if location is None:
-            return [*_free(old), *let_go]
+            return [*_free(old), *release]
         hints = (_hint(row, destination) for destination in row.destinations)
-        return [*_free(old), Own(object_id, location), *hints, *let_go]
+        return [*_free(old), Own(object_id, location), *hints, *release]
 
     def out_of_scope(self, object_id: str) -> list[Instruction]:
         self._early.discard(object_id)
         row = self._rows.pop(object_id, None)
-        return [*_free(row.location), *_let_go(row, is_last=True)] if row is not None else []
+        return (
+            [*_free(row.location), *_release_handle(row, is_last=True)] if row is not None else []
+        )
 
     def passed_to(self, object_id: str, destination: bytes) -> Sequence[Instruction]:
-        """An object is an argument of a task that was submitted to an actor."""
+        """Handle an object that is an argument of a task submitted to an actor."""
         row = self._rows.get(object_id)
         if row is None:
             return []
@@ -200,7 +201,7 @@ class Directory:
         return [*hints, WarnShared(object_id)]
 
     def may_own(self, object_id: str, key: bytes) -> bool:
-        """Whether this is an object's copy that is in use here, or may yet come to be."""
+        """Tell whether an object's copy with this key is in use here, or may be later."""
         row = self._rows.get(object_id)
         if row is None:
             return bool(self._submits)
@@ -209,7 +210,7 @@ class Directory:
         return row.location is not None and row.location.key == key
 
     def find(self, key: bytes) -> str:
-        """The id of the object whose copy has this key, "" if none has. Looks at every row."""
+        """Return the id of the object whose copy has this key, or "". Searches all rows."""
         rows = self._rows.items()
         found = (name for name, row in rows if row.location and row.location.key == key)
         return next(found, "")
@@ -223,13 +224,13 @@ def _free(location: Location | None) -> list[Free]:
 
 
 def _is_at_producer(location: Location | None) -> bool:
-    """Whether an object's tensors are in its producer's process only."""
+    """Tell whether an object's tensors are in its producer's process only."""
     return location is not None and not location.is_eager
 
 
-def _let_go(row: Row, is_last: bool) -> list[LetGo]:
+def _release_handle(row: Row, is_last: bool) -> list[ReleaseHandle]:
     handle, row.handle = row.handle, None
-    return [LetGo(handle, is_last)] if handle is not None else []
+    return [ReleaseHandle(handle, is_last)] if handle is not None else []
 
 
 def _hint(row: Row, destination: bytes) -> Hint:

@@ -18,14 +18,14 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.common.real_threads import Lock
-from ray.experimental.rdt.owner.argument_pins import ArgumentHolder
+from ray.experimental.rdt.owner.argument_pins import ArgumentPins
 from ray.experimental.rdt.owner.object_directory import (
-    Directory,
     Free,
     Hint,
     Instruction,
-    LetGo,
+    ObjectDirectory,
     Own,
+    ReleaseHandle,
     Row,
     WarnShared,
 )
@@ -71,11 +71,11 @@ class Owner:
     ):
         self._services = services
         self._peek = peek
-        self._directory = Directory()
+        self._directory = ObjectDirectory()
         self._lock = Lock()
         self._small_to_claim: deque[Own] = deque()
         self._unneeded_handles: deque[Any] = deque()
-        self._pins = ArgumentHolder()
+        self._pins = ArgumentPins()
         self.recipes = Reconstruction(self.find)
 
     # Calls.
@@ -281,7 +281,7 @@ class Owner:
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         services = self._peek() if instructions else None
         for instruction in instructions:
-            if isinstance(instruction, LetGo):
+            if isinstance(instruction, ReleaseHandle):
                 self._release_handle(instruction, services)
             elif services is None:
                 pass  # Ray is shutting down
@@ -295,7 +295,7 @@ class Owner:
             elif isinstance(instruction, WarnShared):
                 _warn_shared(instruction.object_id)
 
-    def _release_handle(self, instruction: LetGo, services: OwnerServices | None) -> None:
+    def _release_handle(self, instruction: ReleaseHandle, services: OwnerServices | None) -> None:
         """Release an actor's handle on another thread, because that runs code of Ray.
 
         The handle of an object that is still in use may wait for the next submit or tick.

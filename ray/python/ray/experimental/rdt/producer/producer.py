@@ -15,9 +15,9 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.descriptor import KEY_BYTES, PRODUCER_BYTES, Descriptor
 from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.common.location import Location
-from ray.experimental.rdt.producer.admission import Room
+from ray.experimental.rdt.producer.admission import AdmissionControl
 from ray.experimental.rdt.producer.snapshots import Snapshots
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization import capture
 from ray.experimental.rdt.serialization.capture import Skeleton, Wanted
 from ray.experimental.rdt.serialization.envelope import pack
@@ -96,8 +96,8 @@ class Producer:
         find_nixl: Callable[[], NixlTransport | None],
         record_put: Callable[[str, str, Location], None],
     ):
-        self.store = Store()
-        self.admission = Room(self.store)
+        self.store = TensorStore()
+        self.admission = AdmissionControl(self.store)
         self.snapshots = Snapshots(self.admission, find_nixl)
         self._services = services
         self._record_put = record_put
@@ -171,7 +171,7 @@ class Producer:
 
     def _is_admitted(self, captured: Captured, transport: str) -> bool:
         """Wait for room. False if there is none: Ray's object store takes the value."""
-        return self.admission.is_given(captured) and (
+        return self.admission.admit(captured) and (
             transport.upper() != "NIXL" or self.snapshots.take(captured)
         )
 

@@ -1,7 +1,7 @@
-"""Copies of what is put over nixl, in the pool of ``register_nixl_memory_pool``.
+"""Copies of nixl objects in the pool of ``register_nixl_memory_pool``.
 
 A program with a pool may overwrite its tensors as soon as they are put or returned. So the copy is
-made then, and whatever lane a consumer takes, it reads the copy.
+made at that time, and consumers read the copy on every lane.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError, RDTError
-from ray.experimental.rdt.producer.admission import Room, may_wait
+from ray.experimental.rdt.producer.admission import AdmissionControl, may_wait
 from ray.experimental.rdt.serialization.layout import Captured, region_bytes
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.pool import Copies, MemoryPool
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
     from ray.experimental.rdt.transports.nixl.transport import NixlTransport
 
-#: Finds this process's nixl transport, None if it has not been used.
+#: Returns this process's nixl transport, None if it has not been used.
 FindNixl = Callable[[], "NixlTransport | None"]
 
 
 class Snapshots:
-    """The pool of one process, if it has one.
+    """Copies objects into the memory pool of one process, if there is a pool.
 
     Args:
-        room: Where objects go that find no room.
-        find_nixl: Knows the memory that the user has registered, and the stream that writes.
+        admission: Counts the objects for which the pool has no room.
+        find_nixl: Returns the transport with the user's registered memory and stream.
     """
 
-    def __init__(self, room: Room, find_nixl: FindNixl):
-        self._room = room
+    def __init__(self, admission: AdmissionControl, find_nixl: FindNixl):
+        self._admission = admission
         self._find_nixl = find_nixl
         self._lock = threading.Lock()
         self._pool: MemoryPool | None = None
 
     def make_pool(self, nbytes: int, device: torch.device | str) -> torch.Tensor:
-        """Makes the pool; returns its memory.
+        """Create the pool; return its memory.
 
         Raises:
-            ValueError: there is one, or the size is not above 0.
+            ValueError: The pool exists, or the size is not positive.
         """
         if nbytes <= 0:
             raise ValueError(f"a nixl memory pool needs a size above 0, not {nbytes}")
@@ -59,52 +59,52 @@ class Snapshots:
             return self._pool.memory
 
     def drop_pool(self) -> None:
-        """Objects that lie in it keep its memory. Runs on: whoever shuts Ray down."""
+        """Drop the pool. Objects in it keep its memory. Runs on: the thread that shuts Ray down."""
         with self._lock:
             self._pool = None
 
     def take(self, captured: Captured) -> bool:
-        """Copies an object into the pool, if there is one and it is meant for the object.
+        """Copy an object into the pool if there is one and it takes the object.
 
-        Not meant for it are objects that ride in their value, those with memory that the user has
-        registered, and those with tensors elsewhere than on the pool's GPU.
+        The pool does not take objects whose value contains the tensors' bytes, objects with memory
+        that the user has registered, and objects with tensors on another device than the pool's.
 
-        Runs on: producer, the thread of the task. Waits for room, for devices where the pool is in
-        host memory, and for whole devices after ``set_nixl_cuda_stream(None)``.
+        Runs on: producer, the thread of the task. Waits for room, for devices if the pool is in
+        host memory, and for all work of devices after ``set_nixl_cuda_stream(None)``.
 
         Returns:
-            False if there is no room: the object is to go through Ray's object store.
+            False if there is no room and the object has to go through Ray's object store.
 
         Raises:
-            NixlOutOfMemoryError: there is no room, and the object cannot go through Ray's object
-                store or may not, because ``RAY_RDT_STRICT_TRANSPORT=1``.
-            ValueError: a tensor is on another device than the stream of ``set_nixl_cuda_stream``.
+            NixlOutOfMemoryError: There is no room, and the object cannot go through Ray's object
+                store, or ``RAY_RDT_STRICT_TRANSPORT=1`` forbids it.
+            ValueError: A tensor is on another device than the stream of ``set_nixl_cuda_stream``.
         """
         pool, table = self._pool, captured.table
         if pool is None or (table.nbytes <= settings().eager_bytes and not table.devices):
             return True
         buffers = [region_bytes(captured, region) for region in range(len(table.regions))]
-        if not self._is_meant_for(pool, buffers):
+        if not self._takes(pool, buffers):
             return True
-        patience_s = settings().store_wait_s if may_wait() else 0.0
-        copies = pool.take([buffer.numel() for buffer in buffers], patience_s)
+        wait_s = settings().store_wait_s if may_wait() else 0.0
+        copies = pool.take([buffer.numel() for buffer in buffers], wait_s)
         if copies is None:
-            self._refuse(pool, captured, patience_s)
+            self._refuse(pool, captured, wait_s)
             return False
         self._copy(captured, copies, buffers)
         return True
 
-    def _is_meant_for(self, pool: MemoryPool, buffers: Sequence[torch.Tensor]) -> bool:
+    def _takes(self, pool: MemoryPool, buffers: Sequence[torch.Tensor]) -> bool:
         device = pool.memory.device
         if device.type != "cpu" and any(buffer.device != device for buffer in buffers):
             return False
         nixl = self._find_nixl()
         return nixl is None or not nixl.has_registered(buffers)
 
-    def _refuse(self, pool: MemoryPool, captured: Captured, patience_s: float) -> None:
+    def _refuse(self, pool: MemoryPool, captured: Captured, wait_s: float) -> None:
         nbytes, waited = captured.table.nbytes, ""
         if nbytes <= pool.memory.numel():
-            waited = f" within {patience_s:g} s (RAY_RDT_STORE_WAIT_S)"
+            waited = f" within {wait_s:g} s (RAY_RDT_STORE_WAIT_S)"
         full = (
             f"the nixl memory pool of {pool.memory.numel()} bytes had no room for an object of "
             f"{nbytes} bytes{waited}"
@@ -114,12 +114,12 @@ class Snapshots:
             raise NixlOutOfMemoryError(
                 f"{full}, and tensors on devices cannot go through Ray's object store. {advice}"
             )
-        self._room.refuse(full, advice, NixlOutOfMemoryError)
+        self._admission.refuse(full, advice, NixlOutOfMemoryError)
 
     def _copy(self, captured: Captured, copies: Copies, buffers: Sequence[torch.Tensor]) -> None:
-        """Copies an object's buffers, and puts the copies in their place.
+        """Replace an object's buffers by copies.
 
-        What the streams that write the tensors are given afterwards runs after the copies.
+        Later work on the streams that write the tensors runs after the copies.
         """
         pairs = list(zip(copies.buffers, buffers))
         for copy, buffer in pairs:

@@ -1,7 +1,7 @@
-"""What a producer keeps: the tensors of its RDT objects, until the owner says that they are free.
+"""The tensors of a producer's RDT objects, until their owners free them.
 
-Thread-safe; every method returns at once but ``wait_freed`` and ``wait_object``. The store holds
-references only: no copy, no registration with any transport, no export is made here.
+Thread-safe. Only ``await_room``, ``wait_freed`` and ``wait_object`` block. The store holds
+references: it makes no copies, registrations or exports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StoredObject:
         object_id: Its Ray id in hex.
         captured: Its tensors, regions and layout.
         transport: The transport that the user named.
-        token: Names it in the agent's events.
+        token: Identifies the object in the agent's events.
     """
 
     key: bytes = field(repr=False)
@@ -44,7 +44,7 @@ class StoredObject:
     token: int
 
 
-class Store:
+class TensorStore:
     """The stored objects of one process, by key, by token and by object id."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Store:
         return len(self._by_key)
 
     def add(self, key: bytes, object_id: str, captured: Captured, transport: str) -> StoredObject:
-        """Keeps the tensors of an object.
+        """Store the tensors of an object.
 
         Runs on: producer, the thread that ran the task. The caller registers the regions with the
         agent under the returned token afterwards.
@@ -82,22 +82,22 @@ class Store:
             self._changed.notify_all()
         return stored
 
-    def await_room(self, captured: Captured, limit: int, patience_s: float) -> bool:
-        """Waits until one more object can be stored within a limit; those that are freed wake it.
+    def await_room(self, captured: Captured, limit: int, wait_s: float) -> bool:
+        """Wait until one more object can be stored within a limit. Freed objects end the wait.
 
-        The patience is counted from when the store was first found full after the last object had
-        gone: a store that nothing leaves holds up one return, not each of many in turn.
+        The wait time counts from the moment when the store was first full after the last object had
+        left. So a store that no object leaves delays one return, and not each of many in turn.
 
-        Runs on: producer, the thread of the task; blocks without the GIL. Threads that are let in
-        at the same moment may pass the limit together.
+        Runs on: producer, the thread of the task; blocks without the GIL. Threads that are admitted
+        at the same moment may exceed the limit together.
 
         Args:
             captured: The object.
-            limit: For ``nbytes``.
-            patience_s: How long to wait, 0 to look only.
+            limit: The limit for ``nbytes``.
+            wait_s: The longest wait, 0 to return at once.
 
         Returns:
-            Whether there is room.
+            True if there is room.
         """
         memory, nbytes = _memory_of(captured)
 
@@ -111,7 +111,7 @@ class Store:
                 return False
             if self._full_since is None:
                 self._full_since = time.monotonic()
-            return self._wait(has_room, self._full_since + patience_s - time.monotonic())
+            return self._wait(has_room, self._full_since + wait_s - time.monotonic())
 
     def _count(self, captured: Captured) -> None:
         memory, nbytes = _memory_of(captured)
@@ -134,7 +134,7 @@ class Store:
         return self._by_id.get(object_id)
 
     def borrow(self, key: bytes) -> StoredObject | None:
-        """Keeps an object, freed or not, until ``give_back``. None if it is not here any more."""
+        """Keep an object, freed or not, until ``give_back``. None if it is not stored any more."""
         with self._changed:
             stored = self._by_key.get(key)
             if stored is not None:
@@ -142,7 +142,7 @@ class Store:
             return stored
 
     def give_back(self, key: bytes) -> list[StoredObject]:
-        """Ends one ``borrow``; returns the object if this was all that kept it."""
+        """End one ``borrow``; return the object if nothing else kept it."""
         with self._changed:
             self._borrowed[key] -= 1
             if self._borrowed[key]:
@@ -156,12 +156,12 @@ class Store:
         return dropped
 
     def drop(self, tokens: Sequence[int]) -> list[StoredObject]:
-        """Lets go of objects whose memory the agent does not read any more.
+        """Drop objects whose memory the agent does not read any more.
 
-        Borrowed ones stay until they are given back.
+        Borrowed objects stay until they are given back.
 
-        Runs on: producer, the reaper thread. The tensors may die with the returned objects, and so
-        outside the store's lock.
+        Runs on: producer, the reaper thread. The returned objects keep the tensors alive, so that
+        those die outside the store's lock.
         """
         with self._changed:
             known = [self._by_token[token] for token in tokens if token in self._by_token]
@@ -182,22 +182,22 @@ class Store:
         return stored
 
     def clear(self) -> list[StoredObject]:
-        """Lets go of everything, borrowed or not. Runs on: whoever shuts Ray down."""
+        """Drop all objects, borrowed or not. Runs on: the thread that shuts Ray down."""
         with self._changed:
             self._borrowed.clear()
             self._released.clear()
         return self.drop(list(self._by_token))
 
     def wait_freed(self, tensor: torch.Tensor, timeout_s: float | None) -> None:
-        """Blocks until no stored object uses the tensor's storage.
+        """Block until no stored object uses the tensor's storage.
 
         Raises:
-            TimeoutError: some still do after ``timeout_s`` seconds.
+            TimeoutError: An object still uses it after ``timeout_s`` seconds.
         """
         users: set[bytes] = set()
 
         def is_freed() -> bool:
-            # All objects are looked through only when those that were found are gone.
+            # Search all objects only when the users found before are gone.
             if self._by_key.keys().isdisjoint(users):
                 users.clear()
                 users.update(k for k, o in self._by_key.items() if o.captured.uses(tensor))
@@ -210,7 +210,7 @@ class Store:
             )
 
     def wait_object(self, object_id: str, timeout_s: float | None) -> StoredObject:
-        """Blocks until the object is stored here. Raises TimeoutError."""
+        """Block until the object is stored here. Raises TimeoutError."""
         if not self._wait(lambda: object_id in self._by_id, timeout_s):
             raise TimeoutError(f"RDT object {object_id} is not here after {timeout_s} s")
         return self._by_id[object_id]
@@ -222,14 +222,14 @@ class Store:
                 left = None if deadline is None else deadline.left_s()
                 if left is not None and left <= 0:
                     return False
-                # In slices: what cancels a task sets a flag that does not wake a wait.
+                # In slices: the flag that cancels a task does not end a wait.
                 self._changed.wait(_SLICE_S if left is None else min(left, _SLICE_S))
                 raise_if_cancelled()
         return True
 
 
 def _memory_of(captured: Captured) -> tuple[bytes, int]:
-    """A name for the storages that an object lies in, and its bytes of host memory."""
+    """Return a key for the storages of an object, and its bytes of host memory."""
     table = captured.table
     nbytes = sum(captured.host_spans()[1]) if table.devices else table.nbytes
     return captured.storages.tobytes(), nbytes

@@ -32,7 +32,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.once import Once, StillBeingMade
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.producer.streams import ProducedStreams
-from ray.experimental.rdt.producer.tensor_store import Store, StoredObject
+from ray.experimental.rdt.producer.tensor_store import StoredObject, TensorStore
 from ray.experimental.rdt.rpc.session import CallError, Reply, Session
 from ray.experimental.rdt.serialization.layout import region_bytes, tenants
 from ray.experimental.rdt.transports.base import Lending, OneSided, Transport, TwoSided
@@ -74,7 +74,7 @@ class Server:
     """
 
     def __init__(
-        self, session: Session, store: Store, transports: Transports, streams: ProducedStreams
+        self, session: Session, store: TensorStore, transports: Transports, streams: ProducedStreams
     ):
         self._session = session
         self._streams = streams
