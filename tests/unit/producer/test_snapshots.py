@@ -13,8 +13,7 @@ import torch
 from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError
-from ray.experimental.rdt.producer import admission, snapshots
-from ray.experimental.rdt.producer import transport_server as serve
+from ray.experimental.rdt.producer import admission, snapshots, transport_server
 from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization import layout
 from ray.experimental.rdt.transports.base import Capabilities
@@ -42,8 +41,8 @@ def sent(captured: layout.Captured, device_type: str, lane: str = "nixl") -> lis
     capabilities = Capabilities(lane, frozenset(), False, sends_from_host=lane == "nixl")
     transport: Any = SimpleNamespace(capabilities=capabilities)
     deadline = Deadline.after(60)
-    serve.await_writers(stored, device_type, deadline)
-    return serve.buffers_for(transport, stored, device_type, deadline)
+    transport_server.await_writers(stored, device_type, deadline)
+    return transport_server.buffers_for(transport, stored, device_type, deadline)
 
 
 def test_the_regions_are_copied_and_the_values_tensors_are_the_users() -> None:

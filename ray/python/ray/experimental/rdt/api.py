@@ -98,9 +98,9 @@ def receive_into(**tensors_of: Callable[..., Any]) -> Callable[[_Function], _Fun
     """
 
     def declare(function: _Function) -> _Function:
-        from ray.experimental.rdt.consumer import argument_context as arguments
+        from ray.experimental.rdt.consumer import argument_context
 
-        arguments.declare(function, tensors_of)
+        argument_context.declare(function, tensors_of)
         return function
 
     return declare

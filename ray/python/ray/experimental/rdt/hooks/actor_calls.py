@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ray.experimental.rdt.common import ray_core
-from ray.experimental.rdt.consumer import argument_context as arguments
+from ray.experimental.rdt.consumer import argument_context
 from ray.experimental.rdt.hooks.deferred_calls import are_here, call_when_here
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
@@ -17,8 +17,8 @@ _has_to_begin_nixl = False
 def note_method(method: Callable[..., Any]) -> None:
     """Knows a method of this process's actor. Runs on: the actor, before its constructor."""
     global _has_to_begin_nixl
-    if arguments.is_declared(method):
-        arguments.expect_methods()
+    if argument_context.is_declared(method):
+        argument_context.expect_methods()
     if getattr(method, "__ray_tensor_transport__", None) == "NIXL":
         _has_to_begin_nixl = True
 
@@ -65,5 +65,5 @@ def call(
 
     if are_here(args) and are_here(kwargs.values()):
         return run(actor, *args, **kwargs)
-    arguments.direct(method, (actor, *args), kwargs)
+    argument_context.direct(method, (actor, *args), kwargs)
     return call_when_here(method, run, (actor, *args), kwargs)
