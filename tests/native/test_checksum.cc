@@ -143,7 +143,7 @@ TEST("checksum: a number that many threads ask for is told to all, and found by 
   std::vector<std::thread> threads;
   for (int i = 0; i < 8; ++i) {
     threads.emplace_back([&] {
-      if (number.Ask([&](uint64_t found) { told += found == 5; })) {
+      if (number.Request([&](uint64_t found) { told += found == 5; })) {
         ++finders;
         number.Set(5);
       }

@@ -10,7 +10,7 @@
 
 namespace ray::rdt {
 
-// One connection that has not proved itself.
+// A connection that is not authenticated.
 class Acceptor::PendingConnection : public Channel::Handler {
  public:
   PendingConnection(Acceptor *acceptor,
@@ -21,7 +21,7 @@ class Acceptor::PendingConnection : public Channel::Handler {
         channel_(std::move(channel)),
         handshake_(Handshake::Server(acceptor->self_)) {
     deadline_ = acceptor_->loop_->After(limits::kHandshakeTimeoutS, [this] {
-      acceptor_->Drop(this, {Code::kAuth, "no proof came in time"});
+      acceptor_->Drop(this, {Code::kAuth, "the handshake timed out"});
     });
     channel_->Start(this);
   }
@@ -82,7 +82,7 @@ void Acceptor::Accept(Listener *listener) {
   Fd fd = AcceptOne(listener->fd.get());
   if (!fd) {
     if (IsShortage(errno)) PauseAccepting(listener, errno);
-    return;  // else the other side went away again
+    return;  // otherwise the client has closed the connection
   }
   if (listener->is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
     return log_->Warning("acceptor", "RDT refused a connection from another user");
@@ -90,7 +90,7 @@ void Acceptor::Accept(Listener *listener) {
   if (!listener->is_unix) TuneTcp(fd.get(), listener->peer_timeout_s);
   auto &pending = listener->pending;
   if (pending.size() == limits::kMaxUnauthenticated) {
-    Drop(pending.front().get(), {Code::kRefused, "too many connections without proof"});
+    Drop(pending.front().get(), {Code::kRefused, "too many unauthenticated connections"});
   }
   auto channel = std::make_shared<Channel>(loop_, std::move(fd));
   pending.push_back(
@@ -104,7 +104,8 @@ size_t Acceptor::unauthenticated() const {
 }
 
 void Acceptor::PauseAccepting(Listener *listener, int shortage) {
-  log_->Warning("acceptor", WithErrno("RDT cannot take connections for now", shortage));
+  log_->Warning("acceptor",
+                WithErrno("RDT cannot accept connections at the moment", shortage));
   loop_->Unwatch(listener->watch);
   pauses_.push_back(loop_->After(limits::kAcceptPauseS, [this, listener] {
     pauses_.pop_front();

@@ -1,4 +1,4 @@
-// Lets other agents in: listens, and hands on only those that proved the secret.
+// Listens for other agents and passes on the connections that are authenticated.
 #pragma once
 
 #include <functional>
@@ -12,7 +12,7 @@
 
 namespace ray::rdt {
 
-// Runs on: the loop it was made with (or before that starts).
+// Runs on: the loop that it is given (or before that starts).
 class Acceptor {
  public:
   using OnAuthenticated = std::function<void(std::shared_ptr<Channel>, const PeerInfo &)>;

@@ -1,4 +1,4 @@
-// Where an agent can be reached, as opaque bytes that Python passes around.
+// The address of an agent. To Python it is opaque bytes.
 #pragma once
 
 #include <sys/types.h>
@@ -27,17 +27,16 @@ struct Address {
     a(pid), a(uid), a(ip), a(port);
   }
 
-  // True when `other`'s abstract Unix socket can be seen from here.
+  // True if `other`'s abstract Unix socket is reachable from here.
   bool SharesHostWith(const Address &other) const;
   // "pid 12 on 10.0.0.1, agent 0a1b2c3d"
   std::string Describe() const;
 };
 
-// Everything but ip and port, for this process.
+// The address of this process, without ip and port.
 Address DescribeThisProcess(const AgentId &agent);
 
-// Nothing when the bytes are no address. Of an address of another version only
-// `version` is filled in.
+// Empty if the bytes are not an address. For another version only `version` is set.
 std::optional<Address> ParseAddress(ByteView bytes);
 
 std::string Hex(ByteView bytes);

@@ -35,11 +35,11 @@ Address Parsed(ByteView bytes) {
   return *address;
 }
 
-// No global of class type: threads of ours may run while the process exits.
+// Not a global object: our threads may still run while the process exits.
 Status Stopped() { return {Code::kStopped, "this process's RDT agent was stopped"}; }
 
-// Whoever knows a pull's id can read what it pinned over a data connection in the
-// name of the consumer. So it is as hard to guess as 64 bits are.
+// A client that knows a pull's id and its consumer can read the pinned region over a data
+// connection. So the id has 64 random bits.
 uint64_t FreshPullId() {
   uint64_t id = 0;
   FillRandom(&id, sizeof(id));
@@ -222,7 +222,7 @@ void Agent::Stop() {
     if (is_stopped_) return;
     is_stopped_ = true;
   }
-  // All that was submitted before is_stopped_ was set runs before this does.
+  // Tasks posted before is_stopped_ was set run before this one.
   std::promise<void> closed;
   loop_.Post([this, &closed] {
     CloseAll();
@@ -247,7 +247,7 @@ void Agent::TickAll() {
   pool_->Trim(limits::kPoolIdleS);
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto &[id, peer] : peers_) peer->Tick();
-  // The map's own reference is the last one: nobody is about to use the peer.
+  // If the map holds the only reference, no other thread is about to use the peer.
   std::erase_if(peers_, [](const auto &entry) {
     return entry.second.use_count() == 1 && entry.second->is_idle();
   });
@@ -273,7 +273,7 @@ std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
   return peer;
 }
 
-// Under the lock, so that what `use` posts comes before the end of Stop's post.
+// Under the lock, so that tasks that `use` posts run before the one that Stop posts.
 Status Agent::WithPeer(ByteView bytes, const UsePeer &use) {
   Address address = Parsed(bytes);
   if (address.version != kProtocolVersion) {

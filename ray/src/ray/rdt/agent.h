@@ -1,4 +1,4 @@
-// The native endpoint of one process: what Python sees of all in this folder.
+// The native endpoint of one process, and the interface of this folder to Python.
 #pragma once
 
 #include <functional>
@@ -17,7 +17,7 @@
 
 namespace ray::rdt {
 
-// A pull or call with whom it was asked of, so that it can be given up.
+// A pull or call and its peer, for cancelling it.
 struct PullTicket {
   std::shared_ptr<Pull> pull;
   std::shared_ptr<Peer> peer;
@@ -38,14 +38,14 @@ class Agent {
   const Bytes &address() const { return address_bytes_; }
   const AgentId &id() const { return identity_.agent; }
 
-  // The memory stays the caller's, it and its guards alive until a kReleased event
-  // brings the token. False when the key is taken.
+  // The caller keeps the memory and its guards alive until a kReleased event returns the
+  // token. False if the key is in use.
   bool Register(const Key &key,
                 const std::vector<Span> &spans,
                 int64_t token,
                 std::vector<Guard> guards = {});
   bool Release(const Key &key);
-  // Tells the agent at an address about an object there: only queued here.
+  // Queues a notice about an object for the agent at an address.
   void Notify(ByteView address, Notice notice, const Key &key);
   size_t CountOwned(const AgentId &owner) const { return regions_.CountOwned(owner); }
   size_t ReleaseOwned(const AgentId &owner) { return regions_.ReleaseOwned(owner); }
@@ -60,13 +60,13 @@ class Agent {
                        const Key &key,
                        const std::vector<Span> &destination,
                        bool with_checksum = false);
-  // When it returns, nobody writes to the destination.
+  // Once it returns, the destination is no longer written to.
   void Cancel(const PullTicket &ticket);
-  // Something else has moved bytes out of or into this memory of ours.
+  // Counts a transfer of this memory that was made without the agent.
   void RecordPull(const std::vector<Span> &spans);
 
   CallTicket StartCall(ByteView address, Bytes payload, bool is_idempotent = false);
-  // Asks for an object's checksum; the reply is a ChecksumReply.
+  // Requests an object's checksum. The reply is a ChecksumReply.
   CallTicket StartChecksum(ByteView address, const Key &key);
   void Cancel(const CallTicket &ticket);
   void Reply(uint64_t call, Bytes payload, bool is_error);
@@ -76,7 +76,7 @@ class Agent {
   LaneReasons Explain(ByteView address);
   std::map<std::string, int64_t> Stats() const;
 
-  // Fails all that waits with kStopped, returns every token, joins the threads.
+  // Fails all pulls and calls with kStopped, returns every token, joins the threads.
   void Stop();
 
  private:
@@ -112,7 +112,7 @@ class Agent {
   bool is_stopped_ = false;                         // guarded by mutex_
   uint64_t next_call_ = 1;                          // guarded by mutex_
   std::map<AgentId, std::shared_ptr<Peer>> peers_;  // guarded by mutex_
-  std::mutex stop_mutex_;  // held through Stop, so that a second caller waits
+  std::mutex stop_mutex_;  // held during Stop, so that a second caller waits
 };
 
 }  // namespace ray::rdt

@@ -17,7 +17,7 @@ constexpr char kBadProof[] =
 
 void Append(Bytes *to, ByteView more) { to->insert(to->end(), more.begin(), more.end()); }
 
-// The fields that a proof covers besides the transcript.
+// The fields that the MAC covers besides the transcript.
 Bytes ProofExtra(const Proof &proof) {
   Bytes extra;
   Encoder encode(&extra);

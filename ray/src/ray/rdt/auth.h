@@ -1,9 +1,9 @@
-// Mutual proof of the cluster's secret, as a state machine without sockets.
+// Mutual authentication with the cluster's secret, as a state machine without sockets.
 //
-// Each side's MAC is HMAC-SHA256(secret, role || HELLO || CHALLENGE || what the
-// two sides added since), so it covers both fresh nonces, both agent ids, the
-// connection's purpose, the version and the lane sets, and one role's MAC never
-// passes for the other's. The server proves itself only to a proved client.
+// Each side's MAC is HMAC-SHA256(secret, role || HELLO || CHALLENGE || the fields sent
+// since). It covers both fresh nonces, both agent ids, the connection's purpose, the
+// version and the lane sets. The role prevents the use of one side's MAC as the other's.
+// The server sends its MAC only to an authenticated client.
 //
 // Runs on: any one thread per object.
 #pragma once
@@ -21,7 +21,7 @@ void FillRandom(void *to, size_t nbytes);  // getrandom(2); throws if it fails
 Mac HmacSha256(const std::string &secret, const std::vector<ByteView> &parts);
 bool EqualConstantTime(const Mac &a, const Mac &b);
 
-// What one side brings to every handshake it takes part in.
+// One side's input to every handshake.
 struct Identity {
   AgentId agent{};
   std::string secret;
@@ -30,7 +30,7 @@ struct Identity {
   Probe probe{};
 };
 
-// What a side knows about the other after a finished handshake.
+// What a finished handshake tells about the other side.
 struct PeerInfo {
   AgentId agent{};
   Purpose purpose = Purpose::kControl;
@@ -43,14 +43,14 @@ class Handshake {
  public:
   enum class State { kRunning, kDone, kFailed };
 
-  // The side that dials; expects to meet `expected`.
+  // The side that connects. It fails if the server is not `expected`.
   static Handshake Client(const Identity &self, Purpose purpose, const AgentId &expected);
   static Handshake Server(const Identity &self);
 
   // The client's first frame.
   Bytes FirstFrame();
-  // Takes the other side's next frame; returns the frame to send, which may be
-  // empty. After kFailed the connection is to be closed once it is sent.
+  // Takes the other side's next frame and returns the frame to send, which may be empty.
+  // After kFailed, send it and close the connection.
   Bytes OnFrame(const FrameHeader &header, ByteView payload);
 
   State state() const { return state_; }

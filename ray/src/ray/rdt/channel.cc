@@ -17,12 +17,12 @@ constexpr size_t kHeaderBytes = sizeof(FrameHeader);
 
 void Channel::Start(Handler *handler) {
   handler_ = handler;
-  // Weak: an event may be under way while the last owner lets go.
+  // Weak: an event may be pending when the last owner releases the channel.
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [weak = weak_from_this()](uint32_t events) {
     if (auto self = weak.lock()) self->OnReady(events);
   });
   if (watch_ != 0) return;
-  // Posted: nobody expects the end from within Start.
+  // Posted: callers do not expect OnClosed during Start.
   loop_->Post([weak = weak_from_this(), text = WithErrno("cannot be watched", errno)] {
     if (auto self = weak.lock()) self->Fail(Code::kIo, text);
   });
@@ -38,7 +38,8 @@ void Channel::Close() {
   handler_ = nullptr;
   if (!fd_) return;
   loop_->Unwatch(watch_);
-  // A forked child may hold the descriptor too; the peer must see the end now.
+  // A forked child may hold the descriptor as well; shutdown ends the connection for
+  // both.
   shutdown(fd_.get(), SHUT_RDWR);
   fd_.Reset();
 }
@@ -63,7 +64,7 @@ void Channel::Receive() {
   }
 }
 
-// False when there is nothing more for now, or the channel failed.
+// False if no bytes are available or the channel failed.
 bool Channel::ReceiveOnce() {
   ReserveInput(NextReadBytes());
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
@@ -86,7 +87,7 @@ bool Channel::ReceiveOnce() {
   return false;
 }
 
-// The rest of a large frame at once, else a little.
+// The rest of a large frame, or kReadBytes.
 size_t Channel::NextReadBytes() const {
   if (end_ - begin_ < kHeaderBytes) return limits::kReadBytes;
   size_t whole = kHeaderBytes + DecodeHeader(in_.data() + begin_).length;
@@ -109,7 +110,7 @@ void Channel::ReserveInput(size_t nbytes) {
 void Channel::Dispatch() {
   while (fd_ && end_ - begin_ >= kHeaderBytes) {
     FrameHeader header = DecodeHeader(in_.data() + begin_);
-    if (header.magic != kMagic) return Fail(Code::kRefused, "bytes that are no frame");
+    if (header.magic != kMagic) return Fail(Code::kRefused, "bytes that are not a frame");
     if (header.length > max_frame_)
       return Fail(Code::kRefused, "a frame over the size limit");
     if (end_ - begin_ < kHeaderBytes + header.length) return;
@@ -126,13 +127,13 @@ void Channel::TakeDescriptors(msghdr *message) {
     for (size_t i = 0; i < count; ++i) {
       int fd;
       std::memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(fd));
-      attached_ = Fd(fd);  // one before it that nobody took is closed
+      attached_ = Fd(fd);  // closes an earlier one that was not taken
     }
   }
 }
 
-// False when the socket takes no more for now. An error ends the sending only:
-// the same error, or the end of the stream, is then seen by Receive.
+// False if the socket accepts no more bytes. After an error nothing is sent any more;
+// Receive gets the same error, or the end of the stream, and reports it.
 bool Channel::SendFirst() {
   Outgoing &first = out_.front();
   iovec piece{first.frame.data() + first.sent, first.frame.size() - first.sent};

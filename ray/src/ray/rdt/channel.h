@@ -13,17 +13,17 @@
 
 namespace ray::rdt {
 
-// Runs on: the loop it was made with. Owns its socket. A handler may close the
-// channel, or hand it to another handler, from inside its callbacks.
+// Runs on: the loop that it is given. Owns its socket. A handler may close the channel,
+// or pass it to another handler, in its callbacks.
 class Channel : public std::enable_shared_from_this<Channel> {
  public:
   class Handler {
    public:
     virtual ~Handler() = default;
-    // `payload` is valid during the call. `attached` is the last descriptor
-    // that came over the socket; the handler may take it.
+    // `payload` is valid during the call. `attached` is the last descriptor received; the
+    // handler may take it.
     virtual void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) = 0;
-    // At most once, and never after Close or Release.
+    // Called at most once, and never after Close or Release.
     virtual void OnClosed(const Status &why) = 0;
   };
 
@@ -35,12 +35,11 @@ class Channel : public std::enable_shared_from_this<Channel> {
   void set_max_frame(uint64_t nbytes) { max_frame_ = nbytes; }
   int fd() const { return fd_.get(); }
 
-  // Queues without limit: callers send small frames, or what their own user
-  // asked to send.
+  // The queue has no limit: callers send small frames, or data of their own user.
   void Send(Bytes frame, Fd attached = {});
   void Close();
-  // Gives the socket up, for another use on another thread. Empty when bytes
-  // are left over that nobody asked for.
+  // Returns the socket for use on another thread. Empty if unexpected bytes were
+  // received.
   Fd Release();
 
  private:

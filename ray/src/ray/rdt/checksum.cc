@@ -9,7 +9,7 @@ namespace ray::rdt {
 namespace {
 
 uint64_t Crc(const void *data, uint64_t nbytes) {
-  // At its first call the library chooses the code for this CPU: one thread calls first.
+  // The first call selects the code for this CPU, and must not run on two threads.
   [[maybe_unused]] static const uint64_t of_nothing =
       aws_checksums_crc64nvme(nullptr, 0, 0);
   return aws_checksums_crc64nvme(
@@ -43,25 +43,25 @@ uint64_t Checksum(const SpanList &memory, Range range) {
   return sum;
 }
 
-bool LazyChecksum::Ask(Callback told) {
+bool LazyChecksum::Request(Callback callback) {
   std::unique_lock<std::mutex> lock(mutex_);
-  if (number_) {
+  if (checksum_) {
     lock.unlock();
-    told(*number_);
+    callback(*checksum_);
     return false;
   }
-  waiting_.push_back(std::move(told));
-  return !std::exchange(is_asked_, true);
+  waiting_.push_back(std::move(callback));
+  return !std::exchange(is_requested_, true);
 }
 
-void LazyChecksum::Set(uint64_t number) {
+void LazyChecksum::Set(uint64_t checksum) {
   std::vector<Callback> waiting;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    number_ = number;
+    checksum_ = checksum;
     waiting.swap(waiting_);
   }
-  for (const Callback &told : waiting) told(number);
+  for (const Callback &callback : waiting) callback(checksum);
 }
 
 }  // namespace ray::rdt

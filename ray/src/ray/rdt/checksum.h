@@ -1,9 +1,9 @@
-// Checksums of objects, for consumers that verify what they pull.
+// Checksums of objects, for consumers that verify what they receive.
 //
-// An object's checksum is the sum, modulo 2^64, of the CRC-64/NVME of each block of
-// its bytes, times 2n + 1 for block number n. So the blocks can be read in any order
-// by any thread, each while it is still in the cache. An odd factor loses nothing of
-// a CRC, and makes exchanged blocks another sum. It finds accidents, not forgers.
+// An object's checksum is the sum, modulo 2^64, over its blocks n of CRC-64/NVME times
+// 2n + 1. So any thread can process any block, in any order, while it is in the cache.
+// An odd factor is invertible and makes the sum depend on the order of the blocks. The
+// checksum detects accidental corruption only.
 //
 // Runs on: any thread.
 #pragma once
@@ -19,26 +19,26 @@ namespace ray::rdt {
 
 inline constexpr uint64_t kChecksumBlock = 256 << 10;
 
-// The part of the checksum that `range` gives: it begins where a block does, and
-// ends where a block or the list does.
+// The contribution of `range` to the checksum. It begins at a block, and ends at a block
+// or at the end of the list.
 uint64_t Checksum(const SpanList &memory, Range range);
-// What block number `number` gives, whose bytes are at `data`.
+// The contribution of block `number`, whose bytes are at `data`.
 uint64_t ChecksumOfBlock(const void *data, uint64_t nbytes, uint64_t number);
 
-// A number that is computed once and told to all who ask.
+// A checksum that is computed once, for all that request it.
 class LazyChecksum {
  public:
-  using Callback = std::function<void(uint64_t number)>;
+  using Callback = std::function<void(uint64_t checksum)>;
 
-  // Tells at once, or when Set has been called. True for the first who asks: that
-  // one is to find the number out and Set it.
-  bool Ask(Callback told);
-  void Set(uint64_t number);
+  // Calls `callback` now if the checksum is set, or else from Set. True for the first
+  // request: its caller must compute the checksum and call Set.
+  bool Request(Callback callback);
+  void Set(uint64_t checksum);
 
  private:
   std::mutex mutex_;
-  bool is_asked_ = false;  // guarded by mutex_, as is all below
-  std::optional<uint64_t> number_;
+  bool is_requested_ = false;  // guarded by mutex_, as is all below
+  std::optional<uint64_t> checksum_;
   std::vector<Callback> waiting_;
 };
 

@@ -17,7 +17,7 @@ class ChecksumJob {
  public:
   explicit ChecksumJob(Pin pin) : pin_(std::move(pin)) {}
 
-  // One chunk; true if there may be more.
+  // Processes one chunk. True if there may be more.
   bool Step() {
     uint64_t total = pin_->memory.total();
     uint64_t offset = next_.fetch_add(limits::kMaxChunk);
@@ -31,7 +31,7 @@ class ChecksumJob {
  private:
   static_assert(limits::kMaxChunk % kChecksumBlock == 0);
 
-  // Blocks that cannot be read count for nothing: whoever pulls them is told why.
+  // Blocks that cannot be read are left out: a pull of them fails with the reason.
   uint64_t ChecksumOf(Range range) const {
     uint64_t sum = 0;
     std::vector<char> bytes(std::min(kChecksumBlock, range.nbytes));

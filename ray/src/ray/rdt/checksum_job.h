@@ -1,4 +1,4 @@
-// The copy threads find the checksum of an object that is served here.
+// Computes the checksum of an object of this process on the copy threads.
 #pragma once
 
 #include "ray/rdt/copy_pool.h"
@@ -6,7 +6,7 @@
 
 namespace ray::rdt {
 
-// Ends with pin->checksum.Set. Runs on: any thread.
+// Calls pin->checksum.Set when it is done. Runs on: any thread.
 void StartChecksum(CopyPool *copies, Pin pin);
 
 }  // namespace ray::rdt

@@ -1,4 +1,4 @@
-// Something that a caller waits for.
+// A result that a caller waits for.
 #pragma once
 
 #include <atomic>
@@ -12,7 +12,7 @@
 
 namespace ray::rdt {
 
-// Runs on: any thread. Settles exactly once; `live` counts those that have not.
+// Runs on: any thread. Settles exactly once. `live` counts those that have not settled.
 class Completion {
  public:
   explicit Completion(std::atomic<int64_t> *live) : live_(live) { ++*live_; }
@@ -21,11 +21,11 @@ class Completion {
   bool is_settled() const;
   // Ok until settled.
   Status status() const;
-  // Readable from when the completion has settled. Made at the first call, so
-  // that thousands of pulls do not need thousands of descriptors.
+  // Becomes readable when the completion settles. Created at the first call, so that
+  // thousands of pulls do not need thousands of descriptors.
   int EventFd();
-  // True if settled within timeout_s; returns early when a signal arrives, but
-  // for a process that has no descriptor left.
+  // True if settled within timeout_s. Returns early when a signal arrives, unless no
+  // descriptor is left.
   bool Wait(double timeout_s);
 
  protected:
@@ -33,7 +33,7 @@ class Completion {
   void SettleLocked(const Status &status);
 
   mutable std::mutex mutex_;
-  std::condition_variable changed_;  // for those who wait on a native thread
+  std::condition_variable changed_;  // for waits on native threads
   std::optional<Status> settled_;    // guarded by mutex_
 
  private:

@@ -76,8 +76,8 @@ void Connector::OnFrame(const FrameHeader &header, ByteView payload, Fd *attache
   if (handshake_.state() != Handshake::State::kRunning) Finish(handshake_.status());
 }
 
-// Who is gone refuses the next attempt; a network that broke this one may not, nor a
-// crowd that had this one dropped. Each attempt waits twice as long as the last.
+// The network may have broken the connection, or the acceptor may have dropped it in a
+// flood. Then a later attempt may succeed; a peer that has exited refuses it.
 void Connector::OnClosed(const Status &why) {
   if (++broken_handshakes_ < limits::kMaxHandshakes) {
     channel_.reset();
@@ -89,7 +89,7 @@ void Connector::OnClosed(const Status &why) {
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});
 }
 
-// The callback may drop this object, so nothing of it is used from the call on.
+// The callback may destroy this object, so no member is used after it.
 void Connector::Finish(Status status) {
   std::shared_ptr<Channel> channel = std::move(channel_);
   OnResult on_result = std::move(on_result_);

@@ -1,4 +1,4 @@
-// One attempt to reach another agent and prove the secret to it.
+// One attempt to connect to another agent and authenticate.
 #pragma once
 
 #include <functional>
@@ -11,7 +11,7 @@
 
 namespace ray::rdt {
 
-// How, besides the address, a connection is made.
+// Options of a connection, besides the address.
 struct ConnectOptions {
   Purpose purpose = Purpose::kControl;
   bool over_unix = false;
@@ -19,8 +19,8 @@ struct ConnectOptions {
   double peer_timeout_s = 30;
 };
 
-// Runs on: the loop it was made with. Reports exactly once, never from inside
-// the constructor; dropping the object before that drops the attempt.
+// Runs on: the loop that it is given. Reports exactly once, never from the constructor.
+// Destroying the object before the report cancels the attempt.
 class Connector : private Channel::Handler {
  public:
   // On failure `channel` is empty.
@@ -50,8 +50,8 @@ class Connector : private Channel::Handler {
   Handshake handshake_;
   OnResult on_result_;
   Fd connecting_;
-  int broken_handshakes_ = 0;  // attempts whose handshake was cut off
-  int shortage_ = 0;           // why the last attempt had no socket
+  int broken_handshakes_ = 0;  // whose connection was closed
+  int shortage_ = 0;           // errno if the last attempt had no descriptor or memory
   Loop::Id watch_ = 0;
   Loop::Id deadline_ = 0;
   Loop::Id retry_ = 0;

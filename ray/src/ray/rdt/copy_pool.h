@@ -1,4 +1,4 @@
-// The copy threads, and their fair sharing between all that wants to copy.
+// The copy threads, shared evenly by all transfers.
 #pragma once
 
 #include <deque>
@@ -15,16 +15,16 @@ namespace ray::rdt {
 // copy thread is a Loop, so it serves sockets between two steps.
 class CopyPool {
  public:
-  // Does one chunk of work; true if it wants another turn.
+  // Copies one chunk. True if there may be more.
   using Step = std::function<bool()>;
 
   explicit CopyPool(int threads);
 
   void Start();
-  void Stop();  // steps that wait are dropped
+  void Stop();  // drops queued steps
 
-  // Lets up to `parallel` threads run `step` at the same time, in turns with
-  // the steps of others: each step goes to the back of one queue.
+  // Runs `step` repeatedly on up to `parallel` threads at once. After each run it goes to
+  // the back of the queue, so that it takes turns with other steps.
   void Add(Step step, int parallel);
 
   int threads() const { return static_cast<int>(loops_.size()); }

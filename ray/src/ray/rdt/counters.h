@@ -15,11 +15,12 @@ struct LaneCounters {
 };
 
 struct Counters {
-  std::atomic<uint64_t> bytes_granted{0};  // as producer, on whatever lane
+  std::atomic<uint64_t> bytes_granted{0};  // as producer, on all lanes
   std::array<LaneCounters, kLaneCount> lanes;
-  std::atomic<int64_t> pulls_live{0};  // started here and not ended
+  std::atomic<int64_t> pulls_live{0};  // started here and not settled
   std::atomic<int64_t> calls_live{0};
-  std::atomic<int64_t> connections{0};  // proved control connections, both ways
+  std::atomic<int64_t> connections{
+      0};  // authenticated control connections, both directions
 
   void CountPull(LaneKind lane, uint64_t nbytes) {
     ++lanes[static_cast<size_t>(lane)].pulls;

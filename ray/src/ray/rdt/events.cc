@@ -38,7 +38,7 @@ void Log::Write(const char *level, const std::string &kind, std::string text) {
     Clock::time_point now = Clock::now();
     if (now - rate.since > std::chrono::seconds(1)) {
       if (rate.dropped > 0) {
-        text += " (" + std::to_string(rate.dropped) + " like it were not logged)";
+        text += " (" + std::to_string(rate.dropped) + " similar lines were dropped)";
       }
       rate = {.since = now};
     }

@@ -1,4 +1,4 @@
-// What the agent tells Python, and the log lines among it.
+// Events for Python, among them log lines.
 #pragma once
 
 #include <condition_variable>
@@ -16,10 +16,10 @@ namespace ray::rdt {
 struct Event {
   enum class Kind { kReleased, kLog, kCall, kLost, kStopped };
   Kind kind = Kind::kStopped;
-  std::vector<int64_t> tokens;  // kReleased: what was given to Register
+  std::vector<int64_t> tokens;  // kReleased: as given to Register
   std::string level;            // kLog: "info" or "warning"
   std::string text;             // kLog
-  uint64_t call = 0;            // kCall: to be given to Reply
+  uint64_t call = 0;            // kCall: the argument for Reply
   AgentId agent{};              // kCall, kLost: the other side
   Bytes payload;                // kCall
 };
@@ -28,9 +28,9 @@ struct Event {
 class EventQueue {
  public:
   void Push(Event event);
-  // Joined with other releases that were not fetched yet.
+  // Merged with other releases that were not fetched yet.
   void PushReleased(int64_t token);
-  // Waits up to timeout_s for the first event, then takes all.
+  // Waits up to timeout_s for the first event, then returns all.
   std::vector<Event> Next(double timeout_s);
 
  private:
@@ -40,8 +40,7 @@ class EventQueue {
   std::vector<int64_t> released_;  // guarded by mutex_
 };
 
-// Log lines with a limit for each kind, so that a peer that misbehaves in a
-// loop cannot fill the log.
+// Log lines, with a rate limit for each kind.
 class Log {
  public:
   explicit Log(EventQueue *events) : events_(events) {}

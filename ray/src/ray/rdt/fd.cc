@@ -11,8 +11,7 @@
 namespace ray::rdt {
 namespace {
 
-// A plain array of flags, because a forked child may take no lock and own no
-// memory but what is there already.
+// A plain array of flags: a forked child may neither lock nor allocate.
 std::array<std::atomic<bool>, limits::kMaxTrackedFd> g_close_in_children{};
 
 void CloseMarked() {

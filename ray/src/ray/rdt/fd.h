@@ -18,8 +18,8 @@ class Fd {
   Fd &operator=(const Fd &) = delete;
   ~Fd() { Reset(); }
 
-  // A forked child closes it. Without that, a connection would stay up as long
-  // as any child of a process that is gone.
+  // Makes forked children close it. Otherwise a connection stays up as long as any child
+  // of a process that has exited.
   void CloseInChildren();
 
   int get() const { return fd_; }

@@ -10,13 +10,13 @@
 #include "ray/rdt/pool.h"
 
 #ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25  // of Linux 6.1; older headers lack it
+#define MADV_COLLAPSE 25  // since Linux 6.1; older headers lack it
 #endif
 
 namespace ray::rdt {
 namespace {
 
-// What lies wholly within a span, piece by piece.
+// Collapses the whole huge pages within a span, piece by piece.
 class CollapseJob {
  public:
   CollapseJob(std::shared_ptr<const void> keep, const Span &span)
@@ -24,7 +24,7 @@ class CollapseJob {
         next_((span.address + Pool::kHugePage - 1) / Pool::kHugePage * Pool::kHugePage),
         end_((span.address + span.nbytes) / Pool::kHugePage * Pool::kHugePage) {}
 
-  // One piece; true if there are more. Pages that are in use right now are left out.
+  // Collapses one piece. True if there are more. Pages in use at the moment are skipped.
   bool Step() {
     if (next_ >= end_) return false;
     uint64_t nbytes = std::min(limits::kCollapseBytesPerTurn, end_ - next_);

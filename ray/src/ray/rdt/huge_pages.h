@@ -1,4 +1,4 @@
-// Moves memory that is pulled out of or into again and again to huge pages.
+// Moves memory that is transferred often to huge pages.
 #pragma once
 
 #include <cstdint>
@@ -11,20 +11,20 @@
 
 namespace ray::rdt {
 
-// Over pages of 4 KiB a copy costs up to several times what it costs over huge ones:
-// the kernel pins each page on its own to read another process's memory, and a
-// virtual machine translates each address twice. So memory that has been pulled
-// often enough is collapsed (MADV_COLLAPSE, Linux 6.1) by a copy thread. The system
-// may not want to; then it stays as it is. Contents and addresses do not change.
+// A copy over pages of 4 KiB takes up to several times as long as over huge pages: the
+// kernel pins each page to read another process's memory, and a virtual machine
+// translates each address twice. So a copy thread collapses memory that is transferred
+// often (MADV_COLLAPSE, Linux 6.1). If the system refuses, the memory stays as it is.
+// Contents and addresses do not change.
 //
-// Runs on: the agent's loop; the collapsing, on a copy thread.
+// Runs on: the agent's loop; collapses on a copy thread.
 class HugePages {
  public:
   explicit HugePages(CopyPool *copies) : copies_(copies) {}
 
-  // A pull has ended that read or wrote this memory of ours. `keep` holds it until
-  // the collapsing has ended; without it the memory may go at any time, and what
-  // comes to lie there instead is collapsed.
+  // Counts a pull that read or wrote this memory. `keep` keeps the memory alive until it
+  // is collapsed. Without it the memory may be freed, and other memory at its address may
+  // be collapsed instead.
   void RecordPull(const SpanList &memory, std::shared_ptr<const void> keep);
 
  private:

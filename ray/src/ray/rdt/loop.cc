@@ -20,8 +20,8 @@ int Checked(int fd, const char *what) {
   return fd;
 }
 
-// Signals belong to the program's own threads, so a loop's thread is born with
-// them blocked; but for faults, which must reach the program's fault handler.
+// Signals are for the program's own threads, so a loop's thread starts with them blocked.
+// Faults are not blocked: they must reach the program's fault handler.
 class SignalsBlocked {
  public:
   SignalsBlocked() {

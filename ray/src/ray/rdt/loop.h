@@ -1,4 +1,4 @@
-// One thread that waits on an epoll set: the only kind of thread the agent has.
+// A thread that waits on an epoll set. All threads of the agent are of this kind.
 #pragma once
 
 #include <atomic>
@@ -20,8 +20,8 @@ namespace ray::rdt {
 
 using Clock = std::chrono::steady_clock;
 
-// Runs on: its own thread, named `name`. Post and Stop may be called from any
-// thread; the others only on the loop's thread or before Start.
+// Runs on: its own thread, named `name`. Post and Stop may be called on any thread, the
+// other methods only on the loop's thread or before Start.
 // Callbacks must not block and must not throw.
 class Loop {
  public:
@@ -30,7 +30,7 @@ class Loop {
   using Id = uint64_t;
 
   explicit Loop(std::string name);
-  ~Loop();  // stops, joins, drops what was posted and not run
+  ~Loop();  // stops, joins, drops posted tasks that have not run
 
   void Start();
   void Stop();  // returns when the thread has ended; idempotent
@@ -39,10 +39,10 @@ class Loop {
   // dropped.
   void Post(Task task);
 
-  // Calls `ready` while `fd` has one of `events` (level-triggered). The id is
-  // never reused, so an event that was already fetched for a watch that has
-  // since ended is dropped instead of reaching a new owner of the same fd. 0, which
-  // Unwatch and Rearm pass over, and errno, when the system watches no more.
+  // Calls `ready` while `fd` has one of `events` (level-triggered). Ids are not reused,
+  // so an event that was fetched for an ended watch does not reach a new owner of the
+  // same fd. Returns 0, which Unwatch and Rearm ignore, and sets errno if the system
+  // refuses.
   Id Watch(int fd, uint32_t events, OnReady ready);
   void Rearm(Id watch, uint32_t events);
   void Unwatch(Id watch);

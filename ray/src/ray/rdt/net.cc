@@ -40,7 +40,7 @@ SocketAddress UnixName(const AgentId &agent) {
   return name;
 }
 
-// False when `ip` is no numeric address.
+// False if `ip` is not a numeric address.
 bool TcpName(const std::string &ip, uint16_t port, SocketAddress *name) {
   addrinfo hints{};
   hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;

@@ -1,4 +1,4 @@
-// Socket calls, with the options that every connection of ours has.
+// Socket calls, with the options of all RDT connections.
 #pragma once
 
 #include <string>
@@ -8,22 +8,22 @@
 
 namespace ray::rdt {
 
-// Runs on: any thread; none of these block. Those that listen throw
-// std::system_error; those that dial return an empty Fd and leave errno.
+// Runs on: any thread; none of these block. Functions that listen throw
+// std::system_error; functions that connect return an empty Fd and set errno.
 
-// "@ray-rdt-<agent id in hex>", abstract: it ends with its last holder and needs no file.
+// "@ray-rdt-<agent id in hex>": abstract, so it needs no file and ends with its process.
 Fd ListenUnix(const AgentId &agent);
 Fd ListenTcp(const std::string &ip, uint16_t *port);
 Fd AcceptOne(int listener);
 
-// EINPROGRESS counts as success: the result shows once the socket is writable.
+// EINPROGRESS counts as success: SocketError has the result once the socket is writable.
 Fd ConnectUnix(const AgentId &agent);
 Fd ConnectTcp(const std::string &ip, uint16_t port);
 
-// No delay for small frames; a dead host is noticed after peer_timeout_s.
+// Disables Nagle's algorithm, and detects a dead host after peer_timeout_s.
 void TuneTcp(int fd, double peer_timeout_s);
 
-// The result of a dial that was in progress; 0 when connected.
+// The result of a connect that was in progress; 0 if connected.
 int SocketError(int fd);
 
 struct Credentials {
@@ -32,14 +32,14 @@ struct Credentials {
 };
 Credentials PeerCredentials(int unix_fd);
 
-// Becomes readable when the process ends; empty where the kernel has none.
+// Becomes readable when the process exits. Empty if the kernel does not support it.
 Fd OpenPidFd(pid_t pid);
 
-// Of an errno: there is no descriptor or memory left for a connection.
+// True for an errno that means that descriptors or memory have run out.
 bool IsShortage(int error);
 
 bool IsReadable(int fd);
-// True when the other end of a stream is closed.
+// True if the other end of a stream is closed.
 bool IsHungUp(int fd);
 
 }  // namespace ray::rdt

@@ -16,8 +16,8 @@ constexpr size_t kPage = 4096;
 
 size_t RoundUp(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
-// A mapping at a huge-page boundary: maps more and cuts off both ends. Null when
-// there is no memory.
+// Maps memory at a huge-page boundary: maps more and unmaps both ends. Null if there is
+// no memory.
 void *MapBlock(size_t nbytes) {
   size_t whole = nbytes + Pool::kHugePage;
   void *raw =
@@ -72,7 +72,7 @@ void *Pool::Allocate(size_t nbytes) {
     }
   }
   if (void *memory = NewBlock(size)) return memory;
-  Trim(0);  // what is kept for later may be what is missing
+  Trim(0);  // unused blocks may be the memory that is missing
   if (void *memory = NewBlock(size)) return memory;
   std::lock_guard<std::mutex> lock(mutex_);
   used_bytes_ -= size;
@@ -115,8 +115,8 @@ size_t Pool::free_bytes() const {
   return free_bytes_;
 }
 
-// Moves one block out of the free lists. The oldest block of a class is at its
-// front and the newest at its back, and callers name only those.
+// Removes one block from the free lists. The oldest block of a class is at its front and
+// the newest at its back, and callers pass one of these.
 void Pool::DropLocked(FreeList::iterator block, FreeList *dropped) {
   auto found = by_class_.find(block->nbytes);
   if (found->second.front() == block) {

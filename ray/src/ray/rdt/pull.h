@@ -1,5 +1,5 @@
-// One consumer fetching one RDT object: the destination, what of it is still to
-// be fetched, and who writes to it at the moment.
+// One transfer of an object to this process: its destination, which ranges are missing,
+// and how many threads write at the moment.
 #pragma once
 
 #include <atomic>
@@ -15,14 +15,14 @@
 
 namespace ray::rdt {
 
-// Runs on: any thread. The destination memory belongs to the caller, who may
-// free it once the pull has settled: no writer is inside it then.
+// Runs on: any thread. The caller owns the destination memory and may free it once the
+// pull has settled: then no thread writes to it.
 //
-// A lane moves bytes so: TakeRange; then, around each write to the destination,
-// BeginWrite and EndWrite; then Landed, or ReturnRange if the bytes will not come.
+// A lane calls TakeRange; BeginWrite and EndWrite around each write to the destination;
+// then CompleteRange, or ReturnRange if the bytes will not arrive.
 //
-// Each time a lane is started with the pull is an attempt. What lanes of earlier
-// attempts still say is passed over: their ranges are fetched again.
+// Each start of a lane with the pull is an attempt. Calls of an earlier attempt have no
+// effect: its ranges are fetched again.
 class Pull : public Completion {
  public:
   Pull(uint64_t id,
@@ -39,42 +39,43 @@ class Pull : public Completion {
   const uint64_t id;
   const Key key;
   const SpanList destination;
-  const bool with_checksum;  // whoever asked wants to verify it
+  const bool with_checksum;  // compute the checksum of the received bytes
 
   uint64_t attempt() const;
-  // Hands out up to max_bytes that nobody has taken. False when nothing is left
-  // to take, or the pull or the attempt has ended.
+  // Returns a range of up to max_bytes that was not taken yet. False if none is left, or
+  // the pull or the attempt has ended.
   bool TakeRange(uint64_t attempt, uint64_t max_bytes, Range *range);
   void ReturnRange(uint64_t attempt, Range range);
-  // False when the pull or the attempt has ended: then the destination must not
-  // be touched.
+  // False if the pull or the attempt has ended: then the destination must not be written
+  // to.
   bool BeginWrite(uint64_t attempt);
   void EndWrite();
-  // Between BeginWrite and EndWrite: has `copy` fill the range. Where the pull is
-  // summed up it does so block by block, and adds their checksums to `sum`.
+  // Call between BeginWrite and EndWrite. Fills the range with `copy`; with a checksum,
+  // block by block, and adds their contributions to `sum`.
   Status Fill(Range range,
               const std::function<Status(Range part)> &copy,
               uint64_t *sum) const;
-  // What has landed counts, its checksum with it. True for the one call that makes
-  // the destination whole.
+  // Counts the range as received, and adds its checksum. True for the one call that
+  // completes the destination.
   bool CompleteRange(uint64_t attempt, Range range, uint64_t sum = 0);
-  // Ends the attempt, once its writers have left (each is done with its chunk
-  // soon): the next one fetches what has not landed.
+  // Ends the attempt once its writers have finished their chunks. The next attempt
+  // fetches the missing ranges.
   void Resume();
-  // As Resume, and the next one fetches everything.
+  // Like Resume, but the next attempt fetches everything.
   void Restart();
   uint64_t received_bytes() const;
   bool is_whole() const { return received_bytes() == destination.total(); }
 
-  // Ok, or kSizeMismatch with both lengths.
+  // Ok, or kSizeMismatch with both sizes.
   Status CheckTotal(uint64_t producer_total) const;
-  // The checksum of the destination, once all is there; see checksum.h.
+  // The checksum of the destination, once it is complete; see checksum.h.
   uint64_t checksum() const;
-  // The chunk that splits this pull fairly over `workers`, in whole blocks.
+  // The size of a chunk, in whole checksum blocks, that shares this pull evenly among
+  // `workers`.
   uint64_t ChunkFor(int workers) const;
 
   void Complete() { End({}); }
-  // Settles once the last writer has left; what came first counts.
+  // Settles once the last writer has finished. Only the first result counts.
   void Fail(const Status &status) { End(status); }
   // Fail with kCancelled, and wait until it settled.
   void Cancel();
@@ -90,26 +91,26 @@ class Pull : public Completion {
   std::optional<Status> ending_;  // guarded by mutex_, as is all below
   int writers_ = 0;
   uint64_t attempt_ = 0;
-  uint64_t next_ = 0;  // nothing from here on was ever taken
+  uint64_t next_ = 0;  // no byte from here on was taken
   std::deque<Range> returned_;
-  std::map<uint64_t, uint64_t> taken_;  // lengths by offset; not landed, not returned
+  std::map<uint64_t, uint64_t> taken_;  // sizes by offset; neither received nor returned
   uint64_t received_ = 0;
-  uint64_t sum_ = 0;  // of what has landed
+  uint64_t sum_ = 0;  // the checksum of what was received
   std::atomic<int> lane_{-1};
 };
 
-// A request to another agent or its Python side.
+// A request to another agent, or to the Python code of its process.
 class Call : public Completion {
  public:
-  // `kind` is kCall, or kSum for a request that the agent itself answers. One that
-  // `repeats` may reach the other side twice: it is sent again over a new connection.
+  // `kind` is kCall, or kChecksum for a request that the agent answers itself. If the
+  // connection breaks, an idempotent call is sent again, so it may reach the peer twice.
   Call(uint64_t id, FrameType kind, bool is_idempotent, std::atomic<int64_t> *live)
       : Completion(live), id(id), kind(kind), is_idempotent(is_idempotent) {}
   const uint64_t id;
   const FrameType kind;
   const bool is_idempotent;
 
-  // An error reply settles as kRefused with the payload as text.
+  // An error reply settles with kRefused and the payload as text.
   void Answer(bool is_error, Bytes payload);
   void Fail(const Status &status);
   Bytes TakeReply();

@@ -15,7 +15,7 @@
 namespace ray::rdt {
 namespace {
 
-// What the system says when it forbids the call as such, not this one read.
+// True for an errno that means that the system forbids the call, not this one read.
 bool IsForbidden(int error) {
   return error == EPERM || error == ENOSYS || error == EACCES;
 }
@@ -26,8 +26,8 @@ Status FailedRead(pid_t pid, int error) {
   return {error == ESRCH ? Code::kPeerLost : Code::kIo, text};
 }
 
-// Reads `range` of `from` by one call of `read` after the other; each returns how
-// many bytes it has read, or -1 and errno. `slice` fills in where a range goes.
+// Reads `range` of `from` with as many calls of `read` as necessary. Each returns the
+// number of bytes read, or -1 and errno. `slice` finds the destination of a range.
 template <typename Slice, typename ReadSome>
 int ReadAll(const SpanList &from, Range range, Slice slice, ReadSome read) {
   std::vector<iovec> local;
@@ -51,12 +51,12 @@ auto Attached(pid_t pid) {
   };
 }
 
-// A function that reads this process's memory as a file, for where process_vm_readv
-// is forbidden. Not the file of a parent: it is opened for each use.
+// A function that reads this process's memory as a file, for systems that forbid
+// process_vm_readv. The file is opened for each use, so a forked child opens its own.
 auto AsFile(const Fd &file) {
   return [&file](const std::vector<iovec> &local, const std::vector<iovec> &remote) {
     size_t nbytes = std::min(local[0].iov_len, remote[0].iov_len);
-    if (!file) {  // neither way is allowed: plain copying is left
+    if (!file) {  // both are forbidden: only a plain copy is left
       std::memcpy(local[0].iov_base, remote[0].iov_base, nbytes);
       return static_cast<ssize_t>(nbytes);
     }

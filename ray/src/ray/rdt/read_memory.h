@@ -1,4 +1,4 @@
-// Reads memory that may be gone by then: the read fails, the process does not.
+// Reads memory that may have been freed: then the read fails and the process continues.
 #pragma once
 
 #include <sys/types.h>
@@ -9,13 +9,13 @@
 namespace ray::rdt {
 
 // Runs on: any thread. `from` is memory of the process `pid`, `to` of this one.
-// kRefused when the system forbids such reads, kPeerLost without the process, kIo
-// when some of the memory is not there.
+// kRefused if the system forbids such reads, kPeerLost if the process has exited, kIo if
+// some of the memory is not mapped.
 Status ReadMemory(pid_t pid, const SpanList &from, const SpanList &to, Range range);
 
-// As ReadMemory of this process itself, also where the system forbids that.
+// Like ReadMemory for this process, also if the system forbids ReadMemory.
 Status ReadOwnMemory(const SpanList &from, const SpanList &to, Range range);
-// The same, into plain memory.
+// The same, into one buffer.
 Status ReadOwnMemory(const SpanList &from, Range range, void *to);
 
 }  // namespace ray::rdt

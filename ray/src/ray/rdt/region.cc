@@ -14,7 +14,7 @@ Status Region::Check() const {
   if (is_intact) return {};
   return {Code::kChanged,
           "the storage of one of its tensors was freed, resized or moved after the "
-          "object was made"};
+          "object was created"};
 }
 
 bool RegionTable::Register(const Key &key,

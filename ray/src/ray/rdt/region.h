@@ -1,4 +1,4 @@
-// The memory that this agent serves.
+// Memory that this agent serves.
 #pragma once
 
 #include <map>
@@ -14,19 +14,19 @@
 
 namespace ray::rdt {
 
-// A word of the caller's, eight bytes aligned, that changes when the memory that was
-// registered with it is freed, resized or moved: what owns the memory has it.
+// An aligned 8-byte word in the object that owns the registered memory. It changes when
+// the memory is freed, resized or moved.
 struct Guard {
   uint64_t address = 0;
   uint64_t value = 0;
 };
 
-// Memory of the caller, who keeps it and its guards alive until the region's token
-// comes back. The memory may be gone all the same, where the caller's own code has
-// freed it: so guards are looked at before it is read, and reading it is no plain
-// copying (read_memory.h).
-// A pin is a shared_ptr: whoever holds one may read the memory, and the last
-// one to let go, on whatever thread, sends the token back.
+// Memory of the caller, which keeps it and its guards alive until the region's token is
+// returned. User code may free the memory earlier. So the guards are checked before a
+// read, and the memory is read by system calls (read_memory.h).
+//
+// A pin is a shared_ptr. Its holders may read the memory. When the last one is released,
+// on any thread, the token is returned.
 class Region {
  public:
   Region(const std::vector<Span> &spans,
@@ -38,11 +38,11 @@ class Region {
   Region(const Region &) = delete;
   Region &operator=(const Region &) = delete;
 
-  // Ok, or kChanged: the memory is not what was registered.
+  // Ok, or kChanged if the memory was freed, resized or moved.
   Status Check() const;
 
   const SpanList memory;
-  // The memory's checksum as it was when the first consumer asked.
+  // Computed at the first request.
   mutable LazyChecksum checksum;
 
  private:
@@ -58,20 +58,20 @@ class RegionTable {
  public:
   explicit RegionTable(EventQueue *events) : events_(events) {}
 
-  // False when the key is taken; then no token comes back for the call.
+  // False if the key is in use. Then no token is returned for the call.
   bool Register(const Key &key,
                 const std::vector<Span> &spans,
                 int64_t token,
                 std::vector<Guard> guards = {});
-  // False when there is no such region. Running pulls keep what they pinned.
+  // False if there is no such region. Pulls in flight keep their pins.
   bool Release(const Key &key);
   void ReleaseAll();
-  // Unknown keys have been released already.
+  // Ignores unknown keys: they have been released.
   void SetOwner(const std::vector<Key> &keys, const AgentId &owner);
   size_t CountOwned(const AgentId &owner) const;
-  // Returns how many there were.
+  // Returns the number of released regions.
   size_t ReleaseOwned(const AgentId &owner);
-  // Those of the keys that are here and that nobody has told to own.
+  // Those of the keys that are registered and have no owner.
   std::vector<Key> Unowned(const std::vector<Key> &keys) const;
   size_t ReleaseUnowned(const std::vector<Key> &keys);
   Pin Find(const Key &key) const;
@@ -82,24 +82,24 @@ class RegionTable {
   mutable std::mutex mutex_;
   struct Entry {
     Pin pin;
-    AgentId owner{};  // all zero: nobody has told
+    AgentId owner{};  // all zero: none is known
   };
 
   std::map<Key, Entry> regions_;  // guarded by mutex_
 };
 
-// Pins of the pulls that are under way, found by who pulls and its pull id.
-// Data connections look here for what a control connection was granted.
+// Pins of the pulls in flight, by consumer and pull id. Data connections find here the
+// regions that their control connection was granted.
 // Runs on: any thread.
 class PinTable {
  public:
-  // `owner` is the control connection. A consumer that lost its connection may
-  // ask again, under the same id, before the end of the old one was seen here.
+  // `owner` is the control connection. A consumer that lost its connection may request
+  // the pull again, with the same id, before the loss was detected here.
   void Add(const AgentId &consumer, uint64_t pull, const void *owner, Pin pin);
   void Remove(const AgentId &consumer, uint64_t pull, const void *owner);
   Pin Find(const AgentId &consumer, uint64_t pull) const;
   size_t size() const;
-  // What is read at the moment; a region with several readers counts once.
+  // The pinned bytes. A region with several pins counts once.
   uint64_t nbytes() const;
 
  private:

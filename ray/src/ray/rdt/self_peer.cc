@@ -17,7 +17,7 @@ void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
   Pin source = regions_->Find(pull->key);
   if (!source)
     return pull->Fail(
-        {Code::kNotFound, "this process holds no such object (it was freed)"});
+        {Code::kNotFound, "this process has no such object (it was freed)"});
   if (Status intact = source->Check(); !intact.ok()) return pull->Fail(intact);
   if (Status fit = pull->CheckTotal(source->memory.total()); !fit.ok())
     return pull->Fail(fit);

@@ -1,4 +1,4 @@
-// This process as its own producer.
+// This process as its own peer.
 #pragma once
 
 #include <map>
@@ -21,7 +21,7 @@ class SelfPeer : public Peer {
   void ForgetCall(uint64_t id) override { calls_.erase(id); }
   void SendNotices() override;
   void Tick() override {}
-  bool is_idle() const override { return false; }  // kept as long as the agent
+  bool is_idle() const override { return false; }  // kept for the life of the agent
   void Shutdown(const Status &why) override;
 
  private:

@@ -13,7 +13,7 @@
 
 namespace ray::rdt {
 
-// One agent's control connection to us.
+// The control connection of one consumer.
 class Service::Session : public Channel::Handler {
  public:
   Session(Service *service, std::shared_ptr<Channel> channel, const AgentId &agent)
@@ -48,7 +48,7 @@ class Service::Session : public Channel::Handler {
   }
 
  private:
-  // False when the frame is none that a consumer sends.
+  // False if the frame is malformed or not one that a consumer sends.
   bool Handle(const FrameHeader &header, ByteView payload, Fd *attached) {
     switch (header.type) {
     case FrameType::kPull:
@@ -85,7 +85,7 @@ class Service::Session : public Channel::Handler {
     if (!request) return false;
     Pin pin = service_->regions_->Find(request->key);
     if (!pin) {
-      RefusePull(id, Code::kNotFound, "the producer holds no such object (it was freed)");
+      RefusePull(id, Code::kNotFound, "the producer has no such object (it was freed)");
       return true;
     }
     if (Status status = pin->Check(); !status.ok()) {
@@ -102,7 +102,7 @@ class Service::Session : public Channel::Handler {
         return true;
       }
     } else if (request->with_spans && pin->memory.spans().size() > kMaxSpans) {
-      RefusePull(id, Code::kRefused, "the object lies in too many pieces for this lane");
+      RefusePull(id, Code::kRefused, "the object has too many pieces for this lane");
       return true;
     } else {
       if (request->with_spans) grant.spans = pin->memory.spans();
@@ -156,8 +156,8 @@ class Service::Session : public Channel::Handler {
     return request.has_value();
   }
 
-  // For the service's next call. Ends with this guest (see the destructor), so
-  // `this` is valid when it runs.
+  // The callback for the service's next call. The destructor removes it, so `this` is
+  // valid when it runs.
   Replier ReplierFor(uint64_t id) {
     uint64_t call = service_->next_call_;
     calls_.insert(call);
@@ -176,7 +176,7 @@ class Service::Session : public Channel::Handler {
   const AgentId agent_;
   ShmSource shm_;
   std::map<uint64_t, Pin> pulls_;
-  std::set<uint64_t> calls_;  // keys of repliers_ that are ours
+  std::set<uint64_t> calls_;  // keys of this session in repliers_
 };
 
 Service::Service(Loop *loop,
@@ -204,7 +204,7 @@ void Service::AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &pe
   ++counters_->connections;
 }
 
-// A data connection: from here on it lives on a copy thread.
+// Moves a data connection to a copy thread.
 void Service::StartTcpSource(Fd fd, const AgentId &consumer) {
   if (!fd) return;
   Loop *loop = copies_->loop(next_source_++);
@@ -225,13 +225,13 @@ void Service::FindChecksum(const Key &key, Replier reply) {
   uint64_t call = next_call_++;
   repliers_[call] = std::move(reply);
   Pin pin = regions_->Find(key);
-  Status status{Code::kNotFound, "the producer holds no such object (it was freed)"};
+  Status status{Code::kNotFound, "the producer has no such object (it was freed)"};
   if (pin) status = pin->Check();
   if (!status.ok()) {
     Reply(call, true, Bytes(status.text.begin(), status.text.end()));
     return;
   }
-  bool is_first = pin->checksum.Ask([this, call](uint64_t sum) {
+  bool is_first = pin->checksum.Request([this, call](uint64_t sum) {
     loop_->Post(
         [this, call, sum] { Reply(call, false, Pack(ChecksumReply{.sum = sum})); });
   });

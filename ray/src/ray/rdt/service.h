@@ -1,4 +1,4 @@
-// The producer's half: answers the agents that pull from here.
+// The producer's half: serves the agents that pull from this process.
 #pragma once
 
 #include <functional>
@@ -29,14 +29,14 @@ class Service {
           Counters *counters);
   ~Service();
 
-  // A connection that proved itself, for control or data.
+  // Takes an authenticated connection, for control or data.
   void AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &peer);
 
-  // Hands a call to the Python side; `answer` runs when that replies.
+  // Passes a call to the Python code; `reply` runs with its answer.
   void ForwardCall(const AgentId &from, ByteView payload, Replier reply);
-  // Has the copy threads find an object's checksum, unless it is known.
+  // Computes an object's checksum on the copy threads, unless it is known.
   void FindChecksum(const Key &key, Replier reply);
-  // False when nobody waits for that call any more.
+  // False if the call was cancelled.
   bool Reply(uint64_t call, bool is_error, Bytes payload);
 
   size_t pinned() const { return pins_->size(); }

@@ -1,4 +1,4 @@
-// A list of memory spans seen as one logical run of bytes.
+// A list of memory spans, used as one sequence of bytes.
 #pragma once
 
 #include <sys/uio.h>
@@ -19,26 +19,24 @@ struct Range {
   uint64_t nbytes = 0;
 };
 
-// Immutable after construction, so any thread may read it. Does not own the
-// memory that its spans name.
+// Runs on: any thread; immutable. Does not own the memory of its spans.
 class SpanList {
  public:
-  // Most iovecs that one system call takes (IOV_MAX on Linux).
+  // The most iovecs of one system call (IOV_MAX on Linux).
   static constexpr size_t kMaxIovecs = 1024;
 
   SpanList() = default;
-  // Drops empty spans. The caller has checked that the sum does not overflow
-  // (see TotalOf).
+  // Drops empty spans. The caller has checked the total with TotalOf.
   explicit SpanList(const std::vector<Span> &spans);
 
   uint64_t total() const { return total_; }
   const std::vector<Span> &spans() const { return spans_; }
 
-  // Fills `out` with at most kMaxIovecs pieces that start at range.offset;
-  // returns how many bytes of the range they cover.
+  // Fills `out` with at most kMaxIovecs pieces from range.offset on. Returns the bytes of
+  // the range that they cover.
   uint64_t Slice(Range range, std::vector<iovec> *out) const;
 
-  // Copies range to or from plain memory.
+  // Copies the range to or from one buffer.
   void CopyOut(Range range, void *to) const;
   void CopyIn(Range range, const void *from) const;
 
@@ -48,8 +46,7 @@ class SpanList {
   uint64_t total_ = 0;
 };
 
-// Sum of lengths; false when it would overflow or a span wraps around the
-// address space.
+// The sum of the sizes. False if it overflows or a span exceeds the address space.
 bool TotalOf(const std::vector<Span> &spans, uint64_t *total);
 
 }  // namespace ray::rdt

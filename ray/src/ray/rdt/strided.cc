@@ -11,7 +11,7 @@ struct Dim {
   uint64_t step;  // in bytes
 };
 
-// Those along which the address changes, outermost first.
+// The dimensions along which the address changes, outermost first.
 std::vector<Dim> MovingDims(const int64_t *shape,
                             const int64_t *strides,
                             int ndim,
@@ -28,8 +28,8 @@ std::vector<Dim> MovingDims(const int64_t *shape,
   return dims;
 }
 
-// The strides of a copy without gaps. A dimension of length 1 has the one that it
-// has in a dense tensor.
+// The strides of a copy without gaps. A dimension of length 1 has the stride of a dense
+// tensor.
 std::vector<int64_t> DenseStrides(const std::vector<Dim> &dims,
                                   const int64_t *shape,
                                   int ndim) {

@@ -1,4 +1,4 @@
-// How a strided tensor lies in memory: as runs of adjacent bytes.
+// The memory of a strided tensor, as runs of adjacent bytes.
 #pragma once
 
 #include <cstdint>
@@ -6,9 +6,8 @@
 
 namespace ray::rdt {
 
-// A tensor's elements without the gaps between them, in the order of memory.
-//
-// A copy of the runs, one after the other, is the tensor again with `strides`.
+// The runs of a tensor, in the order of their addresses. Copied one after the other, they
+// are the tensor with `strides`.
 struct Runs {
   uint64_t nbytes = 0;           // of each
   std::vector<uint64_t> starts;  // in bytes from the tensor's first element
@@ -17,8 +16,8 @@ struct Runs {
   uint64_t total() const { return nbytes * starts.size(); }
 };
 
-// Finds the runs of a tensor that has elements. False where there are more than
-// `max_count`, or where one begins within another. Runs on: any thread.
+// Finds the runs of a tensor that is not empty. False if there are more than `max_count`
+// runs, or if runs overlap. Runs on: any thread.
 bool FindRuns(const int64_t *shape,
               const int64_t *strides,
               int ndim,

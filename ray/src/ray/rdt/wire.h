@@ -1,4 +1,4 @@
-// The protocol between two agents: every frame and field is defined here.
+// The protocol between two agents: all frames and their fields.
 //
 // A frame is a 24-byte header and `length` bytes of payload, all little-endian.
 // Connections have one purpose each: control (requests and small answers) or
@@ -12,10 +12,10 @@
 //   then any of PULL DONE ABORT OWN FREE CALL SUM RING FILL PING   (control)
 //   or READ                                                (data)
 //
-// Frozen for all versions, so that two versions can tell each other apart: the
-// header's layout, and ERROR {version, code, text}.
+// Two parts never change, so that versions can recognize each other: the header's layout,
+// and ERROR {version, code, text}.
 //
-// Runs on: any thread; nothing here keeps state.
+// Runs on: any thread; has no state.
 #pragma once
 
 #include <array>
@@ -33,7 +33,7 @@
 namespace ray::rdt {
 
 static_assert(std::endian::native == std::endian::little,
-              "fields are copied as they lie in memory");
+              "fields are copied in their memory layout");
 
 inline constexpr uint32_t kMagic = 0x54445252;  // "RRDT"
 inline constexpr uint16_t kProtocolVersion = 1;
@@ -77,14 +77,14 @@ struct FrameHeader {
   uint16_t version = kProtocolVersion;
   FrameType type = FrameType::kError;
   uint64_t length = 0;   // of the payload
-  uint64_t request = 0;  // pull id or call id, chosen by the asking side
+  uint64_t request = 0;  // pull id or call id, chosen by the client
 };
 static_assert(sizeof(FrameHeader) == 24 && std::is_trivially_copyable_v<FrameHeader>);
 
 enum class Purpose : uint8_t { kControl = 1, kData = 2 };
 
-// Each message lists its fields once; Encode and Decode both go through that
-// list. Handshake messages come first.
+// Each message lists its fields once, for the encoder and the decoder. Handshake messages
+// come first.
 struct Error {
   uint16_t version = kProtocolVersion;
   uint8_t code = 0;
@@ -125,7 +125,7 @@ struct Proof {
 
 struct Welcome {
   uint32_t lanes = 0;
-  uint64_t probe_address = 0;  // where `probe` lies in the server's memory
+  uint64_t probe_address = 0;  // the address of `probe` in the server's memory
   Probe probe{};
   Mac mac{};
   template <class A>
@@ -137,7 +137,7 @@ struct Welcome {
 struct PullRequest {
   Key key{};
   uint8_t with_spans = 0;     // the client reads the memory itself
-  uint64_t max_attached = 0;  // an object up to this size comes with the grant
+  uint64_t max_attached = 0;  // an object up to this size is sent with the grant
   template <class A>
   void Fields(A &a) {
     a(key), a(with_spans), a(max_attached);
@@ -147,7 +147,7 @@ struct PullRequest {
 struct Grant {
   uint64_t total = 0;
   std::vector<Span> spans;  // empty unless asked for
-  Bytes attached;           // all bytes of a small object; then nothing is pinned
+  Bytes attached;           // all bytes of a small object, which is then not pinned
   template <class A>
   void Fields(A &a) {
     a(total), a(spans), a(attached);
@@ -163,7 +163,7 @@ struct Refuse {
   }
 };
 
-// "What is the checksum of that object?"
+// Requests the checksum of an object.
 struct ChecksumRequest {
   Key key{};
   template <class A>
@@ -172,7 +172,7 @@ struct ChecksumRequest {
   }
 };
 
-// In the REPLY to SUM, after the byte that says whether it is an error.
+// In the REPLY to SUM, after the byte that tells whether it is an error.
 struct ChecksumReply {
   uint64_t sum = 0;
   template <class A>
@@ -181,7 +181,7 @@ struct ChecksumReply {
   }
 };
 
-// Of FREE: the owner needs these no more. Of OWN: they are the sender's.
+// FREE: the owner no longer needs the objects. OWN: the sender owns them.
 struct KeyList {
   std::vector<Key> keys;
   template <class A>
@@ -190,7 +190,7 @@ struct KeyList {
   }
 };
 
-// A memfd for the shm lane travels with this frame.
+// This frame carries a memfd for the shm lane.
 struct Ring {
   uint64_t nbytes = 0;
   template <class A>
@@ -199,7 +199,7 @@ struct Ring {
   }
 };
 
-// "Copy that range of pull `request` to `position` in the ring."
+// Asks to copy a range of pull `request` to `position` in the ring.
 struct Fill {
   uint64_t offset = 0;
   uint64_t nbytes = 0;
@@ -219,8 +219,8 @@ struct Filled {
   }
 };
 
-// "Send that range of pull `request`": answered by a DATA header whose length
-// is `nbytes`, or 0 when there is no such pull.
+// Asks to send a range of pull `request`. The answer is a DATA header whose length is
+// `nbytes`, or 0 if there is no such pull.
 struct Read {
   uint64_t offset = 0;
   uint64_t nbytes = 0;
@@ -257,8 +257,7 @@ class Encoder {
   Bytes *out_;
 };
 
-// Never reads past its input: once a field does not fit, is_ok() is false and
-// stays so.
+// Never reads beyond its input: if a field does not fit, is_ok() is false from then on.
 class Decoder {
  public:
   explicit Decoder(ByteView in) : in_(in) {}
@@ -281,7 +280,7 @@ class Decoder {
   void List(T *items) {
     uint32_t count = 0;
     (*this)(count);
-    // Compared before anything is allocated for it.
+    // Checked before memory is allocated for the items.
     ok_ = ok_ && count <= in_.size() / sizeof(typename T::value_type);
     if (!ok_) return;
     items->resize(count);
@@ -299,7 +298,7 @@ class Decoder {
   bool ok_ = true;
 };
 
-// Payload bytes of a message.
+// The payload of a message.
 template <class M>
 Bytes Pack(M message) {
   Bytes out;
@@ -308,7 +307,7 @@ Bytes Pack(M message) {
   return out;
 }
 
-// The message, or nothing when the payload is not exactly one.
+// The message. Empty if the payload is not exactly one message.
 template <class M>
 std::optional<M> Unpack(ByteView payload) {
   M message;
@@ -318,7 +317,7 @@ std::optional<M> Unpack(ByteView payload) {
   return message;
 }
 
-// A whole frame.
+// A frame with its header.
 Bytes EncodeFrame(FrameType type, uint64_t request, ByteView payload = {});
 
 template <class M>

@@ -1,8 +1,8 @@
 // Cross-memory attach: the consumer reads the producer's memory with
 // process_vm_readv(2), in one copy and without the producer's help.
 //
-// That the pid still means the producer when the last byte was read is for the
-// caller to check (RemotePeer::IsMemoryValid), after the report.
+// After the report the caller must check that the pid still is the producer's
+// (PeerLink::IsSameProcess).
 #pragma once
 
 #include <sys/types.h>
@@ -14,8 +14,8 @@
 
 namespace ray::rdt {
 
-// Empty when `pid`'s memory can be read and holds the probe that the peer told
-// in its WELCOME; else what is in the way.
+// Empty if `pid`'s memory can be read and has the probe that the peer sent in its
+// WELCOME; otherwise the reason.
 std::string ProbeCma(pid_t pid, const PeerInfo &peer);
 
 class CmaLane : public Lane {

@@ -8,8 +8,8 @@
 namespace ray::rdt {
 namespace {
 
-// Shared by the steps of one pull. A failure is reported by the last step to
-// end, so that nobody copies any more when another lane starts over.
+// Shared by the steps of one pull. The last step to end reports a failure, so that no
+// thread still copies when another lane starts.
 class CopyJob {
  public:
   CopyJob(std::shared_ptr<Pull> pull,
@@ -24,7 +24,7 @@ class CopyJob {
         steps_(steps),
         chunk_(chunk) {}
 
-  // One chunk; true if there may be more.
+  // Copies one chunk. True if there may be more.
   bool Step() {
     Range range;
     if (has_failed_ || !pull_->TakeRange(attempt_, chunk_, &range) ||

@@ -1,5 +1,5 @@
-// Lanes that need nothing but this process's own system calls: the copy threads
-// share out the chunks of a pull.
+// Copies all chunks of a pull on the copy threads, for lanes that need only system calls
+// of this process.
 #pragma once
 
 #include <functional>
@@ -13,7 +13,7 @@ namespace ray::rdt {
 // Copies one range into the pull's destination.
 using CopyRange = std::function<Status(Range range)>;
 
-// Starts copying all of `pull`; see Report. Runs on: any thread.
+// Starts to copy all of `pull`; see Report. Runs on: any thread.
 void StartCopyJob(CopyPool *copies,
                   std::shared_ptr<Pull> pull,
                   CopyRange copy,

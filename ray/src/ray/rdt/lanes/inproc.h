@@ -1,4 +1,4 @@
-// Producer and consumer are one process: plain memory copies.
+// In-process lane: producer and consumer are the same process.
 #pragma once
 
 #include "ray/rdt/lanes/copy_job.h"

@@ -1,4 +1,4 @@
-// The seam between a peer and what moves its bytes.
+// The interface between a peer and the code that transfers its bytes.
 #pragma once
 
 #include <functional>
@@ -10,10 +10,9 @@
 
 namespace ray::rdt {
 
-// Tells how a started pull went: ok once the destination is whole, kRefused
-// when this lane cannot do it but another may. Called exactly once, on any
-// thread, when the lane is done with the pull; not at all if the pull ended by
-// itself (cancelled, peer lost).
+// Reports the result of a started pull: ok once the destination is complete, kRefused if
+// another lane may succeed. Called exactly once, on any thread, when the lane has
+// finished with the pull. Not called if the pull has ended (cancelled, peer lost).
 using Report = std::function<void(const Status &status)>;
 
 // The consumer's half of one lane to one peer. Runs on: the agent's loop.
@@ -21,12 +20,13 @@ class Lane {
  public:
   virtual ~Lane() = default;
 
-  // True if the consumer reads the producer's memory itself: the grant must say
-  // where it lies, and what was read counts only if the producer still lives.
+  // True if the consumer reads the producer's memory directly. Then the grant must have
+  // its addresses, and the bytes are valid only if the producer is still alive
+  // afterwards.
   virtual bool reads_memory() const { return false; }
-  // Never blocks. The producer keeps the region pinned until the report.
+  // Does not block. The producer keeps the region pinned until the report.
   virtual void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) = 0;
-  // A frame that this lane's other half sent over the control connection.
+  // Takes a frame that this lane's producer half sent over the control connection.
   virtual void OnFrame(const FrameHeader & /*header*/, ByteView /*payload*/) {}
 };
 

@@ -3,7 +3,7 @@
 namespace ray::rdt {
 namespace {
 
-// What rules out `lane` for this pair, or "ok".
+// The reason why `lane` cannot be used, or "ok".
 std::string UnavailableReason(LaneKind lane, const LaneInputs &inputs) {
   switch (lane) {
   case LaneKind::kInproc:

@@ -1,4 +1,4 @@
-// The names of the lanes, and the choice between them as pure code.
+// The names of the lanes, and the pure code that selects them.
 #pragma once
 
 #include <array>
@@ -23,22 +23,22 @@ inline const char *LaneName(LaneKind lane) {
   return kLaneNames[static_cast<size_t>(lane)];
 }
 
-// What both sides know about each other once a connection is up.
+// What decides which lanes a new connection can use.
 struct LaneInputs {
   LaneSet mine = 0;
   LaneSet theirs = 0;
   bool is_same_agent = false;
   bool is_unix = false;         // one host, one network namespace
-  std::string cma_probe_error;  // empty: their memory can be read
-  bool has_tcp = false;         // the peer listens and clear text is allowed
+  std::string cma_probe_error;  // empty: the peer's memory can be read
+  bool has_tcp = false;         // the peer listens, and unencrypted TCP is allowed
   std::string no_tcp_reason;
 };
 
-// For each lane "ok" or why it cannot serve this pair.
+// For each lane "ok" or the reason why it cannot be used.
 using LaneReasons = std::array<std::string, kLaneCount>;
 LaneReasons EvaluateLanes(const LaneInputs &inputs);
 
-// The lanes that are "ok", best first.
+// The lanes that are "ok", in order of preference.
 std::vector<LaneKind> UsableLanes(const LaneReasons &reasons);
 
 }  // namespace ray::rdt

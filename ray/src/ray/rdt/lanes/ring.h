@@ -1,5 +1,5 @@
-// The shared memory of the shm lane: a memfd that the consumer has mapped, and that
-// the producer writes to as to a file.
+// The shared memory of the shm lane: a memfd that the consumer maps and the producer
+// writes to as a file.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,11 @@
 
 namespace ray::rdt {
 
-// The consumer's side: a mapping that lives as long as anyone copies out of it.
+// The consumer's side: a mapping, kept alive while a thread copies from it.
 // Runs on: any thread.
 class RingMemory {
  public:
-  // A new memfd, which can no longer change its size. Empty with errno set if the
-  // system has none.
+  // Creates a memfd of a sealed size. Empty, with errno set, if the system fails.
   static std::shared_ptr<RingMemory> Create(uint64_t nbytes, Fd *fd);
 
   ~RingMemory();
@@ -33,12 +32,12 @@ class RingMemory {
   const uint64_t nbytes_;
 };
 
-// The producer's side. It writes by system calls, not through a mapping: memory that
-// is gone fails the call, where plain copying would end the process.
-// Runs on: any thread.
+// The producer's side. It writes by system calls, not through a mapping: if the source
+// was freed the call fails, while a plain copy would crash the process. Runs on: any
+// thread.
 class RingFile {
  public:
-  // Empty unless the descriptor really is a memfd of that size that stays so.
+  // Empty unless the descriptor is a memfd with that size, sealed.
   static std::shared_ptr<RingFile> Open(Fd fd, uint64_t nbytes);
 
   // Copies a range of memory to a position.

@@ -8,7 +8,7 @@
 namespace ray::rdt {
 namespace {
 
-// Runs `work` here if it is small, else on a copy thread.
+// Runs small work on this thread, other work on a copy thread.
 void RunCopy(CopyPool *copies, uint64_t nbytes, std::function<void()> work) {
   if (nbytes <= limits::kMaxInlineCopy) return work();
   copies->Add(
@@ -31,7 +31,7 @@ ShmLane::ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
 
 void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report report) {
   if (!ring_ && refusal_.ok() && !OpenRing()) {
-    refusal_ = {Code::kRefused, WithErrno("no memory to share", errno)};
+    refusal_ = {Code::kRefused, WithErrno("shared memory cannot be created", errno)};
   }
   if (!refusal_.ok()) return report(refusal_);
   uint64_t attempt = pull->attempt();
@@ -52,7 +52,7 @@ bool ShmLane::TakeFrom(const Job &job, Range *range) {
   return job.pull->TakeRange(job.attempt, limits::kSlotBytes, range);
 }
 
-// Asks for as much as there are free slots, a slot for each pull in turn.
+// Requests a range for each free slot, taking the pulls in turn.
 void ShmLane::Pump() {
   for (size_t i = 0; i < limits::kSlots && !jobs_.empty(); ++i) {
     Slot &slot = slots_[i];

@@ -1,6 +1,6 @@
-// Shared-memory lane, for hosts that forbid cma. The consumer owns a ring of
-// slots in a memfd. For each slot: FILL asks the producer to copy a range into
-// it, FILLED says it is there, and the consumer copies it out.
+// Shared-memory lane, for hosts that forbid cma. The consumer owns a ring of slots in a
+// memfd. For each slot, FILL asks the producer to copy a range into it, FILLED confirms
+// that, and the consumer copies the range out.
 #pragma once
 
 #include <deque>
@@ -48,10 +48,10 @@ class ShmLane : public Lane {
   CopyPool *const copies_;
   const std::shared_ptr<Channel> channel_;
   std::shared_ptr<RingMemory> ring_;
-  Status refusal_;  // for good: who hears of it gives the lane up, later
+  Status refusal_;  // permanent: the peer disables the lane after the report
   std::vector<Slot> slots_{limits::kSlots};
-  std::deque<std::shared_ptr<Job>> jobs_;  // with bytes left to ask for; in turns
-  // Lets a copy step find out that the lane is gone.
+  std::deque<std::shared_ptr<Job>> jobs_;  // with bytes left to request; in turns
+  // Tells a copy step whether the lane still exists.
   const std::shared_ptr<ShmLane *> alive_ = std::make_shared<ShmLane *>(this);
 };
 
@@ -61,10 +61,10 @@ class ShmSource {
  public:
   ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
 
-  // False when the descriptor is no ring.
+  // False if the descriptor is not a ring.
   bool OnRing(const Ring &ring, Fd fd);
-  // False when the frame asks for what is not in the ring or the region. A pull
-  // that has ended (`pin` empty) is answered by "not ok".
+  // False if the frame exceeds the ring or the region. For a pull that has ended (`pin`
+  // is empty) FILLED reports a failure.
   bool OnFill(uint64_t pull, const Fill &fill, Pin pin);
 
  private:

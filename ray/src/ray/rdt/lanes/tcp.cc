@@ -57,10 +57,10 @@ void TcpLane::OnOpened(uint64_t id,
   connectors_.erase(id);
   Fd fd = status.ok() ? channel->Release() : Fd();
   if (!fd) {
-    // Other streams, if there are any, do the work.
+    // Other streams, if there are any, transfer the bytes.
     if (!streams_.empty() || !connectors_.empty()) return;
     return FailWaiting(
-        status.ok() ? Status{Code::kIo, "the producer sent what is no data"} : status);
+        status.ok() ? Status{Code::kIo, "the producer sent unexpected bytes"} : status);
   }
   Loop *loop = copies_->loop(id);
   auto on_broken = [agent_loop = loop_, weak = std::weak_ptr(alive_), id] {
@@ -75,13 +75,13 @@ void TcpLane::OnOpened(uint64_t id,
 
 void TcpLane::OnBroken(uint64_t id) {
   streams_.erase(id);
-  if (queue_->is_empty()) return;  // it was idle; the next pull opens another
+  if (queue_->is_empty()) return;  // idle; the next pull opens another
   uint64_t received = queue_->received_ranges();
   if (std::exchange(received_at_break_, received) != received) breaks_ = 0;
   if (++breaks_ <= limits::kMaxStreamBreaks) {
     Open();
   } else if (streams_.empty() && connectors_.empty()) {
-    FailWaiting({Code::kIo, "the data connections keep breaking"});
+    FailWaiting({Code::kIo, "the data connections broke repeatedly"});
   }
   for (auto &[other, one] : streams_) {
     one.loop->Post([stream = one.stream] { stream->Pump(); });

@@ -1,7 +1,6 @@
-// Network lane: several data connections, opened when they are first needed and
-// kept, each asking for its next chunk when it is done with the last (so a slow
-// one takes fewer). Bytes go from the producer's memory to the consumer's
-// without a copy in between but the kernel's.
+// Network lane: several data connections, opened at the first use and kept. Each requests
+// its next chunk when it has received one, so a slow connection takes fewer. Bytes go
+// from the producer's memory to the consumer's with no copies but the kernel's.
 #pragma once
 
 #include <map>

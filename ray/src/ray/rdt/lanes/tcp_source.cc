@@ -35,7 +35,7 @@ void TcpSource::OnReady(uint32_t events) {
   Rearm();
 }
 
-// False when the connection ended or the consumer does not keep to the protocol.
+// False if the connection ended or the consumer violates the protocol.
 bool TcpSource::Receive() {
   std::array<uint8_t, limits::kRequestBytes> buffer;
   ssize_t got = recv(fd_.get(), buffer.data(), buffer.size(), 0);
@@ -69,7 +69,7 @@ bool TcpSource::OnRead(const FrameHeader &header, ByteView payload) {
   return true;
 }
 
-// False when the connection broke.
+// False if the connection broke.
 bool TcpSource::Send() {
   uint64_t budget = limits::kStreamBytesPerTurn;
   while (!answers_.empty() && budget > 0) {

@@ -1,5 +1,5 @@
-// The producer's half of one data connection: answers READ frames with bytes
-// straight from the region's memory.
+// The producer's half of one data connection: answers READ frames with bytes sent from
+// the region's memory.
 #pragma once
 
 #include <deque>
@@ -12,8 +12,8 @@
 
 namespace ray::rdt {
 
-// Runs on: the copy thread whose loop it was given. Owned by its watch on that
-// loop, and so ends with the connection or with the loop.
+// Runs on: the copy thread of the loop that it is given. Owned by its watch on that loop,
+// so it ends with the connection or the loop.
 class TcpSource : public std::enable_shared_from_this<TcpSource> {
  public:
   TcpSource(Loop *loop,
@@ -24,12 +24,12 @@ class TcpSource : public std::enable_shared_from_this<TcpSource> {
   void Start();
 
  private:
-  // One READ. Holds the pin itself, so the memory stays even if the consumer's
-  // control connection ends first.
+  // The answer to one READ. It has its own pin, so the memory stays pinned if the
+  // consumer's control connection ends first.
   struct Answer {
     Pin pin;
     Range rest;
-    Bytes header;  // of it, what is not sent yet
+    Bytes header;  // the part that is not sent yet
   };
 
   void OnReady(uint32_t events);

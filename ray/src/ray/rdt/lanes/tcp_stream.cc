@@ -78,11 +78,11 @@ void TcpStream::Start() {
 
 void TcpStream::Pump() {
   TcpRead read;
-  while (fd_ && asked_.size() < limits::kReadsAhead && queue_->Next(&read)) {
+  while (fd_ && requested_.size() < limits::kReadsAhead && queue_->Next(&read)) {
     Read message{.offset = read.range.offset, .nbytes = read.range.nbytes};
     Bytes frame = EncodeFrame(FrameType::kRead, read.job->pull->id, message);
     out_.insert(out_.end(), frame.begin(), frame.end());
-    asked_.push_back(std::move(read));
+    requested_.push_back(std::move(read));
   }
   if (fd_ && !out_.empty()) Flush();
 }
@@ -108,7 +108,7 @@ void TcpStream::Flush() {
   loop_->Rearm(watch_, out_.empty() ? EPOLLIN : EPOLLIN | EPOLLOUT);
 }
 
-// False when there is nothing more for now, or the stream broke.
+// False if no bytes are available or the stream broke.
 bool TcpStream::Receive(uint64_t *budget) {
   bool in_header = header_bytes_ < sizeof(header_);
   ssize_t got = in_header ? ReceiveHeader() : ReceiveBody(*budget);
@@ -134,7 +134,7 @@ ssize_t TcpStream::ReceiveHeader() {
 }
 
 ssize_t TcpStream::ReceiveBody(uint64_t budget) {
-  const TcpRead &read = asked_.front();
+  const TcpRead &read = requested_.front();
   Range rest{read.range.offset + body_bytes_,
              std::min(budget, read.range.nbytes - body_bytes_)};
   Pull &pull = *read.job->pull;
@@ -150,10 +150,10 @@ ssize_t TcpStream::ReceiveBody(uint64_t budget) {
   return got;
 }
 
-// Sums the blocks that are whole. A range that breaks off comes again as a whole,
-// so it counts for the pull only when it is.
+// Adds the complete blocks. If the stream breaks, the whole range is requested again, so
+// the sum counts for the pull only once the range is complete.
 void TcpStream::ChecksumUpTo(uint64_t nbytes) {
-  const TcpRead &read = asked_.front();
+  const TcpRead &read = requested_.front();
   bool is_whole = nbytes == read.range.nbytes;
   uint64_t end = is_whole ? nbytes : nbytes / kChecksumBlock * kChecksumBlock;
   body_checksum_ +=
@@ -162,24 +162,24 @@ void TcpStream::ChecksumUpTo(uint64_t nbytes) {
   checksummed_bytes_ = end;
 }
 
-// For a pull that ended meanwhile: its bytes are on the way all the same.
+// Receives bytes of a pull that has ended: they were requested before.
 ssize_t TcpStream::Discard(uint64_t nbytes) {
   std::array<char, limits::kDiscardBytes> unused;
   return recv(fd_.get(), unused.data(), std::min<uint64_t>(nbytes, unused.size()), 0);
 }
 
-// False when the producer does not keep to the protocol.
+// False if the producer violates the protocol.
 bool TcpStream::OnHeader() {
   if (header_.magic != kMagic || header_.version != kProtocolVersion ||
-      header_.type != FrameType::kData || asked_.empty()) {
+      header_.type != FrameType::kData || requested_.empty()) {
     return false;
   }
-  const TcpRead &first = asked_.front();
+  const TcpRead &first = requested_.front();
   if (header_.request != first.job->pull->id) return false;
   if (header_.length == first.range.nbytes) return true;
   if (header_.length != 0) return false;
   first.job->ReportOnce({Code::kIo, "the producer no longer has the object"});
-  asked_.pop_front();
+  requested_.pop_front();
   header_bytes_ = 0;
   Pump();
   return true;
@@ -187,9 +187,9 @@ bool TcpStream::OnHeader() {
 
 void TcpStream::OnBody(uint64_t nbytes) {
   body_bytes_ += nbytes;
-  if (body_bytes_ < asked_.front().range.nbytes) return;
-  TcpRead done = std::move(asked_.front());
-  asked_.pop_front();
+  if (body_bytes_ < requested_.front().range.nbytes) return;
+  TcpRead done = std::move(requested_.front());
+  requested_.pop_front();
   header_bytes_ = 0;
   body_bytes_ = checksummed_bytes_ = 0;
   if (queue_->Complete(done, std::exchange(body_checksum_, 0))) done.job->ReportOnce({});
@@ -200,8 +200,8 @@ void TcpStream::Break() {
   auto self = shared_from_this();  // Close drops the watch that owns it
   OnBroken on_broken = std::move(on_broken_);
   Close();
-  for (const TcpRead &read : asked_) queue_->Return(read);
-  asked_.clear();
+  for (const TcpRead &read : requested_) queue_->Return(read);
+  requested_.clear();
   if (on_broken) on_broken();
 }
 

@@ -13,7 +13,7 @@
 
 namespace ray::rdt {
 
-// A pull on the tcp lane; reported once, whoever of the streams comes first.
+// A pull on the tcp lane. The first stream with a result reports it.
 class TcpJob {
  public:
   TcpJob(std::shared_ptr<Pull> pull, Report report, uint64_t chunk)
@@ -35,26 +35,26 @@ class TcpJob {
   std::atomic<bool> is_reported_{false};
 };
 
-// A range of a pull that one stream has asked for.
+// A range of a pull that one stream has requested.
 struct TcpRead {
   std::shared_ptr<TcpJob> job;
   Range range;
 };
 
-// What all streams to one peer take their work from, a chunk of each pull in turn.
+// The pulls of all streams to one peer, which take a chunk of each in turn.
 // Runs on: any thread.
 class TcpQueue {
  public:
   void Add(std::shared_ptr<TcpJob> job);
   bool Next(TcpRead *read);
-  // A range that will not come over the stream that took it.
+  // Returns a range that will not arrive over the stream that took it.
   void Return(const TcpRead &read);
-  // One that came. True if its pull is whole now.
+  // Counts a range as received. True if that completes its pull.
   bool Complete(const TcpRead &read, uint64_t sum);
   bool is_empty() const;
-  // How many ranges ever came.
+  // The number of ranges received so far.
   uint64_t received_ranges() const { return received_; }
-  // All jobs that have something left to be taken.
+  // Removes and returns all jobs with ranges left to take.
   std::deque<std::shared_ptr<TcpJob>> TakeAll();
 
  private:
@@ -63,12 +63,12 @@ class TcpQueue {
   std::atomic<uint64_t> received_{0};
 };
 
-// Runs on: the copy thread whose loop it was given. Owned by its watch on that
-// loop until Close.
+// Runs on: the copy thread of the loop that it is given. Owned by its watch on that loop
+// until Close.
 class TcpStream : public std::enable_shared_from_this<TcpStream> {
  public:
-  // Told at most once, on the copy thread, after all that was asked for has
-  // gone back to the queue.
+  // Called at most once, on the copy thread, after all requested ranges were returned to
+  // the queue.
   using OnBroken = std::function<void()>;
 
   TcpStream(Loop *loop, Fd fd, std::shared_ptr<TcpQueue> queue, OnBroken on_broken);
@@ -76,7 +76,7 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   void Start();
   // Takes work from the queue.
   void Pump();
-  // Without a word to OnBroken.
+  // Does not call OnBroken.
   void Close();
 
  private:
@@ -96,12 +96,12 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   const std::shared_ptr<TcpQueue> queue_;
   OnBroken on_broken_;
   Loop::Id watch_ = 0;
-  std::deque<TcpRead> asked_;  // in the order in which the answers come
-  Bytes out_;                  // READ frames not yet sent
+  std::deque<TcpRead> requested_;  // in the order of their answers
+  Bytes out_;                      // READ frames not yet sent
   FrameHeader header_;
   size_t header_bytes_ = 0;         // of header_ received
-  uint64_t body_bytes_ = 0;         // of the first of asked_ received
-  uint64_t checksummed_bytes_ = 0;  // of these, blocks that are in body_sum_
+  uint64_t body_bytes_ = 0;         // of the first of requested_ received
+  uint64_t checksummed_bytes_ = 0;  // of these, in body_checksum_
   uint64_t body_checksum_ = 0;
 };
 
