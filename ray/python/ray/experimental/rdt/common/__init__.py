@@ -1,1 +1,1 @@
-"""What every other folder uses: settings, errors, threads, clocks."""
+"""Modules that all other folders use: settings, errors, threads, deadlines, the adapter to Ray."""

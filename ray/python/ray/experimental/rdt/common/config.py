@@ -1,6 +1,6 @@
-"""Settings of RDT, read from the environment of each process once, at first use.
+"""Settings of RDT. Each process reads them from its environment once, at first use.
 
-Every setting has a default that needs no thought; nothing here writes to the environment.
+Every setting has a default that suits most programs. Nothing here writes to the environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 from ray._common.utils import get_system_memory
 from ray._private import ray_constants
 
-#: The agent's own, and the transports that may be taken although nobody named them.
+#: The agent's lanes, and the transports that RDT may select without being asked to.
 AGENT_LANES = ("inproc", "cma", "shm", "tcp")
 LANES = (*AGENT_LANES, "cuda_ipc", "nixl", "nccl")
 
@@ -24,32 +24,32 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one process. The field's comment names the variable it comes from."""
+    """The settings of one process. Each field's comment names its environment variable."""
 
-    eager_bytes: int  # RAY_RDT_EAGER_BYTES: CPU objects up to this size also ride in the value
-    array_bytes: int  # RAY_RDT_ARRAY_BYTES: other arrays from this size on go as tensors do
+    eager_bytes: int  # RAY_RDT_EAGER_BYTES: the value contains CPU objects up to this size
+    array_bytes: int  # RAY_RDT_ARRAY_BYTES: other arrays of at least this size are sent as tensors
     lanes: frozenset[str]  # RAY_RDT_LANES: lanes this process may use, comma separated
-    strict_transport: bool  # RAY_RDT_STRICT_TRANSPORT: no other lane than the named transport
+    strict_transport: bool  # RAY_RDT_STRICT_TRANSPORT: no fallback from the named transport
     copy_threads: int  # RAY_RDT_COPY_THREADS
     tcp_streams: int  # RAY_RDT_TCP_STREAMS: connections for one large pull
     pool_bytes: int  # RAY_RDT_POOL_BYTES: free memory that the receive pool may keep
-    hint_bytes: int  # RAY_RDT_HINT_BYTES: memory for objects pulled before their task asks
+    hint_bytes: int  # RAY_RDT_HINT_BYTES: memory for objects pulled before their task needs them
     store_bytes: int  # RAY_RDT_STORE_BYTES: host memory that stored objects may keep
     store_wait_s: float  # RAY_RDT_STORE_WAIT_S: how long a return waits for room in the store
-    checksum: bool  # RAY_RDT_CHECKSUM: this process verifies what it pulls
+    checksum: bool  # RAY_RDT_CHECKSUM: this process verifies the objects that it pulls
     fetch_timeout_s: float  # RAY_rdt_fetch_fail_timeout_milliseconds
     connect_timeout_s: float  # RAY_RDT_CONNECT_TIMEOUT_S
-    peer_timeout_s: float  # RAY_RDT_PEER_TIMEOUT_S: a silent network peer is given up after this
-    group_timeout_s: float  # RAY_RDT_GROUP_TIMEOUT_S: making a collective group
+    peer_timeout_s: float  # RAY_RDT_PEER_TIMEOUT_S: time until a silent network peer counts as lost
+    group_timeout_s: float  # RAY_RDT_GROUP_TIMEOUT_S: time to create a collective group
     clear_tcp: bool  # False only where Ray is told to use TLS and RAY_RDT_ALLOW_CLEAR_TCP is not 1
 
 
 @functools.cache
 def settings() -> Settings:
-    """The settings of this process.
+    """Return the settings of this process.
 
     Raises:
-        ValueError: a variable holds something that cannot be read; names it.
+        ValueError: A variable has an invalid value; the text names the variable.
     """
     return Settings(
         eager_bytes=_read("RAY_RDT_EAGER_BYTES", 64 * 1024, _count(0)),
@@ -125,5 +125,5 @@ def _default_pool_bytes() -> int:
 
 
 def _default_store_bytes() -> int:
-    """Ray's own object store takes 30 % of the memory; a tenth is left for everything else."""
+    """Return 60 % of the memory. Ray's object store takes 30 %, and 10 % remains for the rest."""
     return int(get_system_memory() * 0.6)

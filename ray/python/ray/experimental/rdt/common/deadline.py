@@ -1,4 +1,4 @@
-"""The moment at which an operation gives up."""
+"""The moment at which an operation times out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Deadline:
 
     @classmethod
     def after(cls, timeout_s: float) -> Deadline:
-        """The deadline ``timeout_s`` seconds from now."""
+        """Return the deadline ``timeout_s`` seconds from now."""
         return cls(time.monotonic() + timeout_s)
 
     def left_s(self) -> float:
-        """The seconds left, 0 once it has passed."""
+        """Return the seconds left, 0 after the deadline."""
         return max(0.0, self.at - time.monotonic())
 
     def has_passed(self) -> bool:
@@ -30,9 +30,9 @@ class Deadline:
         return time.monotonic() >= self.at
 
     def later(self, by_s: float) -> Deadline:
-        """The deadline ``by_s`` seconds after this one."""
+        """Return the deadline ``by_s`` seconds after this one."""
         return Deadline(self.at + by_s)
 
     def halfway(self) -> Deadline:
-        """The deadline that leaves half of the remaining time for a later attempt."""
+        """Return the deadline that leaves half of the remaining time for a later attempt."""
         return Deadline.after(self.left_s() / 2)

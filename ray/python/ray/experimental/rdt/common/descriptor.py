@@ -1,8 +1,8 @@
-"""The descriptor: what the metadata of an RDT value says about where its tensors are.
+"""Descriptor of an RDT value in its metadata: where the tensors are.
 
-Ray moves the metadata of an object with the object, unread. An RDT value's metadata is
-``PYTHON,RDT`` followed by the base64 text of a packed head, so that Ray's own fields, which are
-separated by commas, stay readable. Pure code: no Ray, torch or thread inside.
+Ray copies the metadata of an object with the object and does not interpret it. The metadata of an
+RDT value is ``PYTHON,RDT`` followed by the base64 text of a packed head, so that Ray's own fields,
+which are separated by commas, stay readable. Pure code: no Ray, torch or thread inside.
 
 Head, little-endian: version u8, flags u8, key 16 bytes, payload bytes u64, producer id 16 bytes,
 length of the transport's name u8 and the name, length of the agent's address u16 and the address,
@@ -29,22 +29,22 @@ _ORIGIN = 4
 
 
 class DescriptorError(ValueError):
-    """The bytes are no descriptor of this version."""
+    """Raised if bytes are not a descriptor of this version."""
 
 
 @dataclass(frozen=True)
 class Descriptor:
-    """Where the tensors of one RDT object are.
+    """The location of the tensors of one RDT object.
 
     Attributes:
-        key: 16 random bytes; the right to read the object at the producer's agent.
-        nbytes: How many bytes a pull moves.
-        producer: The producer's actor id, or the start of its worker id if it is no actor.
-        transport: The transport that the user named, lower case.
-        address: The producer's agent.
-        is_eager: Whether the tensors' bytes also ride in the value itself.
-        is_user_defined: Whether a user wrote the transport; its shipment is in the value.
-        origin: The object's id, where a consumer may get the value without one; else b"".
+        key: 16 random bytes, which permit to read the object at the producer's agent.
+        nbytes: The number of bytes that a pull transfers.
+        producer: The producer's actor id, or the start of its worker id if it is not an actor.
+        transport: The transport that the user named, in lower case.
+        address: The address of the producer's agent.
+        is_eager: Whether the value contains the bytes of the tensors.
+        is_user_defined: Whether a user wrote the transport; the value contains its shipment.
+        origin: The object's id if a consumer may receive the value without a reference, else b"".
     """
 
     key: bytes = field(repr=False)
@@ -58,7 +58,7 @@ class Descriptor:
 
 
 def encode(descriptor: Descriptor) -> bytes:
-    """The metadata for a value with this descriptor."""
+    """Return the metadata of a value with this descriptor."""
     name = descriptor.transport.encode()
     head = _HEAD.pack(
         VERSION,
@@ -74,17 +74,17 @@ def encode(descriptor: Descriptor) -> bytes:
 
 
 def is_rdt(metadata: bytes | None) -> bool:
-    """Whether a serialized value with this metadata is an RDT value."""
+    """Tell whether a serialized value with this metadata is an RDT value."""
     return metadata is not None and metadata.startswith(PREFIX)
 
 
 def decode(metadata: bytes) -> Descriptor:
-    """Reads the metadata of an RDT value.
+    """Return the descriptor in the metadata of an RDT value.
 
     Raises:
-        DescriptorError: truncated, of another version, or not base64.
+        DescriptorError: The metadata is truncated, of another version, or not base64.
     """
-    # Ray appends fields of its own (a debugger's breakpoint) after another comma.
+    # Ray appends its own fields, such as a debugger's breakpoint, after another comma.
     text = metadata[len(PREFIX) :].split(b",", 1)[0]
     try:
         raw = base64.b64decode(text, validate=True)
@@ -94,7 +94,7 @@ def decode(metadata: bytes) -> Descriptor:
 
 
 def unpack(raw: bytes) -> Descriptor:
-    """Reads a packed head. Raises DescriptorError."""
+    """Return the descriptor in a packed head. Raises DescriptorError."""
     if not raw or raw[0] != VERSION:
         found = raw[0] if raw else "nothing"
         raise DescriptorError(f"descriptor version {found}, this process reads {VERSION}")

@@ -1,9 +1,9 @@
-"""Tells exceptions of the program's signal handlers from errors of RDT.
+"""Distinguishes exceptions of the program's signal handlers from errors of RDT.
 
-Python runs a signal handler on the main thread, in the middle of whatever that thread does, so its
-exception comes out of RDT's code. A handler is called with the frame that it interrupts; no other
-function on RDT's way gets one of the frames that called it. A handler that has deleted its
-arguments is known if it is still set.
+Python runs a signal handler on the main thread between two instructions, so RDT's code may raise
+the handler's exception. A handler receives the interrupted frame as an argument. No other function
+below RDT's code receives a frame that called it. A handler that deletes its arguments is recognized
+as long as it is installed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def raise_if_interrupt(error: BaseException) -> None:
-    """Raises an exception again, as it is, if a signal handler of the program's raised it.
+    """Raise an exception again if a signal handler of the program raised it.
 
     Runs on: any thread, in an ``except`` clause that would handle the error.
     """
@@ -25,14 +25,14 @@ def raise_if_interrupt(error: BaseException) -> None:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether a signal handler of the program's raised an exception."""
+    """Tell whether a signal handler of the program raised an exception."""
     handlers, outer = _handlers(), list[FrameType]()
     traceback = error.__traceback__
     while traceback is not None:
         frame = traceback.tb_frame
         if frame.f_code in handlers:
             return True
-        # Not of the first frame, which handles the error: to read its locals would keep the error.
+        # The first frame handles the error. Reading its locals would keep the error alive.
         if outer and any(argument is each for argument in _arguments(frame) for each in outer):
             return True
         outer.append(frame)
@@ -41,7 +41,7 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 def _handlers() -> set[CodeType]:
-    """Of the functions and methods that now are handlers."""
+    """Return the code of the installed handlers."""
     handlers = map(signal.getsignal, signal.valid_signals())
     return {code for each in handlers if (code := getattr(each, "__code__", None)) is not None}
 

@@ -1,4 +1,4 @@
-"""Other processes of this host, as the kernel knows them."""
+"""Other processes of this host."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ray.experimental.rdt.common.real_threads import poll
 
 
 class Process:
-    """Tells when a process has ended, also when another one has got its number since.
+    """A process of this host. A later process with the same pid is not confused with it.
 
-    Some containers refuse the kernel's handle for that (a pidfd), and Pythons built for old kernels
-    have no call for it; then the time at which the process was started tells it apart. Where there
-    is a handle, /proc is not asked: it may hide the processes of other users. The handle lives as
-    long as this object: a thread may look while another one gives it up.
+    A pidfd identifies the process. Some containers refuse pidfds, and Pythons built for old kernels
+    do not support them; then the start time identifies it. With a pidfd, /proc is not read, because
+    it may hide the processes of other users. Several threads can use this object, which keeps the
+    pidfd open.
 
     Args:
-        pid: Its number. One that is not there counts as ended.
+        pid: The pid. A process that does not exist counts as ended.
     """
 
     def __init__(self, pid: int):
@@ -33,7 +33,7 @@ class Process:
             weakref.finalize(self, os.close, self._descriptor)
 
     def has_ended(self) -> bool:
-        """Runs on: any thread; does not block."""
+        """Tell whether the process has ended. Runs on: any thread; does not block."""
         if self._descriptor < 0:
             return not self._started or _started(self._pid) != self._started
         ended = poll()
@@ -42,11 +42,11 @@ class Process:
 
 
 def _started(pid: int) -> str:
-    """When a process was started, in the kernel's words; "" if it is not there or has ended."""
+    """Return a process's start time as /proc states it, "" if the process has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    # The name of the program comes before and may hold anything, in parentheses.
+    # The program's name precedes it in parentheses and may contain any character.
     state, *fields = stat.rpartition(")")[2].split()
     return "" if state in ("Z", "X") else fields[18]

@@ -1,11 +1,11 @@
-"""Threads, locks and queues of the operating system, whatever libraries have patched.
+"""Threads, locks and queues of the operating system, even if a library has patched Python's.
 
-gevent's ``monkey.patch_all`` makes greenlets of Python's threads and locks. RDT waits in native
-code, where a greenlet would keep all others from running. So RDT takes threads from here; the names
-and their meaning are those of ``threading``, ``queue``, ``concurrent.futures`` and ``time``.
+gevent's ``monkey.patch_all`` replaces Python's threads and locks by greenlets. RDT waits in native
+code, where one greenlet would block all others. RDT therefore uses the threads of this module. The
+names and their meaning are those of ``threading``, ``queue``, ``concurrent.futures`` and ``time``.
 
-A worker imports this before any code of the user's. A program that is patched earlier still has the
-originals in gevent.
+A worker imports this module before the user's code. In a program that was patched earlier, gevent
+provides the originals.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ if not TYPE_CHECKING:
     Lock = _original("_thread", "allocate_lock")
     RLock = _original("_thread", "RLock")
 
-#: Greenlets of one thread take turns in the middle of the user's code, so this one is Python's.
+#: Python's own: greenlets of one thread alternate within the user's code.
 local = threading.local
 
-#: The kernel keeps so many characters of a thread's name.
+#: The longest name of a thread in the kernel.
 _NAME_LENGTH = 15
 
 
 class Condition:
-    """``threading.Condition``; may be entered again by the thread that is in it."""
+    """``threading.Condition`` with a reentrant lock."""
 
     def __init__(self) -> None:
         self._lock = RLock()
@@ -107,8 +107,8 @@ class Condition:
 
     def notify_all(self) -> None:
         while self._waiters:
-            # In this order a signal handler that raises in between loses no waiter.
-            with suppress(RuntimeError):  # it was released when that happened
+            # In this order, a signal handler that raises in between loses no waiter.
+            with suppress(RuntimeError):  # a signal handler raised after the release
                 self._waiters[0].release()
             self._waiters.popleft()
 
@@ -120,7 +120,7 @@ def _acquire(lock: Lock, timeout: float | None) -> bool:
 
 
 class Event:
-    """``threading.Event`` that is set once."""
+    """``threading.Event`` without ``clear``."""
 
     def __init__(self) -> None:
         self._changed = Condition()
@@ -176,10 +176,7 @@ class Future(concurrent.futures.Future[_T], Generic[_T]):
 
 
 class Thread:
-    """A thread that does not keep its process from ending.
-
-    Python knows it as one of its own, unless Python's threads are patched.
-    """
+    """A daemon thread. Python lists it unless Python's threads are patched."""
 
     def __init__(self, target: Callable[..., Any], args: Sequence[Any] = (), name: str = ""):
         self._target = target
@@ -198,7 +195,7 @@ class Thread:
         self._ended.wait(timeout)
 
     def is_current(self) -> bool:
-        """Whether it is the thread that asks."""
+        """Tell whether this is the running thread."""
         return bool(self._ident == _get_ident())
 
     def _run_named(self) -> None:

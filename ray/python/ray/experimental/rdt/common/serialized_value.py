@@ -1,4 +1,4 @@
-"""A value that is serialized already, for Ray's core to take as it is."""
+"""A serialized value that Ray's core stores unchanged."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ray._raylet import RawSerializedObject
 
 
 class SerializedValue(RawSerializedObject):
-    """What ``SerializationContext.serialize`` gives, made of what it once gave.
+    """A copy of a result of ``SerializationContext.serialize``.
 
     Args:
         data: The serialized bytes.
-        metadata: The metadata that goes with them.
-        contained_refs: What the value keeps alive.
+        metadata: Their metadata.
+        contained_refs: The references that the value keeps alive.
     """
 
     def __init__(self, data: Any, metadata: bytes, contained_refs: Sequence[Any]):

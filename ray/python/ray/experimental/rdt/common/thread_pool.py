@@ -1,7 +1,7 @@
-"""Threads that take actions in turn and do not keep their process from ending.
+"""A pool of daemon threads, which do not delay the exit of their process.
 
-Those of ``concurrent.futures`` are waited for before Python's exit handlers run, Ray's among them,
-and an action of RDT may wait for a peer for as long as a fetch may take.
+Python waits for the threads of ``concurrent.futures`` before it runs exit handlers such as Ray's.
+An action of RDT may wait for a peer for as long as a fetch may take.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 class DaemonThreads:
-    """Up to ``count`` threads, started as they are needed. Thread-safe.
+    """Up to ``count`` threads, started on demand. Thread-safe.
 
     Args:
-        count: How many at most; actions beyond that wait.
-        name: Of the threads, before a number.
+        count: The maximum number of threads; more actions wait.
+        name: The name of the threads, followed by a number.
     """
 
     def __init__(self, count: int, name: str):
@@ -35,10 +35,10 @@ class DaemonThreads:
         self._is_closed = False
 
     def submit(self, action: Callable[..., Any], *args: Any) -> None:
-        """Has a thread run an action; what it raises is logged.
+        """Run an action on a thread; log the error that it raises.
 
         Raises:
-            RuntimeError: the threads were closed.
+            RuntimeError: The threads are closed.
         """
         with self._lock:
             if self._is_closed:
@@ -51,7 +51,7 @@ class DaemonThreads:
         threading.Thread(target=self._work, name=name).start()
 
     def close(self) -> None:
-        """Lets the threads end after what they are at; drops what waits. Returns at once."""
+        """End the threads after their current actions; drop waiting actions. Returns at once."""
         with self._lock:
             self._is_closed = True
             while not self._tasks.empty():

@@ -1,6 +1,6 @@
-"""What the running thread may do: Ray's io thread and event loops must not block.
+"""Roles of the running thread: Ray's io thread and event loops must not block.
 
-One rdt-pull thread at a time runs Python of RDT; see ``without_turn``.
+One rdt-pull thread at a time runs RDT's Python; see ``without_turn``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ray.experimental.rdt.common.real_threads import Lock
 
 _IO_THREAD = "worker.io"
 
-#: Held by the one rdt-pull thread that runs RDT's own Python. Many that want the GIL at once would
-#: keep it from the event loop for long.
+#: Held by the rdt-pull thread that runs RDT's Python. Many threads that wait for the GIL would
+#: delay the event loop.
 _turn = Lock()
 
 
 @contextmanager
 def turn() -> Iterator[None]:
-    """Runs RDT's Python on an rdt-pull thread, one of them at a time."""
+    """Run RDT's Python on an rdt-pull thread, one thread at a time."""
     with _turn:
         _thread.has_turn = True
         try:
@@ -33,10 +33,10 @@ def turn() -> Iterator[None]:
 
 @contextmanager
 def without_turn() -> Iterator[None]:
-    """Around waits and the user's code: lets another rdt-pull thread run meanwhile.
+    """Let another rdt-pull thread run during a wait or the user's code.
 
-    The user's code runs under Ray's deserialization lock and may fetch objects itself, which then
-    waits for no turn.
+    The user's code runs under Ray's deserialization lock. It may fetch objects itself, and those
+    fetches must not wait for a turn.
     """
     if not _thread.has_turn:
         yield
@@ -50,13 +50,13 @@ def without_turn() -> Iterator[None]:
         _thread.has_turn = True
 
 
-def is_on_own_thread() -> bool:
-    """Whether the running thread fetches a value for another one, whose streams are not its own."""
+def is_on_pull_thread() -> bool:
+    """Tell whether the running thread is an rdt-pull thread, without streams of the user."""
     return _thread.has_turn
 
 
 class _Thread(threading.local):
-    """What is known of the running thread."""
+    """Properties of the running thread."""
 
     has_turn = False
 
@@ -71,5 +71,5 @@ _thread = _Thread()
 
 
 def must_not_block() -> bool:
-    """Whether the running thread is Ray's io thread or has a running event loop."""
+    """Tell whether the running thread is Ray's io thread or has a running event loop."""
     return _thread.is_io or asyncio._get_running_loop() is not None

@@ -1,9 +1,9 @@
-"""Arguments that are received into tensors which the consumer names; see ``api.receive_into``.
+"""Arguments that are received into tensors of the consumer; see ``api.receive_into``.
 
-A function carries its declaration as an attribute, so that it travels with the function. It is
-asked for the tensors right before an argument's object is fetched, in the consumer: on the thread
-of a task or of a method, before Ray deserializes its arguments; on the event loop of an async
-actor, where Ray has deserialized them already and they are ``Deferred``.
+The declaration is an attribute of the function, so that it is pickled with the function. The
+consumer looks up the tensors right before it fetches an argument's object. In a task or a method,
+that is before Ray deserializes the arguments. In an async actor, Ray has already deserialized the
+arguments on the event loop, and they are ``Deferred``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "__ray_rdt_receive_into__"
 
-#: By name of a parameter: its position (None if it has to be named) and what gives the tensors.
+#: By parameter name: its position (None if keyword-only) and the function that returns the tensors.
 Declaration = dict[str, "tuple[int | None, Callable[..., Any]]"]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -30,11 +30,11 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def declare(function: Any, tensors_of: Mapping[str, Callable[..., Any]]) -> None:
-    """Lets a function's arguments be received into tensors.
+    """Declare that a function's arguments are received into tensors.
 
     Raises:
-        TypeError: it is no function, or not told by a function which tensors they are.
-        ValueError: it has no such parameter, or is a constructor.
+        TypeError: It is not a function, or the tensors are not given by a function.
+        ValueError: It has no such parameter, or is a constructor.
     """
     if not inspect.isfunction(function):
         raise TypeError(
@@ -56,33 +56,33 @@ def declare(function: Any, tensors_of: Mapping[str, Callable[..., Any]]) -> None
 
 
 def is_declared(function: Any) -> bool:
-    """Whether some of its arguments are received into tensors."""
+    """Tell whether a function declares that arguments are received into tensors."""
     return hasattr(function, _ATTRIBUTE)
 
 
 class _Actor:
-    """Of this process."""
+    """The actor of this process."""
 
     has_declared = False
 
 
 def expect_methods() -> None:
-    """Notes that a method of this process's actor has declared something."""
+    """Note that a method of this process's actor has a declaration."""
     _Actor.has_declared = True
 
 
 def are_expected() -> bool:
-    """Whether arguments on the event loop of this process's actor may have tensors to go to."""
+    """Tell whether a method of this process's actor has a declaration."""
     return _Actor.has_declared
 
 
-def direct(method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Tells the late arguments of a method where to go. Runs on: consumer, the event loop.
+def set_targets(method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Set the targets of a method's deferred arguments. Runs on: consumer, the event loop.
 
     Args:
-        method: What the user wrote.
+        method: The user's method.
         args: The actor and the positional arguments.
-        kwargs: The others.
+        kwargs: The keyword arguments.
     """
     for name, (position, give) in getattr(method, _ATTRIBUTE, {}).items():
         value = kwargs.get(name)
@@ -92,8 +92,8 @@ def direct(method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             value.into(_tensors(give, args[:1]))
 
 
-def of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
-    """Where the arguments of this thread's task go, by index in what Ray deserializes for it.
+def targets_of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
+    """Return the targets of this task's arguments, by index in the values that Ray deserializes.
 
     Runs on: consumer, the thread of the task.
 
@@ -117,7 +117,7 @@ def of_running_task(serialized: Sequence[Any]) -> dict[int, list[torch.Tensor]]:
 
 
 def _running() -> tuple[Any, tuple[Any, ...]]:
-    """The function of this thread's task, and what it is called with before its arguments."""
+    """Return the function of this thread's task, and its actor if it is a method."""
     if not ray_core.is_worker():
         return None, ()
     name = ray_core.task_function_name()
@@ -125,12 +125,12 @@ def _running() -> tuple[Any, tuple[Any, ...]]:
     if actor is not None:
         return getattr(type(actor), name.rpartition(".")[2], None), (actor,)
     known = ray_core.loaded_functions()
-    # The last one loaded: a function that was defined anew keeps its name.
+    # The last one loaded: a function that was redefined keeps its name.
     return next((each.function for each in reversed(known) if each.function_name == name), None), ()
 
 
 def _labels(serialized: Sequence[Any]) -> Iterator[tuple[int, int | str]]:
-    """The index of each value, and its position or its keyword."""
+    """Return the index of each value, and its position or its keyword."""
     position = 0
     for index in range(0, len(serialized), 2):
         if serialized[index][1] == ray_constants.OBJECT_METADATA_TYPE_RAW:

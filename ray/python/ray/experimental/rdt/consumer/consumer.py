@@ -125,7 +125,7 @@ class Consumer:
             As ``fetch``, with a ``Deferred`` for each value whose tensors are in another process.
         """
         if not must_not_block():
-            into = argument_context.of_running_task(serialized)
+            into = argument_context.targets_of_running_task(serialized)
             return dict(self.fetch(serialized, refs, into=into))
         at_once = list(serialized)
         late: dict[int, Deferred] = {}

@@ -1,10 +1,9 @@
-"""Values whose tensors are still to come, for threads that must not wait for them.
+"""Values whose tensors have not arrived, for threads that must not wait.
 
-Ray's core deserializes on two kinds of thread that have to go on at once: its io thread, for
-``await ref`` and ``ref.future()``, and an async actor's event loops, for the arguments of calls.
-There an object that has to be pulled becomes a ``Deferred``. An ``rdt-pull`` thread pulls and
-deserializes it, and ``when_here`` and ``call_when_here`` put the value in before any code of the
-user's sees it.
+Ray's core deserializes on two kinds of thread that must not block: its io thread, for ``await ref``
+and ``ref.future()``, and the event loops of an async actor, for the arguments of calls. There, an
+object that must be pulled becomes a ``Deferred``. An ``rdt-pull`` thread pulls and deserializes it.
+``hooks/deferred_calls.py`` passes the value on to the user's code when it has arrived.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ if TYPE_CHECKING:
 
 Tensors = Sequence["torch.Tensor"]
 
-#: Pulls at the same time in one process, and of them from one producer: one that is silent leaves
-#: the others their turn. More of them wait.
+#: The most concurrent pulls of one process, and from one producer. A silent producer thus leaves
+#: threads for the others.
 _PULL_THREADS, _FROM_ONE_PRODUCER = 64, 16
 
 
 class Deferred:
-    """A value whose pull begins when somebody first asks for it.
+    """A value whose pull begins at the first request.
 
-    A ``RayError`` stands for itself, as in Ray's deserializer.
+    The value may be a ``RayError``, as in Ray's deserializer.
 
     Args:
-        start: Lets a thread bring the value, into the given tensors if there are any.
+        start: Starts the pull on a thread, into the given tensors if there are any.
     """
 
     def __init__(self, start: Callable[[Tensors | None], Future[Any]]):
@@ -49,27 +48,27 @@ class Deferred:
         self._into: Tensors | None = None
 
     def into(self, tensors: Tensors | None) -> None:
-        """Says where the value's tensors go; comes before ``start``."""
+        """Set the target tensors; comes before ``start``."""
         self._into = tensors
 
     def start(self) -> Future[Any]:
-        """Begins the pull unless it has begun. Returns at once."""
+        """Start the pull if it has not started. Returns at once."""
         with self._lock:
             if self._future is None:
                 self._future = self._start(self._into)
             return self._future
 
     def result(self) -> Any:
-        """The value, or the error to give in its place. Blocks as long as a fetch may."""
+        """Return the value, or the error in its place. Blocks as long as a fetch may."""
         return _outcome(self.start())
 
     def then(self, callback: Callable[[Any], None]) -> None:
-        """Calls back with ``result()``, on the rdt-pull thread."""
-        # The future keeps the callback, so nothing that leads back to the future may be in it.
+        """Call back with ``result()``, on the rdt-pull thread."""
+        # The future keeps the callback, so the callback must not refer to the future.
         self.start().add_done_callback(lambda future: callback(_outcome(future)))
 
     async def arrive(self) -> Any:
-        """As ``result``; suspends the caller's coroutine, whose cancellation leaves the pull."""
+        """Suspend the coroutine until the value arrives. Cancellation does not end the pull."""
         await asyncio.wait([asyncio.wrap_future(self.start())])
         return self.result()
 
@@ -80,12 +79,12 @@ class Puller:
     def __init__(self) -> None:
         self._threads = DaemonThreads(_PULL_THREADS, "rdt-pull")
         self._lock = Lock()
-        # By producer: pulls that have a thread or will get one, and what waits for its turn.
+        # By producer: the number of pulls with a thread, and the pulls that wait for one.
         self._begun: Counter[bytes] = Counter()
         self._waiting: dict[bytes, deque[tuple[Future[Any], Callable[[], Any]]]] = {}
 
     def defer(self, deserialize: Callable[[Tensors | None], Any], producer: bytes) -> Deferred:
-        """A value that one of the threads will deserialize, into the given tensors if any."""
+        """Return a value that a thread will deserialize, into the given tensors if any."""
         return Deferred(lambda into: self._submit(producer, partial(_value_of, deserialize, into)))
 
     def _submit(self, producer: bytes, action: Callable[[], Any]) -> Future[Any]:
@@ -98,19 +97,19 @@ class Puller:
         return future
 
     def _work(self, producer: bytes) -> None:
-        """One pull from a producer. Runs on: an rdt-pull thread."""
+        """Run one pull from a producer. Runs on: an rdt-pull thread."""
         with self._lock:
             waiting = self._waiting.get(producer)
             future, action = waiting.popleft() if waiting else (None, None)
         try:
             if future is not None and action is not None and future.set_running_or_notify_cancel():
                 future.set_result(action())
-        finally:  # callbacks of the user's may raise
+        finally:  # the user's callbacks may raise
             self._end_turn(producer)
 
     def _end_turn(self, producer: bytes) -> None:
         with self._lock:
-            # The next one goes to the end of the queue, behind those of other producers.
+            # The next pull goes to the end of the queue, behind those of other producers.
             if self._waiting.get(producer):
                 self._threads.submit(self._work, producer)
                 return
@@ -120,7 +119,7 @@ class Puller:
                 del self._begun[producer]
 
     def close(self) -> None:
-        """Ends the threads once their pulls have ended. Runs on: whoever shuts Ray down."""
+        """End the threads after their pulls. Runs on: the thread that shuts Ray down."""
         with self._lock:
             left, self._waiting = self._waiting, {}
             self._threads.close()
@@ -133,15 +132,15 @@ def _outcome(future: concurrent.futures.Future[Any]) -> Any:
     try:
         return future.result()
     except concurrent.futures.CancelledError:
-        return RaySystemError("Ray was shut down while an RDT object was on its way")
+        return RaySystemError("Ray was shut down while an RDT object was in flight")
 
 
 def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None) -> Any:
-    """Runs on: an rdt-pull thread. What it raises is the value, so that nobody waits for ever."""
+    """Return the value, or the error in its place. Runs on: an rdt-pull thread."""
     with turn():
         try:
             return deserialize(into)
         except Exception as error:
             return RayTaskError("ray.get", traceback.format_exc(), error)
-        except BaseException as error:  # SystemExit of a class that is unpickled, say
+        except BaseException as error:  # such as SystemExit of a class that is unpickled
             return RaySystemError(error, traceback.format_exc())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.thread_role import is_on_own_thread, without_turn
+from ray.experimental.rdt.common.thread_role import is_on_pull_thread, without_turn
 from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer
 from ray.experimental.rdt.consumer.fallback import TransportFallbackChain
 from ray.experimental.rdt.consumer.planner import (
@@ -238,7 +238,7 @@ class BorrowTransfer:
         sizes = list(self._destination.sizes.values())
         tensors = self._borrowing.take(self._producer.peer, lent, sizes)
         self._destination.put(tensors)
-        if is_on_own_thread():
+        if is_on_pull_thread():
             # The stream that waits for the producer is this thread's and not the user's.
             with without_turn():
                 for event in accelerators.record(tensors):

@@ -1,1 +1,1 @@
-"""Where calls of Ray's worker enter RDT."""
+"""Entry points called by Ray's worker."""

@@ -1,4 +1,4 @@
-"""What RDT adds to the calls of actor methods where they run."""
+"""Actor methods with deferred arguments or RDT items, at the actor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.consumer import argument_context
-from ray.experimental.rdt.hooks.deferred_calls import are_here, call_when_here
+from ray.experimental.rdt.hooks.deferred_calls import call_when_arrived, have_arrived
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
 #: Whether a method of this process's actor names nixl, until its constructor has been called.
@@ -15,7 +15,7 @@ _has_to_begin_nixl = False
 
 
 def note_method(method: Callable[..., Any]) -> None:
-    """Knows a method of this process's actor. Runs on: the actor, before its constructor."""
+    """Note a method of this process's actor. Runs on: the actor, before its constructor."""
     global _has_to_begin_nixl
     if argument_context.is_declared(method):
         argument_context.expect_methods()
@@ -24,13 +24,12 @@ def note_method(method: Callable[..., Any]) -> None:
 
 
 def is_special(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call has late arguments or RDT items; any other one is Ray's own affair.
+    """Tell whether RDT has to make a call: it has deferred arguments or RDT items.
 
-    So is the first, the constructor's, of an actor whose methods name nixl.
-
-    Ray's executor asks, so that ordinary calls have no frame of ours in their tracebacks.
+    The first call, the constructor's, of an actor whose methods name nixl counts as well. Ray makes
+    all other calls itself, so that their tracebacks contain no frame of RDT.
     """
-    is_here = are_here(args) and are_here(kwargs.values())
+    is_here = have_arrived(args) and have_arrived(kwargs.values())
     return not is_here or STREAM_KEYWORD in kwargs or _has_to_begin_nixl
 
 
@@ -41,13 +40,13 @@ def call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Makes a special call.
+    """Make a special call.
 
     Runs on: consumer or producer, the thread or event loop of the task.
 
     Args:
         execute: Ray's executor of the method.
-        method: What the user wrote.
+        method: The user's method.
         actor: The actor.
         args: Positional arguments.
         kwargs: The same by keyword.
@@ -59,11 +58,11 @@ def call(
         spec = kwargs.pop(STREAM_KEYWORD, None)
         result = execute(actor, *args, **kwargs)
         if begins_nixl:
-            # Not before: a constructor may set what nixl reads from the environment.
+            # The constructor may set environment variables that nixl reads.
             ray_core.manager().begin_nixl()
         return result if spec is None else spec.items_of(result)
 
-    if are_here(args) and are_here(kwargs.values()):
+    if have_arrived(args) and have_arrived(kwargs.values()):
         return run(actor, *args, **kwargs)
-    argument_context.direct(method, (actor, *args), kwargs)
-    return call_when_here(method, run, (actor, *args), kwargs)
+    argument_context.set_targets(method, (actor, *args), kwargs)
+    return call_when_arrived(method, run, (actor, *args), kwargs)

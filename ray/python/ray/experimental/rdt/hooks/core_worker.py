@@ -1,4 +1,4 @@
-"""Ray's core worker, with callbacks that never make its io thread wait for tensors."""
+"""Ray's core worker, with callbacks that do not block its io thread."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from ray._raylet import CoreWorker
 
-from ray.experimental.rdt.hooks.deferred_calls import when_here
+from ray.experimental.rdt.hooks.deferred_calls import when_arrived
 
 
 class RDTCoreWorker(CoreWorker):
-    """What ``global_worker.core_worker`` is."""
+    """The class of ``global_worker.core_worker``."""
 
     def set_get_async_callback(self, object_ref: Any, user_callback: Callable[[Any], None]) -> None:
-        """Calls back with an object's value once it is there: ``await ref``, ``ref.future()``.
+        """Call back with an object's value when it has arrived: ``await ref``, ``ref.future()``.
 
         Runs on: any thread. The callback runs on the core's io thread, or on an rdt-pull thread if
-        tensors had to be pulled.
+        tensors were pulled.
         """
-        super().set_get_async_callback(object_ref, when_here(user_callback))
+        super().set_get_async_callback(object_ref, when_arrived(user_callback))

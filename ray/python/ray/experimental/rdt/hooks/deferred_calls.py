@@ -1,4 +1,4 @@
-"""Calls and callbacks whose values may be ``Deferred``: user code gets the values themselves."""
+"""Calls and callbacks with ``Deferred`` values: the user's code receives the values themselves."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ray.exceptions import RayError
 from ray.experimental.rdt.consumer.deferred import Deferred
 
 
-def when_here(callback: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A callback for values as the core gives them, which passes on the values themselves."""
+def when_arrived(callback: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return a callback for values of the core that waits for ``Deferred`` ones."""
 
     def deliver(value: Any) -> None:
         if isinstance(value, Deferred):
@@ -24,18 +24,18 @@ def when_here(callback: Callable[[Any], None]) -> Callable[[Any], None]:
     return deliver
 
 
-def are_here(arguments: Iterable[Any]) -> bool:
-    """Whether none of them is still to come."""
+def have_arrived(arguments: Iterable[Any]) -> bool:
+    """Tell whether none of the arguments is ``Deferred``."""
     return not any(type(argument) is Deferred for argument in arguments)
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class LateCall:
-    """The call of a plain method whose arguments are still to come; await it for its result.
+class DeferredCall:
+    """The awaitable call of a plain method whose arguments have not arrived.
 
-    Ray's ``sync_to_async`` knows it by the attribute.
+    Ray's ``sync_to_async`` recognizes it by the attribute.
     """
 
     __ray_rdt_late_call__ = True
@@ -47,32 +47,32 @@ class LateCall:
         return self._call.__await__()
 
 
-def call_when_here(
+def call_when_arrived(
     method: Callable[..., Any],
     call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Calls a method of an async actor once its arguments are there.
+    """Call a method of an async actor when its arguments have arrived.
 
     Runs on: consumer, the event loop or (generators, Ray's own methods) the thread of the task.
 
     Args:
-        method: What the user wrote: tells which kind of call it is.
-        call: What to call.
-        args: Positional arguments, ``Deferred`` ones among them.
+        method: The user's method, which determines the kind of the call.
+        call: The function to call.
+        args: Positional arguments, some of them ``Deferred``.
         kwargs: The same by keyword.
 
     Returns:
-        What the core expects of such a method: a coroutine, an async generator, or for a plain
-        method a ``LateCall``, or its result where no event loop runs.
+        The result that the core expects of such a method: a coroutine, an async generator, or for a
+        plain method a ``DeferredCall``, or its result if no event loop runs.
     """
     if inspect.isasyncgenfunction(method):
         return _generate(call, args, kwargs)
     if inspect.iscoroutinefunction(method):
         return _await(call, args, kwargs)
     if asyncio._get_running_loop() is not None:
-        return LateCall(_call(call, args, kwargs))
+        return DeferredCall(_call(call, args, kwargs))
     here = [_checked(_result(value)) for value in args]
     return call(*here, **{name: _checked(_result(value)) for name, value in kwargs.items()})
 
@@ -117,7 +117,7 @@ def _result(value: Any) -> Any:
 
 
 def _checked(value: Any) -> Any:
-    """A failed argument fails the call, as in plain Ray."""
+    """Raise the error of a failed argument, as Ray does."""
     if isinstance(value, RayError):
         raise value
     return value

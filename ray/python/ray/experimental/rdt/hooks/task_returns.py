@@ -1,10 +1,10 @@
-"""RDT values that Ray's core does not flag: returns of normal tasks.
+"""Returns of normal tasks as RDT objects. Ray's core does not flag them as such.
 
-The core calls RDT only for the returns of actor methods and for puts (for items of generators see
-``streams``). A normal task's function is wrapped, so that what it returns says by itself that it
-stays here. Such a value holds a *guard*: a small put of this process, flagged, nested in the value.
-Ray's own reference counter frees the guard when the value's last reference is gone, and the guard's
-end frees the tensors.
+The core calls RDT only for the returns of actor methods and for puts; for items of generators see
+``producer/streams.py``. RDT therefore wraps the function of a normal task, so that its returns
+serialize themselves. Each such value contains a *guard*: a reference to a small flagged put of this
+process. Ray's reference counter frees the guard when the value's last reference is gone. RDT then
+frees the tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Function = Callable[..., Any]
 
 
 class GuardedValue:
-    """A value on its way out of a task. Ray's serialization context knows the method's name."""
+    """A task's return that serializes itself. Ray's serialization context calls the method."""
 
     def __init__(self, value: Any, transport: str, index: int = 0):
         self._value = value
@@ -34,8 +34,8 @@ class GuardedValue:
         self._index = index
 
     def __ray_rdt_serialize__(self, context: Any) -> Any:
-        """The serialized object. Runs on: producer, the thread of the task."""
-        # Returns are numbered from one, after the task's id.
+        """Return the serialized value. Runs on: producer, the thread of the task."""
+        # The id of a return is the task's id and an index from 1.
         origin = ray_core.task_id() + (self._index + 1).to_bytes(4, "little")
         return ray_core.manager().producer.serialize_guarded(
             context, self._value, self._transport, origin
@@ -50,12 +50,12 @@ def submit(
     runtime_env_info: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Submits a normal task whose returns, or items, are RDT objects.
+    """Submit a normal task whose returns, or items, are RDT objects.
 
     Runs on: caller, the thread that called ``.remote()``.
 
     Args:
-        remote_function: The user's.
+        remote_function: The user's remote function.
         transport: The transport that the user named.
         args: The task's arguments.
         kwargs: The same by keyword.
@@ -63,7 +63,7 @@ def submit(
         options: The task's other options.
 
     Raises:
-        ValueError: no such transport, or the task's returns cannot be RDT objects.
+        ValueError: The transport does not exist, or the returns cannot be RDT objects.
     """
     from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
 
@@ -109,16 +109,16 @@ def _begin(
     runtime_env_info: Any,
     options: dict[str, Any],
 ) -> Any:
-    """Submits a task as ``variant._remote`` does, but in the trace span that has begun already.
+    """Submit a task as ``variant._remote`` does, within the trace span that has already begun.
 
-    Where Ray traces, ``kwargs`` has the context of the user's ``.remote()`` call.
+    If Ray traces, ``kwargs`` contains the context of the user's ``.remote()`` call.
     """
     submit_untraced = inspect.unwrap(type(variant)._remote)
     return submit_untraced(variant, args, kwargs, runtime_env_info, **options)
 
 
 def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:
-    """The remote function whose returns are RDT objects; made once for each transport."""
+    """Return the remote function whose returns are RDT objects, created once for each transport."""
     variants: dict[Any, RemoteFunction] = remote_function.__dict__.setdefault("_rdt_variants", {})
     if (transport, num_returns) not in variants:
         variants[transport, num_returns] = _make_variant(remote_function, transport, num_returns)
@@ -135,7 +135,7 @@ def _make_variant(
     options.pop("tensor_transport", None)
     user_function = remote_function._function
     function = _guard(user_function, transport, num_returns)
-    if not _is_tracing_enabled():  # a traced function's descriptor names Ray's own file
+    if not _is_tracing_enabled():  # the descriptor of a traced function names Ray's own file
         function.__module__ = _module_of(user_function)
     variant = RemoteFunction(remote_function._language, function, None, options)
     variant._function_name = remote_function._function_name
@@ -143,16 +143,16 @@ def _make_variant(
 
 
 def _module_of(function: Function) -> str:
-    """The module that Ray's descriptor of a function names: a driver's is called as its file is."""
+    """Return the module for Ray's descriptor of a function: for a driver, its file's name."""
     name = None
     if function.__module__ == "__main__":
-        with suppress(TypeError):  # what is no function of Python's is in no file
+        with suppress(TypeError):  # a function that is not Python's has no file
             name = inspect.getmodulename(inspect.getfile(function))
     return name or function.__module__
 
 
 def _guard(function: Function, transport: str, num_returns: Any) -> Function:
-    """Wraps a task's function so that each of its returns, or items, is an RDT object."""
+    """Wrap a task's function so that each of its returns, or items, is an RDT object."""
     if num_returns in ("streaming", "dynamic"):
         return _guard_items(function, num_returns)
 
@@ -172,7 +172,7 @@ def _guard_items(function: Function, num_returns: str) -> Function:
         yield from items(*args, **kwargs)
 
     call = functools.wraps(function)(stream if num_returns == "streaming" else items)
-    # Ray checks a call's arguments against the signature.
+    # Ray checks the arguments of a call against the signature.
     signature = inspect.signature(function)
     mark = inspect.Parameter(STREAM_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]

@@ -1,9 +1,9 @@
 """Generators that are called with ``num_returns="dynamic"``.
 
 Ray runs such a generator to its end and gives its caller one reference, to a
-``DynamicObjectRefGenerator`` of references. The core makes those itself and flags none of them. So
-here the call asks for a single return, and the producer makes the same of it: each item is put,
-with the transport, as an object of the producer's.
+``DynamicObjectRefGenerator`` of references. The core creates those and does not flag them as RDT
+objects. RDT's call therefore asks for a single return. The producer puts each item with the
+transport, owns it, and returns the same ``DynamicObjectRefGenerator``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
 
 class DynamicSpec(NamedTuple):
-    """What the producer of a dynamic generator is told.
+    """The description of a call that its producer receives.
 
     Attributes:
-        transport: How its items travel.
+        transport: The transport of its items.
         retried: The exceptions that make Ray run the task again.
     """
 
@@ -30,12 +30,12 @@ class DynamicSpec(NamedTuple):
     retried: tuple[type[BaseException], ...]
 
     def items_of(self, generator: Any) -> DynamicObjectRefGenerator:
-        """The references of all that a generator yields, and of the error that ended it.
+        """Return references to the items of a generator, and to the error that ended it.
 
         Runs on: producer, the thread of the task.
 
         Raises:
-            ValueError: it is no generator; a coroutine's is none here, as in plain Ray.
+            ValueError: It is not a generator. Ray refuses async generators as well.
         """
         if not inspect.isgenerator(generator):
             raise ValueError(
@@ -60,7 +60,7 @@ class DynamicCall:
     """One call of such a generator, at its caller.
 
     Args:
-        transport: What the user named.
+        transport: The transport that the user named.
         retry_exceptions: The call's option of this name.
     """
 
@@ -74,9 +74,9 @@ class DynamicCall:
         self.spec = DynamicSpec(transport.lower(), retried)
 
     def add_to(self, flat_arguments: list[Any]) -> list[Any]:
-        """The flattened arguments of the call with the spec as one more keyword."""
+        """Return the flattened arguments of the call with the spec as one more keyword."""
         return [*flat_arguments, STREAM_KEYWORD, self.spec]
 
     def attach(self, ref: Any, actor: Any = None) -> Any:
-        """What the call gives to the user. The items end with the actor, which is their owner."""
+        """Return the result for the user. The items end with their owner, the actor."""
         return ref
