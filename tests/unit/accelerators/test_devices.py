@@ -29,7 +29,7 @@ from ray.experimental.rdt.consumer.receive_buffers import (
     move,
 )
 from ray.experimental.rdt.consumer.user_transfer import UserTransfer
-from ray.experimental.rdt.producer.tensor_store import Store
+from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.producer.transport_server import await_writers, flat_buffers
 from ray.experimental.rdt.serialization import capture
 from ray.experimental.rdt.serialization.envelope import Envelope
@@ -571,7 +571,7 @@ def test_a_users_transport_moves_tensors_on_devices():
         prefetcher=SimpleNamespace(take=lambda key: None),
     )
     envelope = Envelope(head, b"", table, None, [], b"")
-    transfer: Any = Fetcher(Store(), lambda: services)._plan(Request("", envelope))
+    transfer: Any = Fetcher(TensorStore(), lambda: services)._plan(Request("", envelope))
     transfer.start(Deadline.after(5))
     assert isinstance(transfer._attempt, UserTransfer)
 
