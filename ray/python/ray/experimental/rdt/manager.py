@@ -47,7 +47,7 @@ class RDTManager:
         )
         store = self.producer.store
         fetcher = Fetcher(store, lambda: parts.get().consumer)
-        recovery = Recovery(self.owner.recipes, fetcher, lambda: parts.get().session)
+        recovery = Recovery(self.owner.reconstruction, fetcher, lambda: parts.get().session)
         self.consumer = Consumer(store, fetcher, recovery)
         self.rdt_store = StoreByObjectId(self.producer)
         # What Ray's worker and core call at a producer ...

@@ -77,7 +77,7 @@ def build(
     prefetcher = Prefetcher(session, policy)
     orphans = OrphanCollector(session, lambda key: store.by_key(key) is not None, owner.may_own)
     OwnerMonitor(session, produced)
-    owner.recipes.serve(session)
+    owner.reconstruction.serve(session)
     groups.attach(session, transports.get)  # type: ignore[arg-type]
     Gauges(session, stats)
 

@@ -63,7 +63,7 @@ class Owner:
         peek: Returns the services if a session has begun, else None.
 
     Attributes:
-        recipes: The calls that may be made again.
+        reconstruction: The calls that may be submitted again.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Owner:
         self._small_to_claim: deque[Own] = deque()
         self._unneeded_handles: deque[Any] = deque()
         self._pins = ArgumentPins()
-        self.recipes = Reconstruction(self.find)
+        self.reconstruction = Reconstruction(self.find)
 
     # Calls.
 
@@ -112,7 +112,7 @@ class Owner:
         if again:
             call = functools.partial(call_method, actor._actor_id, *again)
             retries = again[1]["max_task_retries"]
-            recipe, args, kwargs = self.recipes.begin(
+            recipe, args, kwargs = self.reconstruction.begin(
                 call, retries, args, kwargs, actor._actor_id.hex()
             )
         producer, handle = actor._actor_id.binary(), _handle_to_keep(actor)
@@ -125,7 +125,7 @@ class Owner:
                 for ref in refs:
                     self._directory.submitted(ref.hex(), producer, transport, handle)
             if recipe is not None:
-                self.recipes.keep(recipe, refs)
+                self.reconstruction.keep(recipe, refs)
             return returned
         finally:
             with self._lock:
@@ -154,13 +154,13 @@ class Owner:
         if retries == 0:
             return invocation(args, kwargs)
         self._services()
-        recipe, args, kwargs = self.recipes.begin(again, retries or 0, args, kwargs)
+        recipe, args, kwargs = self.reconstruction.begin(again, retries or 0, args, kwargs)
         returned = invocation(args, kwargs)
         if retries is None:
             # Ray reads its default from the environment when it submits the first task.
             recipe.retries = task_options["max_retries"].default_value
         if recipe.retries:
-            self.recipes.keep(recipe, refs_in(returned))
+            self.reconstruction.keep(recipe, refs_in(returned))
         return returned
 
     def open_stream(
@@ -273,7 +273,7 @@ class Owner:
         return {
             "directory_rows": len(self._directory),
             "held_arguments": len(self._pins),
-            "recipes": len(self.recipes),
+            "recipes": len(self.reconstruction),
         }
 
     # Instructions of the directory.
@@ -327,7 +327,7 @@ class Owner:
     def close(self) -> None:
         """Free all objects. Runs on: the thread that shuts Ray down, before the session ends."""
         self._pins.clear()
-        self.recipes.clear()
+        self.reconstruction.clear()
         with self._lock:
             instructions = self._directory.close()
         self._small_to_claim.clear()
