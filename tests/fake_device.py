@@ -291,7 +291,7 @@ class Sharing:
     def identity(self, device: torch.device) -> str:
         return f"fake-{device.index}"
 
-    def obstacle(self, device: torch.device, identity: str) -> str:
+    def unreachable_reason(self, device: torch.device, identity: str) -> str:
         is_near = identity == self.identity(device) or identity not in self.unreachable
         return "" if is_near else f"{device} cannot reach the memory of {identity}"
 
@@ -414,7 +414,7 @@ class FakeAccelerator:
     def new_stream(self, device: torch.device) -> Stream:
         return Stream()
 
-    def unavailable(self) -> str:
+    def unavailable_reason(self) -> str:
         return self.missing
 
     def current_device(self) -> torch.device:

@@ -210,9 +210,9 @@ def test_devices_that_do_not_reach_each_other(monkeypatch, sharing: CudaSharing)
         torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid=f"GPU-{d.index}")
     )
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: False)
-    assert "cannot reach the memory of cuda:0" in sharing.obstacle(DEVICE, "GPU-0")
-    assert sharing.obstacle(DEVICE, "GPU-1") == ""
-    assert sharing.obstacle(DEVICE, "one that this process does not see") == ""
+    assert "cannot reach the memory of cuda:0" in sharing.unreachable_reason(DEVICE, "GPU-0")
+    assert sharing.unreachable_reason(DEVICE, "GPU-1") == ""
+    assert sharing.unreachable_reason(DEVICE, "one that this process does not see") == ""
 
 
 # While a thread of the user's captures a graph in the mode "global".

@@ -215,7 +215,7 @@ def test_who_closes_a_link_second_waits_until_nothing_is_written(nodes, monkeypa
     ]
     for thread in reversed(threads):
         thread.start()
-        wait_until(lambda: bool(link._jobs), "the transfer is under way")
+        wait_until(lambda: bool(link._transfers), "the transfer is under way")
     assert killing.wait(5)
     threads[1].join(1)
     gate.set()

@@ -100,7 +100,7 @@ def node():
 
 def schedule(rng, workers):
     """Random objects on every worker, and random fetches of all of them by all others."""
-    jobs = [[] for _ in workers]
+    transfers = [[] for _ in workers]
     for producer, who in enumerate(workers):
         for index in range(3):
             sizes = [
@@ -114,19 +114,19 @@ def schedule(rng, workers):
                     if consumer != producer:
                         delay_s = rng.choice([0, 0, 0.01, 0.1])
                         job = (who.peer.address, who.peer.agent_id, name, sizes, seed, delay_s)
-                        jobs[consumer].append(job)
-    for mine in jobs:
+                        transfers[consumer].append(job)
+    for mine in transfers:
         rng.shuffle(mine)
-    return jobs
+    return transfers
 
 
 @pytest.mark.slow
 def test_random_schedules_between_all_pairs_never_mix_or_hang(workers):
     members = workers(8)
     for seed in range(2):
-        jobs = schedule(random.Random(seed), members)
+        transfers = schedule(random.Random(seed), members)
         with ThreadPoolExecutor(len(members)) as pool:
-            results = list(pool.map(lambda m, j: m.ask("fetch_all", j), members, jobs))
+            results = list(pool.map(lambda m, j: m.ask("fetch_all", j), members, transfers))
         assert all(result is True for mine in results for result in mine), results
 
 

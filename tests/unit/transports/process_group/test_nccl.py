@@ -85,7 +85,7 @@ class Backend(NcclBackend):
         self.gloo = GlooBackend("127.0.0.1")
         self.pool_stream = Stream()
 
-    def unavailable(self):
+    def unavailable_reason(self):
         return ""
 
     def make(self, store, rank, size, timeout_s, has_collectives):
@@ -303,15 +303,15 @@ def test_streams_are_used_again_but_not_after_an_error():
     backend = Backend()
     seen = []
     for error in (None, None, ValueError, None):
-        with contextlib.suppress(ValueError), backend.turn(()):
+        with contextlib.suppress(ValueError), backend.transfer_context(()):
             seen.append(accelerator.stream())
             if error is not None:
                 raise error
     assert seen[0] is seen[1] is seen[2]
     assert seen[3] is not seen[2]
-    with backend.turn(()):
+    with backend.transfer_context(()):
         seen.append(accelerator.stream())
-        with backend.turn(()):
+        with backend.transfer_context(()):
             assert accelerator.stream() not in seen
 
 
@@ -319,7 +319,7 @@ def test_tls_without_permission_is_refused(monkeypatch):
     settings.cache_clear()
     monkeypatch.setenv("RAY_USE_TLS", "1")
     try:
-        assert "TLS" in NcclBackend(accelerator, DEVICE).unavailable()
+        assert "TLS" in NcclBackend(accelerator, DEVICE).unavailable_reason()
     finally:
         monkeypatch.undo()
         settings.cache_clear()
@@ -327,4 +327,4 @@ def test_tls_without_permission_is_refused(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so():
-    assert "NVIDIA GPU" in NcclBackend(accelerator, DEVICE).unavailable()
+    assert "NVIDIA GPU" in NcclBackend(accelerator, DEVICE).unavailable_reason()

@@ -1,1 +1,1 @@
-"""What RDT needs of a kind of device; one module each, found through ``registry``."""
+"""Kinds of devices. Each has a module, and ``registry`` finds it."""

@@ -47,7 +47,7 @@ class CudaAccelerator:
         self.sharing = SharedMemory(CudaSharing(self.new_stream))
         self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
-    def unavailable(self) -> str:
+    def unavailable_reason(self) -> str:
         """See ``Accelerator``."""
         try:
             import torch
@@ -175,7 +175,7 @@ class CudaAccelerator:
 
 
 def _copy_all(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Gives the copies to the current stream."""
+    """Give the copies to the current stream."""
     import torch
 
     few: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -60,7 +60,7 @@ def checked(call: str, result: tuple[Any, ...]) -> Any:
 
 @contextlib.contextmanager
 def relaxed() -> Iterator[None]:
-    """Lets this thread call CUDA as it likes while another thread captures a graph.
+    """Let this thread call CUDA as it likes while another thread captures a graph.
 
     A capture in torch's default mode, "global", otherwise ends with an error as soon as any thread
     allocates device memory or asks for an event. Without cuda-bindings it does.
@@ -80,7 +80,7 @@ def relaxed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def current(index: int) -> Iterator[None]:
-    """Makes a GPU's primary context current on this thread, for calls that torch does not make."""
+    """Make a GPU's primary context current on this thread, for calls that torch does not make."""
     import torch
 
     # torch does not touch the runtime where the index is the current one already, and a fresh

@@ -53,7 +53,7 @@ class CudaSharing:
 
         return str(torch.cuda.get_device_properties(device).uuid)
 
-    def obstacle(self, device: torch.device, identity: str) -> str:
+    def unreachable_reason(self, device: torch.device, identity: str) -> str:
         """See ``Sharing``. CUDA opens memory of a GPU that this process does not see, too."""
         import torch
 
@@ -177,7 +177,7 @@ def _why_not(driver: Any, address: int) -> str:
 
 
 def _is_expandable(address: int) -> bool:
-    """Whether torch's allocator has the address in an expandable segment."""
+    """Return whether torch's allocator has the address in an expandable segment."""
     import torch
 
     snapshot: Any = torch.cuda.memory_snapshot

@@ -22,14 +22,14 @@ _TEXTS = re.compile(
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Whether a device has failed for good."""
+    """Return whether a device has failed for good."""
     code = getattr(error, "result", getattr(error, "error_code", None))
     is_known = isinstance(code, int) and int(code) in _CODES
     return is_known or _TEXTS.search(str(error)) is not None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation on a device failed because its memory is full."""
+    """Return whether an allocation on a device failed because its memory is full."""
     torch = sys.modules.get("torch")
     kind = getattr(torch, "OutOfMemoryError", None)
     return kind is not None and isinstance(error, kind)

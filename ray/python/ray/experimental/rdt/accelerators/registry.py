@@ -36,7 +36,7 @@ def of(device_type: str) -> Accelerator | None:
 def usable(device_type: str) -> Accelerator | None:
     """The accelerator of a type of which this process has a device."""
     accelerator = of(device_type)
-    return None if accelerator is None or accelerator.unavailable() else accelerator
+    return None if accelerator is None or accelerator.unavailable_reason() else accelerator
 
 
 def usable_types() -> list[str]:
@@ -81,7 +81,7 @@ def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]
 
 
 def register(accelerator: Accelerator) -> None:
-    """Makes RDT carry tensors of another kind of device, in this process.
+    """Make RDT carry tensors of another kind of device, in this process.
 
     Raises:
         ValueError: the device type is known already.

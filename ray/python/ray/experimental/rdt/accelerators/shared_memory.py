@@ -1,9 +1,9 @@
-"""Device memory that processes of one host open from each other: what is mapped, and by whom used.
+"""Device memory that processes of one host map from each other.
 
-A segment is what the vendor's allocator got from the driver at once; all tensors in it share one
-handle. This process maps a segment once, however many objects lie in it, and unmaps it with the
-last one. Memory that came from a third process is passed on by that one's handle, since a driver
-lets nobody export what it has imported.
+A segment is one allocation that the vendor's allocator got from the driver; all tensors in it share
+a handle. This process maps a segment once for all objects in it, and unmaps it after the last one.
+Memory of a third process is passed on by the handle of that process, because a driver cannot export
+imported memory.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Segment(NamedTuple):
 
     Attributes:
         handle: The driver's.
-        owner: Names the process that has allocated it.
-        pid: That process's number.
-        address: Where it begins in that process.
+        owner: The ID of the process that allocated it.
+        pid: The PID of that process.
+        address: Its first address in that process.
         nbytes: Its size.
         device: The identity of its device.
     """
@@ -48,7 +48,7 @@ class Segment(NamedTuple):
 
 
 class MemoryLost(TransferFailed, RuntimeError):
-    """The process that has allocated memory has ended, and what the memory holds is not known."""
+    """The process that allocated memory has ended; the contents of the memory are undefined."""
 
     code = "peer_lost"
 
@@ -61,12 +61,12 @@ class MemoryLost(TransferFailed, RuntimeError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where buffers lie.
+    """The places of buffers in segments.
 
     Attributes:
-        segments: Those that hold at least one of them.
-        indices: For each buffer its segment, as uint32; empty buffers have 0.
-        offsets: For each buffer its place in the segment, as uint64.
+        segments: The segments that hold at least one buffer.
+        indices: The segment of each buffer, as uint32; 0 for empty buffers.
+        offsets: The offset of each buffer in its segment, as uint64.
     """
 
     segments: list[Segment]
@@ -76,21 +76,21 @@ class Layout:
 
 @dataclass
 class _Mapped:
-    """A segment of another process that is mapped here, that process, and how many use it."""
+    """A segment of another process that is mapped here, and the number of its uses."""
 
     segment: Segment
     device: torch.device
     process: Process
     address: Once[int] = field(default_factory=Once)
     uses: int = 0
-    is_told: bool = False
+    is_logged: bool = False
 
 
 class Mapping:
     """One use of a mapped segment.
 
     Attributes:
-        address: Where it begins in this process.
+        address: Its first address in this process.
     """
 
     def __init__(self, address: int, end: Callable[[], None] | None):
@@ -98,7 +98,7 @@ class Mapping:
         self._end = end
 
     def release(self) -> None:
-        """Ends the use; the last one unmaps, which may block. Idempotent."""
+        """End the use; the last one unmaps the segment, which may block. Idempotent."""
         end, self._end = self._end, None
         if end is not None:
             end()
@@ -118,15 +118,15 @@ class SharedMemory:
         self._mapped: dict[tuple[bytes, torch.device], _Mapped] = {}
 
     def __len__(self) -> int:
-        """How many segments of other processes are mapped."""
+        """Return how many segments of other processes are mapped."""
         return len(self._mapped)
 
     def identity(self, device: torch.device) -> str:
-        """Names a device the same way in every process that can see it."""
+        """See ``Sharing``."""
         return self.driver.identity(device)
 
     def describe(self, buffers: Sequence[torch.Tensor]) -> Layout:
-        """Where flat buffers lie, for another process. Each segment is asked for once.
+        """Return the places of flat buffers, for another process. Each segment is exported once.
 
         Raises:
             CannotShare: other processes cannot open one of them.
@@ -148,7 +148,7 @@ class SharedMemory:
         return Layout(segments, indices, offsets)
 
     def _find(self, address: int, device: torch.device) -> tuple[Segment, int]:
-        """The segment of an address, and where it begins in this process."""
+        """Return the segment of an address, and its first address in this process."""
         for entry, start in self._entries():
             if start <= address < start + entry.segment.nbytes:
                 return entry.segment, start
@@ -157,36 +157,36 @@ class SharedMemory:
         return Segment(handle, self._owner, os.getpid(), start, nbytes, identity), start
 
     def _entries(self) -> list[tuple[_Mapped, int]]:
-        """The segments that are mapped, and where they begin in this process."""
+        """Return the mapped segments, and their first addresses in this process."""
         with self._lock:
             entries = [(entry, entry.address.peek()) for entry in self._mapped.values()]
         return [(entry, start) for entry, start in entries if start is not None]
 
     def check_owners(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Raises MemoryLost if the process that has allocated one of the buffers has ended."""
+        """Raise MemoryLost if the process that allocated one of the buffers has ended."""
         for entry, start in self._entries():
             is_used = any(0 <= b.data_ptr() - start < entry.segment.nbytes for b in buffers)
             if is_used and entry.process.has_ended():
                 raise MemoryLost(entry.segment)
 
     def lost(self) -> list[int]:
-        """The processes whose memory is mapped here and that have ended since the last call."""
-        ended = [e for e, _ in self._entries() if not e.is_told and e.process.has_ended()]
+        """Return the PIDs of processes that ended since the last call while mapped here."""
+        ended = [e for e, _ in self._entries() if not e.is_logged and e.process.has_ended()]
         for entry in ended:
-            entry.is_told = True
+            entry.is_logged = True
         return sorted({entry.segment.pid for entry in ended})
 
     def map(self, segment: Segment, device: torch.device) -> Mapping:
-        """Maps a segment for a device of this process, or uses the mapping that there is.
+        """Map a segment for a device of this process, or use the existing mapping.
 
         Raises:
             CannotShare: it cannot be opened.
         """
         if segment.owner == self._owner:
             return Mapping(segment.address, None)
-        obstacle = self.driver.obstacle(device, segment.device)
-        if obstacle:
-            raise CannotShare(obstacle)
+        unreachable_reason = self.driver.unreachable_reason(device, segment.device)
+        if unreachable_reason:
+            raise CannotShare(unreachable_reason)
         key = segment.handle, device
         with self._lock:
             entry = self._mapped.get(key)
@@ -211,7 +211,7 @@ class SharedMemory:
             self.driver.unmap(address, entry.device)
 
     def tensor(self, address: int, nbytes: int, device: torch.device, owner: Any) -> torch.Tensor:
-        """A flat uint8 tensor over mapped memory; keeps ``owner`` until its storage dies."""
+        """Return a flat uint8 tensor over mapped memory. Its storage keeps ``owner`` alive."""
         return tensor_over(address, nbytes, self.driver.dlpack_type, device.index, owner)
 
     def export_event(self, event: Event) -> tuple[bytes, Any]:

@@ -41,7 +41,7 @@ class SideStreams(Generic[_Stream]):
         self, key: Hashable, make: Callable[[], _Stream], event: Event,
         begin: Callable[[_Stream], None],
     ) -> Event:  # fmt: skip
-        """Gives work to a stream that no other thread uses meanwhile.
+        """Give work to a stream that no other thread uses meanwhile.
 
         Args:
             key: The device and direction.

@@ -33,7 +33,7 @@ def record(tensors: Sequence[torch.Tensor]) -> list[Event]:
 
 
 def follow(event: Event, device: torch.device) -> None:
-    """Orders what a device's writers are given next after an event. Runs on: any thread."""
+    """Order what a device's writers are given next after an event. Runs on: any thread."""
     event.order()
     named, accelerator = _named, accelerators.of(device.type)
     if named is not None and named.device == device and accelerator is not None:

@@ -1,7 +1,7 @@
 """gloo: CPU tensors over torch's gloo process groups, TCP between the nodes' Ray addresses.
 
-Gloo has no notion of who may connect and sends in the clear, so it is refused where Ray is told to
-use TLS and ``RAY_RDT_ALLOW_CLEAR_TCP`` is not set.
+Gloo does not authenticate peers and does not encrypt. If Ray uses TLS, gloo is refused unless
+ ``RAY_RDT_ALLOW_CLEAR_TCP`` is not set.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class GlooBackend:
-    """Gloo process groups, all of a process on one device: one socket-reading thread.
+    """Gloo process groups. All groups of a process share one gloo device and its socket thread.
 
     Args:
         host: The address of this node that others reach.
@@ -50,7 +50,7 @@ class GlooBackend:
         self._lock = threading.Lock()
         self._device: Any = None
 
-    def unavailable(self) -> str:
+    def unavailable_reason(self) -> str:
         """See ``Backend``."""
         if not settings().clear_tcp:
             return (
@@ -81,8 +81,8 @@ class GlooBackend:
     def kill(self, group: Any) -> None:
         """See ``Backend``.
 
-        Gloo's own abort wakes nobody. What does close all connections of a process group, and wake
-        the waits for messages that have not begun, is a wait that times out.
+        Gloo's own abort wakes no waits. A wait that times out closes all connections of a process
+        group and wakes the waits for messages that have not begun.
         """
         if group.size() == 1:
             return
@@ -102,7 +102,7 @@ class GlooBackend:
         """See ``Backend``."""
         work.wait(timedelta(seconds=timeout_s))
 
-    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+    def transfer_context(self, after: Sequence[Event]) -> AbstractContextManager[None]:
         """See ``Backend``."""
         return contextlib.nullcontext()
 
@@ -112,7 +112,7 @@ class GlooBackend:
 
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
-    def reject(self, buffers: Buffers) -> str:
+    def unsupported_reason(self, buffers: Buffers) -> str:
         """See ``Backend``."""
         others = {str(b.device) for b in buffers if b.device.type != "cpu"}
         return f"gloo carries CPU tensors only, not those on {sorted(others)}" if others else ""
@@ -120,7 +120,7 @@ class GlooBackend:
     def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
         """See ``Backend``. Raises AgentError for memory that is gone, as gloo's own sends fail.
 
-        Not with torch's copy, which would start an OpenMP team per thread.
+        Torch's copy is not used, because it would start an OpenMP team per thread.
         """
         addresses = array("Q", [buffer.data_ptr() for buffer in buffers])
         read_memory(addresses, array("Q", [buffer.numel() for buffer in buffers]), slot.data_ptr())

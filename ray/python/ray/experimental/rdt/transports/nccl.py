@@ -1,12 +1,8 @@
 """nccl: CUDA tensors over torch's NCCL process groups.
 
-Not run on a GPU so far: what is shared with gloo is tested there, what is here with another
-accelerator and gloo in NCCL's place. The calls to torch.cuda and NCCL are written from their
-documentation.
-
-An NCCL communicator runs its operations in one order, the same at both ends, so a link carries one
-transfer at a time; a pair makes a few links. A link belongs to the first GPU that each process
-sees, which is the one that Ray gave to the actor; tensors on others are refused and take another
+An NCCL communicator runs its operations in the same order at both ends. So a link carries one
+transfer at a time, and a pair makes several links. A link belongs to the first GPU that each
+process sees, which Ray assigned to the actor. Tensors on other GPUs are refused and take another
 lane.
 """
 
@@ -34,15 +30,15 @@ if TYPE_CHECKING:
 
     from ray.experimental.rdt.rpc.session import Session
 
-# Torch's watchdog ends the process when an operation outlasts this, so it never may: our own
-# deadlines abort the communicator.
+# Torch's watchdog ends the process when an operation takes longer than this. RDT's own deadlines
+# abort the communicator.
 _NEVER = timedelta(days=365)
 
 _DEVICE = "cuda:0"
 
-#: What keeps torch from ending the process when a communicator fails, which only ends a link here:
-#: by its watchdog at once, or by what monitors that, eight minutes later.
-_SPARE_THE_PROCESS = {
+#: Settings that keep torch from ending the process when a communicator fails, which only ends a
+#: link here. Torch's watchdog would end it at once, and the watchdog's monitor eight minutes later.
+_KEEP_PROCESS_ALIVE = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
@@ -54,7 +50,7 @@ class NcclBackend:
     """NCCL process groups on the first GPU that the process sees.
 
     Args:
-        accelerator: What knows the GPU's streams and memory.
+        accelerator: The streams and memory of the GPU.
         device: The GPU.
     """
 
@@ -67,7 +63,7 @@ class NcclBackend:
         self._lock = threading.Lock()
         self._idle_streams: list[Any] = []
 
-    def unavailable(self) -> str:
+    def unavailable_reason(self) -> str:
         """See ``Backend``."""
         if not settings().clear_tcp:
             return (
@@ -87,22 +83,22 @@ class NcclBackend:
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
     ) -> Any:
-        """See ``Backend``. The communicator itself is made by the first operation.
+        """See ``Backend``. The first operation makes the communicator itself.
 
-        The constructor reads ``_SPARE_THE_PROCESS`` from the environment, where they are only as
+        The constructor reads ``_KEEP_PROCESS_ALIVE`` from the environment, where they are only as
         long as it runs; nothing else of the environment changes, and process groups of the user's
         keep what the user has set. (With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` or
         ``TORCH_NCCL_DESYNC_DEBUG=1`` torch does not heed the first.)
 
         Raises:
-            TransportUnavailable: two ranks are on one GPU, which NCCL cannot connect.
+            TransportUnavailable: two ranks are on one GPU, which NCCL does not support.
         """
         from torch.distributed import ProcessGroupNCCL
 
         self._check_gpus_differ(store, rank, size)
         options = ProcessGroupNCCL.Options()
         options._timeout = _NEVER
-        with _environment(_SPARE_THE_PROCESS):
+        with _environment(_KEEP_PROCESS_ALIVE):
             return ProcessGroupNCCL(store, rank, size, options)
 
     def _check_gpus_differ(self, store: Any, rank: int, size: int) -> None:
@@ -134,7 +130,7 @@ class NcclBackend:
         return self._broadcast(group, tensor)
 
     def _broadcast(self, group: Any, tensor: torch.Tensor) -> Event:
-        """Queues a broadcast from the producer on the transfer's stream (see ``turn``).
+        """Queue a broadcast from the producer on the transfer's stream (see ``transfer_context``).
 
         A synchronous broadcast, since torch runs point-to-point operations and asynchronous
         collectives on streams of its pool. The pool has 32 streams for each device, so the user may
@@ -151,11 +147,11 @@ class NcclBackend:
         return self._accelerator.record(self._device)
 
     def wait(self, work: Event, timeout_s: float) -> None:
-        """See ``Backend``. A torch wait with a timeout would leave the process to its watchdog."""
+        """See ``Backend``. After a timeout of torch's wait, its watchdog would end the process."""
         work.wait(timeout_s)
 
-    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
-        """See ``Backend``. Each transfer has a stream that no other uses meanwhile.
+    def transfer_context(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+        """See ``Backend``. Each transfer has a stream of its own while it runs.
 
         Its operations wait for the other end. On a stream that others use, the default one for
         instance, their work would wait too: two processes that pull from each other would each send
@@ -182,7 +178,7 @@ class NcclBackend:
         """See ``Backend``."""
         return self._accelerator.empty(nbytes, self._device)
 
-    def reject(self, buffers: Buffers) -> str:
+    def unsupported_reason(self, buffers: Buffers) -> str:
         """See ``Backend``."""
         others = {str(b.device) for b in buffers} - {str(self._device)}
         return (
@@ -198,7 +194,7 @@ class NcclBackend:
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
         """See ``Backend``. Returns when the bytes are in place.
 
-        Not on the transfer's stream, where it would wait for the messages that are under way.
+        Not on the transfer's stream, where it would wait for the messages that are in flight.
         """
         ends = list(itertools.accumulate(buffer.numel() for buffer in buffers))
         pairs = [(buffer, slot[end - buffer.numel() : end]) for buffer, end in zip(buffers, ends)]
@@ -208,7 +204,7 @@ class NcclBackend:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables, and what they were before at the end. Runs on: any thread."""
+    """Set environment variables while the context lasts. Runs on: any thread."""
     with _environment_lock:
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)

@@ -65,8 +65,10 @@ class DeviceIpcTransport:
             name, frozenset({device_type}), two_sided=False, lends=True
         )
         accelerator = accelerators.of(device_type)
-        if accelerator is None or accelerator.unavailable() or accelerator.sharing is None:
-            reason = accelerator.unavailable() if accelerator is not None else "no such device"
+        if accelerator is None or accelerator.unavailable_reason() or accelerator.sharing is None:
+            reason = (
+                accelerator.unavailable_reason() if accelerator is not None else "no such device"
+            )
             raise TransportUnavailable(f"{name} cannot be used: {reason or 'nothing to share'}")
         self._memory: SharedMemory = accelerator.sharing
         self._domain = domain = layouts.sharing_domain()

@@ -1,4 +1,4 @@
-"""The consumer's side of the nixl transport: reading other processes' memory."""
+"""The consumer of the nixl transport: reads memory of other processes."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ if TYPE_CHECKING:
 _HOST_BATCH_NBYTES = 16 << 20
 _DEVICE_BATCH_NBYTES = 256 << 20
 _BATCH_ROWS = 4096
-_WINDOW = 4  # requests under way at once in one read
+_WINDOW = 4  # requests in flight at once in one read
 _SLICE_S = 0.2  # how often a read looks whether its task was cancelled
 
-#: How long a failed read waits for its requests that are still under way.
+#: How long a failed read waits for its requests in flight.
 _GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
 class _Hung:
-    """Requests that have outlived their read, and the memory that they may still write."""
+    """Requests that outlived their read, and the memory that they may still write."""
 
-    under_way: deque[Read]
+    in_flight: deque[Read]
     lease: Lease
     buffers: Sequence[torch.Tensor]
 
 
 class Consumer:
-    """All that one process reads. Thread-safe.
+    """The reads of one process. Thread-safe.
 
-    nixl cannot end a request: bytes of one that was given up are still written when they come. (To
-    close the agent would end it, but then UCX may abort the producer's process.) So a request that
-    outlives its read keeps its memory, and is looked after by later reads.
+    nixl cannot abort a request: late bytes are still written. (Closing the agent would abort it,
+    but then UCX may abort the producer's process.) So a request that outlives its read
+    keeps its memory until a later read finds that it has ended.
 
     Args:
         endpoint: This process's agent.
@@ -80,8 +80,8 @@ class Consumer:
         if not local.nbytes and not remote.nbytes:
             return
         endpoint = self._endpoint.get()
-        _check_way(endpoint.engine, exposed["reach"], local, remote)
-        self._look_after_hung(endpoint)
+        _check_reachable(endpoint.engine, exposed["reach"], local, remote)
+        self._release_ended(endpoint)
         for event in after:
             event.wait(deadline.left_s())
         with accelerators.aside(buffers):
@@ -100,41 +100,41 @@ class Consumer:
             lease = endpoint.registrations.acquire(local, buffers)
         except NixlError as error:
             raise TransportUnavailable(f"nixl cannot fill this memory: {error}") from error
-        under_way: deque[Read] = deque()
+        in_flight: deque[Read] = deque()
         try:
             sizes = (_HOST_BATCH_NBYTES, _DEVICE_BATCH_NBYTES, _BATCH_ROWS)
             batches = plan(lease.spans, remote, *sizes)
             names = ("agent", "number", "version", "metadata")
             exposure = Exposure(*(exposed[name] for name in names))
             with endpoint.remotes.reading(exposure, deadline):
-                _run(endpoint.engine, batches, exposure.agent, under_way, deadline)
+                _run(endpoint.engine, batches, exposure.agent, in_flight, deadline)
         except BaseException as error:
-            _settle(under_way, Deadline.after(_GRACE_S))
-            if under_way:
+            _drain(in_flight, Deadline.after(_GRACE_S))
+            if in_flight:
                 note_still_writing(error)
             raise
         finally:
-            self._end(endpoint, _Hung(under_way, lease, tuple(buffers)))
+            self._end(endpoint, _Hung(in_flight, lease, tuple(buffers)))
 
-    def _look_after_hung(self, endpoint: Endpoint) -> None:
-        """Ends what has come to an end since."""
+    def _release_ended(self, endpoint: Endpoint) -> None:
+        """Release the memory of hung requests that have ended since."""
         if self._hung:
             with self._lock:
                 hung, self._hung = self._hung, []
             for entry in hung:
-                _settle(entry.under_way, Deadline.after(0))
+                _drain(entry.in_flight, Deadline.after(0))
                 self._end(endpoint, entry)
 
     def _end(self, endpoint: Endpoint, entry: _Hung) -> None:
-        if entry.under_way:
+        if entry.in_flight:
             with self._lock:
                 self._hung.append(entry)
         else:
             endpoint.registrations.release(entry.lease)
 
 
-def _check_way(engine: Engine, reach: str, local: Spans, remote: Spans) -> None:
-    """Raises TransportUnavailable where UCX would not read the peer's memory by itself."""
+def _check_reachable(engine: Engine, reach: str, local: Spans, remote: Spans) -> None:
+    """Raise TransportUnavailable if UCX needs the peer's process to read its memory."""
     if settings().strict_transport:
         return
     if not is_direct(engine.reach, reach):
@@ -150,22 +150,22 @@ def _check_way(engine: Engine, reach: str, local: Spans, remote: Spans) -> None:
 
 
 def _run(
-    engine: Engine, batches: Iterable[Batch], name: str, under_way: deque[Read], deadline: Deadline
+    engine: Engine, batches: Iterable[Batch], name: str, in_flight: deque[Read], deadline: Deadline
 ) -> None:
-    """Reads all batches, a few at once; after an error some may be left in ``under_way``."""
-    between_looks = _each_slice(raise_if_cancelled)
+    """Read all batches, a few at once. After an error some may remain ``in_flight``."""
+    between_polls = _each_slice(raise_if_cancelled)
     for batch in batches:
         if deadline.has_passed():
             raise TimeoutError("the deadline passed while nixl was reading")
-        under_way.append(engine.post(batch, name))
-        while len(under_way) >= _WINDOW or (under_way and under_way[0].is_done()):
-            _finish_first(under_way, deadline, between_looks)
-    while under_way:
-        _finish_first(under_way, deadline, between_looks)
+        in_flight.append(engine.post(batch, name))
+        while len(in_flight) >= _WINDOW or (in_flight and in_flight[0].is_done()):
+            _finish_first(in_flight, deadline, between_polls)
+    while in_flight:
+        _finish_first(in_flight, deadline, between_polls)
 
 
 def _each_slice(action: Callable[[], None]) -> Callable[[], None]:
-    """What runs an action, but once in a slice of time however often it is called."""
+    """Return a function that runs an action at most once in a time slice."""
     due = Deadline.after(_SLICE_S)
 
     def run() -> None:
@@ -178,38 +178,37 @@ def _each_slice(action: Callable[[], None]) -> Callable[[], None]:
 
 
 def _finish_first(
-    under_way: deque[Read], deadline: Deadline, between_looks: Callable[[], None] = lambda: None
+    in_flight: deque[Read], deadline: Deadline, between_polls: Callable[[], None] = lambda: None
 ) -> None:
     for pause in _pauses():
-        if under_way[0].is_done():
+        if in_flight[0].is_done():
             break
         if deadline.has_passed():
             raise TimeoutError("the deadline passed while nixl was reading")
-        between_looks()
+        between_polls()
         sleep(pause)
-    under_way.popleft().release()
+    in_flight.popleft().release()
 
 
-def _settle(under_way: deque[Read], deadline: Deadline) -> None:
-    """Ends what failed or comes to its end by the deadline; leaves the rest."""
+def _drain(in_flight: deque[Read], deadline: Deadline) -> None:
+    """Release the requests that fail or end by the deadline; keep the others in flight."""
     still: list[Read] = []
-    while under_way:
+    while in_flight:
         try:
-            _finish_first(under_way, deadline)
+            _finish_first(in_flight, deadline)
         except NixlError:
-            under_way.popleft().release()
+            in_flight.popleft().release()
         except TimeoutError:
-            still.append(under_way.popleft())
-    under_way.extend(still)
+            still.append(in_flight.popleft())
+    in_flight.extend(still)
 
 
 def _pauses() -> Iterator[float]:
-    """How long to sleep between looks at a request.
+    """Yield the pauses between two polls of a request.
 
-    nixl has no call that waits (its notifications go to the other side), and a look also makes UCX
-    advance. Most requests end at once or within some tens of microseconds, so the first looks
-    follow each other and only let other threads have the GIL; then the pauses grow, up to half a
-    millisecond, which is little beside what takes that long.
+    nixl has no call that waits (its notifications go to the other side), and each poll makes UCX
+    progress. Most requests end within some tens of microseconds. So the first polls only let other
+    threads take the GIL; then the pauses grow, up to half a millisecond.
     """
     yield from itertools.repeat(0.0, 40)
     pause = 20e-6

@@ -1,4 +1,4 @@
-"""This process's end of nixl: its agent, what is registered with it, and the peers it knows."""
+"""This process's nixl agent, its registrations and the peers that it knows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What begins and ends with the agent."""
+    """The parts that live as long as the agent."""
 
     engine: Engine
     registrations: Registrations
@@ -45,7 +45,7 @@ class LazyEndpoint:
         self._is_closed = False
 
     def get(self) -> Endpoint:
-        """The endpoint. Raises TransportUnavailable if it cannot be made, or has been closed."""
+        """Return the endpoint. Raises TransportUnavailable if it cannot be made or was closed."""
         with self._lock:
             if self._is_closed:
                 raise TransportUnavailable("nixl has been closed in this process")
@@ -55,11 +55,11 @@ class LazyEndpoint:
             return self._made
 
     def peek(self) -> Endpoint | None:
-        """The endpoint if it was made and is open."""
+        """Return the endpoint if it was made and is open."""
         return self._made
 
     def close(self) -> None:
-        """Ends it for good. Idempotent."""
+        """Close the endpoint; none is made after this. Idempotent."""
         with self._lock:
             made, self._made = self._made, None
             self._is_closed = True

@@ -1,7 +1,7 @@
-"""nixl itself, behind the few calls that the transport needs. The only module that imports it.
+"""The calls of nixl that the transport uses. No other module imports nixl.
 
-Written for nixl 1.5. Its agent is opened here a little differently from its own Python constructor,
-for two reasons:
+Written for nixl 1.5. The agent is opened differently from nixl's own Python constructor, for two
+reasons:
 
 1. Its progress thread. The constructor fixes the thread's delay at 0, and with that it polls
    without a pause: one core is lost in every process that has ever used nixl. With a delay it
@@ -50,13 +50,13 @@ class NixlMissing(TransportUnavailable, ImportError):
 
 
 class Read(Protocol):
-    """A transfer under way."""
+    """A read in flight."""
 
     def is_done(self) -> bool:
-        """Whether all bytes are in place; makes progress. Raises NixlError if it failed."""
+        """Make progress; return whether all bytes are in place. Raises NixlError on failure."""
 
     def release(self) -> None:
-        """Ends it, whatever its state. Never raises; idempotent."""
+        """End the read in any state. Never raises; idempotent."""
 
 
 class Engine(Protocol):
@@ -64,44 +64,44 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """The agent's name, unique in the world."""
+        """The globally unique name of the agent."""
 
     @property
     def agent(self) -> Any:
-        """Nixl's own object."""
+        """The agent object of nixl."""
 
     @property
     def backend(self) -> str:
-        """The nixl backend that it moves bytes with."""
+        """The nixl backend that moves the bytes."""
 
     @property
     def reach(self) -> str:
-        """Compared with a peer's by ``is_direct``."""
+        """The place of this process, for ``is_direct``."""
 
     def register(self, kind: str, rows: Rows) -> Any:
-        """Registers memory; returns what ``deregister`` takes. Raises NixlError."""
+        """Register memory; return a handle for ``deregister``. Raises NixlError."""
 
     def deregister(self, handle: Any) -> None:
-        """Ends a registration. Never raises."""
+        """End a registration. Never raises."""
 
     def describe(self, kind: str, rows: Rows) -> bytes:
-        """What another agent needs to reach this memory, registered as exactly these rows."""
+        """Describe memory, registered as exactly these rows, for ``attach`` of another agent."""
 
     def attach(self, metadata: bytes) -> None:
-        """Learns what another agent's ``describe`` gave. Raises NixlError."""
+        """Load the description of another agent. Raises NixlError."""
 
     def detach(self, name: str) -> None:
-        """Forgets another agent and hangs up. Never raises."""
+        """Forget another agent and disconnect from it. Never raises."""
 
     def post(self, batch: Batch, name: str) -> Read:
-        """Starts a read from the attached agent ``name``. Raises NixlError."""
+        """Start a read from the attached agent ``name``. Raises NixlError."""
 
     def close(self) -> None:
-        """Ends the agent with all its registrations and connections. Idempotent."""
+        """End the agent with all its registrations and connections. Idempotent."""
 
 
 def check_installed() -> None:
-    """Raises NixlMissing unless nixl can be imported. Imports nothing."""
+    """Raise NixlMissing unless nixl can be imported. Does not import it."""
     if importlib.util.find_spec("nixl") is None:
         raise NixlMissing(
             "the nixl library is missing in this process: pip install nixl (or nixl-cu12 / "
@@ -110,7 +110,7 @@ def check_installed() -> None:
 
 
 def open_engine(options: Mapping[str, str] = MappingProxyType({})) -> NixlEngine:
-    """Makes this process's nixl agent.
+    """Make this process's nixl agent.
 
     Args:
         options: For the backend, as nixl's ``create_backend`` takes them.
@@ -134,10 +134,9 @@ def open_engine(options: Mapping[str, str] = MappingProxyType({})) -> NixlEngine
 
 
 def choose_backend(plugins: Sequence[str], sysfs: Path = Path("/sys/class")) -> str:
-    """The nixl backend to use: LIBFABRIC where there are AWS EFA devices, else UCX.
+    """Return the nixl backend to use: LIBFABRIC if there are AWS EFA devices, else UCX.
 
-    EFA devices in a container show as InfiniBand devices only, as those of other vendors do: what
-    tells them apart is their kernel driver.
+    In a container, EFA devices appear as InfiniBand devices. Their kernel driver identifies them.
     """
     drivers = (os.path.realpath(device / "device/driver") for device in sysfs.glob("infiniband/*"))
     has_efa = any(sysfs.glob("net/efa*")) or any(Path(d).name == "efa" for d in drivers)
@@ -145,24 +144,24 @@ def choose_backend(plugins: Sequence[str], sysfs: Path = Path("/sys/class")) -> 
 
 
 def find_reach(sysfs: Path = Path("/sys/class"), proc: Path = Path("/proc")) -> str:
-    """The host (more exactly: where processes can read each other), and RDMA if it has a device."""
+    """Return an ID of the processes that can read each other, with RDMA if there is a device."""
     boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
     processes = (proc / "self/ns/pid").stat().st_ino
     return f"{boot_id}/{processes}" + (" rdma" if has_rdma(sysfs) else "")
 
 
 def has_rdma(sysfs: Path = Path("/sys/class")) -> bool:
-    """Whether this host has an RDMA device."""
+    """Return whether this host has an RDMA device."""
     return any(sysfs.glob("infiniband/*"))
 
 
 def is_direct(reach: str, other: str) -> bool:
-    """Whether two agents can read each other's memory without help of the other process."""
+    """Return whether two agents can read each other's memory without the other process."""
     return reach.partition(" ")[0] == other.partition(" ")[0] or has_rdma_both(reach, other)
 
 
 def has_rdma_both(reach: str, other: str) -> bool:
-    """Whether the hosts of two agents have RDMA devices."""
+    """Return whether the hosts of two agents have RDMA devices."""
     return reach.partition(" ")[2] == other.partition(" ")[2] == "rdma"
 
 
@@ -230,7 +229,7 @@ class NixlEngine:
         return NixlRead(self.agent, handle)
 
     def close(self) -> None:
-        """See ``Engine``. What a parent process opened is left alone."""
+        """See ``Engine``. An agent of a parent process is left alone."""
         if self in _open_engines and self._pid == os.getpid():
             _open_engines.remove(self)
             del self.agent
@@ -265,7 +264,7 @@ class NixlRead:
 
 
 def _import_nixl() -> Any:
-    """Nixl's Python API, without what importing it does to the process's logging."""
+    """Import nixl's Python API without its changes to the process's logging."""
     raise_exceptions = logging.raiseExceptions
     try:
         return importlib.import_module("nixl._api")
@@ -285,7 +284,7 @@ def _core_config(bind: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nixl prints to stdout that it has started; our own log line says that."""
+    """Suppress nixl's start message on stdout; RDT logs its own."""
     nixl_logger = logging.getLogger("nixl")
     level = nixl_logger.level
     nixl_logger.setLevel(max(level, logging.WARNING))
@@ -297,7 +296,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _mapped(what: str) -> Iterator[None]:
-    """Turns nixl's exceptions, which have no common base, into ours."""
+    """Turn exceptions of nixl, which have no common base class, into NixlError."""
     try:
         yield
     except Exception as error:

@@ -64,7 +64,7 @@ class Spans:
 
     @classmethod
     def decode(cls, encoded: dict[str, Any]) -> Spans:
-        """Undoes ``encode``. Raises ValueError where that cannot have made it."""
+        """Undo ``encode``. Raises ValueError where that cannot have made it."""
         import numpy as np
 
         kinds = np.frombuffer(_to_bytes(encoded["kinds"]), np.uint8)
@@ -128,7 +128,7 @@ def plan(
     device_nbytes: int,
     batch_rows: int,
 ) -> Iterator[Batch]:
-    """Cuts a read into requests.
+    """Cut a read into requests.
 
     Neighbours on both sides become one span, large spans are cut. Host memory of one host is copied
     by the call that posts the request, which holds nixl's lock meanwhile, so such requests are
@@ -172,7 +172,7 @@ def plan(
 
 
 def _join(*sides: tuple[Rows, array[int]]) -> tuple[Rows, Rows]:
-    """Makes one span of spans that follow each other on both sides, within one registration.
+    """Make one span of spans that follow each other on both sides, within one registration.
 
     Args:
         sides: The rows of each, and ``Spans.starts``.
@@ -196,7 +196,7 @@ def _join(*sides: tuple[Rows, array[int]]) -> tuple[Rows, Rows]:
 
 
 def _cut(local: Rows, remote: Rows, limit: int) -> tuple[Rows, Rows]:
-    """Cuts spans of more than ``limit`` bytes."""
+    """Cut spans of more than ``limit`` bytes."""
     import numpy as np
 
     pieces = -(-local[:, 1].astype(np.int64) // limit)

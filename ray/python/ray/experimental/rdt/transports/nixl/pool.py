@@ -1,4 +1,4 @@
-"""Memory that objects are copied into when they are made, to be registered with nixl once."""
+"""A memory pool for copies of new objects, registered with nixl once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Place = tuple[list[int], _Parts]
 
 
 class FreeList:
-    """The free parts of a stretch of memory. Pure; not thread-safe.
+    """The free parts of a memory range. Not thread-safe.
 
     Args:
         nbytes: The size of the whole.
@@ -36,11 +36,11 @@ class FreeList:
 
     @property
     def nbytes(self) -> int:
-        """What is free."""
+        """The number of free bytes."""
         return sum(nbytes for _, nbytes in self._free)
 
     def take(self, nbytes: int) -> int | None:
-        """The offset of the first free part that is large enough, None if none is."""
+        """Return the offset of the first free part that is large enough, None if none is."""
         if not nbytes:
             return 0
         for index, (offset, size) in enumerate(self._free):
@@ -51,7 +51,7 @@ class FreeList:
         return None
 
     def give_back(self, offset: int, nbytes: int) -> None:
-        """Frees what ``take`` gave."""
+        """Free a part."""
         if not nbytes:
             return
         insort(self._free, (offset, nbytes))
@@ -65,11 +65,11 @@ class FreeList:
 
 
 class Copies:
-    """Room for the copies of one object's buffers. It is free again when this dies.
+    """Memory for the copies of one object's buffers. It is freed with this object.
 
     Args:
-        buffers: The room of each, flat uint8.
-        parts: What they take up of the pool.
+        buffers: The memory of each buffer, flat uint8.
+        parts: The parts of the pool that they use.
         free: Takes the parts back. Runs on: any thread, also within a call of the pool.
     """
 
@@ -83,7 +83,7 @@ class Copies:
 
 
 class MemoryPool:
-    """A stretch of memory that is given out in parts. Thread-safe.
+    """A memory range that is handed out in parts. Thread-safe.
 
     Args:
         nbytes: Its size.
@@ -104,30 +104,30 @@ class MemoryPool:
         self._returned: deque[_Parts] = deque()
         self._full_since: float | None = None
 
-    def take(self, sizes: Sequence[int], patience_s: float) -> Copies | None:
-        """Room for buffers of these sizes; those that are freed wake who waits for it.
+    def take(self, sizes: Sequence[int], timeout_s: float) -> Copies | None:
+        """Return memory for buffers of these sizes; wait for freed memory if the pool is full.
 
-        The patience is counted from when the pool was first found full after the last room came
-        back: a pool that nothing comes back to holds up one object, not each of many in turn.
+        The timeout counts from the moment the pool was first found full since memory was last
+        freed. So a pool that stays full delays one object, not each of many in turn.
 
         Runs on: producer, the thread of the task; blocks without the GIL.
 
         Args:
             sizes: Their bytes.
-            patience_s: How long to wait, 0 to look only.
+            timeout_s: How long to wait, 0 to look only.
 
         Returns:
-            None if there was no room.
+            None if the pool stayed full.
         """
         rounded = [_round_up(size) for size in sizes]
         with self._freed:
             while (place := self._find(rounded)) is None:
                 if self._full_since is None:
                     self._full_since = time.monotonic()
-                left = self._full_since + patience_s - time.monotonic()
+                left = self._full_since + timeout_s - time.monotonic()
                 if left <= 0 or sum(rounded) > self.memory.numel():
                     return None
-                # In slices: what cancels a task sets a flag that does not wake a wait.
+                # In slices: canceling a task sets a flag, which does not wake a wait.
                 self._freed.wait(min(left, _SLICE_S))
                 raise_if_cancelled()
         offsets, parts = place
@@ -135,7 +135,7 @@ class MemoryPool:
         return Copies(buffers, parts, self._give_back)
 
     def _give_back(self, parts: _Parts) -> None:
-        # The collector may come here from within ``take``: so that one takes them in.
+        # The garbage collector may call this within ``take``, so ``take`` itself adds the parts.
         self._returned.append(parts)
         with self._freed:
             self._freed.notify_all()
@@ -148,7 +148,7 @@ class MemoryPool:
         return self._place(sizes)
 
     def _place(self, sizes: Sequence[int]) -> _Place | None:
-        """Room for all buffers: in one part where there is one, else each in its own."""
+        """Find memory for all buffers: in one part if possible, else one part for each."""
         whole = self._free.take(sum(sizes))
         if whole is not None:
             offsets = [whole]

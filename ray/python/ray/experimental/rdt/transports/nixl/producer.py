@@ -1,4 +1,4 @@
-"""The producer's side of the nixl transport: memory that other processes may read."""
+"""The producer of the nixl transport: memory that other processes may read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Producer:
-    """All that one process exposes. Thread-safe.
+    """The memory that one process exposes. Thread-safe.
 
     Args:
         endpoint: This process's agent.
@@ -89,7 +89,7 @@ class Producer:
         writers.name_stream(stream)
 
     def close(self) -> None:
-        """See ``NixlTransport``. The endpoint is closed apart."""
+        """See ``NixlTransport``. The endpoint is closed separately."""
         writers.name_stream(None)
         self._exposed.clear()
 
@@ -113,10 +113,10 @@ class Producer:
 
 
 def await_device(device: torch.device, deadline: Deadline) -> None:
-    """Waits for all streams of a GPU. CUDA has no such wait with a deadline.
+    """Wait for all streams of a GPU. CUDA has no such wait with a deadline.
 
-    So a thread does it, ``rdt-nixl-sync``, which is left behind at the deadline and ends when the
-    GPU has done its work.
+    So a thread ``rdt-nixl-sync`` waits. It is abandoned at the deadline, and ends when the GPU has
+    done its work.
     """
     import torch
 
@@ -132,20 +132,16 @@ def await_device(device: torch.device, deadline: Deadline) -> None:
 
     threading.Thread(target=synchronize, name="rdt-nixl-sync").start()
     try:
-        done.result(_left(deadline))
+        done.result(deadline.left_s())
     except NotDone as error:
         raise TransportUnavailable(
-            f"{device} did not finish in time what it was given; set_nixl_cuda_stream narrows what "
-            "is waited for to one stream"
+            f"{device} did not finish its work in time; set_nixl_cuda_stream limits the wait to "
+            "one stream"
         ) from error
 
 
-def _left(deadline: Deadline) -> float:
-    return deadline.left_s()
-
-
 def _describe(engine: Engine, number: int, lease: Lease) -> Route:
-    """What a consumer needs to read a lease's memory."""
+    """Describe the memory of a lease for consumers."""
     registered = ((name, lease.registered(kind)) for kind, name in enumerate(KINDS))
     blobs = [engine.describe(name, rows) for name, rows in registered if len(rows)]
     return {

@@ -1,4 +1,4 @@
-"""The memory of this process that its nixl agent may touch, and for how long.
+"""The memory of this process that is registered with its nixl agent.
 
 Large storages in host memory are registered whole, once, and stay registered until they die:
 weights that are sent every step are registered in the first one. Small buffers in host memory are
@@ -51,7 +51,7 @@ class Registration:
         row: Its address, bytes and device.
         kind: Its place in ``KINDS``.
         handle: What the engine gave.
-        tenants: Storages in it, weakly, and their bytes, by address. It is kept while one lives.
+        storages: Storages in it, weakly, and their bytes, by address. It is kept while one lives.
         pins: By address of a tenant, how often a user has registered it.
         leases: How many leases use it.
     """
@@ -59,7 +59,7 @@ class Registration:
     row: tuple[int, int, int]
     kind: int = field(compare=False)
     handle: Any = field(compare=False)
-    tenants: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = field(
+    storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = field(
         default_factory=dict, compare=False
     )
     pins: dict[int, int] = field(default_factory=dict, compare=False)
@@ -67,14 +67,14 @@ class Registration:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the memory still is what was registered."""
+        """Return whether the registered storages still exist."""
         return any(
             (storage := ref()) is not None and (storage.data_ptr(), storage.nbytes()) == known
             for known, ref in self._extents()
         )
 
     def has_pinned(self, start: int, end: int) -> bool:
-        """Whether a user has registered the storage that these bytes lie in."""
+        """Return whether a user has registered the storage that these bytes lie in."""
         return any(
             address in self.pins and address <= start and end <= address + nbytes
             for (address, nbytes), _ in self._extents()
@@ -82,13 +82,13 @@ class Registration:
 
     def _extents(self) -> list[tuple[tuple[int, int], weakref.ref[torch.UntypedStorage]]]:
         # A copy: a storage may die meanwhile.
-        tenants = list(self.tenants.items())
-        return [((address, nbytes), ref) for address, (ref, nbytes) in tenants]
+        storages = list(self.storages.items())
+        return [((address, nbytes), ref) for address, (ref, nbytes) in storages]
 
 
 @dataclass
 class Lease:
-    """Registered memory that something uses.
+    """Registered memory in use.
 
     Attributes:
         spans: The memory, each row with the device that nixl knows it by.
@@ -103,7 +103,7 @@ class Lease:
     bundle: tuple[Rows, Any] | None = None
 
     def registered(self, kind: int) -> Rows:
-        """All that is registered of one kind of memory."""
+        """Return all registered rows of one kind of memory."""
         import numpy as np
 
         storages = [r.row for r in self.registrations if r.kind == kind]
@@ -114,7 +114,7 @@ class Lease:
 
 
 class Registrations:
-    """All registrations of one engine. Thread-safe; no call waits for another but in nixl itself.
+    """All registrations of one engine. Thread-safe.
 
     Args:
         engine: The process's nixl agent; when it closes, all registrations end with it.
@@ -131,7 +131,7 @@ class Registrations:
         self._ended: list[Registration] = []  # the storages are gone, leases still use it
 
     def pin(self, tensor: torch.Tensor) -> None:
-        """Registers a tensor's storage until ``unpin`` has been called as often.
+        """Register a tensor's storage until as many calls of ``unpin``.
 
         Raises:
             NixlError: nixl cannot register it.
@@ -139,12 +139,12 @@ class Registrations:
         with self._lock:
             self._sweep()
             known = self._find(tensor) or self._register(tensor)
-            self._add_tenant(known, tensor)
+            self._add_storage(known, tensor)
             address = tensor.untyped_storage().data_ptr()
             known.pins[address] = known.pins.get(address, 0) + 1
 
     def unpin(self, tensor: torch.Tensor) -> None:
-        """Undoes one ``pin``.
+        """Undo one ``pin``.
 
         Raises:
             ValueError: there is none to undo.
@@ -157,11 +157,11 @@ class Registrations:
                 raise ValueError("this tensor's memory is not registered with nixl")
             known.pins[address] -= 1
             if not known.pins[address]:
-                del known.pins[address], known.tenants[address]
+                del known.pins[address], known.storages[address]
                 self._sweep()
 
     def has_pinned(self, spans: Spans) -> bool:
-        """Whether a user has registered any of this memory."""
+        """Return whether a user has registered any of this memory."""
         with self._lock:
             self._sweep()
             hits = self._match(spans)
@@ -172,7 +172,7 @@ class Registrations:
             )
 
     def acquire(self, spans: Spans, buffers: Sequence[torch.Tensor]) -> Lease:
-        """Registers the memory of buffers where it is not registered yet.
+        """Register the memory of buffers where it is not registered yet.
 
         Runs on: any thread. The memory must stay until ``release``.
 
@@ -204,13 +204,13 @@ class Registrations:
             return lease
 
     def release(self, lease: Lease) -> None:
-        """Ends a lease. What is registered whole stays so while its storages live."""
+        """End a lease. Storages that are registered whole stay registered while they exist."""
         with self._lock:
             self._end(lease)
             self._sweep()
 
     def _match(self, spans: Spans) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """For each span the place in ``_found`` of the storage that it lies in, else -1."""
+        """Return for each span the index in ``_found`` of its registration, -1 if there is none."""
         import numpy as np
 
         if not self._found:
@@ -227,7 +227,7 @@ class Registrations:
         return self._found[hit] if hit >= 0 else None
 
     def _register(self, tensor: torch.Tensor) -> Registration:
-        """Registers all of a storage in host memory, or the segment of one in device memory."""
+        """Register all of a storage in host memory, or the segment of one in device memory."""
         import numpy as np
 
         spans = spans_of([_whole(tensor)])
@@ -240,36 +240,36 @@ class Registrations:
         if registration is None:
             handle = self._engine.register(KINDS[kind], row[np.newaxis])
             registration = Registration(tuple(row.tolist()), kind, handle)
-        self._add_tenant(registration, tensor)
+        self._add_storage(registration, tensor)
         insort(self._found, registration)
         return registration
 
     def _take_ended(self, kind: int, row: tuple[int, int, int]) -> Registration | None:
-        """The same memory, which a lease has kept registered."""
+        """Return the registration of the same memory that a lease has kept."""
         for registration in self._ended:
             if (registration.kind, registration.row) == (kind, row):
                 self._ended.remove(registration)
                 return registration
         return None
 
-    def _add_tenant(self, registration: Registration, tensor: torch.Tensor) -> None:
-        """Keeps a registration while a tensor's storage lives."""
+    def _add_storage(self, registration: Registration, tensor: torch.Tensor) -> None:
+        """Keep a registration while a tensor's storage lives."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
-        known = registration.tenants.get(address)
+        known = registration.storages.get(address)
         if known is not None and known[0]() is storage and known[1] == storage.nbytes():
             return
 
         def on_death(dead: Any) -> None:
-            """Runs on: any thread, even within a call of ``Registrations``, which sweeps."""
-            current = registration.tenants.get(address)
+            """Runs on: any thread, even within a call of ``Registrations``, which then sweeps."""
+            current = registration.storages.get(address)
             if current is not None and current[0] is dead:
-                del registration.tenants[address]
+                del registration.storages[address]
                 registration.pins.pop(address, None)
-            if not registration.tenants:
+            if not registration.storages:
                 self._sweep_if_free()
 
-        registration.tenants[address] = weakref.ref(storage, on_death), storage.nbytes()
+        registration.storages[address] = weakref.ref(storage, on_death), storage.nbytes()
 
     def _lease_registered(
         self,
@@ -284,7 +284,7 @@ class Registrations:
                 continue
             registration = self._found[hit]
             # One storage is enough: others only make the registration last longer.
-            self._add_tenant(registration, buffers[first])
+            self._add_storage(registration, buffers[first])
             registration.leases += 1
             lease.registrations.append(registration)
             lease.spans.rows[hits == hit, 2] = registration.row[2]
@@ -292,7 +292,7 @@ class Registrations:
                 lease.spans.starts.append(registration.row[0])
 
     def _bundle(self, lease: Lease, is_loose: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
-        """Registers for the lease what is not registered: small buffers in host memory."""
+        """Register small buffers in host memory for the lease."""
         if not is_loose.any():
             return
         rows = cover(lease.spans.rows[is_loose])
@@ -307,7 +307,7 @@ class Registrations:
             registration.leases -= 1
 
     def _sweep(self) -> None:
-        """Ends registrations whose storages are gone."""
+        """End registrations whose storages are gone."""
         found, ended = self._found, self._ended
         self._found, self._ended = [], []
         for registration in (*found, *ended):
@@ -324,7 +324,7 @@ class Registrations:
             self._version += 1
 
     def _sweep_if_free(self) -> None:
-        """Runs on: any thread. A call that is under way sweeps by itself, or the next one does."""
+        """Runs on: any thread. If another call holds the lock, that call or the next one sweeps."""
         if self._lock.acquire(blocking=False):
             try:
                 self._sweep()
@@ -333,7 +333,7 @@ class Registrations:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor's storage, as flat bytes."""
+    """Return a tensor's whole storage as flat bytes."""
     import torch
 
     empty = torch.empty(0, dtype=torch.uint8, device=tensor.device)
@@ -341,7 +341,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _around(extent: Sequence[int], segment: tuple[int, int] | None) -> Sequence[int]:
-    """The segment if all of a storage lies in it, else the storage.
+    """Return the segment if it contains the whole storage, else the storage.
 
     A storage in expandable segments may lie in several allocations.
     """

@@ -1,4 +1,4 @@
-"""What this process's nixl agent knows of others'."""
+"""The agents of other processes that this process's nixl agent knows."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.engine import Engine, NixlError
 
-#: nixl cannot forget single exposures of a peer; after this many the peer is met anew.
+#: nixl cannot forget single exposures of a peer. After this many, the peer is attached again.
 _MAX_EXPOSURES = 4096
 
-#: Peers known at once; the one that was not read from for longest is forgotten first.
+#: Peers known at once. The least recently read one is forgotten first.
 _MAX_PEERS = 1024
 
 
 @dataclass
 class _Remote:
-    """One peer's agent, as known to ours.
+    """The state of one peer's agent.
 
     Attributes:
-        version: The newest version of its GPU registrations that it has told us of.
-        exposures: The exposures of it that ours knows.
+        version: The newest known version of its GPU registrations.
+        exposures: Its exposures that our agent knows.
         readers: Reads from it in progress.
-        is_broken: Whether the connection broke: nobody reads from it any more.
+        is_broken: Whether the connection broke: no new read uses it.
     """
 
     version: int
@@ -38,11 +38,11 @@ class _Remote:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What a producer says of exposed memory, besides its spans.
+    """A producer's description of exposed memory, besides its spans.
 
     Attributes:
         agent: The name of its nixl agent.
-        number: Tells its exposures apart.
+        number: The ID of the exposure at the producer.
         version: The version of its GPU registrations, 0 if it exposes none.
         metadata: nixl's own description, a blob for each kind of memory, base64.
     """
@@ -54,7 +54,7 @@ class Exposure:
 
 
 class Remotes:
-    """The known agents. Thread-safe. None is forgotten while it is read from.
+    """The known agents. Thread-safe. An agent is not forgotten during reads from it.
 
     Args:
         engine: Our agent.
@@ -67,13 +67,13 @@ class Remotes:
 
     @contextlib.contextmanager
     def reading(self, exposure: Exposure, deadline: Deadline) -> Iterator[None]:
-        """Makes our agent know an exposure, while the context lasts.
+        """Make an exposure known to our agent while the context lasts.
 
-        A NixlError that leaves the context makes the peer be met anew by the next read.
+        After a NixlError in the context, the next read attaches the peer again.
 
         Raises:
-            TransportUnavailable: our agent cannot reach the memory.
-            TimeoutError: reads of what is to be forgotten first have not ended by the deadline.
+            TransportUnavailable: Our agent cannot reach the memory.
+            TimeoutError: The peer has to be forgotten first, and reads from it did not end in time.
         """
         remote = self._enter(exposure, deadline)
         try:
@@ -97,7 +97,7 @@ class Remotes:
             return remote
 
     def _current(self, exposure: Exposure) -> _Remote | None:
-        """The peer, up to date; None while it has to be forgotten first and is still read from."""
+        """Return the up-to-date peer; None if it has to be forgotten first and reads still run."""
         remote = self._known.pop(exposure.agent, None)
         if remote is None:
             self._make_room()

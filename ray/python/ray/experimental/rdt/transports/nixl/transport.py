@@ -3,15 +3,13 @@
 The consumer's agent reads the producer's registered memory. The producer's Python takes part once
 for each object, at its first pull: ``expose`` registers the memory and describes it.
 
-Where it is refused, and another lane is taken:
+It is refused, and another lane is used:
 
-1. Where Ray is told to use TLS and ``RAY_RDT_ALLOW_CLEAR_TCP`` is not set. UCX has no notion of who
-   may connect, and sends in the clear.
+1. If Ray uses TLS and ``RAY_RDT_ALLOW_CLEAR_TCP`` is not set. UCX does not authenticate peers and
+   does not encrypt.
 2. Between hosts that do not both have RDMA devices, unless ``RAY_RDT_STRICT_TRANSPORT=1``. UCX then
-   imitates remote reads over TCP, slower than our own tcp lane, and UCX 1.20 aborts the producer's
-   process when it loses a consumer in the middle of one.
-
-Not run on a GPU yet: all that is written in these modules for GPU memory.
+   emulates remote reads over TCP, slower than RDT's own tcp lane. UCX 1.20 aborts the producer's
+   process when it loses a consumer during such a read.
 """
 
 from __future__ import annotations
@@ -84,13 +82,13 @@ class NixlTransport:
     ) -> None:
         """See ``OneSided``.
 
-        After a failure it waits up to a second for requests that are still under way. What nixl is
-        not done with even then, because a network or a peer hangs, keeps its memory until it is: a
-        late byte lands where nobody looks, unless the user has given the tensor to receive into.
+        After a failure it waits up to a second for requests in flight. A request that does not end
+        even then, because a network or a peer hangs, keeps its memory until it ends. So late bytes
+        do no harm, unless the user has given the tensor to receive into.
 
         Raises:
-            TimeoutError: not all bytes came by the deadline, or a GPU still used the buffers.
-            NixlError: the transfer failed; its ``code`` is "peer_lost" if the connection broke.
+            TimeoutError: Not all bytes arrived by the deadline, or a GPU still used the buffers.
+            NixlError: The transfer failed; its ``code`` is "peer_lost" if the connection broke.
         """
         self._consumer.read(exposed, buffers, deadline, after)
 
@@ -99,19 +97,19 @@ class NixlTransport:
         self._producer.withdraw(exposed)
 
     def register_memory(self, tensor: torch.Tensor) -> None:
-        """Registers a tensor's storage until ``deregister_memory`` was called as often."""
+        """Register a tensor's storage until as many calls of ``deregister_memory``."""
         self._producer.register_memory(tensor)
 
     def deregister_memory(self, tensor: torch.Tensor) -> None:
-        """Undoes one ``register_memory``. Raises ValueError if there is none to undo."""
+        """Undo one ``register_memory``. Raises ValueError if there is none to undo."""
         self._producer.deregister_memory(tensor)
 
     def has_registered(self, buffers: Sequence[torch.Tensor]) -> bool:
-        """Whether any of this memory is registered by ``register_memory``."""
+        """Return whether any of this memory is registered by ``register_memory``."""
         return self._producer.has_registered(buffers)
 
     def check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Waits for the buffers' devices after ``set_cuda_stream(None)``.
+        """Wait for the buffers' devices after ``set_cuda_stream(None)``.
 
         Blocks for half the fetch timeout at most.
 
@@ -122,20 +120,20 @@ class NixlTransport:
         self._producer.check_writers(buffers)
 
     def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
-        """Names the stream that writes what is exposed, beside the current one.
+        """Name another stream that writes exposed tensors, besides the current one.
 
-        Objects that are made after this call are read after what the stream has when they are made.
-        With None ``expose`` waits for all streams of the tensors' devices.
+        Objects that are created after this call are read after the stream's work at their creation.
+        With None, ``expose`` waits for all streams of the tensors' devices.
         """
         self._producer.set_stream(stream)
 
     def begin(self) -> None:
-        """Starts the agent if it is not. Raises TransportUnavailable."""
+        """Start the agent if it is not running. Raises TransportUnavailable."""
         self._endpoint.get()
 
     @property
     def engine(self) -> Engine:
-        """This process's agent, started if it is not. Raises TransportUnavailable."""
+        """This process's agent; started if it is not running. Raises TransportUnavailable."""
         return self._endpoint.get().engine
 
     def close(self) -> None:

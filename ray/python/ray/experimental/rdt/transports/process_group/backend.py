@@ -22,22 +22,22 @@ Buffers = Sequence["torch.Tensor"]
 
 
 class Backend(Protocol):
-    """What a kind of process group needs from us. Its methods import torch."""
+    """A kind of process group. Its methods import torch."""
 
     capabilities: Capabilities
     #: Whether tags keep transfers apart, so that one link can carry many at once.
     has_tags: bool
 
-    def unavailable(self) -> str:
-        """Why this process cannot use the backend; "" if it can."""
+    def unavailable_reason(self) -> str:
+        """Return why this process cannot use the backend, "" if it can."""
 
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
     ) -> Any:
-        """Makes a process group; blocks until all ranks are connected, without the GIL.
+        """Make a process group. Blocks without the GIL until all ranks are connected.
 
         Args:
-            store: Where its ranks meet.
+            store: The store for the rendezvous of its ranks.
             rank: This process's rank.
             size: How many ranks there are.
             timeout_s: How long to wait for the other ranks, and for each operation.
@@ -45,32 +45,32 @@ class Backend(Protocol):
         """
 
     def kill(self, group: Any) -> None:
-        """Ends a process group for good: when this returns, no byte is written any more."""
+        """End a process group. When this returns, no more bytes are written."""
 
     def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
-        """Begins to send from rank ``PRODUCER`` to rank ``CONSUMER``; returns the work."""
+        """Begin to send from rank ``PRODUCER`` to rank ``CONSUMER``; return the work."""
 
     def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
-        """Begins to receive at rank ``CONSUMER`` what ``PRODUCER`` sends; returns the work."""
+        """Begin to receive at rank ``CONSUMER`` from ``PRODUCER``; return the work."""
 
     def wait(self, work: Any, timeout_s: float) -> None:
-        """Waits for a send or receive, without the GIL. Raises on failure and timeout."""
+        """Wait for a send or receive, without the GIL. Raises on failure and timeout."""
 
-    def turn(self, after: Sequence[Event]) -> AbstractContextManager[None]:
-        """Entered on the transfer's thread: orders the work of devices.
+    def transfer_context(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+        """Return a context for the transfer's thread that orders the work of devices.
 
         Args:
-            after: The transfer comes after these.
+            after: The transfer runs after these events.
         """
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """Memory for messages."""
+        """Return memory for messages."""
 
-    def reject(self, buffers: Buffers) -> str:
-        """Why a link cannot carry these; "" if it can."""
+    def unsupported_reason(self, buffers: Buffers) -> str:
+        """Return why a link cannot carry these buffers, "" if it can."""
 
     def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
-        """Copies small buffers one after the other into ``slot``."""
+        """Copy small buffers one after the other into ``slot``."""
 
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
         """The reverse of ``pack``."""

@@ -54,7 +54,7 @@ class Connector:
 
     def check_available(self) -> None:
         """Raise TransportUnavailable, with the reason, if this process cannot use the backend."""
-        reason = self._backend.unavailable()
+        reason = self._backend.unavailable_reason()
         if reason:
             raise TransportUnavailable(reason)
 
@@ -135,7 +135,7 @@ class Connector:
         # once when the proof has come.
         self.links.add(link)
         try:
-            link.prove(timeout_s)
+            link.handshake(timeout_s)
             self._check_open(scope)  # its group may have been destroyed meanwhile
         except Exception as error:
             link.close(f"the connection could not be made: {error}")

@@ -1,14 +1,13 @@
 """One process group of two: bytes from one producer to one consumer.
 
-The consumer makes a link for what it receives and the producer answers, so each direction between
-two processes has its own, and nothing has to be agreed when both begin at once. A link that fails
-is closed and never used again; the next transfer gets a new one.
+The consumer opens a link to receive from a producer. Each direction between two processes has its
+own links, so two processes that connect at the same time need not negotiate. A link that fails is
+closed and never used again; the next transfer gets a new one.
 
-Threads: each transfer runs on a thread of its own, ``rdt-<backend>``, because gloo's waits can be
-ended neither by Ctrl-C nor, once a message has begun to move, by the loss of the peer. The caller
-waits for that thread in slices and leaves it behind if it must; gloo then ends it within
-``peer_timeout_s``. Whoever raises to the caller has ended the process group before, so that no byte
-is written any more.
+Threads: each transfer runs on a thread of its own, ``rdt-<backend>``. Gloo's waits cannot be ended
+by Ctrl-C, nor by the loss of the peer once a message has begun to move. The caller waits for that
+thread in slices, and abandons it on failure; gloo then ends it within ``peer_timeout_s``. The
+process group is ended before the caller gets an error, so no more bytes are written.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ if TYPE_CHECKING:
 
     from ray.experimental.rdt.accelerators.base import Event
 
-_PROOF_TAG = 0
+_HANDSHAKE_TAG = 0
 _SLICE_S = 0.2
 _HEADER_SLACK_S = 1.0
-#: How long an end waits for the other's reason once a connection has broken. The consumer waits
-#: longer, since it reports the failure.
+#: How long each end waits for the other's reason once a connection has broken. The consumer waits
+#: longer, because it reports the failure.
 _REASON_S = {CONSUMER: 1.0, PRODUCER: 0.1}
 
 
 class LinkClosed(TransportUnavailable):
-    """The link broke or was closed before the transfer ended; another may begin anew.
+    """The link broke or was closed before the transfer ended. The transfer may be retried.
 
-    A transfer that was given up closes its link, and the next one may have picked that just before.
+    An aborted transfer closes its link, which another transfer may have leased just before.
     """
 
     def __init__(self, message: str):
@@ -61,22 +60,22 @@ class LinkClosed(TransportUnavailable):
 
 
 class TransferRefused(TransportUnavailable):
-    """One end refused these buffers and said why; another lane may serve.
+    """One end refused these buffers. Another lane may carry them.
 
-    The link stays good if that was the producer, which then has sent nothing.
+    If the producer refused them, it has sent nothing and the link stays usable.
     """
 
 
-class _UnderWay(NamedTuple):
-    """A message that was posted, how long it may take, and what to do when it is through."""
+class _InFlight(NamedTuple):
+    """A posted message, its time limit, and the action on its completion."""
 
     work: Any
     timeout_s: float
     arrived: Callable[[], None]
 
 
-class _Job:
-    """One transfer: what its thread and its caller share."""
+class _Transfer:
+    """The state of one transfer that its thread and its caller share."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -85,22 +84,22 @@ class _Job:
         self._lock = threading.Lock()
 
     def stop(self, error: TransferFailed) -> None:
-        """Asks the transfer's thread to end after the messages that are under way."""
+        """Ask the transfer's thread to end after the messages in flight."""
         self._stopping = error
 
     def check(self) -> None:
-        """Raises if it has to end."""
+        """Raise the error of ``stop`` if there is one."""
         if self._stopping is not None:
             raise self._stopping
 
     def step(self, write: Callable[[], None]) -> None:
-        """Writes into the caller's memory, unless the end has been reported to the caller."""
+        """Write into the caller's memory, unless the caller has been told of the end."""
         with self._lock:
             self.check()
             write()
 
     def finish(self, error: BaseException | None) -> None:
-        """Reports the end; the first report counts."""
+        """Report the end. Only the first report counts."""
         with self._lock:
             if not self.done.is_set():
                 self.error = error
@@ -108,7 +107,7 @@ class _Job:
 
 
 class Link:
-    """A connected process group of two and the transfers on it.
+    """A connected process group of two, and its transfers.
 
     Args:
         link_id: The same at both ends.
@@ -117,7 +116,7 @@ class Link:
         rank: ``CONSUMER`` or ``PRODUCER``.
         backend: Its kind.
         group: The process group.
-        store: What it was made with, kept as long: torch does not keep a store written in Python.
+        store: Its store, kept alive here: torch does not keep a store written in Python.
         on_close: Called once, with the link and the reason, after it has closed.
     """
 
@@ -145,68 +144,68 @@ class Link:
         self._closed = ""
         self._ended = threading.Event()
         self._killed = threading.Event()
-        self._jobs: set[_Job] = set()
-        self._tag = _PROOF_TAG
+        self._transfers: set[_Transfer] = set()
+        self._tag = _HANDSHAKE_TAG
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was closed."""
+        """Return whether it was closed."""
         return bool(self._closed)
 
     def next_tag(self) -> int:
-        """A tag for one transfer. Runs on: consumer, any thread."""
+        """Return a tag for one transfer. Runs on: consumer, any thread."""
         with self._lock:
             self._tag = self._tag % (MAX_TAG - 1) + 1
             return self._tag
 
     # Transfers.
 
-    def prove(self, timeout_s: float) -> None:
-        """Moves one byte, to know that both ends are connected. Runs on: both, any thread.
+    def handshake(self, timeout_s: float) -> None:
+        """Move one byte to check that both ends are connected. Runs on: both, any thread.
 
         Raises:
-            TransferFailed: it did not come; the link is closed.
+            TransferFailed: The byte did not arrive. The link is closed.
         """
 
-        def move(job: _Job) -> None:
+        def move(running: _Transfer) -> None:
             byte = self._backend.empty(1)
-            self._backend.wait(self._post(byte, _PROOF_TAG), timeout_s + _HEADER_SLACK_S)
+            self._backend.wait(self._post(byte, _HANDSHAKE_TAG), timeout_s + _HEADER_SLACK_S)
 
         self._run(move, Deadline.after(timeout_s))
 
     def send(self, tag: int, buffers: Buffers, deadline: Deadline) -> None:
-        """Sends one transfer. Runs on: producer; blocks until the buffers may change again.
+        """Send one transfer. Runs on: producer; blocks until the buffers may change again.
 
-        Buffers that the backend cannot carry are not sent: the consumer is told why.
+        Buffers that the backend cannot carry are refused, and the consumer gets the reason.
 
         Raises:
-            TransferFailed: it failed; the link is closed.
+            TransferFailed: The transfer failed. The link is closed.
         """
-        self._run(lambda job: self._send(job, tag, buffers, deadline), deadline)
+        self._run(lambda running: self._send(running, tag, buffers, deadline), deadline)
 
     def receive(
         self, tag: int, buffers: Buffers, deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
-        """Receives one transfer. Runs on: consumer; blocks until all bytes are in place.
+        """Receive one transfer. Runs on: consumer; blocks until all bytes are in place.
 
         Buffers on devices are written after the events in ``after``.
 
         Raises:
-            TransferRefused: the producer does not send these buffers, or the backend cannot write
-                them; the producer has then been stopped by closing the link.
-            TransferFailed: it failed; no byte is written any more.
+            TransferRefused: The producer refused these buffers, or the backend cannot write them.
+                In the second case the link is closed, which stops the producer.
+            TransferFailed: The transfer failed. No more bytes are written.
         """
-        refusal = self._backend.reject(buffers)
+        refusal = self._backend.unsupported_reason(buffers)
         if refusal:
             self.close(refusal)
             raise TransferRefused(refusal)
-        self._run(lambda job: self._receive(job, tag, buffers, deadline), deadline, after)
+        self._run(lambda running: self._receive(running, tag, buffers, deadline), deadline, after)
 
-    def _send(self, job: _Job, tag: int, buffers: Buffers, deadline: Deadline) -> None:
+    def _send(self, running: _Transfer, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Runs on: producer, the transfer's thread."""
         import torch
 
-        refusal = self._backend.reject(buffers)
+        refusal = self._backend.unsupported_reason(buffers)
         header = Header.describing(tag, [b.numel() for b in buffers])
         if refusal:
             header, buffers = Header.refusing(tag, refusal), ()
@@ -222,13 +221,13 @@ class Link:
             return self._post(_part(buffers, message), header.tag)
 
         # Messages follow the header at once: after a wait this thread may get the GIL late.
-        begun = _UnderWay(header_sent, _until(deadline) + _HEADER_SLACK_S, lambda: None)
-        self._stream(job, buffers, post, lambda message, slot: None, begun)
+        begun = _InFlight(header_sent, deadline.left_s() + _HEADER_SLACK_S, lambda: None)
+        self._stream(running, buffers, post, lambda message, slot: None, begun)
 
-    def _receive(self, job: _Job, tag: int, buffers: Buffers, deadline: Deadline) -> None:
+    def _receive(self, running: _Transfer, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Runs on: consumer, the transfer's thread."""
         message = self._backend.empty(packing.HEADER_NBYTES)
-        self._backend.wait(self._post(message, tag), _until(deadline) + _HEADER_SLACK_S)
+        self._backend.wait(self._post(message, tag), deadline.left_s() + _HEADER_SLACK_S)
         header = Header.decode(bytes(message.tolist()))
         if header.refusal:
             raise TransferRefused(header.refusal)
@@ -244,17 +243,17 @@ class Link:
                 assert slot is not None
                 self._backend.unpack(slot, buffers[message.first : message.last])
 
-        self._stream(job, buffers, post, arrived)
+        self._stream(running, buffers, post, arrived)
 
     def _stream(
         self,
-        job: _Job,
+        running: _Transfer,
         buffers: Buffers,
         post: Callable[[Message, torch.Tensor | None], Any],
         arrived: Callable[[Message, torch.Tensor | None], None],
-        *begun: _UnderWay,
+        *begun: _InFlight,
     ) -> None:
-        """Moves all messages of a plan, ``WINDOW`` at once, in order, after what has begun."""
+        """Move all messages of a plan in order, ``WINDOW`` at once, after those in ``begun``."""
         messages = list(packing.plan([b.numel() for b in buffers]))
         slots = _Slots(self._backend, messages)
         window = deque(begun)
@@ -262,16 +261,16 @@ class Link:
         def retire() -> None:
             first = window.popleft()
             self._backend.wait(first.work, first.timeout_s)
-            job.step(first.arrived)
+            running.step(first.arrived)
 
         for message in messages:
             if len(window) == packing.WINDOW:
                 retire()
-            job.check()
+            running.check()
             slot = slots.take(message)
             work = post(message, slot)
             then = partial(arrived, message, slot)
-            window.append(_UnderWay(work, settings().peer_timeout_s, then))
+            window.append(_InFlight(work, settings().peer_timeout_s, then))
         while window:
             retire()
 
@@ -283,22 +282,22 @@ class Link:
             return self._backend.send(group, tensor, tag)
         return self._backend.receive(group, tensor, tag)
 
-    # Life.
+    # Running and closing.
 
     def _run(
-        self, transfer: Callable[[_Job], None], deadline: Deadline, after: Sequence[Event] = ()
+        self, transfer: Callable[[_Transfer], None], deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
         """Runs a transfer on a thread of its own and waits for it, interruptibly."""
-        job = _Job()
+        running = _Transfer()
         with self._lock:
             if self._closed:
                 raise self._closed_error()
-            self._jobs.add(job)
+            self._transfers.add(running)
         name = f"rdt-{self._backend.capabilities.name}"
         try:
-            arguments = (transfer, job, self._backend.turn(after))
+            arguments = (transfer, running, self._backend.transfer_context(after))
             threading.Thread(target=_work, args=arguments, name=name).start()
-            self._await(job, deadline)
+            self._await(running, deadline)
         except TransferRefused:
             raise
         except BaseException as error:
@@ -306,66 +305,66 @@ class Link:
             raise
         finally:
             with self._lock:
-                self._jobs.discard(job)
+                self._transfers.discard(running)
 
-    def _await(self, job: _Job, deadline: Deadline) -> None:
-        while not job.done.wait(min(_SLICE_S, deadline.left_s())):
+    def _await(self, running: _Transfer, deadline: Deadline) -> None:
+        while not running.done.wait(min(_SLICE_S, deadline.left_s())):
             if deadline.has_passed():
                 raise TransferTimedOut(
                     f"not all bytes came over {self._backend.capabilities.name} in time"
                 )
             raise_if_cancelled()
-        if isinstance(job.error, TransferFailed):
-            raise job.error
-        if job.error is not None:
-            # A broken connection is often the end of a link whose reason is still on its way.
+        if isinstance(running.error, TransferFailed):
+            raise running.error
+        if running.error is not None:
+            # The other end often closes a link before its reason arrives.
             if self._ended.wait(_REASON_S[1 - self._other]):
-                raise self._closed_error() from job.error
-            raise LinkClosed(_in_short(job.error)) from job.error
+                raise self._closed_error() from running.error
+            raise LinkClosed(_in_short(running.error)) from running.error
 
     def _closed_error(self) -> TransferFailed:
         return LinkClosed(self._closed)
 
     def close(self, reason: str, grace_s: float = 0.0) -> None:
-        """Ends the link; transfers in progress fail with the reason. Idempotent.
+        """End the link; transfers in progress fail with the reason. Idempotent.
 
-        When it returns, no byte is written any more, also for those who come second: they may be
-        about to report the failure to the user, whose memory it is.
+        When it returns, no more bytes are written. This holds for later callers too, which may be
+        about to report the failure to the user.
 
         Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little, or for
         as long as another thread that is closing the link.
 
         Args:
-            reason: For people.
-            grace_s: How long messages that are half through may take to end.
+            reason: The reason, for error messages.
+            grace_s: How long messages in flight may take to end.
         """
         with self._lock:
             is_first = not self._closed
             if is_first:
                 self._closed = reason
                 self._ended.set()
-            jobs = list(self._jobs)
+            transfers = list(self._transfers)
         if not is_first:
             self._killed.wait(settings().peer_timeout_s)
             return
         error = self._closed_error()
-        for job in jobs:
-            job.stop(error)
-        _await_all(jobs, grace_s)
+        for running in transfers:
+            running.stop(error)
+        _await_all(transfers, grace_s)
         group, self._group = self._group, None
         try:
             self._backend.kill(group)
-            for job in jobs:
-                job.finish(error)
+            for running in transfers:
+                running.finish(error)
         finally:
             self._killed.set()
         self._on_close(self, reason)
 
 
 class _Slots:
-    """The staging slots of one transfer, made if it needs any, used in turn.
+    """The staging slots of one transfer, if it needs any, used in turn.
 
-    At most ``WINDOW`` messages are under way, in order, so a slot is free when its turn comes.
+    At most ``WINDOW`` messages are in flight, in order, so the next slot is always free.
     """
 
     def __init__(self, backend: Backend, messages: Iterable[Message]):
@@ -375,7 +374,7 @@ class _Slots:
         self._turns = itertools.cycle(range(count)) if count else None
 
     def take(self, message: Message) -> torch.Tensor | None:
-        """The memory for this message, None if it needs none."""
+        """Return the memory for this message, None if it needs none."""
         if isinstance(message, Direct):
             return None
         assert self._memory is not None
@@ -390,26 +389,24 @@ def _part(buffers: Buffers, message: Message) -> torch.Tensor:
 
 
 def _in_short(error: BaseException) -> str:
-    """A torch error without the source file it names first and the advice it ends with."""
+    """Return a torch error without its source file and its advice."""
     return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]
 
 
-def _until(deadline: Deadline) -> float:
-    return deadline.left_s()
-
-
-def _work(transfer: Callable[[_Job], None], job: _Job, turn: AbstractContextManager[None]) -> None:
+def _work(
+    transfer: Callable[[_Transfer], None], running: _Transfer, context: AbstractContextManager[None]
+) -> None:
     """Runs on: the transfer's thread."""
     try:
-        with turn:
-            transfer(job)
+        with context:
+            transfer(running)
     except BaseException as error:  # stored for the caller, who waits for it
-        job.finish(error)
+        running.finish(error)
     else:
-        job.finish(None)
+        running.finish(None)
 
 
-def _await_all(jobs: Iterable[_Job], timeout_s: float) -> None:
+def _await_all(transfers: Iterable[_Transfer], timeout_s: float) -> None:
     deadline = Deadline.after(timeout_s)
-    for job in jobs:
-        job.done.wait(deadline.left_s())
+    for running in transfers:
+        running.done.wait(deadline.left_s())

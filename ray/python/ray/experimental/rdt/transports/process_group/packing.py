@@ -16,7 +16,7 @@ from dataclasses import dataclass
 SMALL_NBYTES = 256 << 10  # buffers below this are packed
 SLOT_NBYTES = 1 << 20  # bytes of small buffers in one message
 SEGMENT_NBYTES = 16 << 20  # bytes of a large buffer in one message
-WINDOW = 4  # messages under way at once; as many staging slots
+WINDOW = 4  # messages in flight at once; as many staging slots
 
 HEADER_NBYTES = 256
 _HEADER = struct.Struct("<4sIIQQ8s")
@@ -46,7 +46,7 @@ Message = Direct | Packed
 
 
 def plan(sizes: Sequence[int]) -> Iterator[Message]:
-    """Cuts buffers of these sizes into messages, in order. Empty buffers need none."""
+    """Cut buffers of these sizes into messages, in order. Empty buffers need none."""
     first = run = 0
     for index, size in enumerate(sizes):
         is_small = size < SMALL_NBYTES
@@ -117,7 +117,7 @@ class Header:
 
     @classmethod
     def decode(cls, data: bytes) -> Header:
-        """Reads what ``encode`` made.
+        """Read what ``encode`` made.
 
         Raises:
             ValueError: these bytes are no header.

@@ -44,7 +44,7 @@ class _PeerLinks:
 
     @property
     def has_failed(self) -> bool:
-        """Whether an attempt to connect failed a moment ago."""
+        """Return whether an attempt to connect failed a moment ago."""
         return self.failed_until is not None and not self.failed_until.has_passed()
 
 

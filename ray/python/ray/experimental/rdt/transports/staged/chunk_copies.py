@@ -42,9 +42,10 @@ class _Plan:
 
 
 class ChunkCopies:
-    """Begins copies. Thread-safe; memory that small pieces are packed in has a stream of its own.
+    """Begins copies. Thread-safe.
 
-    On a stream of the user's it could be used only after what that stream has.
+    Memory for packing small pieces has a stream of its own. On a user's stream it could be used
+    only after the work on that stream.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class ChunkCopies:
     def to_host(
         self, memory: torch.Tensor, pieces: Sequence[torch.Tensor], begun: list[Event]
     ) -> None:
-        """Copies pieces on devices, which their writers have finished, to a chunk.
+        """Copy finished pieces on devices to a chunk.
 
         Args:
             memory: The chunk, as long as all pieces.
@@ -76,7 +77,7 @@ class ChunkCopies:
         after: Sequence[Event],
         begun: list[Event],
     ) -> None:
-        """Copies a chunk to pieces on devices, which may be written after some events.
+        """Copy a chunk to pieces on devices, after some events.
 
         Args:
             memory: The chunk, as long as all pieces.
@@ -108,7 +109,7 @@ class ChunkCopies:
             yield device, plan
 
     def _pack(self, plan: _Plan, runs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> None:
-        """Adds runs of small pieces; where the device has no memory to pack, each for itself."""
+        """Add runs of small pieces; if the device has no memory for packing, one by one."""
         if not runs:
             return
         scratch = self._scratch(runs[0][1][0].device, sum(part.numel() for part, _ in runs))
@@ -140,7 +141,7 @@ class ChunkCopies:
 
 
 def pieces_of(buffers: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[torch.Tensor]:
-    """What bytes ``start`` to ``stop`` of the buffers, one after the other, are made of."""
+    """Yield the pieces of bytes ``start`` to ``stop`` of the concatenated buffers."""
     starts = [0, *itertools.accumulate(buffer.numel() for buffer in buffers)]
     for index in range(bisect_right(starts, start) - 1, len(buffers)):
         first = starts[index]
@@ -154,7 +155,7 @@ def pieces_of(buffers: Sequence[torch.Tensor], start: int, stop: int) -> Iterato
 def _runs(
     memory: torch.Tensor, pieces: Sequence[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Pieces that go in one copy, each with its part of the chunk."""
+    """Yield the pieces of each copy, with their part of the chunk."""
     keys = (
         (piece.device, None if piece.numel() < _SMALL_NBYTES else index)
         for index, piece in enumerate(pieces)
@@ -168,7 +169,7 @@ def _runs(
 
 
 def cut(memory: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Parts of these sizes, one after the other."""
+    """Cut memory into consecutive parts of these sizes."""
     ends = list(itertools.accumulate(sizes))
     return [memory[end - size : end] for size, end in zip(sizes, ends)]
 
@@ -178,7 +179,7 @@ def _reversed(pairs: Pairs) -> Pairs:
 
 
 def accelerator_of(device: torch.device) -> Accelerator:
-    """What works with a device. Raises TransportUnavailable if this process has no such device."""
+    """Return the accelerator of a device. Raises TransportUnavailable if there is none here."""
     accelerator = accelerators.usable(device.type)
     if accelerator is None:
         raise TransportUnavailable(f"this process cannot work with memory on {device}")

@@ -1,4 +1,4 @@
-"""The consumer's side of the staged way."""
+"""The consumer of the staged transport."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ CHUNK_NBYTES = 16 << 20
 _WINDOW = 3
 _COPIES = 2  # chunks that a read copies to its devices at once
 
-#: How long a failed read waits for a device that still writes.
+#: How long a failed read waits for devices that still write.
 _GRACE_S = 5.0
 
 Buffers = Sequence["torch.Tensor"]
 
 
 class Reader:
-    """What the reads of one process share. Thread-safe.
+    """The state that the reads of one process share. Thread-safe.
 
     Args:
-        session: Asks for the chunks; its agent pulls those that cannot be mapped.
-        copies: What copies between devices and chunks.
+        session: Requests the chunks; its agent pulls those that cannot be mapped.
+        copies: Copies between devices and chunks.
 
     Attributes:
         session: The same.
@@ -73,12 +73,12 @@ class Reader:
             raise
 
     def forget(self, producer: bytes) -> None:
-        """Unmaps what a lost producer has shared. Runs on: the reaper thread."""
+        """Unmap the memory of a lost producer. Runs on: the reaper thread."""
         self._unmapped.discard(producer)
         self.session.run_in_background(self._mappings.forget, producer)
 
     def map(self, peer: Peer, slot: dict[str, Any] | None, pieces: Buffers) -> Mapped | None:
-        """The producer's memory, if the devices of these pieces can copy out of it."""
+        """Map the producer's memory; None if the devices of these pieces cannot copy from it."""
         is_near = boot_id_of(peer.address) == boot_id_of(self.session.address)
         is_wanted = "shm" in settings().lanes and not settings().checksum
         is_for_devices = all(not piece.is_cpu for piece in pieces)
@@ -99,13 +99,13 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class _Landing:
-    """A chunk that goes from host memory to devices.
+class _Chunk:
+    """A chunk that is copied from host memory to devices.
 
     Attributes:
-        key: What the producer's agent serves it by.
+        key: The key of the chunk at the producer's agent.
         begun: The copies.
-        mapped: The producer's memory that they copy out of, if it is mapped here.
+        mapped: The producer's memory that they copy from, if it is mapped here.
     """
 
     key: bytes
@@ -114,7 +114,7 @@ class _Landing:
 
 
 class _Reading:
-    """One object on its way to this process. Runs on: consumer, the fetching thread."""
+    """The read of one object. Runs on: consumer, the fetching thread."""
 
     def __init__(
         self,
@@ -132,10 +132,10 @@ class _Reading:
         self._buffers = buffers
         self._deadline = deadline
         self._after = after
-        self._landing: deque[_Landing] = deque()
+        self._chunks: deque[_Chunk] = deque()
 
     def run(self) -> None:
-        """Returns when all bytes are in place."""
+        """Read all bytes."""
         total = sum(buffer.numel() for buffer in self._buffers)
         asked: deque[tuple[int, int, Callable[[float], dict[str, Any]]]] = deque()
         for start in range(0, total, CHUNK_NBYTES):
@@ -145,45 +145,42 @@ class _Reading:
                 self._take(*asked.popleft())
         while asked:
             self._take(*asked.popleft())
-        while self._landing:
+        while self._chunks:
             self._finish_first()
 
     def end(self) -> bool:
-        """After a failure: waits a while; whether nothing is written any more."""
-        begun = [event for chunk in self._landing for event in chunk.begun]
+        """Wait for copies after a failure; return whether none is left."""
+        begun = [event for chunk in self._chunks for event in chunk.begun]
         has_ended = have_ended(begun, _GRACE_S)
-        for chunk in self._landing:
+        for chunk in self._chunks:
             self._free(chunk)
         return has_ended
-
-    def _left(self) -> float:
-        return self._deadline.left_s()
 
     def _ask(self, start: int, stop: int) -> Callable[[float], dict[str, Any]]:
         body = {
             "exposure": self._exposure,
             "start": start,
             "stop": stop,
-            "timeout_s": self._left(),
+            "timeout_s": self._deadline.left_s(),
         }
         return self._session.start_call(self._peer.address, "rdt.staged.chunk", body)
 
     def _take(self, start: int, stop: int, answer: Callable[[float], dict[str, Any]]) -> None:
-        while len(self._landing) >= _COPIES or self._has_first_ended():
+        while len(self._chunks) >= _COPIES or self._has_first_ended():
             self._finish_first()
-        answered = answer(self._left())
+        answered = answer(self._deadline.left_s())
         pieces = list(pieces_of(self._buffers, start, stop))
         mapped = self._reader.map(self._peer, answered["slot"], pieces)
-        chunk = _Landing(bytes.fromhex(answered["key"]), mapped=mapped)
-        self._landing.append(chunk)
+        chunk = _Chunk(bytes.fromhex(answered["key"]), mapped=mapped)
+        self._chunks.append(chunk)
         if mapped is not None:
             memory, away = mapped.memory[: stop - start], pieces
         else:
             memory, away = self._pull(chunk, pieces)
         self._reader.copies.to_devices(memory, away, self._after, chunk.begun)
 
-    def _pull(self, chunk: _Landing, pieces: Buffers) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Has the agent pull a chunk; what is in host memory is then in place.
+    def _pull(self, chunk: _Chunk, pieces: Buffers) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Pull a chunk with the agent. Pieces in host memory are then complete.
 
         Returns:
             The bytes for devices, and the pieces there that they belong to.
@@ -201,7 +198,7 @@ class _Reading:
             landed,
         )
         try:
-            pull.wait(self._left())
+            pull.wait(self._deadline.left_s())
         finally:
             if not pull.done:
                 pull.cancel()
@@ -209,23 +206,23 @@ class _Reading:
         return memory, away
 
     def _has_first_ended(self) -> bool:
-        return bool(self._landing) and all(event.is_reached() for event in self._landing[0].begun)
+        return bool(self._chunks) and all(event.is_reached() for event in self._chunks[0].begun)
 
     def _finish_first(self) -> None:
-        chunk = self._landing[0]
+        chunk = self._chunks[0]
         for event in chunk.begun:
-            event.wait(self._left())
+            event.wait(self._deadline.left_s())
         if chunk.mapped is not None:
             chunk.mapped.check()
             self._free(chunk)
-        self._landing.popleft()
+        self._chunks.popleft()
 
-    def _free(self, chunk: _Landing) -> None:
+    def _free(self, chunk: _Chunk) -> None:
         self._session.agent.free(self._peer.address, chunk.key)
 
 
 def _host_memory_for(away: Buffers) -> torch.Tensor:
-    """Memory that the agent writes and devices read, for pieces on devices."""
+    """Return host memory for pieces on devices, which the agent writes and devices read."""
     import torch
 
     if not away:

@@ -1,11 +1,11 @@
-"""Host memory that the processes of one host share, registered with the devices of each.
+"""Pinned host memory that the processes of one host share.
 
-The producer copies a chunk into a slot, a consumer of the same host maps the slot once and copies
-out of it: no copy between host memory and host memory is made. A slot is a memfd, which a consumer
+The producer copies a chunk into a slot. A consumer on the same host maps the slot once and copies
+from it, so no copy within host memory is made. A slot is a memfd, which a consumer
 opens as ``/proc/<pid>/fd/<number>``; the kernel allows that to processes of the same user.
 
-A slot may be given to another reader before its first one has read it, if the connection to that
-one broke. Behind its bytes a slot has the number of its present use, so a reader finds out.
+If the connection to a reader breaks, its slot may be reused before the reader has read it. A slot
+ends with the number of its current use, so that the reader can detect this.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class SlotLost(TransferFailed):
-    """The producer has used a slot again before this process had read it."""
+    """The producer reused a slot before this process had read it."""
 
     code = "broken"
 
@@ -42,7 +42,7 @@ class Slot:
     """One slot at its producer.
 
     Args:
-        slots: Where it is given back.
+        slots: The slots that it belongs to.
         nbytes: Its size.
         accelerator: The kind of devices that copy into it.
 
@@ -59,27 +59,27 @@ class Slot:
         name = f"rdt-{secrets.token_hex(16)}"
         self._descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         weakref.finalize(self, os.close, self._descriptor)
-        # Reserved now, for memory that is short is an error here and a signal later.
+        # Reserved now: a lack of memory is an error here, and a signal later.
         os.posix_fallocate(self._descriptor, 0, nbytes + mmap.PAGESIZE)
         fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
         self.memory, self._uses = _map(self._descriptor, nbytes, accelerator)
         self._place = {"pid": os.getpid(), "fd": self._descriptor, "name": name, "nbytes": nbytes}
 
     def begin_use(self) -> None:
-        """Ends what earlier readers may do with the slot."""
+        """Invalidate the slot for earlier readers."""
         self._uses[0] += 1
 
     def describe(self) -> dict[str, Any]:
-        """What a consumer needs to read the slot as it is used now. For JSON."""
+        """Describe the slot in its current use for consumers, as JSON."""
         return {**self._place, "use": self._uses[0]}
 
     def give_back(self) -> None:
-        """Ends the use. Runs on: any thread."""
+        """End the use. Runs on: any thread."""
         self._slots.give_back(self)
 
 
 class Slots:
-    """The slots of one producer, made when they are needed. Thread-safe.
+    """The slots of one producer, made on demand. Thread-safe.
 
     Args:
         limit: How many there are at most.
@@ -96,12 +96,12 @@ class Slots:
         self._made = 0
 
     def take(self, timeout_s: float) -> Slot | None:
-        """A slot that nobody reads; None if there is none within the time, or can be none.
+        """Return a free slot; None if there is none in time, or no slot can be made.
 
         Runs on: producer, a thread that may block.
 
         Raises:
-            OSError, RuntimeError: one more cannot be made, see ``Slot``; none is tried again.
+            OSError, RuntimeError: A slot cannot be made, see ``Slot``. No later call tries again.
         """
         deadline = Deadline.after(timeout_s)
         slot = None
@@ -128,7 +128,7 @@ class Slots:
             raise
 
     def give_back(self, slot: Slot) -> None:
-        """Undoes one ``take``. Runs on: any thread."""
+        """Undo one ``take``. Runs on: any thread."""
         with self._changed:
             self._free.append(slot)
             self._changed.notify_all()
@@ -136,7 +136,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Mapped:
-    """A producer's slot as a consumer sees it, for one use.
+    """One use of a producer's slot at a consumer.
 
     Attributes:
         memory: Its bytes.
@@ -147,7 +147,7 @@ class Mapped:
     _use: int
 
     def check(self) -> None:
-        """Raises SlotLost if what was read until now may be of another use."""
+        """Raise SlotLost if the slot was reused, so that the bytes read may be wrong."""
         if self._uses[0] != self._use:
             raise SlotLost("the producer took back a chunk that this process had not read yet")
 
@@ -163,7 +163,7 @@ class Mappings:
         self._known: dict[tuple[bytes, str], Once[tuple[torch.Tensor, memoryview]]] = {}
 
     def open(self, owner: bytes, described: dict[str, Any], accelerator: Accelerator) -> Mapped:
-        """The slot that a producer has described.
+        """Return the slot that a producer described.
 
         Runs on: consumer, the fetching thread.
 
@@ -173,8 +173,8 @@ class Mappings:
             accelerator: The kind of devices that copy out of it.
 
         Raises:
-            OSError: this process may not open it.
-            RuntimeError: it is not there, or the devices cannot use it.
+            OSError: This process may not open it.
+            RuntimeError: It does not exist, or the devices cannot use it.
         """
         entry = owner, described["name"]
         with self._lock:
@@ -183,11 +183,11 @@ class Mappings:
         return Mapped(*mapped, described["use"])
 
     def forget(self, owner: bytes) -> None:
-        """Unmaps the slots of a producer, each when its last copy has ended. May block."""
+        """Unmap the slots of a producer, each when its last copy has ended. May block."""
         with self._lock:
             entries = [entry for entry in self._known if entry[0] == owner]
             gone = [self._known.pop(entry) for entry in entries]
-        gone.clear()  # not with the lock: what pinned them is undone here
+        gone.clear()  # without the lock, because this unpins them
 
 
 def _open(described: dict[str, Any], accelerator: Accelerator) -> tuple[torch.Tensor, memoryview]:
@@ -202,13 +202,13 @@ def _open(described: dict[str, Any], accelerator: Accelerator) -> tuple[torch.Te
 
 
 def _check_name(path: str, name: str) -> None:
-    """A process of another PID namespace has another number here."""
+    """Check the name: a process of another PID namespace has another PID here."""
     if name not in os.readlink(path):
         raise RuntimeError(f"{path} is not the producer's memory")
 
 
 def _map(descriptor: int, nbytes: int, accelerator: Accelerator) -> tuple[torch.Tensor, memoryview]:
-    """The bytes of a slot and the number of its use. Unmapped when the last tensor over it dies."""
+    """Map a slot: its bytes and the number of its use. The last tensor over it unmaps it."""
     import torch
 
     mapping = mmap.mmap(descriptor, nbytes + mmap.PAGESIZE)

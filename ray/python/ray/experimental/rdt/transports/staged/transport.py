@@ -1,9 +1,9 @@
-"""staged: device memory through host memory, for every pair that nothing better serves.
+"""staged: device memory through host memory, for pairs without a better transport.
 
 The producer copies a chunk into a slot of host memory that its devices use at full speed. A
 consumer of the same host maps the slot and copies out of it to its own device. For any other
 consumer, and for one that receives in host memory, the agent pulls the chunk over its best lane.
-Three chunks are under way at once, so the copies of both sides and the pull run side by side, and
+Three chunks are in flight at once, so the copies of both sides and the pull run side by side, and
 neither side pins more than a few chunks however large the object is. Nothing is copied before the
 first remote pull.
 
@@ -82,10 +82,10 @@ class _Chunk:
 
     Attributes:
         memory: The copy.
-        slot: Where it is, if that is a slot.
-        key: What the agent serves it by.
+        slot: The slot that it lies in, if any.
+        key: Its key at the agent.
         reader: The agent of the consumer that asked for it.
-        until: When that will have given up.
+        until: When the consumer has certainly timed out.
         exposed: The object.
     """
 
@@ -176,7 +176,7 @@ class StagedTransport:
         return {"key": chunk.key.hex(), "slot": place}
 
     def _take_slot(self, accelerator: Accelerator, deadline: Deadline) -> Slot | None:
-        """A slot that devices of a kind write; None where there is none."""
+        """Return a free slot for devices of a kind, None if there is none."""
         if "shm" not in settings().lanes:
             return None
         device_type = accelerator.device_type
@@ -198,7 +198,7 @@ class StagedTransport:
     def _fill(
         self, memory: torch.Tensor, slot: Slot | None, pieces: Buffers, deadline: Deadline
     ) -> None:
-        """Copies pieces, which their writers have finished, to host memory."""
+        """Copy finished pieces to host memory."""
         begun: list[Event] = []
         try:
             self._copies.to_host(memory, pieces, begun)

@@ -1,4 +1,4 @@
-"""Transports that users registered, wherever in the job they did.
+"""Transports that users registered in any process of the job.
 
 The process that registers one publishes its class where Ray keeps the functions of a job, in the
 GCS, and a process that meets an unknown name looks there. Ray drops the entry when the job and its
@@ -17,13 +17,13 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 
-#: What a user can name without registering anything.
+#: The transports that users can name without registering them.
 BUILT_IN_TRANSPORTS = ("AUTO", "GLOO", "NCCL", "NIXL", "CUDA_IPC")
 
-#: Those and RDT's own that users cannot name.
+#: These, and RDT's own transports that users cannot name.
 OWN_TRANSPORTS = (*BUILT_IN_TRANSPORTS, "STAGED")
 
-#: How long one question to the GCS may take.
+#: How long one request to the GCS may take.
 GCS_TIMEOUT_S = 10.0
 
 #: Ray removes the entries of a job in this namespace that begin so.
@@ -69,7 +69,7 @@ def _restore(
 
 
 def _public_name(kind: type) -> tuple[str, str] | None:
-    """Where a type can be imported from; jax.Array, for one, has a name that leads nowhere."""
+    """Return where a type can be imported from. The name of jax.Array, for one, is not valid."""
     if kind.__module__ == "__main__":
         return None
     name = kind.__qualname__.rpartition(".")[2]
@@ -81,14 +81,14 @@ def _public_name(kind: type) -> tuple[str, str] | None:
 
 _lock = threading.Lock()
 _registered: dict[str, RegisteredTransport] = {}
-#: What was published of those, until it was looked at again.
+#: The published records of these, until ``refresh`` compares them.
 _published: dict[str, bytes] = {}
-#: By cluster and job, and name: another job may mean another transport by the same name.
+#: By cluster and job, and name: another job may use the same name for another transport.
 _found: dict[tuple[Any, str], RegisteredTransport] = {}
 
 
 def register(entry: RegisteredTransport) -> None:
-    """Makes a transport known to this process, and to its job as soon as it has one.
+    """Make a transport known to this process, and to its job once it has one.
 
     Raises:
         ValueError: the name is taken.
@@ -108,10 +108,10 @@ def register(entry: RegisteredTransport) -> None:
 
 
 def refresh(name: str) -> None:
-    """Publishes a transport of this process again if its class is pickled otherwise by now.
+    """Publish a transport of this process again if its class is now pickled differently.
 
-    A user may have told cloudpickle after ``register`` to pickle the class's module by value. So
-    the first call or put that names the transport looks once more.
+    After ``register``, a user may have told cloudpickle to pickle the module of the class by value.
+    So the first call or put that names the transport checks once more.
 
     Runs on: the thread that makes the call or put.
 
@@ -125,7 +125,7 @@ def refresh(name: str) -> None:
 
 
 def find(name: str) -> RegisteredTransport | None:
-    """The transport that this process or another of its job registered. Asks the GCS at most once.
+    """Return a transport that a process of the job registered. Asks the GCS at most once.
 
     Runs on: any thread.
 
@@ -148,17 +148,17 @@ def find(name: str) -> RegisteredTransport | None:
 
 
 def known_names() -> list[str]:
-    """Of all transports of users that this process has heard of."""
+    """Return the names of all user transports that this process knows."""
     return sorted({*_registered, *(name for _, name in _found)})
 
 
 def publish_note(name: str, value: Any) -> None:
-    """Keeps a value for other processes of the job until ``drop_note``."""
+    """Keep a value for other processes of the job until ``drop_note``."""
     ray_core.kv_put(_key(name), cloudpickle.dumps(value), _NAMESPACE, timeout_s=GCS_TIMEOUT_S)
 
 
 def read_note(name: str) -> Any:
-    """A value that a process of the job keeps. Raises KeyError if it does not any more."""
+    """Return a value of ``publish_note``. Raises KeyError if it was dropped."""
     data = ray_core.kv_get(_key(name), _NAMESPACE, GCS_TIMEOUT_S)
     if data is None:
         raise KeyError(f"nothing is kept under {name!r} in Ray's GCS")
@@ -166,7 +166,7 @@ def read_note(name: str) -> Any:
 
 
 def drop_note(name: str) -> None:
-    """Ends ``publish_note``."""
+    """Drop a value of ``publish_note``."""
     ray_core.kv_delete(_key(name), _NAMESPACE, GCS_TIMEOUT_S)
 
 
@@ -177,16 +177,16 @@ def _publish_all() -> None:
 
 
 def _record_of(entry: RegisteredTransport) -> bytes:
-    """What is published of a transport."""
+    """Return the record of a transport that is published."""
     try:
         data: bytes = cloudpickle.dumps(entry)
     except TypeError as error:
         raise TypeError(
-            f"the class of transport {entry.name} cannot be given to other processes: {error}. "
+            f"the class of transport {entry.name} cannot be pickled for other processes: {error}. "
             "Move it, or what it uses, into a module that workers can import."
         ) from error
-    # What it stands for comes first, as text: the class cannot be loaded to compare it, because
-    # cloudpickle overwrites a class of this process's own with what it loads.
+    # The description comes first, as text. Other processes compare it without loading the class,
+    # because cloudpickle would overwrite a class of the process with the loaded one.
     return str(entry).encode() + b"\n" + data
 
 
@@ -202,7 +202,7 @@ def _publish(entry: RegisteredTransport) -> None:
 
 
 def _read(name: str) -> tuple[str, bytes]:
-    """A published transport: what it stands for, and it pickled. Empty if there is none."""
+    """Return a published transport, as text and pickled. Both are empty if there is none."""
     record = ray_core.kv_get(_key(name), _NAMESPACE, GCS_TIMEOUT_S) or b""
     text, _, data = record.partition(b"\n")
     return text.decode(), data
