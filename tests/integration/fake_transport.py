@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.tensor_transport_manager import TensorTransportManager
 from ray.experimental.rdt.transports import registry

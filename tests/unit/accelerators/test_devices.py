@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ray.experimental.rdt.accelerators import cuda, cuda_calls, cuda_events
-from ray.experimental.rdt.accelerators.base import have_ended
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
+from ray.experimental.rdt.accelerators.events import have_ended
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor

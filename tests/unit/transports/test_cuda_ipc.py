@@ -16,8 +16,8 @@ from functools import partial
 import pytest
 import torch
 
-from ray.experimental.rdt.accelerators.base import CannotShare
 from ray.experimental.rdt.accelerators.shared_memory import MemoryLost, SharedMemory
+from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.common import processes
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed

@@ -9,95 +9,15 @@ thread; those that block hold no GIL.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
-
-from ray.experimental.rdt.common.deadline import Deadline
 
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
-
-
-class Event(Protocol):
-    """A point in a stream."""
-
-    def is_reached(self) -> bool:
-        """Return whether the stream has reached the event. Does not block."""
-
-    def wait(self, timeout_s: float) -> None:
-        """Block until the stream has reached the event. Raises TimeoutError."""
-
-    def order(self) -> None:
-        """Make later work on this thread's current stream run after the event."""
-
-
-def have_ended(events: Iterable[Event], timeout_s: float) -> bool:
-    """Return whether all events are reached within ``timeout_s``.
-
-    An event whose device has failed counts as not reached. For waits after a failure.
-
-    Runs on: any thread; blocks.
-    """
-    deadline, ended = Deadline.after(timeout_s), True
-    for event in events:
-        try:
-            event.wait(deadline.left_s())
-        except Exception:  # the failure that led here is the one to report
-            ended = False
-    return ended
-
-
-class CannotShare(RuntimeError):
-    """Memory that another process cannot open; says why."""
-
-
-class Sharing(Protocol):
-    """The calls of a vendor's driver that share device memory with other processes of the host.
-
-    ``SharedMemory`` keeps track of mappings.
-    """
-
-    #: The number of the device type in DLPack.
-    dlpack_type: int
-
-    def identity(self, device: torch.device) -> str:
-        """Return an ID of a device that is the same in all processes that can see it."""
-
-    def unreachable_reason(self, device: torch.device, identity: str) -> str:
-        """Return why ``device`` cannot map memory of another device, "" if it probably can."""
-
-    def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
-        """Return the allocation that contains an address: handle, first address, bytes.
-
-        Raises:
-            CannotShare: other processes cannot open it.
-        """
-
-    def map(self, handle: bytes, device: torch.device) -> int:
-        """Map an allocation of another process for ``device``; return its first address.
-
-        Raises:
-            CannotShare: it cannot be opened.
-        """
-
-    def unmap(self, address: int, device: torch.device) -> None:
-        """Undo ``map``. May block until work over the memory has ended; holds no GIL."""
-
-    def export_event(self, event: Event) -> tuple[bytes, Any]:
-        """Return an event that another process can wait for; it is reached after ``event``.
-
-        Returns:
-            Its handle, and an object to keep for as long as the other process uses it.
-
-        Raises:
-            CannotShare: events cannot be shared.
-        """
-
-    def import_event(self, handle: bytes, device: torch.device) -> Event:
-        """Return an event of another process. Raises CannotShare."""
 
 
 class Accelerator(Protocol):

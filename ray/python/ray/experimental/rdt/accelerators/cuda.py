@@ -15,7 +15,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Event
 from ray.experimental.rdt.accelerators.cuda_calls import (
     bindings,
     checked,
@@ -25,6 +24,7 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
 )
 from ray.experimental.rdt.accelerators.cuda_events import CudaEvent, recorded
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 

@@ -14,7 +14,6 @@ import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import CannotShare, Event
 from ray.experimental.rdt.accelerators.cuda_calls import (
     CudaError,
     bindings,
@@ -25,6 +24,8 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
 )
 from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
 from ray.experimental.rdt.accelerators.device_failures import is_device_failure
+from ray.experimental.rdt.accelerators.events import Event
+from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import importlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, cast
 
-from ray.experimental.rdt.accelerators.base import Accelerator, Event
+from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray.experimental.rdt._tensors import tensor_over
-from ray.experimental.rdt.accelerators.base import CannotShare, Event, Sharing
+from ray.experimental.rdt.accelerators.events import Event
+from ray.experimental.rdt.accelerators.sharing import CannotShare, Sharing
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.once import Once

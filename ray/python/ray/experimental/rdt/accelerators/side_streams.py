@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 
 #: Of one device and direction.

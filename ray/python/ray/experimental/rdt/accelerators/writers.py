@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.events import Event
 
 if TYPE_CHECKING:
     import torch

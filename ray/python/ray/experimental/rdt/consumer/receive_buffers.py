@@ -19,7 +19,7 @@ from ray.experimental.rdt.consumer.target_spans import Spread, find_spreads, spa
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 Targets = Sequence["torch.Tensor"]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt import _tensors
 from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Layout, Table, apply_flags
 from ray.experimental.rdt.accelerators import writers
-from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.transports.base import Parcel
 

@@ -25,7 +25,7 @@ from ray.experimental.rdt.common.failures import TransferFailed
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
 
 
 class TransportUnavailable(TransferFailed):

@@ -31,7 +31,7 @@ from ray.experimental.rdt.transports.process_group.transport import ProcessGroup
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 

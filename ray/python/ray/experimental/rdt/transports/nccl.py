@@ -16,8 +16,9 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Accelerator, Event
+from ray.experimental.rdt.accelerators.base import Accelerator
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership

@@ -8,8 +8,10 @@ from base64 import b64decode
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.accelerators.base import Accelerator, CannotShare, Event
+from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
+from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.transports.base import Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import layouts
 from ray.experimental.rdt.transports.cuda_ipc.imports import Import, Imports

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ray.experimental.rdt.accelerators.base import CannotShare, Event
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
+from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.rpc.session import CallError, Session

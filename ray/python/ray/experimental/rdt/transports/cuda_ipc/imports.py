@@ -9,8 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ray.experimental.rdt.accelerators.base import CannotShare, Event, have_ended
+from ray.experimental.rdt.accelerators.events import Event, have_ended
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, SharedMemory
+from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.real_threads import Empty, SimpleQueue
 from ray.experimental.rdt.rpc.session import Session

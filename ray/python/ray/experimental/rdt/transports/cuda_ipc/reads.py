@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Accelerator, Event, have_ended
+from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.events import Event, have_ended
 from ray.experimental.rdt.accelerators.shared_memory import Layout, SharedMemory
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import Event
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.rpc.session import Session

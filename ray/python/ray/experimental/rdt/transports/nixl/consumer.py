@@ -31,7 +31,7 @@ from ray.experimental.rdt.transports.nixl.remotes import Exposure
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
 
 _HOST_BATCH_NBYTES = 16 << 20
 _DEVICE_BATCH_NBYTES = 256 << 20

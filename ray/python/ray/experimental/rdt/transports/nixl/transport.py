@@ -29,7 +29,7 @@ from ray.experimental.rdt.transports.nixl.producer import Producer
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 

@@ -11,7 +11,7 @@ from ray.experimental.rdt.transports.base import Capabilities
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
 
 #: Ranks in a link's process group.
 CONSUMER, PRODUCER = 0, 1

@@ -39,7 +39,7 @@ from ray.experimental.rdt.transports.process_group.packing import Direct, Header
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
 
 _HANDSHAKE_TAG = 0
 _SLICE_S = 0.2

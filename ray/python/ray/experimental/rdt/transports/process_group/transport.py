@@ -21,7 +21,7 @@ from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.base import Event
+    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 _CLOSE_WAIT_S = 2.0  # for links under construction when Ray is shut down

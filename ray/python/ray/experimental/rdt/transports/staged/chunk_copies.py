@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.base import Accelerator, Event
+from ray.experimental.rdt.accelerators.base import Accelerator
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.transports.base import TransportUnavailable
 

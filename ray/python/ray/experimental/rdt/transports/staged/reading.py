@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Event, have_ended
+from ray.experimental.rdt.accelerators.events import Event, have_ended
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import note_still_writing
