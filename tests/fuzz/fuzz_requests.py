@@ -4,7 +4,6 @@ A whole session without Ray, with the handlers of a producer and of hints, and o
 is in no input.
 """
 
-import json
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ assert ray  # imported first, so that it is not instrumented as well
 
 with atheris.instrument_imports(
     include=[
+        "ray.experimental.rdt.rpc.protocol",
         "ray.experimental.rdt.rpc.session",
         "ray.experimental.rdt.producer.transport_server",
         "ray.experimental.rdt.consumer.prefetcher",
@@ -28,12 +28,13 @@ with atheris.instrument_imports(
     from ray.experimental.rdt.producer.streams import ProducedStreams
     from ray.experimental.rdt.producer.tensor_store import TensorStore
     from ray.experimental.rdt.producer.transport_server import Server
+    from ray.experimental.rdt.rpc import protocol
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.registry import Transports
     from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
 PEER = bytes(16)
-KEY = "00" * 16
+KEY = bytes(16)
 
 
 class Replies:
@@ -47,7 +48,7 @@ class Replies:
         return getattr(self._agent, name)
 
     def reply(self, call_id, payload, is_error=False):
-        self.answers.append(json.loads(payload))
+        self.answers.append(protocol.decode_answer(payload))
 
 
 def make_session():
@@ -62,15 +63,16 @@ def make_session():
 
 
 def seeds():
+    pull = {"key": KEY, "transport": "staged", "device": "cpu", "route": {}, "timeout_s": 1}
     bodies = {
-        "rdt.send": {"key": KEY, "transport": "gloo", "device": "cpu", "route": {}, "timeout_s": 1},
-        "rdt.expose": {"key": KEY, "transport": "staged", "device": "cpu", "timeout_s": 1},
-        "rdt.done": {"key": KEY},
-        "rdt.hint": {"key": KEY, "address": "AAAA", "regions": [1, 2]},
-        "rdt.stream.open": {"stream": "s", "address": "00"},
-        "rdt.stream.close": {"stream": "s"},
+        protocol.SEND: pull | {"transport": "gloo"},
+        protocol.EXPOSE: pull,
+        protocol.DONE: {"key": KEY},
+        protocol.HINT: {"key": KEY, "address": b"AAAA", "regions": [1, 2]},
+        protocol.STREAM_OPEN: {"stream": "s", "address": b"0"},
+        protocol.STREAM_CLOSE: {"stream": "s"},
     }
-    return [json.dumps({"op": op, "body": body}).encode() for op, body in bodies.items()]
+    return [protocol.encode_request(op, body) for op, body in bodies.items()]
 
 
 #: Of each field of a request, what is right; the others are wrong in some way.
@@ -80,11 +82,18 @@ FIELDS = {
     "device": "cpu",
     "route": {},
     "timeout_s": 1,
-    "address": "AAAA",
+    "address": b"AAAA",
     "regions": [1, 2],
     "stream": "s",
 }
-OPS = ["rdt.send", "rdt.expose", "rdt.done", "rdt.hint", "rdt.stream.open", "rdt.stream.close"]
+OPS = [
+    protocol.SEND,
+    protocol.EXPOSE,
+    protocol.DONE,
+    protocol.HINT,
+    protocol.STREAM_OPEN,
+    protocol.STREAM_CLOSE,
+]
 
 
 def make_value(data, right):
@@ -101,7 +110,7 @@ def make_request(data):
         for name, right in FIELDS.items()
         if data.ConsumeIntInRange(0, 9)
     }
-    return json.dumps({"op": data.PickValueInList(OPS), "body": body}).encode()
+    return protocol.encode_request(data.PickValueInList(OPS), body)
 
 
 def main():
@@ -115,7 +124,7 @@ def main():
 
     def check(data):
         session.agent.answers.clear()
-        is_made = data[:1] != b"{"
+        is_made = not data.startswith(b"rdt.")
         payload = make_request(atheris.FuzzedDataProvider(data)) if is_made else data
         session._answer(1, PEER, payload)
         (answer,) = session.agent.answers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from array import array
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from ray.experimental.rdt import _agent
 from ray.experimental.rdt.common import config
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.consumer.prefetcher import Prefetcher
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.selection import Pair
 from tests.support import wait_until
 
@@ -40,11 +40,11 @@ class World:
         key = bytes([number]) * 16
         self._producer.register(key, array("Q", [self._memory.address]), array("Q", [MIB]), number)
         body = {
-            "key": key.hex(),
-            "address": base64.b64encode(self._producer.address).decode(),
+            "key": key,
+            "address": self._producer.address,
             "regions": [MIB],
         }
-        assert self._handlers["rdt.hint"](b"owner", body) == {}
+        assert self._handlers[protocol.HINT](b"owner", body) == {}
         return key
 
     def stop(self):

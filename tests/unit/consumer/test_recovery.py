@@ -24,6 +24,7 @@ from ray.experimental.rdt.owner.reconstruction import (
     REFUSED,
     Outcome,
 )
+from ray.experimental.rdt.rpc import protocol
 from tests.unit.fakes import Clock, FakeRay, FakeSession, object_id, rdt_value
 
 KEY = b"lost".ljust(16)
@@ -244,7 +245,7 @@ def test_owners_learn_of_an_actor_that_only_waits(
 
 
 def answer(owner: FakeSession, state: str, reason: str = "") -> None:
-    owner.serve("rdt.remake", lambda peer, body: {"state": state, "reason": reason})
+    owner.serve(protocol.RECONSTRUCT, lambda peer, body: {"state": state, "reason": reason})
 
 
 def test_the_owner_is_asked(consumer: Consumer, owner: FakeSession, fake_ray: FakeRay) -> None:
@@ -257,7 +258,7 @@ def test_the_owner_is_asked(consumer: Consumer, owner: FakeSession, fake_ray: Fa
         names = {"object_id": replacement.hex(), "owner": owner.worker_id.hex(), "status": ""}
         return {"state": RECONSTRUCTED, "reason": "", **names}
 
-    owner.serve("rdt.remake", reconstruct)
+    owner.serve(protocol.RECONSTRUCT, reconstruct)
     consumer.results = ["the replacement"]
     assert consumer.recover([lost()], [borrowed]) == ["the replacement"]
     assert asked == [{"object_id": object_id(1), "key": KEY.hex(), "busy": ""}]

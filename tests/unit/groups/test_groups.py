@@ -13,6 +13,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups import collectives, ray_group
 from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.groups.service import GroupService, MemberFailed
+from ray.experimental.rdt.rpc import protocol
 from tests.support import wait_until
 from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern, same
 
@@ -133,7 +134,7 @@ def test_member_that_cannot_connect_is_named_and_nothing_is_left(nodes):
 
 def test_member_lost_meanwhile_is_named_at_once(nodes):
     creator, *members = nodes(3)
-    members[1].session.serve("rdt.group.connect", lambda peer, body: {})  # and never reports
+    members[1].session.serve(protocol.GROUP_CONNECT, lambda peer, body: {})  # and never reports
     threading.Timer(0.3, creator.session.lose, (members[1].peer.agent_id,)).start()
     started = time.monotonic()
     with pytest.raises(MemberFailed, match="gone") as failure:
@@ -144,7 +145,7 @@ def test_member_lost_meanwhile_is_named_at_once(nodes):
 
 def test_silent_member_is_named_at_the_deadline(nodes):
     creator, *members = nodes(4)
-    members[2].session.serve("rdt.group.connect", lambda peer, body: {})
+    members[2].session.serve(protocol.GROUP_CONNECT, lambda peer, body: {})
     with pytest.raises(MemberFailed, match="in time") as failure:
         form(creator, members, timeout_s=2)
     assert failure.value.rank == 2
@@ -153,10 +154,10 @@ def test_silent_member_is_named_at_the_deadline(nodes):
 
 def test_report_of_a_stranger_is_ignored(nodes):
     creator, stranger, *members = nodes(4)
-    members[1].session.serve("rdt.group.connect", lambda peer, body: {})
+    members[1].session.serve(protocol.GROUP_CONNECT, lambda peer, body: {})
     report = {"id": "1", "rank": 1, "error": ""}
     tell = threading.Timer(
-        0.2, stranger.session.call, (creator.peer.address, "rdt.group.report", report, 5)
+        0.2, stranger.session.call, (creator.peer.address, protocol.GROUP_REPORT, report, 5)
     )
     tell.start()
     with pytest.raises(MemberFailed, match="in time"):

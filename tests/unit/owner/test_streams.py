@@ -13,6 +13,7 @@ import ray
 from ray.experimental.rdt.owner import streams
 from ray.experimental.rdt.owner.streams import TakenStreams
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
+from ray.experimental.rdt.rpc import protocol
 from tests.unit.fakes import FakeRay, FakeSession, rdt_value
 
 
@@ -20,7 +21,7 @@ from tests.unit.fakes import FakeRay, FakeSession, rdt_value
 def closed(process: Callable[[int], FakeSession]) -> list[str]:
     """The streams that the producer has been told to close."""
     names: list[str] = []
-    process(2).serve("rdt.stream.close", lambda peer, body: names.append(body["stream"]))
+    process(2).serve(protocol.STREAM_CLOSE, lambda peer, body: names.append(body["stream"]))
     return names
 
 
@@ -40,8 +41,8 @@ def taken(caller: FakeSession) -> TakenStreams:
 
 
 def report(producer: FakeSession, caller: FakeSession, stream: str) -> None:
-    body = {"stream": stream, "address": producer.address.hex()}
-    producer.send_oneway(caller.address, "rdt.stream.open", body)
+    body = {"stream": stream, "address": producer.address}
+    producer.send_oneway(caller.address, protocol.STREAM_OPEN, body)
 
 
 def test_the_call_carries_the_spec(taken: TakenStreams, caller: FakeSession) -> None:

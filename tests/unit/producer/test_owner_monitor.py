@@ -8,6 +8,7 @@ import pytest
 
 from ray.experimental.rdt.producer.owner_monitor import OwnerMonitor
 from ray.experimental.rdt.producer.streams import ProducedStreams, StreamSpec
+from ray.experimental.rdt.rpc import protocol
 from tests.unit.fakes import FakeRay, FakeSession
 
 KEY, OTHER = b"key", b"other"
@@ -16,7 +17,7 @@ KEY, OTHER = b"key", b"other"
 @pytest.fixture
 def owner(process: Callable[[int], FakeSession]) -> FakeSession:
     owner = process(2)
-    owner.serve("rdt.stream.open", lambda peer, body: {})
+    owner.serve(protocol.STREAM_OPEN, lambda peer, body: {})
     return owner
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from ray.experimental.rdt.producer.streams import ProducedStreams, StreamItem, StreamSpec
+from ray.experimental.rdt.rpc import protocol
 from tests.unit.fakes import FakeRay, FakeSession
 
 FIRST, SECOND = b"first", b"second"
@@ -23,7 +24,7 @@ def producer(process: Callable[[int], FakeSession]) -> FakeSession:
 @pytest.fixture
 def caller(process: Callable[[int], FakeSession]) -> FakeSession:
     caller = process(2)
-    caller.serve("rdt.stream.open", lambda peer, body: {})
+    caller.serve(protocol.STREAM_OPEN, lambda peer, body: {})
     return caller
 
 
@@ -50,7 +51,7 @@ def store(producer: FakeSession, streams: ProducedStreams, key: bytes) -> None:
 
 
 def close(caller: FakeSession, producer: FakeSession) -> None:
-    caller.send_oneway(producer.address, "rdt.stream.close", {"stream": "stream"})
+    caller.send_oneway(producer.address, protocol.STREAM_CLOSE, {"stream": "stream"})
 
 
 def test_the_caller_learns_the_producers_address(
@@ -60,8 +61,8 @@ def test_the_caller_learns_the_producers_address(
     assert producer.requests == [
         (
             caller.address,
-            "rdt.stream.open",
-            {"stream": "stream", "address": producer.address.hex()},
+            protocol.STREAM_OPEN,
+            {"stream": "stream", "address": producer.address},
         )
     ]
 

@@ -67,9 +67,12 @@ def test_a_request_with_threads_of_its_own_goes_on_after_its_answer(
     threads.close()
 
 
-@pytest.mark.parametrize("payload", [b"", b"{", b'{"op": "no such"}', b'{"op": []}', b"[" * 9999])
+@pytest.mark.parametrize(
+    "payload", [b"", b"look", b"no such\0", b"look\0", b"look\0" + b"\x91" * 9999, b"\0\x80"]
+)
 def test_whatever_is_asked_is_answered(sessions: tuple[Session, Session], payload: bytes) -> None:
     asked, asker = sessions
+    asked.serve("look", lambda _, body: {})
     assert b"error" in asker.agent.call(asked.address, payload).wait(20)
     with pytest.raises(CallError, match="does not serve 'nothing'"):
         asker.call(asked.address, "nothing", {}, 20)

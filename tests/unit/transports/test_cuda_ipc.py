@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import subprocess
@@ -22,6 +21,7 @@ from ray.experimental.rdt.common import processes
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.processes import Process
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import layouts, loans, reads
 from ray.experimental.rdt.transports.cuda_ipc.loans import Loans
@@ -50,7 +50,7 @@ class Side:
         deadline = Deadline.after(5)
         agent = self.session.agent.agent_id
         lent = other.transport.lend(agent, borrowing.asked, sources, events, deadline)
-        lent = json.loads(json.dumps(lent))
+        lent = protocol.unpack(protocol.pack(lent))
         return borrowing.take(other.peer, lent, [source.numel() for source in sources])
 
 
@@ -166,7 +166,7 @@ def test_ten_thousand_tensors_are_a_few_handles(sides, monkeypatch):
     read(sides, exposed, *got)
     assert all(g.equal(s) for g, s in zip(map(on_host, got), map(on_host, sources), strict=True))
     assert sides[0].driver.exported <= 6
-    assert len(json.dumps([exposed, *answers])) < 200_000
+    assert len(protocol.pack([exposed, *answers])) < 200_000
     sides[0].transport.withdraw(exposed)
     all_is_given_back(*sides)
 

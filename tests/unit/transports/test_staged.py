@@ -18,6 +18,7 @@ from ray.experimental.rdt._agent import AgentError
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.staged import reading as staged_reading
@@ -87,7 +88,7 @@ def ask(sides, exposed, timeout_s=5.0):
     """Has a chunk copied that nobody reads."""
     producer, consumer = sides
     body = {"exposure": exposed["exposure"], "start": 0, "stop": CHUNK, "timeout_s": timeout_s}
-    return consumer.session.call(producer.peer.address, "rdt.staged.chunk", body, 5)
+    return consumer.session.call(producer.peer.address, protocol.STAGED_CHUNK, body, 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", f"{TYPE}:0", f"{TYPE}:1"])
@@ -337,7 +338,7 @@ def test_when_all_slots_are_read_other_memory_serves(sides, monkeypatch):
     assert time.monotonic() - started < 5
     assert got[0].tolist() == given[0].tolist()
     assert pulls(sides[1]) == 2
-    sides[1].session.agent.free(sides[0].peer.address, bytes.fromhex(answered["key"]))
+    sides[1].session.agent.free(sides[0].peer.address, answered["key"])
     wait_until(lambda: free_slots(sides[0]) == 1, "given back")
     read(sides, exposed, blanks(CHUNK))
     assert pulls(sides[1]) == 2
@@ -347,7 +348,7 @@ def test_a_request_waits_for_a_slot(sides, monkeypatch):
     monkeypatch.setattr(staged, "_SLOTS", 1)
     monkeypatch.setattr(staged, "_SLOT_WAIT_S", 20)
     exposed = sides[0].transport.expose(sources(CHUNK))
-    key = bytes.fromhex(ask(sides, exposed, 60)["key"])
+    key = ask(sides, exposed, 60)["key"]
     timer = threading.Timer(0.2, sides[1].session.agent.free, [sides[0].peer.address, key])
     timer.start()
     read(sides, exposed, blanks(CHUNK))
@@ -493,7 +494,7 @@ def ask_for_all(secret: bytes, peer: Peer, exposure: int, pipe: Any) -> None:
     side = Side(secret)
     body = {"exposure": exposure, "start": 0, "stop": 10, "timeout_s": 60}
     for _ in range(staged._SLOTS):
-        side.session.call(peer.address, "rdt.staged.chunk", body, 10)
+        side.session.call(peer.address, protocol.STAGED_CHUNK, body, 10)
     pipe.send(True)
     pipe.recv()
 

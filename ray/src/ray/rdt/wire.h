@@ -36,7 +36,7 @@ static_assert(std::endian::native == std::endian::little,
               "fields are copied in their memory layout");
 
 inline constexpr uint32_t kMagic = 0x54445252;  // "RRDT"
-inline constexpr uint16_t kProtocolVersion = 1;
+inline constexpr uint16_t kProtocolVersion = 2;
 
 using Bytes = std::vector<uint8_t>;
 using ByteView = std::span<const uint8_t>;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.nixl_tensor_transport import NixlTensorTransport
 from ray.experimental.rdt.producer.transport_server import await_writers
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.serialization.layout import lay_out
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import consumer as nixl_consumer
@@ -64,7 +64,7 @@ def blanks(buffers):
 
 
 def expose(transport, buffers):
-    return json.loads(json.dumps(transport.expose(buffers)))
+    return protocol.unpack(protocol.pack(transport.expose(buffers)))
 
 
 def read(transport, exposed, buffers, timeout_s=10.0):

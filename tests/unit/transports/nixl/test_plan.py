@@ -46,11 +46,11 @@ def test_spans_survive_their_encoding():
 def test_malformed_spans_are_refused():
     encoded = host_spans((4096, 10)).encode()
     with pytest.raises(ValueError, match="malformed"):
-        Spans.decode({**encoded, "kinds": "AAA="})
+        Spans.decode({**encoded, "kinds": b"\0\0"})
     with pytest.raises(ValueError, match="malformed"):
-        Spans.decode({**encoded, "kinds": "Bw=="})
+        Spans.decode({**encoded, "kinds": b"\7"})
     with pytest.raises(ValueError, match="multiple"):
-        Spans.decode({**encoded, "starts": "AAA="})
+        Spans.decode({**encoded, "starts": b"\0\0"})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import pickle
 import threading
 import time
@@ -28,7 +27,7 @@ def remotes(engine):
 
 
 def exposure(agent="peer", number=1, version=0):
-    blob = base64.b64encode(pickle.dumps((agent, "DRAM", []))).decode()
+    blob = pickle.dumps((agent, "DRAM", []))
     return Exposure(agent, number, version, [blob])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
@@ -17,6 +16,7 @@ import torch
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Membership
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.gloo import GlooTransport
 from ray.experimental.rdt.transports.process_group.transport import serve_links
@@ -76,7 +76,7 @@ class FakeSession:
 
     def start_call(self, address, op, body, idempotent=True):
         connection = Client(address.decode(), "AF_UNIX")
-        connection.send((self.agent.agent_id, op, json.dumps(body)))
+        connection.send((self.agent.agent_id, op, protocol.pack(body)))
 
         def wait(timeout_s):
             if not connection.poll(timeout_s):
@@ -103,7 +103,7 @@ class FakeSession:
         with suppress(OSError, EOFError), connection:
             peer_id, op, body = connection.recv()
             try:
-                connection.send((self._handlers[op](peer_id, json.loads(body)), ""))
+                connection.send((self._handlers[op](peer_id, protocol.unpack(body)), ""))
             except Exception as error:
                 connection.send(({}, f"{type(error).__name__}: {error}"))
 

@@ -11,6 +11,7 @@ import torch
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Group, Member
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.process_group.link import (
     LinkClosed,
@@ -280,7 +281,7 @@ def test_unreachable_peer_is_not_tried_for_each_transfer(nodes):
 
 def test_route_keeps_its_deadline(nodes):
     consumer, producer = nodes()
-    producer.session.serve("rdt.link.open", lambda peer, body: time.sleep(2) or {})
+    producer.session.serve(protocol.LINK_OPEN, lambda peer, body: time.sleep(2) or {})
     started = time.monotonic()
     with pytest.raises(TransportUnavailable, match="in time"):
         consumer.transport.route(producer.peer, Deadline.after(0.3))
@@ -289,7 +290,7 @@ def test_route_keeps_its_deadline(nodes):
 
 def test_route_gives_up_when_the_peer_is_lost_meanwhile(nodes):
     consumer, producer = nodes()
-    producer.session.serve("rdt.link.open", lambda peer, body: {})  # and never joins
+    producer.session.serve(protocol.LINK_OPEN, lambda peer, body: {})  # and never joins
     threading.Timer(0.2, consumer.session.lose, (producer.peer.agent_id,)).start()
     with pytest.raises(TransportUnavailable):
         consumer.transport.route(producer.peer, Deadline.after(1.5))

@@ -31,6 +31,7 @@ from ray.experimental.rdt.consumer.receive_buffers import (
 )
 from ray.experimental.rdt.consumer.targets import Target
 from ray.experimental.rdt.consumer.transport_transfer import ProducerRequests, TransportAttempt
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.transports.base import Borrowing, Lending, Route, TransportUnavailable
 from ray.experimental.rdt.transports.selection import default_transports
@@ -228,7 +229,7 @@ class BorrowTransfer:
         assert device is not None, "only memory of a device that is here is lent"
         self._borrowing = self._lending.borrow(device)
         asked = {"asked": self._borrowing.asked}
-        self._answer = self._producer.start("rdt.lend", asked, deadline, idempotent=True)
+        self._answer = self._producer.start(protocol.LEND, asked, deadline, idempotent=True)
 
     def finish(self, deadline: Deadline) -> Targets:
         assert self._borrowing is not None, "start comes before finish"

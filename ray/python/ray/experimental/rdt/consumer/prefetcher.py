@@ -6,7 +6,6 @@ nothing: the fetch pulls the object itself.
 
 from __future__ import annotations
 
-import base64
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.consumer.agent_transfer import AgentPull
 from ray.experimental.rdt.consumer.planner import Kind, TransferObject, plan_transfer
 from ray.experimental.rdt.consumer.receive_buffers import allocate
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.selection import AutoTransportPolicy, default_transports
 
@@ -46,7 +46,7 @@ class Prefetcher:
         self._lock = threading.Lock()
         self._pulls: dict[bytes, _Prefetch] = {}
         self._asked: OrderedDict[bytes, None] = OrderedDict()
-        session.serve("rdt.hint", self._on_hint)
+        session.serve(protocol.HINT, self._on_hint)
         session.on_close(self.clear)
 
     @property
@@ -98,10 +98,9 @@ class Prefetcher:
             if pull is not None:
                 pull.abandon()
 
-    def _on_hint(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_hint(self, peer_id: bytes, body: protocol.Hint) -> dict[str, Any]:
         """Runs on: an rdt-call thread."""
-        key = bytes.fromhex(body["key"])
-        address = base64.b64decode(body["address"])
+        key, address = body["key"], body["address"]
         if not self._is_agent_first(address):
             return {}
         regions = array("Q", body["regions"])

@@ -32,6 +32,7 @@ from ray.experimental.rdt.owner.reconstruction import (
     Reconstruction,
     borrow,
 )
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.process_directory import ask_all, known_agents
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.serialization.envelope import open_envelope
@@ -194,9 +195,9 @@ class Recovery:
         session = self._session()
         owner = None if one.ref is None or one.ref.is_nil() else ray_core.owner_of(one.ref)
         agents = [address for address in known_agents(owner) if address != session.address]
-        body = {"object_id": one.object_id, "key": key.hex(), "busy": waiting_actor}
+        body = {"object_id": one.object_id, "key": key, "busy": waiting_actor}
         reason, state = "no process owns it", NOT_OWNER
-        for _, answer in ask_all(session, agents, "rdt.remake", body, _ANSWER_S):
+        for _, answer in ask_all(session, agents, protocol.RECONSTRUCT, body, _ANSWER_S):
             if isinstance(answer, Exception):
                 if owner is not None and isinstance(answer, TimeoutError):
                     state = ALIVE  # the owner's Python is busy

@@ -15,7 +15,7 @@ from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer.receive_buffers import Destination, ReceiveBuffers, Targets
-from ray.experimental.rdt.rpc import checksums
+from ray.experimental.rdt.rpc import checksums, protocol
 from ray.experimental.rdt.rpc.session import CallError, agent_id_of
 from ray.experimental.rdt.transports.base import (
     OneSided,
@@ -54,7 +54,7 @@ class ProducerRequests:
     def __init__(self, session: Session, head: Descriptor, transport: str, device_type: str):
         self.peer = Peer(head.address, agent_id_of(head.address))
         self._session = session
-        self._key = head.key.hex()
+        self._key = head.key
         self._transport = transport
         self._device_type = device_type
         self._is_exposed = False
@@ -62,7 +62,7 @@ class ProducerRequests:
     def start_expose(self, deadline: Deadline) -> Callable[[Deadline], Route]:
         """Ask the producer to expose the memory; the result waits for its answer."""
         self._is_exposed = True
-        ask = self.start("rdt.expose", {"route": {}}, deadline, idempotent=True)
+        ask = self.start(protocol.EXPOSE, {"route": {}}, deadline, idempotent=True)
 
         def answer(until: Deadline) -> Route:
             try:
@@ -75,7 +75,7 @@ class ProducerRequests:
 
     def send(self, route: Route, deadline: Deadline) -> None:
         """Have the producer send the memory along a route."""
-        self.start("rdt.send", {"route": route}, deadline)(deadline)
+        self.start(protocol.SEND, {"route": route}, deadline)(deadline)
 
     def start(
         self, op: str, details: dict[str, Any], deadline: Deadline, idempotent: bool = False
@@ -108,7 +108,7 @@ class ProducerRequests:
         if self._is_exposed:
             self._is_exposed = False
             self._session.send_oneway(
-                self.peer.address, "rdt.done", {"key": self._key}, idempotent=False
+                self.peer.address, protocol.DONE, protocol.Done(key=self._key), idempotent=False
             )
 
 

@@ -8,7 +8,6 @@ since that is how an actor is reached and known to be able; the rest goes betwee
 from __future__ import annotations
 
 import uuid
-from base64 import b64decode
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +198,7 @@ def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
 def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: Deadline) -> list[Member]:
     """Reaches every actor once, by a task, and learns how its process is reached directly."""
     own_id = ray.get_runtime_context().get_actor_id()
-    answers: dict[int, dict[str, str]] = {}
+    answers: dict[int, tuple[bytes, bytes]] = {}
     pending: dict[Any, int] = {}
     for rank, actor in enumerate(actors):
         if actor._ray_actor_id.hex() == own_id:
@@ -207,14 +206,7 @@ def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: Deadline) 
         else:
             pending[actor.__ray_call__.remote(_answer_introduction, backend)] = rank
     answers |= _collect(actors, pending, deadline)
-    return [
-        Member(
-            bytes.fromhex(answers[rank]["agent"]),
-            b64decode(answers[rank]["address"]),
-            actor._ray_actor_id.hex(),
-        )
-        for rank, actor in enumerate(actors)
-    ]
+    return [Member(*answers[rank], actor._ray_actor_id.hex()) for rank, actor in enumerate(actors)]
 
 
 def _collect(
@@ -300,12 +292,12 @@ def _silent(actors: list[ActorHandle]) -> RuntimeError:
     )
 
 
-def _answer_introduction(instance: Any, backend: str) -> dict[str, str]:
+def _answer_introduction(instance: Any, backend: str) -> tuple[bytes, bytes]:
     """Runs on: member, as a task of the actor."""
     return _introduce_here(backend)
 
 
-def _introduce_here(backend: str) -> dict[str, str]:
+def _introduce_here(backend: str) -> tuple[bytes, bytes]:
     return _begin_session().introduce(backend)
 
 

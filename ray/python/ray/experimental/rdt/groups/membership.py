@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ray.experimental.rdt.common import real_threads as threading
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One actor of a group, as the others reach it.
 
     Attributes:
@@ -21,19 +20,6 @@ class Member:
     agent_id: bytes
     address: bytes
     actor_id: str
-
-    def to_json(self) -> dict[str, str]:
-        """The member as JSON carries it."""
-        return {
-            "agent": self.agent_id.hex(),
-            "address": b64encode(self.address).decode(),
-            "actor": self.actor_id,
-        }
-
-    @classmethod
-    def from_json(cls, body: dict[str, str]) -> Member:
-        """The reverse of ``to_json``."""
-        return cls(bytes.fromhex(body["agent"]), b64decode(body["address"]), body["actor"])
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ A name belongs to one Ray namespace, as the names of actors do.
 
 from __future__ import annotations
 
-import json
-from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.groups.membership import Member
+from ray.experimental.rdt.rpc import protocol
 
 _NAMESPACE = b"ray_rdt_groups"
 
@@ -42,28 +41,28 @@ class Record:
         return bool(self.members)
 
     def encode(self) -> bytes:
-        """JSON."""
+        """Return the record's bytes."""
         body = {
             "id": self.id,
             "name": self.name,
             "backend": self.backend,
             "actors": self.actor_ids,
-            "handles": [b64encode(handle).decode() for handle in self.handles],
-            "members": [member.to_json() for member in self.members],
+            "handles": self.handles,
+            "members": self.members,
         }
-        return json.dumps(body).encode()
+        return protocol.pack(body)
 
     @classmethod
     def decode(cls, data: bytes) -> Record:
         """The reverse of ``encode``."""
-        body = json.loads(data)
+        body = protocol.unpack(data)
         return cls(
             id=body["id"],
             name=body["name"],
             backend=body["backend"],
             actor_ids=tuple(body["actors"]),
-            handles=tuple(b64decode(handle) for handle in body["handles"]),
-            members=tuple(Member.from_json(member) for member in body["members"]),
+            handles=tuple(body["handles"]),
+            members=tuple(Member(*member) for member in body["members"]),
         )
 
 

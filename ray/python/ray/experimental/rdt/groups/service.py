@@ -4,7 +4,7 @@ Any process can make a group, as long as it knows its members' agents; members a
 ``rdt-call`` threads, so that a busy actor can still leave a group. A handler never waits for
 another handler: a group made while others are made cannot be in their way.
 
-Requests (JSON, through the session):
+Requests (``rpc/protocol.py``):
 
 * ``rdt.group.join`` {id, name, backend, rank, members}: the member knows the group from now on.
 * ``rdt.group.connect`` {id, timeout_s, creator}: once all have joined; the member connects to all
@@ -17,7 +17,6 @@ Requests (JSON, through the session):
 from __future__ import annotations
 
 import logging
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.groups import collectives, membership
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.process_group.transport import (
     ProcessGroupTransport,
     serve_links,
@@ -36,7 +36,7 @@ from ray.experimental.rdt.transports.process_group.transport import (
 if TYPE_CHECKING:
     from ray.experimental.collective.communicator import CommunicatorHandle
 
-    from ray.experimental.rdt.rpc.session import Session
+    from ray.experimental.rdt.rpc.session import Handler, Session
 
 logger = logging.getLogger("ray.rdt")
 
@@ -114,28 +114,25 @@ class GroupService:
         self._lock = threading.Lock()
         self._forming: dict[str, _Forming] = {}
         self._handles: dict[str, CommunicatorHandle] = {}
-        self._handlers = {
-            "rdt.group.join": self._on_join,
-            "rdt.group.connect": self._on_connect,
-            "rdt.group.report": self._on_report,
-            "rdt.group.leave": self._on_leave,
+        self._handlers: dict[str, Handler] = {
+            protocol.GROUP_JOIN: self._on_join,
+            protocol.GROUP_CONNECT: self._on_connect,
+            protocol.GROUP_REPORT: self._on_report,
+            protocol.GROUP_LEAVE: self._on_leave,
         }
         for op, handler in self._handlers.items():
             session.serve(op, handler)
         session.on_peer_lost(self._on_peer_lost)
         session.on_close(self._groups.clear)
 
-    def introduce(self, backend: str) -> dict[str, str]:
-        """How others reach this process, once it is sure that it can use the backend.
+    def introduce(self, backend: str) -> tuple[bytes, bytes]:
+        """Return the id and the address of this process's agent, if it can use the backend.
 
         Raises:
             TransportUnavailable: it cannot.
         """
         self._transport(backend).check_available()
-        return {
-            "address": b64encode(self._session.address).decode(),
-            "agent": self._session.agent.agent_id.hex(),
-        }
+        return self._session.agent.agent_id, self._session.address
 
     # Creator.
 
@@ -169,7 +166,7 @@ class GroupService:
         answers = []
         for member in members:
             with suppress(Exception):  # it is gone, which is as good as having left
-                answers.append(self._ask(member, "rdt.group.leave", body))
+                answers.append(self._ask(member, protocol.GROUP_LEAVE, body))
         deadline = Deadline.after(_LEAVE_TIMEOUT_S)
         for answer in answers:
             try:
@@ -185,10 +182,10 @@ class GroupService:
             "id": group_id,
             "name": name,
             "backend": backend,
-            "members": [member.to_json() for member in members],
+            "members": list(members),
         }
         bodies = [body | {"rank": rank} for rank in range(len(members))]
-        self._ask_all(members, "rdt.group.join", bodies, deadline)
+        self._ask_all(members, protocol.GROUP_JOIN, bodies, deadline)
 
     def _have_all_connect(
         self, group_id: str, members: Sequence[Member], deadline: Deadline
@@ -196,9 +193,9 @@ class GroupService:
         body = {
             "id": group_id,
             "timeout_s": deadline.left_s(),
-            "creator": b64encode(self._session.address).decode(),
+            "creator": self._session.address,
         }
-        self._ask_all(members, "rdt.group.connect", [body] * len(members), deadline)
+        self._ask_all(members, protocol.GROUP_CONNECT, [body] * len(members), deadline)
 
     def _ask_all(
         self, members: Sequence[Member], op: str, bodies: list[dict[str, Any]], deadline: Deadline
@@ -225,7 +222,7 @@ class GroupService:
         answer = self._handlers[op](own_id, body)
         return lambda timeout_s: answer
 
-    def _on_report(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_report(self, peer_id: bytes, body: protocol.GroupReport) -> dict[str, Any]:
         with self._lock:
             forming = self._forming.get(body["id"])
         if forming is not None and forming.members[body["rank"]].agent_id == peer_id:
@@ -262,8 +259,8 @@ class GroupService:
 
     # Member. All run on rdt-call threads.
 
-    def _on_join(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        members = tuple(Member.from_json(member) for member in body["members"])
+    def _on_join(self, peer_id: bytes, body: protocol.GroupJoin) -> dict[str, Any]:
+        members = tuple(Member(*member) for member in body["members"])
         group = Group(body["id"], body["name"], body["backend"], body["rank"], members)
         self._groups.add(group)
         transport = self._transport(group.backend)
@@ -271,12 +268,12 @@ class GroupService:
         transport.join(group)
         return {}
 
-    def _on_connect(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_connect(self, peer_id: bytes, body: protocol.GroupConnect) -> dict[str, Any]:
         group = self._groups.get(body["id"])
         if group is None:
             raise LookupError("the group was destroyed meanwhile")
         deadline = Deadline.after(float(body["timeout_s"]))
-        creator = Member(peer_id, b64decode(body["creator"]), "")
+        creator = Member(peer_id, body["creator"], "")
         arguments = (group, deadline, creator)
         threading.Thread(target=self._connect, args=arguments, name="rdt-group").start()
         return {}
@@ -291,7 +288,7 @@ class GroupService:
             error = str(failure)
         report = {"id": group.id, "rank": group.rank, "error": error}
         try:
-            self._ask(creator, "rdt.group.report", report)(_REPORT_TIMEOUT_S)
+            self._ask(creator, protocol.GROUP_REPORT, report)(_REPORT_TIMEOUT_S)
         except Exception:  # the creator is gone; whoever destroys the group finds it recorded
             logger.debug("RDT could not tell who made group %r", group.name, exc_info=True)
 
@@ -302,7 +299,7 @@ class GroupService:
             collectives.leave(group)  # whoever left the group may have come before it was entered
             raise LookupError("the group was destroyed meanwhile")
 
-    def _on_leave(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_leave(self, peer_id: bytes, body: protocol.GroupLeave) -> dict[str, Any]:
         group = self._groups.remove(body["id"])
         if group is not None:
             # First what ends the wait of a member in its first collective: leaving waits for it.

@@ -12,11 +12,10 @@ Neither handler waits for another process's Python. No tensor is moved.
 
 from __future__ import annotations
 
-import base64
 import os
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
@@ -32,6 +31,7 @@ from ray.experimental.rdt.consumer.planner import (
     candidate_transports,
     plan_transfer,
 )
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import agent_id_of
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.selection import default_transports
@@ -152,8 +152,8 @@ class Explainer:
         self._session = session
         self._transports = transports
         self._policy = policy
-        session.serve("rdt.offers", self._on_offers)
-        session.serve("rdt.explain", self._on_explain)
+        session.serve(protocol.OFFERS, self._on_offers)
+        session.serve(protocol.EXPLAIN, self._on_explain)
 
     def offers(
         self, address: bytes, transport: str, devices: Sequence[str] | None, deadline: Deadline
@@ -164,7 +164,7 @@ class Explainer:
             AgentError, TimeoutError: It cannot be asked.
         """
         body = {"transport": transport, "devices": None if devices is None else list(devices)}
-        return self._session.call(address, "rdt.offers", body, deadline.left_s())
+        return self._session.call(address, protocol.OFFERS, body, deadline.left_s())
 
     def offers_or_why_not(
         self, address: bytes, transport: str, devices: Sequence[str], deadline: Deadline
@@ -187,12 +187,8 @@ class Explainer:
 
         Runs on: any thread; blocks.
         """
-        body = asdict(replace(question, address=b""))
-        body |= {
-            "address": base64.b64encode(question.address).decode(),
-            "timeout_s": deadline.left_s(),
-        }
-        answer = self._session.call(consumer, "rdt.explain", body, deadline.left_s())
+        body = asdict(question) | {"timeout_s": deadline.left_s()}
+        answer = self._session.call(consumer, protocol.EXPLAIN, body, deadline.left_s())
         found = {
             device_type: [Way(**way) for way in tried]
             for device_type, tried in answer["ways"].items()
@@ -207,7 +203,7 @@ class Explainer:
         }
         return Explanation(question.subject, question.transport, found)
 
-    def _on_offers(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_offers(self, peer_id: bytes, body: protocol.Offers) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
         devices = body["devices"]
         if devices is None:
@@ -223,7 +219,7 @@ class Explainer:
     def _on_explain(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: consumer, an rdt-call thread."""
         deadline = Deadline.after(float(body.pop("timeout_s")))
-        question = Question(**{**body, "address": base64.b64decode(body["address"])})
+        question = Question(**body)
         return asdict(self.explain(question, deadline))
 
     def _explain(

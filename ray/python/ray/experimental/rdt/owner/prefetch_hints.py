@@ -5,11 +5,10 @@ A hint only saves time. If it is lost, late or refused, the fetch pulls the obje
 
 from __future__ import annotations
 
-import base64
 import time
 
 from ray.experimental.rdt.common.location import Location
-from ray.experimental.rdt.rpc import process_directory
+from ray.experimental.rdt.rpc import process_directory, protocol
 from ray.experimental.rdt.rpc.session import Session
 
 #: The GCS is asked again for the address of an unknown actor after this time.
@@ -49,8 +48,8 @@ class HintSender:
 
     def _send(self, address: bytes, location: Location) -> None:
         body = {
-            "key": location.key.hex(),
-            "address": base64.b64encode(location.address).decode(),
+            "key": location.key,
+            "address": location.address,
             "regions": location.regions,
         }
-        self._session.send_oneway(address, "rdt.hint", body, idempotent=False)
+        self._session.send_oneway(address, protocol.HINT, body, idempotent=False)

@@ -30,6 +30,7 @@ from ray.experimental.rdt.owner.recipes import (
     Reference,
     SerializedArgument,
 )
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.process_directory import is_worker_alive
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
@@ -89,7 +90,7 @@ class Reconstruction:
 
     def serve(self, session: Session) -> None:
         """Answer the requests of other processes for lost objects."""
-        session.serve("rdt.remake", self._on_reconstruct)
+        session.serve(protocol.RECONSTRUCT, self._on_reconstruct)
 
     def begin(
         self,
@@ -269,14 +270,14 @@ class Reconstruction:
             raise CannotReconstructError(_out_of_scope(reference.object_id))
         return ray_core.ref(reference.object_id, reference.transport)
 
-    def _on_reconstruct(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_reconstruct(self, peer_id: bytes, body: protocol.Reconstruct) -> dict[str, Any]:
         """Runs on: owner, an rdt-call thread."""
-        outcome = self.reconstruct(body["object_id"], bytes.fromhex(body["key"]), body["busy"])
+        outcome = self.reconstruct(body["object_id"], body["key"], body["busy"])
         answer = {"state": outcome.state, "reason": outcome.reason}
         if outcome.ref is None:
             return answer
         object_id, owner, status = ray_core.export_ref(outcome.ref)
-        return answer | {"object_id": object_id.hex(), "owner": owner.hex(), "status": status.hex()}
+        return answer | {"object_id": object_id, "owner": owner, "status": status}
 
 
 def call_method(
@@ -303,7 +304,7 @@ def borrow(answer: dict[str, Any]) -> ray.ObjectRef:
     The owner keeps the object as long as the lost one is in scope.
     """
     names = ("object_id", "owner", "status")
-    ref: ray.ObjectRef = ray_core.import_ref(*(bytes.fromhex(answer[name]) for name in names))
+    ref: ray.ObjectRef = ray_core.import_ref(*(answer[name] for name in names))
     return ref
 
 

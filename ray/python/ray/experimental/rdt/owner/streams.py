@@ -21,6 +21,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.serialized_value import SerializedValue
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD, StreamSpec
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 
 
@@ -36,7 +37,7 @@ class TakenStreams:
         self._lock = threading.Lock()
         self._producers: dict[str, set[bytes]] = {}
         self._gone: deque[str] = deque()
-        session.serve("rdt.stream.open", self._on_open)
+        session.serve(protocol.STREAM_OPEN, self._on_open)
         session.on_tick(self._close_gone)
 
     def __len__(self) -> int:
@@ -50,8 +51,8 @@ class TakenStreams:
         self._producers[spec.stream] = set()
         return Stream(spec, self._gone.append)
 
-    def _on_open(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        address = bytes.fromhex(body["address"])
+    def _on_open(self, peer_id: bytes, body: protocol.StreamOpen) -> dict[str, Any]:
+        address = body["address"]
         with self._lock:
             producers = self._producers.get(body["stream"])
             if producers is not None:
@@ -72,7 +73,8 @@ class TakenStreams:
                 self._tell_close(address, stream)
 
     def _tell_close(self, address: bytes, stream: str) -> None:
-        self._session.send_oneway(address, "rdt.stream.close", {"stream": stream})
+        body = protocol.StreamClose(stream=stream)
+        self._session.send_oneway(address, protocol.STREAM_CLOSE, body)
 
 
 class Stream:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.process_directory import (
     ask_all,
     forget_worker,
@@ -71,7 +72,7 @@ class OrphanCollector:
         # In the order of ``since``.
         self._unclaimed: deque[UnclaimedObject] = deque()
         self._asking = threading.Lock()
-        session.serve("rdt.claims", self._on_claims)
+        session.serve(protocol.CLAIMS, self._on_claims)
         session.on_tick(self._on_tick)
 
     def add(self, object_id: str, key: bytes) -> None:
@@ -115,10 +116,10 @@ class OrphanCollector:
         """Return the objects that all processes deny; keep the others."""
         if not objects:
             return []
-        body = {"objects": [[each.object_id, each.key.hex()] for each in objects]}
+        body = {"objects": [[each.object_id, each.key] for each in objects]}
         wanted: set[bytes] = set()
         for address, answer in ask_all(
-            self._session, known_agents(), "rdt.claims", body, _ANSWER_S
+            self._session, known_agents(), protocol.CLAIMS, body, _ANSWER_S
         ):
             wanted.update(_wanted(address, answer, objects))
         self._keep(each for each in objects if each.key in wanted)
@@ -129,10 +130,10 @@ class OrphanCollector:
         now = self._clock()
         self._unclaimed.extend(each._replace(since=now) for each in objects)
 
-    def _on_claims(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_claims(self, peer_id: bytes, body: protocol.Claims) -> dict[str, Any]:
         """Runs on: an rdt-call thread of the process that is asked."""
         objects = [(object_id, key) for object_id, key in body["objects"]]
-        return {"keys": [key for name, key in objects if self._may_own(name, bytes.fromhex(key))]}
+        return {"keys": [key for name, key in objects if self._may_own(name, key)]}
 
 
 def _wanted(
@@ -140,7 +141,8 @@ def _wanted(
 ) -> Iterable[bytes]:
     """Return the keys of the objects that a process may own, from its answer."""
     if not isinstance(answer, Exception):
-        return [bytes.fromhex(key) for key in answer["keys"]]
+        keys: list[bytes] = answer["keys"]
+        return keys
     agent_id = agent_id_of(address)
     if is_worker_alive(agent_id):
         logger.debug("RDT keeps objects that agent %s may own: %s", agent_id.hex(), answer)

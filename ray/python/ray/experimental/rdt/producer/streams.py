@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
 #: The keyword under which a call of a generator carries its ``StreamSpec`` or ``DynamicSpec``.
@@ -140,7 +141,7 @@ class ProducedStreams:
         self._lock = threading.Lock()
         self._streams: dict[str, _Produced] = {}
         self._stream_of: dict[bytes, str] = {}
-        session.serve("rdt.stream.close", self._on_close)
+        session.serve(protocol.STREAM_CLOSE, self._on_close)
 
     def __len__(self) -> int:
         return len(self._streams)
@@ -150,8 +151,8 @@ class ProducedStreams:
         with self._lock:
             produced = self._streams.setdefault(spec.stream, _Produced(agent_id_of(spec.caller)))
             produced.running += 1
-        body = {"stream": spec.stream, "address": self._session.address.hex()}
-        self._session.send_oneway(spec.caller, "rdt.stream.open", body)
+        body = protocol.StreamOpen(stream=spec.stream, address=self._session.address)
+        self._session.send_oneway(spec.caller, protocol.STREAM_OPEN, body)
 
     def end(self, stream: str) -> None:
         """Unregister a task that made items."""
@@ -188,7 +189,7 @@ class ProducedStreams:
         """Tell whether the agent of this id is the caller of any stream."""
         return any(entry.caller == caller for entry in self._streams.copy().values())
 
-    def _on_close(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_close(self, peer_id: bytes, body: protocol.StreamClose) -> dict[str, Any]:
         produced = self._streams.get(body["stream"])
         if produced is not None and produced.caller == peer_id:
             self._close(body["stream"])

@@ -2,7 +2,7 @@
 
 The agent's own lanes need none of this; they read registered regions without Python.
 
-Requests (JSON, through the session):
+Requests (``rpc/protocol.py``):
 
 * ``rdt.send`` {key, transport, device, route, timeout_s}: checks, waits until the memory is
   written, answers, then sends, on the same thread: one that hands over to another waits once more
@@ -33,6 +33,7 @@ from ray.experimental.rdt.common.once import Once, StillBeingMade
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.tensor_store import StoredObject, TensorStore
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Reply, Session
 from ray.experimental.rdt.serialization.layout import region_bytes, tenants
 from ray.experimental.rdt.transports.base import Lending, OneSided, Transport, TwoSided
@@ -85,12 +86,12 @@ class Server:
         # By consumer and key, the deadline of each reader.
         self._readers: defaultdict[tuple[bytes, bytes], list[Deadline]] = defaultdict(list)
         self._senders = DaemonThreads(_SEND_THREADS, "rdt-send")
-        session.serve("rdt.send", self._on_send, self._senders)
+        session.serve(protocol.SEND, self._on_send, self._senders)
         # Exposing may wait, for devices or for room: what makes room comes on other threads.
         self._exposers = DaemonThreads(_EXPOSE_THREADS, "rdt-expose")
-        session.serve("rdt.expose", self._on_expose, self._exposers)
-        session.serve("rdt.lend", self._on_lend)
-        session.serve("rdt.done", self._on_done)
+        session.serve(protocol.EXPOSE, self._on_expose, self._exposers)
+        session.serve(protocol.LEND, self._on_lend)
+        session.serve(protocol.DONE, self._on_done)
         session.on_peer_lost(self._on_peer_lost)
         session.on_tick(self._drop_late_readers)
         session.on_close(self._end_threads)
@@ -127,11 +128,11 @@ class Server:
             if exposure is not None:
                 one_sided.withdraw(exposure.described)
 
-    def _on_send(self, peer_id: bytes, body: dict[str, Any]) -> Reply:
+    def _on_send(self, peer_id: bytes, body: protocol.Pull) -> Reply:
         """Runs on: producer, an rdt-send thread. What fails here is the consumer's answer."""
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = Deadline.after(float(body["timeout_s"]))
-        stored = self._borrow(body)
+        stored = self._borrow(body["key"])
         try:
             send = self._prepare(transport, stored, body, deadline)
         except BaseException:
@@ -140,7 +141,7 @@ class Server:
         return Reply({}, partial(self._send, send, stored, transport.capabilities.name, peer_id))
 
     def _prepare(
-        self, transport: TwoSided, stored: StoredObject, body: dict[str, Any], deadline: Deadline
+        self, transport: TwoSided, stored: StoredObject, body: protocol.Pull, deadline: Deadline
     ) -> Callable[[], None]:
         """Waits until an object's memory is written; returns what sends it."""
         device_type, route = body["device"], body["route"]
@@ -173,10 +174,10 @@ class Server:
         finally:
             self._give_back(stored.key)
 
-    def _on_expose(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_expose(self, peer_id: bytes, body: protocol.Pull) -> dict[str, Any]:
         transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = Deadline.after(float(body["timeout_s"]))
-        stored = self._borrow(body)
+        stored = self._borrow(body["key"])
         try:
             # A user's transport has described the object when it was made.
             if transport.capabilities.is_user_defined:
@@ -197,11 +198,11 @@ class Server:
             self._give_back(stored.key)
         return exposed
 
-    def _on_lend(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_lend(self, peer_id: bytes, body: protocol.Lend) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread. The transport keeps the memory that it lends."""
         transport: Lending = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = Deadline.after(float(body["timeout_s"]))
-        stored = self._borrow(body)
+        stored = self._borrow(body["key"])
         try:
             events = stored.captured.events
             buffers = buffers_for(transport, stored, body["device"], deadline)  # type: ignore[arg-type]
@@ -210,7 +211,7 @@ class Server:
             self._give_back(stored.key)
 
     def _expose_once(
-        self, transport: OneSided, stored: StoredObject, body: dict[str, Any], deadline: Deadline
+        self, transport: OneSided, stored: StoredObject, body: protocol.Pull, deadline: Deadline
     ) -> dict[str, Any]:
         """Exposes an object at its first reader's request; others wait for that. May block."""
         device_type = body["device"]
@@ -231,8 +232,8 @@ class Server:
                 f"exposing the object over {body['transport']} for another reader has not ended"
             ) from error
 
-    def _on_done(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        key = bytes.fromhex(body["key"])
+    def _on_done(self, peer_id: bytes, body: protocol.Done) -> dict[str, Any]:
+        key = body["key"]
         with self._lock:
             readers = self._readers.pop((peer_id, key), [])
             if readers[1:]:
@@ -262,8 +263,8 @@ class Server:
         for key in dropped:
             self._give_back(key)
 
-    def _borrow(self, body: dict[str, Any]) -> StoredObject:
-        stored = self._store.borrow(bytes.fromhex(body["key"]))
+    def _borrow(self, key: bytes) -> StoredObject:
+        stored = self._store.borrow(key)
         if stored is None:
             raise CallError("the object is not stored here any more", "not_found")
         return stored

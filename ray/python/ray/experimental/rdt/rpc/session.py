@@ -11,13 +11,12 @@ their own.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ray.experimental.rdt.common import ray_core
@@ -25,6 +24,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import AGENT_LANES, settings
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
+from ray.experimental.rdt.rpc import protocol
 
 logger = logging.getLogger("ray.rdt")
 
@@ -44,7 +44,8 @@ class Reply(NamedTuple):
     then: Callable[[], None]
 
 
-Handler = Callable[[bytes, dict[str, Any]], dict[str, Any] | Reply]
+#: Gets the id of the peer's agent and the body of its request.
+Handler = Callable[[bytes, Any], Any]
 
 
 class CallError(TransferFailed):
@@ -82,8 +83,7 @@ class Session:
         self._oneway: list[Any] = []
         self._oneway_lock = threading.Lock()
         self._handlers: dict[str, Handler] = {}
-        # By how a request with such an op begins: the reaper does not read it.
-        self._threads: dict[bytes, DaemonThreads] = {}
+        self._threads: dict[str, DaemonThreads] = {}
         # Events are numbered: which told last that a peer is lost, and which brought the request
         # that a thread serves.
         self._events = itertools.count(1)
@@ -107,13 +107,13 @@ class Session:
         """
         self._handlers[op] = handler
         if threads is not None:
-            self._threads[_request(op, None).partition(b",")[0]] = threads
+            self._threads[op] = threads
 
     def call(
         self,
         address: bytes,
         op: str,
-        body: dict[str, Any],
+        body: Mapping[str, object],
         timeout_s: float,
         idempotent: bool = True,
     ) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Session:
         return self.start_call(address, op, body, idempotent)(timeout_s)
 
     def send_oneway(
-        self, address: bytes, op: str, body: dict[str, Any], idempotent: bool = True
+        self, address: bytes, op: str, body: Mapping[str, object], idempotent: bool = True
     ) -> None:
         """Sends a request whose answer nobody needs; a peer that is gone is no error."""
         sent = self._send(address, op, body, idempotent)
@@ -138,7 +138,7 @@ class Session:
             self._oneway.append(sent)
 
     def start_call(
-        self, address: bytes, op: str, body: dict[str, Any], idempotent: bool = True
+        self, address: bytes, op: str, body: Mapping[str, object], idempotent: bool = True
     ) -> Callable[[float], dict[str, Any]]:
         """Sends a request; the returned function waits for its answer as ``call`` does.
 
@@ -149,7 +149,7 @@ class Session:
         pending = self._send(address, op, body, idempotent)
 
         def wait(timeout_s: float) -> dict[str, Any]:
-            answer = json.loads(pending.wait(timeout_s))
+            answer = protocol.decode_answer(pending.wait(timeout_s))
             if "error" in answer:
                 raise CallError(answer["error"], answer["code"])
             return dict(answer["body"])
@@ -179,8 +179,8 @@ class Session:
         """Calls back before the agent stops, last registered first."""
         self._on_close.append(callback)
 
-    def _send(self, address: bytes, op: str, body: dict[str, Any], idempotent: bool) -> Any:
-        return self.agent.call(address, _request(op, body), idempotent)
+    def _send(self, address: bytes, op: str, body: Mapping[str, object], idempotent: bool) -> Any:
+        return self.agent.call(address, protocol.encode_request(op, body), idempotent)
 
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
         """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
@@ -233,7 +233,7 @@ class Session:
         elif kind == "log":
             logger.log(logging.getLevelName(event[1].upper()), "%s", event[2])
         elif kind == "call":
-            threads = self._threads.get(event[3].partition(b",")[0], self._callers)
+            threads = self._threads.get(protocol.op_of(event[3]), self._callers)
             self._hand_out(threads, self._answer, *event[1:], next(self._events))
         elif kind == "lost":
             self._losses.pop(event[1], None)
@@ -248,21 +248,19 @@ class Session:
         self._asker.peer_id, self._asker.event = peer_id, event
         then = None
         try:
-            request = json.loads(payload)
-            handler = self._handlers.get(request["op"])
+            op = protocol.op_of(payload)
+            handler = self._handlers.get(op)
             if handler is None:
-                raise CallError(f"this process does not serve {request['op']!r}")
-            body = handler(peer_id, request["body"])
+                raise CallError(f"this process does not serve {op!r}")
+            body = handler(peer_id, protocol.body_of(payload))
             if isinstance(body, Reply):
                 body, then = body
-            answer: dict[str, Any] = {"body": body}
+            answer = protocol.encode_answer(body)
         except BaseException as error:  # its caller waits for it
             logger.debug("RDT request of a peer failed", exc_info=True)
-            answer = {
-                "error": f"{type(error).__name__}: {error}",
-                "code": error.code if isinstance(error, TransferFailed) else "",
-            }
-        self.agent.reply(call_id, json.dumps(answer).encode(), False)
+            code = error.code if isinstance(error, TransferFailed) else ""
+            answer = protocol.encode_error(f"{type(error).__name__}: {error}", code)
+        self.agent.reply(call_id, answer, False)
         if then is not None:
             _run_logged(then)
 
@@ -272,10 +270,6 @@ class _Asker(threading.local):
 
     peer_id = b""
     event = 0
-
-
-def _request(op: str, body: dict[str, Any] | None) -> bytes:
-    return json.dumps({"op": op, "body": body}).encode()
 
 
 def _run_logged(action: Callable[..., None], *args: Any) -> None:

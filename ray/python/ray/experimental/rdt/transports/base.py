@@ -112,7 +112,7 @@ class Shipment(NamedTuple):
     has_regions: bool
 
 
-#: A description that both sides understand, carried between them as JSON.
+#: A description that both sides understand, carried between them in msgpack.
 Route = dict[str, Any]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from base64 import b64decode
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -56,7 +55,7 @@ class Borrower:
         filled = [i for i, nbytes in enumerate(sizes) if nbytes]
         self.imports.map(imported, layout, filled, device, starts)
         try:
-            events = [self._memory.import_event(b64decode(h), device) for h in lent["events"]]
+            events = [self._memory.import_event(handle, device) for handle in lent["events"]]
         except CannotShare as error:
             raise TransportUnavailable(f"the producer's event cannot be opened: {error}") from error
         for event in events:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
 from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import layouts
@@ -56,9 +56,9 @@ class Exports:
         # By exposure, the agents of the consumers that have it mapped, and their addresses.
         self._consumers: defaultdict[int, dict[bytes, bytes]] = defaultdict(dict)
         self.loans = _loans.setdefault(memory, Loans())
-        session.serve(f"rdt.{name}.share", self._on_share)
-        session.serve(f"rdt.{name}.keep", self._on_keep)
-        session.serve(f"rdt.{name}.close", self._on_close)
+        session.serve(protocol.of_transport(protocol.MEMORY_SHARE, name), self._on_share)
+        session.serve(protocol.of_transport(protocol.MEMORY_KEEP, name), self._on_keep)
+        session.serve(protocol.of_transport(protocol.MEMORY_CLOSE, name), self._on_close)
 
     def expose(self, buffers: Buffers) -> Route:
         """See ``OneSided``. Nothing is shared before a consumer of this host asks."""
@@ -75,7 +75,8 @@ class Exports:
             self._exposed.pop(number, None)
             consumers = self._consumers.pop(number, {})
         for address in consumers.values():
-            self._session.send_oneway(address, f"rdt.{self._name}.gone", {"exposure": number})
+            op = protocol.of_transport(protocol.MEMORY_GONE, self._name)
+            self._session.send_oneway(address, op, protocol.MemoryGone(exposure=number))
 
     def lend(
         self,
@@ -101,7 +102,7 @@ class Exports:
             raise TransportUnavailable(f"events cannot be shared: {error}") from error
         kept = [*buffers, *(kept for _, kept in exported)]
         self.loans.add(asked["loan"], peer_id, asked["pid"], kept, deadline)
-        return {**described, "events": [b64encode(handle).decode() for handle, _ in exported]}
+        return {**described, "events": [handle for handle, _ in exported]}
 
     def close(self) -> None:
         """Drop all exposures. Loans stay, because tensors of consumers outlive the session."""
@@ -109,7 +110,7 @@ class Exports:
             self._exposed.clear()
             self._consumers.clear()
 
-    def _on_share(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_share(self, peer_id: bytes, body: protocol.MemoryShare) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
         with self._lock:
             buffers = self._exposed.get(body["exposure"])
@@ -121,18 +122,18 @@ class Exports:
         with self._lock:
             is_exposed = body["exposure"] in self._exposed
             if is_exposed:
-                self._consumers[body["exposure"]][peer_id] = bytes.fromhex(body["address"])
+                self._consumers[body["exposure"]][peer_id] = body["address"]
         if not is_exposed:
             self.loans.end(body["loan"])
             raise _not_exposed()
         return described
 
-    def _on_keep(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_keep(self, peer_id: bytes, body: protocol.MemoryLoan) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
         self.loans.confirm(body["loan"])
         return {}
 
-    def _on_close(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_close(self, peer_id: bytes, body: protocol.MemoryLoan) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
         self.loans.end(body["loan"])
         return {}

@@ -14,6 +14,7 @@ from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, Sha
 from ray.experimental.rdt.accelerators.sharing import CannotShare
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.real_threads import Empty, SimpleQueue
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 
@@ -89,9 +90,8 @@ class Imports:
 
     def keep(self, imported: Import) -> None:
         """Tell the producer that its memory is used beyond the deadline."""
-        self._session.send_oneway(
-            imported.peer.address, f"rdt.{self._name}.keep", {"loan": imported.loan}
-        )
+        op = protocol.of_transport(protocol.MEMORY_KEEP, self._name)
+        self._session.send_oneway(imported.peer.address, op, {"loan": imported.loan})
 
     def expect_release(self) -> None:
         """Keep the unmapping thread running until one more import is released."""
@@ -150,8 +150,8 @@ class Imports:
             logger.warning("RDT could not unmap device memory", exc_info=True)
         imported.mappings.clear()
         if not self._is_closed:
-            body = {"loan": imported.loan}
-            self._session.send_oneway(imported.peer.address, f"rdt.{self._name}.close", body)
+            op = protocol.of_transport(protocol.MEMORY_CLOSE, self._name)
+            self._session.send_oneway(imported.peer.address, op, {"loan": imported.loan})
         with self._lock:
             self._count -= 1
         return True

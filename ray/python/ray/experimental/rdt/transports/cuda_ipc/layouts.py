@@ -1,13 +1,12 @@
-"""Descriptions of device memory that producers and consumers exchange (JSON).
+"""Descriptions of device memory that producers and consumers exchange.
 
-A layout travels as a list of segments and two arrays in base64: the segment of each buffer (uint32)
-and its offset in the segment (uint64).
+A layout travels as a list of segments and two arrays: the segment of each buffer (uint32) and its
+offset in the segment (uint64).
 """
 
 from __future__ import annotations
 
 from array import array
-from base64 import b64decode, b64encode
 from pathlib import Path
 
 from ray.experimental.rdt.accelerators.shared_memory import Layout, Segment
@@ -18,33 +17,20 @@ _PID_NAMESPACE = Path("/proc/self/ns/pid")
 
 
 def encode(layout: Layout) -> Route:
-    """Return a layout as JSON."""
+    """Return a layout for another process."""
     return {
-        "segments": [
-            [
-                b64encode(segment.handle).decode(),
-                segment.owner.hex(),
-                segment.pid,
-                segment.address,
-                segment.nbytes,
-                segment.device,
-            ]
-            for segment in layout.segments
-        ],
-        "indices": b64encode(layout.indices).decode(),
-        "offsets": b64encode(layout.offsets).decode(),
+        "segments": [list(segment) for segment in layout.segments],
+        "indices": layout.indices.tobytes(),
+        "offsets": layout.offsets.tobytes(),
     }
 
 
 def decode(route: Route) -> Layout:
     """Return the layout that ``encode`` described."""
     indices, offsets = array("I"), array("Q")
-    indices.frombytes(b64decode(route["indices"]))
-    offsets.frombytes(b64decode(route["offsets"]))
-    segments = [
-        Segment(b64decode(handle), bytes.fromhex(owner), *rest)
-        for handle, owner, *rest in route["segments"]
-    ]
+    indices.frombytes(route["indices"])
+    offsets.frombytes(route["offsets"])
+    segments = [Segment(*fields) for fields in route["segments"]]
     return Layout(segments, indices, offsets)
 
 

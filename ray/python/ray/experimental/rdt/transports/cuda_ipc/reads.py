@@ -14,6 +14,7 @@ from ray.experimental.rdt.accelerators.shared_memory import Layout, SharedMemory
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import note_still_writing
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import layouts
@@ -78,7 +79,7 @@ class Reads:
         self._lock = threading.Lock()
         # By the producer's agent and its exposure.
         self._objects: defaultdict[bytes, dict[int, _MappedObject]] = defaultdict(dict)
-        session.serve(f"rdt.{name}.gone", self._on_gone)
+        session.serve(protocol.of_transport(protocol.MEMORY_GONE, name), self._on_gone)
 
     def read(
         self,
@@ -130,15 +131,15 @@ class Reads:
                 known.readers += 1
                 return known
         imported = Import(peer)
-        body = {
-            "exposure": exposure,
-            "loan": imported.loan,
-            "pid": os.getpid(),
-            "address": self._session.address.hex(),
-            "timeout_s": deadline.left_s(),
-        }
+        body = protocol.MemoryShare(
+            exposure=exposure,
+            loan=imported.loan,
+            pid=os.getpid(),
+            address=self._session.address,
+            timeout_s=deadline.left_s(),
+        )
         try:
-            op = f"rdt.{self._name}.share"
+            op = protocol.of_transport(protocol.MEMORY_SHARE, self._name)
             answer = self._session.call(peer.address, op, body, deadline.left_s())
         except BaseException as error:
             self._imports.release(imported)
@@ -196,7 +197,7 @@ class Reads:
             copy.wait(deadline.left_s())
         self._memory.check_owners([memory for _, memory in copied])
 
-    def _on_gone(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_gone(self, peer_id: bytes, body: protocol.MemoryGone) -> dict[str, Any]:
         """Runs on: consumer, an rdt-call thread."""
         self.forget(peer_id, body["exposure"])
         return {}

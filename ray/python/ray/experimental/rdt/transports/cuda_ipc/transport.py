@@ -8,7 +8,7 @@ consumer's last tensor over it is gone, or the consumer's process has ended; see
 
 The vendor's calls are in ``accelerators.cuda_sharing``.
 
-Requests (JSON, through the session):
+Requests (``rpc/protocol.py``):
 
 * ``rdt.<name>.share`` {exposure, loan, pid, address, timeout_s}: answers with the layout of the
   buffers.

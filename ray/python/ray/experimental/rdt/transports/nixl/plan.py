@@ -6,7 +6,6 @@ such arrays as they are) and nothing here loops over them in Python.
 
 from __future__ import annotations
 
-import base64
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,12 +53,12 @@ class Spans:
         """The kinds of memory that have bytes."""
         return set(self.kinds[self.rows[:, 1] > 0].tolist())
 
-    def encode(self) -> dict[str, str]:
-        """For JSON."""
+    def encode(self) -> dict[str, bytes]:
+        """For another process."""
         return {
-            "kinds": _to_text(self.kinds.tobytes()),
-            "rows": _to_text(self.rows.tobytes()),
-            "starts": _to_text(self.starts.tobytes()),
+            "kinds": self.kinds.tobytes(),
+            "rows": self.rows.tobytes(),
+            "starts": self.starts.tobytes(),
         }
 
     @classmethod
@@ -67,11 +66,11 @@ class Spans:
         """Undo ``encode``. Raises ValueError where that cannot have made it."""
         import numpy as np
 
-        kinds = np.frombuffer(_to_bytes(encoded["kinds"]), np.uint8)
-        rows = np.frombuffer(_to_bytes(encoded["rows"]), np.uint64).reshape(-1, 3)
+        kinds = np.frombuffer(encoded["kinds"], np.uint8)
+        rows = np.frombuffer(encoded["rows"], np.uint64).reshape(-1, 3)
         if len(kinds) != len(rows) or (kinds >= len(KINDS)).any():
             raise ValueError("a peer's description of its memory is malformed")
-        return cls(kinds, rows, array("Q", _to_bytes(encoded["starts"])))
+        return cls(kinds, rows, array("Q", encoded["starts"]))
 
 
 def spans_of(buffers: Sequence[torch.Tensor]) -> Spans:
@@ -223,11 +222,3 @@ def _batches(
         stop = min(max(stop, start + 1), start + batch_rows)
         yield local[start:stop], remote[start:stop]
         start = stop
-
-
-def _to_text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _to_bytes(text: str) -> bytes:
-    return base64.b64decode(text, validate=True)

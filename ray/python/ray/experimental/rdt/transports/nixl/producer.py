@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import itertools
 from collections.abc import Sequence
@@ -149,6 +148,6 @@ def _describe(engine: Engine, number: int, lease: Lease) -> Route:
         "number": number,
         "version": lease.version,
         "reach": engine.reach,
-        "metadata": [base64.b64encode(blob).decode() for blob in blobs],
+        "metadata": blobs,
         "spans": lease.spans.encode(),
     }

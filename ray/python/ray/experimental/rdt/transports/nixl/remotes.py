@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,13 +43,13 @@ class Exposure:
         agent: The name of its nixl agent.
         number: The ID of the exposure at the producer.
         version: The version of its GPU registrations, 0 if it exposes none.
-        metadata: nixl's own description, a blob for each kind of memory, base64.
+        metadata: nixl's own description, a blob for each kind of memory.
     """
 
     agent: str
     number: int
     version: int
-    metadata: Sequence[str]
+    metadata: Sequence[bytes]
 
 
 class Remotes:
@@ -117,7 +116,7 @@ class Remotes:
     def _learn(self, remote: _Remote, exposure: Exposure) -> None:
         try:
             for metadata in exposure.metadata:
-                self._engine.attach(base64.b64decode(metadata))
+                self._engine.attach(metadata)
             remote.exposures.add(exposure.number)
         except NixlError as error:
             remote.is_broken = True

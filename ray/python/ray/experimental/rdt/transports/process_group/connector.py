@@ -1,10 +1,10 @@
 """Connecting two processes by a link, at both ends.
 
-Requests (JSON, through the session):
+Requests (``rpc/protocol.py``):
 
-* ``rdt.link.open`` {transport, link, scope, address}: the producer joins a new link.
-* ``rdt.link.set`` {transport, link, key, value}: a rank has set a key of the rendezvous.
-* ``rdt.link.close`` {transport, link, reason}: the other end has closed a link, or dropped one
+* ``LINK_OPEN`` {transport, link, scope, address}: the producer joins a new link.
+* ``LINK_SET`` {transport, link, key, value}: a rank has set a key of the rendezvous.
+* ``LINK_CLOSE`` {transport, link, reason}: the other end has closed a link, or dropped one
   under construction.
 """
 
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import logging
 import uuid
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.process_group.backend import CONSUMER, PRODUCER, Backend
 from ray.experimental.rdt.transports.process_group.link import Link
@@ -69,31 +69,31 @@ class Connector:
         """Make a link. Runs on: consumer, a thread of its own."""
         link_id = uuid.uuid4().hex
         self.pending.begin(link_id, (peer,), scope)
-        request = {
-            "transport": self._backend.capabilities.name,
-            "link": link_id,
-            "scope": scope,
-            "address": b64encode(self._session.address).decode(),
-        }
+        request = protocol.LinkOpen(
+            transport=self._backend.capabilities.name,
+            link=link_id,
+            scope=scope,
+            address=self._session.address,
+        )
         try:
             self._session.call(
-                peer.address, "rdt.link.open", request, _OPEN_TIMEOUT_S, idempotent=False
+                peer.address, protocol.LINK_OPEN, request, _OPEN_TIMEOUT_S, idempotent=False
             )
             return self._join(link_id, peer, scope, CONSUMER)
         except Exception as error:
-            self._send((peer,), "rdt.link.close", link_id, reason=str(error))
+            self._send((peer,), protocol.LINK_CLOSE, link_id, reason=str(error))
             raise
         finally:
             self.pending.end(link_id)
 
-    def on_open(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer ``rdt.link.open``. Runs on: producer, an rdt-call thread.
+    def on_open(self, peer_id: bytes, body: protocol.LinkOpen) -> dict[str, Any]:
+        """Answer ``LINK_OPEN``. Runs on: producer, an rdt-call thread.
 
         A thread of its own makes the link, so that requests of other peers need not wait.
         """
         self.check_available()
         self._check_open(body["scope"])
-        peer = Peer(b64decode(body["address"]), peer_id)
+        peer = Peer(body["address"], peer_id)
         self.pending.begin(body["link"], (peer,), body["scope"])
         name = f"rdt-{self._backend.capabilities.name}-connect"
         arguments = (peer, body["link"], body["scope"])
@@ -105,19 +105,19 @@ class Connector:
         try:
             self._join(link_id, peer, scope, PRODUCER)
         except Exception as error:  # reported to the consumer, whose thread waits for the link
-            self._send((peer,), "rdt.link.close", link_id, reason=str(error))
+            self._send((peer,), protocol.LINK_CLOSE, link_id, reason=str(error))
         finally:
             self.pending.end(link_id)
 
-    def on_set(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer ``rdt.link.set``. Runs on: either side, an rdt-call thread."""
+    def on_set(self, peer_id: bytes, body: protocol.LinkSet) -> dict[str, Any]:
+        """Answer ``LINK_SET``. Runs on: either side, an rdt-call thread."""
         group = self.pending.find(body["link"], peer_id)
         if group is not None:
-            group.rendezvous.put(body["key"], b64decode(body["value"]))
+            group.rendezvous.put(body["key"], body["value"])
         return {}
 
-    def on_close(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer ``rdt.link.close``. Runs on: either side, an rdt-call thread."""
+    def on_close(self, peer_id: bytes, body: protocol.LinkClose) -> dict[str, Any]:
+        """Answer ``LINK_CLOSE``. Runs on: either side, an rdt-call thread."""
         reason = f"the other end closed the connection: {body['reason']}"
         group = self.pending.find(body["link"], peer_id)
         if group is not None:
@@ -145,12 +145,12 @@ class Connector:
     def _on_closed(self, link: Link, reason: str) -> None:
         """Drop a link and tell the other end, whose transfers would wait for long otherwise."""
         self.links.discard(link)
-        self._send((link.peer,), "rdt.link.close", link.id, reason=reason)
+        self._send((link.peer,), protocol.LINK_CLOSE, link.id, reason=reason)
 
     def _publish(self, peers: Iterable[Peer], name: str, key: str, value: bytes) -> None:
-        self._send(peers, "rdt.link.set", name, key=key, value=b64encode(value).decode())
+        self._send(peers, protocol.LINK_SET, name, key=key, value=value)
 
-    def _send(self, peers: Iterable[Peer], op: str, link_id: str, **body: str) -> None:
+    def _send(self, peers: Iterable[Peer], op: str, link_id: str, **body: str | bytes) -> None:
         """Send a request to peers without waiting for their answers."""
         body |= {"transport": self._backend.capabilities.name, "link": link_id}
         for peer in peers:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Group, Membership, membership
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.process_group.backend import Backend, Buffers
 from ray.experimental.rdt.transports.process_group.connector import Connector
@@ -196,6 +197,8 @@ def serve_links(session: Session, transport: Callable[[str], ProcessGroupTranspo
     def connector(body: dict[str, Any]) -> Connector:
         return transport(body["transport"]).connector
 
-    session.serve("rdt.link.open", lambda peer_id, body: connector(body).on_open(peer_id, body))
-    session.serve("rdt.link.set", lambda peer_id, body: connector(body).on_set(peer_id, body))
-    session.serve("rdt.link.close", lambda peer_id, body: connector(body).on_close(peer_id, body))
+    session.serve(protocol.LINK_OPEN, lambda peer_id, body: connector(body).on_open(peer_id, body))
+    session.serve(protocol.LINK_SET, lambda peer_id, body: connector(body).on_set(peer_id, body))
+    session.serve(
+        protocol.LINK_CLOSE, lambda peer_id, body: connector(body).on_close(peer_id, body)
+    )

@@ -13,7 +13,7 @@ from ray.experimental.rdt.accelerators.events import Event, have_ended
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import note_still_writing
-from ray.experimental.rdt.rpc import checksums
+from ray.experimental.rdt.rpc import checksums, protocol
 from ray.experimental.rdt.rpc.session import Session, boot_id_of
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.staged.chunk_copies import (
@@ -157,13 +157,10 @@ class _Reading:
         return has_ended
 
     def _ask(self, start: int, stop: int) -> Callable[[float], dict[str, Any]]:
-        body = {
-            "exposure": self._exposure,
-            "start": start,
-            "stop": stop,
-            "timeout_s": self._deadline.left_s(),
-        }
-        return self._session.start_call(self._peer.address, "rdt.staged.chunk", body)
+        body = protocol.StagedChunk(
+            exposure=self._exposure, start=start, stop=stop, timeout_s=self._deadline.left_s()
+        )
+        return self._session.start_call(self._peer.address, protocol.STAGED_CHUNK, body)
 
     def _take(self, start: int, stop: int, answer: Callable[[float], dict[str, Any]]) -> None:
         while len(self._chunks) >= _COPIES or self._has_first_ended():
@@ -171,7 +168,7 @@ class _Reading:
         answered = answer(self._deadline.left_s())
         pieces = list(pieces_of(self._buffers, start, stop))
         mapped = self._reader.map(self._peer, answered["slot"], pieces)
-        chunk = _Chunk(bytes.fromhex(answered["key"]), mapped=mapped)
+        chunk = _Chunk(answered["key"], mapped=mapped)
         self._chunks.append(chunk)
         if mapped is not None:
             memory, away = mapped.memory[: stop - start], pieces

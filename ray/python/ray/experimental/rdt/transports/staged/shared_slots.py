@@ -70,7 +70,7 @@ class Slot:
         self._uses[0] += 1
 
     def describe(self) -> dict[str, Any]:
-        """Describe the slot in its current use for consumers, as JSON."""
+        """Describe the slot in its current use for consumers."""
         return {**self._place, "use": self._uses[0]}
 
     def give_back(self) -> None:

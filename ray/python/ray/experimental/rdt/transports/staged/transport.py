@@ -12,7 +12,7 @@ through other pinned memory, which only the agent reads.
 
 No transport that users name: the last way of tensors on devices, see ``device_lanes``.
 
-Request (JSON, through the session):
+Request (``rpc/protocol.py``):
 
 * ``rdt.staged.chunk`` {exposure, start, stop, timeout_s}: copies bytes ``start`` to ``stop`` of the
   exposed buffers, taken one after the other, and answers with the key to pull them by, and the slot
@@ -36,6 +36,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route
 from ray.experimental.rdt.transports.staged import reading as staged_reading
@@ -121,7 +122,7 @@ class StagedTransport:
         # Slots of requests that failed while devices wrote.
         self._written: list[tuple[Slot, list[Event]]] = []
         threads = DaemonThreads(_THREADS, "rdt-staged")
-        session.serve("rdt.staged.chunk", self._on_chunk, threads)
+        session.serve(protocol.STAGED_CHUNK, self._on_chunk, threads)
         session.on_close(threads.close)
         session.on_released(self._on_released)
         session.on_peer_lost(self._on_peer_lost)
@@ -149,7 +150,7 @@ class StagedTransport:
         with self._lock:
             self._exposed.clear()
 
-    def _on_chunk(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
+    def _on_chunk(self, peer_id: bytes, body: protocol.StagedChunk) -> dict[str, Any]:
         """Runs on: producer, an rdt-staged thread."""
         with self._lock:
             exposed = self._exposed.get(body["exposure"])
@@ -174,7 +175,7 @@ class StagedTransport:
         self._session.agent.register(chunk.key, *where, token)
         if self._session.is_asker_lost():
             self._session.agent.release(chunk.key)
-        return {"key": chunk.key.hex(), "slot": place}
+        return {"key": chunk.key, "slot": place}
 
     def _take_slot(self, accelerator: Accelerator, deadline: Deadline) -> Slot | None:
         """Return a free slot for devices of a kind, None if there is none."""

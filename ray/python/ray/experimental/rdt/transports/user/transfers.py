@@ -4,7 +4,7 @@ A process receives at most one object at a time over a transport, and sends at m
 takes the lock for receiving before it asks its producer, which takes the lock for sending. A
 transfer that has both goes on, so transfers cannot wait for each other in a circle.
 
-Request (JSON, through the session): ``rdt.end/<NAME>`` {transfer, reason}: the other side has
+Request (``rpc/protocol.py``): ``rdt.user.end/<NAME>`` {transfer, reason}: the other side has
 failed. The answer has the reason for which this side had failed before, "" for none.
 """
 
@@ -20,6 +20,7 @@ from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import is_interrupt, raise_if_interrupt
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.user.calls import SLICE_S, Call
@@ -64,7 +65,7 @@ class Transfers:
 
     def __init__(self, session: Session, name: str):
         self._session = session
-        self._end_op = f"rdt.end/{name}"
+        self._end_op = protocol.of_transport(protocol.USER_END, name)
         self._lock = threading.Lock()
         self._is_closed = False
         self._running: dict[str, Transfer] = {}
@@ -95,7 +96,7 @@ class Transfers:
     def report_failure(self, peer: bytes, transfer_id: str, error: BaseException) -> None:
         """End the other side's part of a transfer that failed here."""
         if not isinstance(error, TransferEnded):
-            body = {"transfer": transfer_id, "reason": _reason(error)}
+            body = protocol.UserEnd(transfer=transfer_id, reason=_reason(error))
             self._session.send_oneway(peer, self._end_op, body)
 
     def find_cause(self, producer: bytes, transfer_id: str, error: BaseException) -> BaseException:
@@ -109,7 +110,7 @@ class Transfers:
             self.report_failure(producer, transfer_id, error)
             return error
         try:
-            body = {"transfer": transfer_id, "reason": _reason(error)}
+            body = protocol.UserEnd(transfer=transfer_id, reason=_reason(error))
             answer = self._session.call(producer, self._end_op, body, _ANSWER_S)
         except Exception as lost:
             raise_if_interrupt(lost)
@@ -124,8 +125,8 @@ class Transfers:
         for transfer in running:
             transfer.end(error=TransferEnded("Ray is shutting down", "stopped"))
 
-    def _on_end(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
-        """Answer ``rdt.end``. Runs on: either side, an rdt-call thread."""
+    def _on_end(self, peer_id: bytes, body: protocol.UserEnd) -> dict[str, Any]:
+        """Answer ``USER_END``. Runs on: either side, an rdt-call thread."""
         transfer_id = body["transfer"]
         with self._lock:
             transfer = self._running.get(transfer_id)

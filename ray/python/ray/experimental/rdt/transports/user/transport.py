@@ -10,7 +10,6 @@ runs on the thread of the task, whose devices and streams it sees.
 
 from __future__ import annotations
 
-import base64
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
@@ -127,7 +127,7 @@ class UserTransport:
 
         Runs on: producer, an ``rdt-send`` thread. A failed send ends the consumer's receive.
         """
-        consumer = base64.b64decode(route["consumer"])
+        consumer = route["consumer"]
         sending = route["transfer"], agent_id_of(consumer), "send_multiple_tensors"
         with self._transfers.running(*sending) as transfer:
             communicator: Any = CommunicatorMetadata()
@@ -227,10 +227,10 @@ class UserTransport:
 
     def _ask(self, ask: Ask, transfer: Transfer, note: str) -> None:
         if not self.capabilities.two_sided:
-            ask("rdt.expose", {})
+            ask(protocol.EXPOSE, {})
             return
-        own_address = base64.b64encode(self._session.address).decode()
-        ask("rdt.send", {"transfer": transfer.id, "note": note, "consumer": own_address})
+        route = {"transfer": transfer.id, "note": note, "consumer": self._session.address}
+        ask(protocol.SEND, route)
 
     def _fetch(
         self,
