@@ -10,8 +10,8 @@ The vendor's calls are in ``accelerators.cuda_sharing``.
 
 Requests (``rpc/protocol.py``):
 
-* ``rdt.memory.share/<name>`` {exposure, loan, pid, address, timeout_s}: answers with the layout of the
-  buffers.
+* ``rdt.memory.share/<name>`` {exposure, loan, pid, address, timeout_s}: answers with the layout of
+  the buffers.
 * ``rdt.memory.gone/<name>`` {exposure}: the object was freed; the consumer unmaps it.
 * ``rdt.memory.keep/<name>`` {loan}: the consumer uses the memory from now on, without a deadline.
 * ``rdt.memory.close/<name>`` {loan}: the consumer has unmapped it.
