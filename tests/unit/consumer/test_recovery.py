@@ -255,13 +255,14 @@ def test_the_owner_is_asked(consumer: Consumer, owner: FakeSession, fake_ray: Fa
 
     def reconstruct(peer: bytes, body: dict[str, Any]) -> dict[str, Any]:
         asked.append(body)
-        names = {"object_id": replacement.hex(), "owner": owner.worker_id.hex(), "status": ""}
+        object_id = bytes.fromhex(replacement.hex())
+        names = {"object_id": object_id, "owner": owner.worker_id, "status": b""}
         return {"state": RECONSTRUCTED, "reason": "", **names}
 
     owner.serve(protocol.RECONSTRUCT, reconstruct)
     consumer.results = ["the replacement"]
     assert consumer.recover([lost()], [borrowed]) == ["the replacement"]
-    assert asked == [{"object_id": object_id(1), "key": KEY.hex(), "busy": ""}]
+    assert asked == [{"object_id": object_id(1), "key": KEY, "busy": ""}]
 
 
 def test_all_processes_are_asked_if_the_owner_is_not_known(

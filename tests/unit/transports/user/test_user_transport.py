@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import gc
 import threading
 import weakref
@@ -142,8 +141,7 @@ def pull(
 
 
 def route_to(consumer: FakeSession, note: str = "") -> dict[str, Any]:
-    address = base64.b64encode(consumer.address).decode()
-    return {"transfer": "its transfer", "note": note, "consumer": address}
+    return {"transfer": "its transfer", "note": note, "consumer": consumer.address}
 
 
 # Producer.
@@ -268,7 +266,7 @@ def test_the_consumer_receives(transport: UserTransport, code: Code, there: Fake
     ((op, body),) = asked
     assert op == "rdt.send"
     assert body["note"] == ""
-    assert base64.b64decode(body["consumer"]) == transport._session.address
+    assert body["consumer"] == transport._session.address
     assert code.calls[0][:3] == ("fetch", "its id", "metadata")
 
 
@@ -399,7 +397,7 @@ def test_only_the_other_side_ends_a_transfer(
 
     def ask(op: str, route: dict[str, Any]) -> dict[str, Any]:
         body = {"transfer": route["transfer"], "reason": "because"}
-        stranger.send_oneway(here.address, "rdt.end/MINE", body)
+        stranger.send_oneway(here.address, "rdt.user.end/MINE", body)
         return {}
 
     assert pull(transport, there, ask) == ["received"]
