@@ -89,6 +89,7 @@ def test_value_that_cannot_be_pickled_is_refused_as_in_plain_ray(local_ray: None
 
 def test_plain_put_imports_nothing_of_rdt(tmp_path: Path) -> None:
     source = """
+        import importlib.util
         import sys
         import ray
 
@@ -96,10 +97,13 @@ def test_plain_put_imports_nothing_of_rdt(tmp_path: Path) -> None:
         assert ray.get(ray.put({"x": [1, 2]})) == {"x": [1, 2]}
         worker = ray._private.worker.global_worker
         print("manager", worker._rdt_manager)
-        ours = ("rdt.manager", "rdt.session", "rdt._agent", "rdt.capture", "rdt.fetch")
-        print("modules", [name for name in sys.modules if name.endswith(ours) or name == "torch"])
+        ours = ["_agent", "_tensors", "manager", "owner", "producer", "rpc", "serialization"]
+        heavy = ["torch", *("ray.experimental.rdt." + name for name in ours)]
+        print("modules", [name for name in heavy if name in sys.modules])
+        print("missing", [name for name in heavy if not importlib.util.find_spec(name)])
         ray.shutdown()
     """
     printed = run_driver(source, tmp_path)
     assert "manager None" in printed
     assert "modules []" in printed
+    assert "missing []" in printed
