@@ -8,7 +8,7 @@ from ci import patches
 from ci.build import overlay, venvs
 from ci.build.native import build_native_tests
 from ci.build.steps import ROOT, BuildError, run, say
-from ci.checks import layers
+from ci.checks import layers, sizes
 
 PYTHON_DIRS = ["bench", "ci", "examples", "ray/python", "tests"]
 TYPED = ["ray/python/ray/experimental/rdt", "ray/python/ray/experimental/collective", "ci"]
@@ -62,7 +62,8 @@ def check_all(venv_python: Path) -> None:
         ("codespell", tool("codespell", *existing(PROSE))),
         ("patches", lint_patches),
         ("overlay", lint_overlay),
-        ("layers", lint_layers),
+        ("layers", lambda: lint(layers.check())),
+        ("sizes", lambda: lint(sizes.check())),
     ]
     if sources:
         checks += [
@@ -103,8 +104,8 @@ def lint_overlay() -> None:
     print(f"{len(changes)} stock and new files change")
 
 
-def lint_layers() -> None:
-    problems = layers.check()
+def lint(problems: list[str]) -> None:
+    """Raise BuildError if a rule is violated."""
     if problems:
         raise BuildError("\n".join(problems))
 

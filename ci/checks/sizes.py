@@ -1,0 +1,51 @@
+"""Check the sizes of our sources: what is longer is split, or says why in a line ``# Size: ...``.
+
+A class has at most 20 methods, a Python or Cython file 450 lines, a C++ file 400 and a Python
+function 60. The line that says why stands in the file.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[2] / "ray"
+FILE_LINES = {".py": 450, ".pyx": 450, ".pxi": 450, ".cc": 400, ".h": 400}
+METHODS = 20
+FUNCTION_LINES = 60
+REASON = ("# Size: ", "// Size: ")
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def oversized(file: Path) -> Iterator[str]:
+    """Yield what of a file is too long."""
+    text = file.read_text()
+    lines = text.count("\n")
+    if lines > FILE_LINES[file.suffix]:
+        yield f"it has {lines} lines, and {FILE_LINES[file.suffix]} is the limit"
+    for node in ast.walk(ast.parse(text)) if file.suffix == ".py" else ():
+        if isinstance(node, ast.ClassDef):
+            methods = sum(isinstance(each, FUNCTIONS) for each in node.body)
+            if methods > METHODS:
+                yield f"class {node.name} has {methods} methods, and {METHODS} is the limit"
+        elif isinstance(node, FUNCTIONS) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            if length > FUNCTION_LINES:
+                yield f"{node.name} has {length} lines, and {FUNCTION_LINES} is the limit"
+
+
+def check(sources: Path = SOURCES) -> list[str]:
+    """Return the violations, one line each."""
+    files = (file for file in sorted(sources.rglob("*")) if file.suffix in FILE_LINES)
+    return [
+        f"{file}: {problem}"
+        for file in files
+        if not any(mark in file.read_text() for mark in REASON)
+        for problem in oversized(file)
+    ]
+
+
+if __name__ == "__main__":
+    problems = check()
+    print("\n".join(problems) or "sizes: no file, class or function is too long")
+    sys.exit(bool(problems))
