@@ -10,7 +10,7 @@ import torch
 from ray.util.collective import types
 
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.groups import collectives, ray_group
+from ray.experimental.rdt.groups import collectives, entered_groups, ray_group
 from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.groups.service import GroupService, MemberFailed
 from ray.experimental.rdt.rpc import protocol
@@ -190,7 +190,7 @@ class RayCollective:
 def ray_collective(monkeypatch):
     made = RayCollective()
     monkeypatch.setattr(collectives, "_ray_collective", lambda: made)
-    monkeypatch.setattr(collectives, "_entered", {})
+    monkeypatch.setattr(entered_groups, "by_name", {})
     monkeypatch.setattr(ray_group, "_TIMEOUT_S", 15.0)
     return made
 
@@ -270,4 +270,4 @@ def test_group_that_is_left_before_it_is_entered_leaves_its_name_free(
     with pytest.raises(MemberFailed, match="destroyed meanwhile"):
         form(creator, [member])
     assert not ray_collective.groups
-    assert not collectives._entered
+    assert not entered_groups.by_name

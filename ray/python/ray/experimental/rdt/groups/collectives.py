@@ -11,6 +11,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.groups import entered_groups
+from ray.experimental.rdt.groups.entered_groups import BACKEND
 from ray.experimental.rdt.groups.membership import Group
 
 if TYPE_CHECKING:
@@ -18,11 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.rdt")
 
-BACKEND = "RDT"
-
 #: Held while a group is entered or left, so that neither sees the other half done.
 _lock = threading.Lock()
-_entered: dict[str, tuple[Group, ProcessGroupTransport]] = {}
 
 
 def enter(group: Group, transport: ProcessGroupTransport) -> None:
@@ -35,12 +34,13 @@ def enter(group: Group, transport: ProcessGroupTransport) -> None:
     if ray_collective is None:
         return
     with _lock:
-        _entered[group.name] = (group, transport)
+        entered_groups.by_name[group.name] = (group, transport)
         try:
             size = len(group.members)
             ray_collective.init_collective_group(size, group.rank, BACKEND, group.name)
         except BaseException:
-            del _entered[group.name]  # the name is not ours, so it must never be destroyed by us
+            # The name is not ours, so it must never be destroyed by us.
+            del entered_groups.by_name[group.name]
             raise
 
 
@@ -51,17 +51,13 @@ def leave(group: Group) -> None:
     waits for another member keeps the group busy until then.
     """
     with _lock:
-        if group.name not in _entered or entered(group.name)[0] != group:
+        entered = entered_groups.by_name.get(group.name)
+        if entered is None or entered[0] != group:
             return
         ray_collective = _ray_collective()
         if ray_collective.is_group_initialized(group.name):
             ray_collective.destroy_collective_group(group.name)
-        del _entered[group.name]
-
-
-def entered(name: str) -> tuple[Group, ProcessGroupTransport]:
-    """A registered group and what it moves bytes with."""
-    return _entered[name]
+        del entered_groups.by_name[group.name]
 
 
 @functools.cache

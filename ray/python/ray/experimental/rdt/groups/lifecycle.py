@@ -15,7 +15,7 @@ import ray
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.groups import collectives, records, service
+from ray.experimental.rdt.groups import entered_groups, records, service
 from ray.experimental.rdt.groups.membership import Member
 from ray.experimental.rdt.groups.records import Record
 from ray.experimental.rdt.groups.service import MemberFailed
@@ -135,7 +135,7 @@ def normalized(backend: str) -> str:
     from ray.util.collective import backend_registry
 
     users = str(backend).upper()
-    if users != collectives.BACKEND and backend_registry._global_registry.is_registered(users):
+    if users != entered_groups.BACKEND and backend_registry._global_registry.is_registered(users):
         return users
     raise ValueError(
         f"Unknown backend {backend!r} for a collective group; known: gloo, nccl, and those that "

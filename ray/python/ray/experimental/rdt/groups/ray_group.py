@@ -16,7 +16,7 @@ from ray.util.collective import types
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.groups import collectives
+from ray.experimental.rdt.groups import entered_groups
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class RDTGroup(BaseGroup):
 
     def __init__(self, world_size: int, rank: int, group_name: str):
         super().__init__(world_size, rank, group_name)
-        self._group, self._transport = collectives.entered(group_name)
+        self._group, self._transport = entered_groups.by_name[group_name]
         self._of_all = _ProcessGroup(self._make_group_of_all)
         self._pairs = [
             _ProcessGroup(functools.partial(self._make_pair, other)) for other in range(world_size)
@@ -40,7 +40,7 @@ class RDTGroup(BaseGroup):
     @classmethod
     def backend(cls) -> str:
         """See BaseGroup."""
-        return collectives.BACKEND
+        return entered_groups.BACKEND
 
     @classmethod
     def check_backend_availability(cls) -> bool:
