@@ -1,8 +1,8 @@
 """Check the layers of ray.experimental.rdt: a module imports only its own layer or lower ones.
 
-Every import counts, also those inside functions and for types only, and none of them may be part of
-a circle of modules. A module that no layer names is an error, and so is a name without a module.
-Only ``common/ray_core.py`` uses the private state of Ray's worker.
+Every import counts, also inside functions and for types only. Import cycles are errors. So are a
+module that no layer names, and a name without a module. Only
+``common/ray_core.py`` uses the private state of Ray's worker.
 """
 
 import ast
