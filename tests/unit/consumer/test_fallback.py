@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ NAMED = Candidate("gloo", Kind.TRANSPORT, Fallback.IF_UNAVAILABLE)
 AUTO = Candidate("nixl", Kind.TRANSPORT, Fallback.IF_FAILED)
 OUT = Candidate("nccl", Kind.TRANSPORT, Fallback.IF_FAILED, "no GPU")
 AGENT = Candidate("agent", Kind.AGENT)
+STRICT_AGENT = Candidate("agent", Kind.AGENT, unavailable_reason=STRICT)
 
 
 @dataclass
@@ -168,3 +171,41 @@ def test_only_pulls_of_the_agent_are_parked():
     chain.park(lambda *what: not kept.append(what))
     assert kept == [(b"k", pull, 9)]
     chain.abandon()
+
+
+@pytest.mark.parametrize("step", ["start", "finish"])
+@pytest.mark.parametrize(
+    "candidates", [[NAMED], [AGENT], [NAMED, STRICT_AGENT]], ids=["named", "agent", "strict"]
+)
+def test_error_that_ends_the_fetch_keeps_nothing_alive(step, candidates):
+    """Receive memory and references are freed with the error, not by a later collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        assert failed_chain(step, candidates)() is None
+    finally:
+        gc.enable()
+
+
+class Breaking(FakeTransfer):
+    """Fails by an error that nothing else refers to."""
+
+    def _do(self, step: str, deadline: Deadline | None = None) -> None:
+        if step == self.fails_in:
+            raise TransportUnavailable("it broke")
+
+
+def failed_chain(step: str, candidates: list[Candidate]) -> weakref.ref[Any]:
+    """Run a chain that fails; return a reference that does not keep it alive."""
+    world = World()
+    world.make = lambda candidate: Breaking(candidate.name, world, step)  # type: ignore[method-assign]
+    chain = world.chain(*candidates)
+    failed = False
+    try:
+        chain.start(Deadline.after(LIMIT_S))
+        chain.finish(Deadline.after(LIMIT_S))
+    except (TransportUnavailable, RDTError):
+        failed = True
+    assert failed
+    del world.make
+    return weakref.ref(chain)

@@ -90,3 +90,23 @@ def test_a_first_reader_that_runs_out_of_time_fails_no_other() -> None:
     assert str(failure) == "the device did not finish"
     assert described == {"exposed": 1}
     assert server.exposed == 1
+
+
+def test_exposures_are_kept_for_what_the_object_has_alone() -> None:
+    server, transport = make_server(), SlowTransport()
+    transport.gate.set()
+    stored: Any = SimpleNamespace(key=b"k" * 16, captured=lay_out([torch.ones(3)]))
+    body = {"device": "no such device", "transport": "slow"}
+    with pytest.raises(CallError, match="no tensors on 'no such device'"):
+        server._expose_once(transport, stored, body, Deadline.after(5))
+    assert not server._exposed
+
+
+def test_a_transport_that_sends_is_not_asked_to_expose() -> None:
+    server = make_server()
+    sender = SimpleNamespace(capabilities=Capabilities("gloo", frozenset({"cpu"}), two_sided=True))
+    server._transports.get = lambda name: sender
+    body = {"device": "cpu", "transport": "gloo", "key": b"k" * 16, "timeout_s": 5.0}
+    with pytest.raises(CallError, match="exposes nothing"):
+        server._on_expose(b"peer", body)
+    assert not server._exposed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -62,3 +63,18 @@ def test_the_name_of_one_transports_request_has_the_same_body() -> None:
     with pytest.raises(protocol.MalformedMessage):
         protocol.body_of(protocol.encode_request(op, {"loan": 1}))
     assert protocol.body_of(protocol.encode_request(op, {"loan": "1"})) == {"loan": "1"}
+
+
+@pytest.mark.parametrize("timeout_s", [math.nan, math.inf, -math.inf])
+def test_a_time_that_is_no_number_of_seconds_is_refused(timeout_s: float) -> None:
+    body = {"exposure": 1, "start": 0, "stop": 1, "timeout_s": timeout_s}
+    with pytest.raises(protocol.MalformedMessage, match="timeout_s"):
+        protocol.body_of(protocol.encode_request(protocol.STAGED_CHUNK, body))
+
+
+@pytest.mark.parametrize(
+    "answer", [[], {}, {"body": [1]}, {"error": "x"}, {"error": "x", "code": ["y"]}]
+)
+def test_an_answer_of_another_shape_is_refused(answer: Any) -> None:
+    with pytest.raises(protocol.MalformedMessage):
+        protocol.decode_answer(protocol.pack(answer))

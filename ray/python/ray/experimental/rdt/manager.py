@@ -122,8 +122,8 @@ class RDTManager:
 
     def shutdown(self) -> None:
         """End this process's part in RDT. Runs on: the thread of ``ray.shutdown``."""
-        self.owner.close()
         self.consumer.close()
+        self.owner.close()
         session.end()
         self.producer.close()
 

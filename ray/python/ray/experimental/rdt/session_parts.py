@@ -78,7 +78,9 @@ def build(
     orphans = OrphanCollector(session, lambda key: store.by_key(key) is not None, owner.may_own)
     OwnerMonitor(session, produced)
     owner.reconstruction.serve(session)
+    session.on_close(transports.close)
     groups.attach(session, transports.get)  # type: ignore[arg-type]
+    explainer = Explainer(session, transports, policy)
     Gauges(session, stats)
 
     def drop(tokens: list[int]) -> None:
@@ -89,7 +91,6 @@ def build(
     session.on_released(drop)
     session.on_tick(prefetcher.drop_stale)
     session.on_tick(owner.on_tick)
-    session.on_close(transports.close)
     process_directory.publish_worker(session, ray_core.worker_id())
     actor_id = ray_core.actor_id()
     if actor_id is not None:
@@ -100,7 +101,7 @@ def build(
         OwnerServices(session, taken, HintSender(session)),
         TransferServices(session, transports, policy, prefetcher),
         server,
-        Explainer(session, transports, policy),
+        explainer,
     )
 
 

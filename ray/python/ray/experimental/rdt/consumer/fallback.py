@@ -73,7 +73,10 @@ class TransportFallbackChain:
                 return
             except Exception as error:
                 raise_if_interrupt(error)
-                self._note_failure(candidate, attempt, error, deadline)
+                if not self._may_continue(candidate, error, deadline):
+                    raise
+                attempt.abandon()
+                self._log_failure(candidate, attempt, error)
 
     def finish(self, deadline: Deadline) -> Targets:
         while True:
@@ -84,7 +87,10 @@ class TransportFallbackChain:
                 tensors = attempt.finish(_limit(candidate, deadline))
             except Exception as error:
                 raise_if_interrupt(error)
-                self._note_failure(candidate, attempt, error, deadline)
+                if not self._may_continue(candidate, error, deadline):
+                    raise
+                attempt.abandon()
+                self._log_failure(candidate, attempt, error)
             else:
                 self._log_use(candidate, attempt)
                 return tensors
@@ -110,21 +116,24 @@ class TransportFallbackChain:
             reasons.append(f"{candidate.name}: {candidate.unavailable_reason}")
         raise TransportUnavailable(f"no lane serves this object: {'; '.join(reasons)}")
 
-    def _note_failure(
-        self, candidate: Candidate, attempt: Transfer, error: Exception, deadline: Deadline
-    ) -> None:
-        """Give the attempt up, and raise unless another candidate may be tried."""
+    def _may_continue(self, candidate: Candidate, error: Exception, deadline: Deadline) -> bool:
+        """Tell whether another candidate is tried. If not, the caller raises the error again.
+
+        An error that is raised here would keep this frame, and this frame keeps the error.
+
+        Raises:
+            RDTError: Only ``RAY_RDT_STRICT_TRANSPORT=1`` is in the way.
+        """
         if not may_fall_back(candidate, error, deadline.has_passed()):
-            raise error
-        if not any(other.serves for other in self._left):
-            is_strict = any(other.unavailable_reason == STRICT for other in self._left)
-            if not is_strict or isinstance(error, ChecksumMismatch):
-                raise error
-            name = self._head.transport
-            text = f"transport {name!r} cannot serve this object ({error}), and {STRICT}."
-            raise RDTError(text) from error
-        attempt.abandon()
-        self._log_failure(candidate, attempt, error)
+            return False
+        if any(other.serves for other in self._left):
+            return True
+        is_strict = any(other.unavailable_reason == STRICT for other in self._left)
+        if not is_strict or isinstance(error, ChecksumMismatch):
+            return False
+        name = self._head.transport
+        text = f"transport {name!r} cannot serve this object ({error}), and {STRICT}."
+        raise RDTError(text) from error
 
     def _log_failure(self, candidate: Candidate, attempt: Transfer, error: Exception) -> None:
         if isinstance(error, ChecksumMismatch):

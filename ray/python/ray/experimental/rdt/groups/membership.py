@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ray.experimental.rdt.common import real_threads as threading
 
@@ -20,6 +21,13 @@ class Member(NamedTuple):
     agent_id: bytes
     address: bytes
     actor_id: str
+
+    @classmethod
+    def of(cls, fields: Sequence[Any]) -> Member:
+        """Return the member that another process sent as a list. Raises ValueError."""
+        if [type(field) for field in fields] != [bytes, bytes, str]:
+            raise ValueError(f"a member of a group has three fields, not {fields!r}")
+        return cls(*fields)
 
 
 @dataclass(frozen=True)

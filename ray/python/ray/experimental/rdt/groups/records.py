@@ -62,7 +62,7 @@ class Record:
             backend=body["backend"],
             actor_ids=tuple(body["actors"]),
             handles=tuple(body["handles"]),
-            members=tuple(Member(*member) for member in body["members"]),
+            members=tuple(map(Member.of, body["members"])),
         )
 
 

@@ -260,7 +260,7 @@ class GroupService:
     # Member. All run on rdt-call threads.
 
     def _on_join(self, peer_id: bytes, body: protocol.GroupJoin) -> dict[str, Any]:
-        members = tuple(Member(*member) for member in body["members"])
+        members = tuple(map(Member.of, body["members"]))
         group = Group(body["id"], body["name"], body["backend"], body["rank"], members)
         self._groups.add(group)
         transport = self._transport(group.backend)

@@ -120,12 +120,10 @@ class Server:
             ended = [key for key in self._exposed if key[0] == stored.key]
             exposures = [(key[1], self._exposed.pop(key)) for key in ended]
         for name, exposed in exposures:
-            transport = self._transports.get(name)
-            assert transport.capabilities.two_sided is False
-            one_sided: OneSided = transport  # type: ignore[assignment]
             # No thread is exposing it any more: that thread would have borrowed it.
             exposure = exposed.peek()
             if exposure is not None:
+                one_sided: OneSided = self._transports.get(name)  # type: ignore[assignment]
                 one_sided.withdraw(exposure.described)
 
     def _on_send(self, peer_id: bytes, body: protocol.Pull) -> Reply:
@@ -176,6 +174,8 @@ class Server:
 
     def _on_expose(self, peer_id: bytes, body: protocol.Pull) -> dict[str, Any]:
         transport: OneSided = self._transports.get(body["transport"])  # type: ignore[assignment]
+        if transport.capabilities.two_sided:
+            raise CallError(f"transport {body['transport']!r} exposes nothing")
         deadline = Deadline.after(float(body["timeout_s"]))
         stored = self._borrow(body["key"])
         try:
@@ -215,6 +215,8 @@ class Server:
     ) -> dict[str, Any]:
         """Exposes an object at its first reader's request; others wait for that. May block."""
         device_type = body["device"]
+        if device_type not in {"cpu", *stored.captured.table.devices.values()}:
+            raise CallError(f"the object has no tensors on {device_type!r}")
         stored.captured.require_unchanged()
 
         def expose() -> _Exposure:

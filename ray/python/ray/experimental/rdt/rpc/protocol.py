@@ -8,6 +8,7 @@ A body that lacks a field, or has one of another type, is refused before its han
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from types import UnionType
 from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
@@ -313,7 +314,8 @@ def decode_answer(answer: bytes) -> dict[str, Any]:
     """Return an answer: a map with "body", or with "error" and "code". Raises MalformedMessage."""
     decoded = unpack(answer)
     if not isinstance(decoded, dict) or not (
-        "body" in decoded or {"error", "code"} <= set(decoded)
+        isinstance(decoded.get("body"), dict)
+        or (isinstance(decoded.get("error"), str) and isinstance(decoded.get("code"), str))
     ):
         raise MalformedMessage("the answer of a request is a map with a body or an error")
     return decoded
@@ -341,7 +343,7 @@ def _hints(body: Any) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     """Tell whether a value is of a type; what is inside lists and maps is not looked at."""
     if hint is float:
-        return isinstance(value, (int, float))
+        return isinstance(value, (int, float)) and math.isfinite(value)
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, each) for each in get_args(hint))
     return isinstance(value, get_origin(hint) or hint)

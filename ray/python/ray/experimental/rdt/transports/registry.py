@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import cast
 
 from ray.experimental.rdt.common import real_threads as threading
@@ -43,9 +45,13 @@ class Transports:
         Raises:
             TransportUnavailable: The name is unknown, or its library is missing.
         """
+        made = self.peek(name)
+        if made is not None:
+            return made
+        make = self._maker(name)  # names that no transport has are not kept
         with self._lock:
-            made = self._made.setdefault(name, Once())
-        return made.get(lambda: self._make(name))
+            once = self._made.setdefault(name, Once())
+        return once.get(make)
 
     def usable(self, name: str, device_type: str) -> Transport:
         """Return the transport of this name if this process can use it for such memory.
@@ -77,9 +83,12 @@ class Transports:
             return None
         return cast(UserTransport, self.get(name))
 
+    def _maker(self, name: str) -> Callable[[], Transport]:
+        if name in _FACTORIES:
+            return functools.partial(self._make, name)
+        return cast("Callable[[], Transport]", self._maker_of_users(name))
+
     def _make(self, name: str) -> Transport:
-        if name not in _FACTORIES:
-            return cast(Transport, self._make_users(name))
         module, factory = _FACTORIES[name]
         try:
             make = getattr(importlib.import_module(module), factory)
@@ -87,7 +96,7 @@ class Transports:
             raise TransportUnavailable(f"transport {name!r} cannot be loaded: {error}") from error
         return cast(Transport, make(self._session))
 
-    def _make_users(self, name: str) -> UserTransport:
+    def _maker_of_users(self, name: str) -> Callable[[], UserTransport]:
         try:
             entry = registered.find(name.upper())
         except ImportError as error:
@@ -97,7 +106,7 @@ class Transports:
                 f"transport {name!r} is not known here; "
                 "ray.experimental.register_tensor_transport makes it known"
             )
-        return UserTransport(self._session, entry)
+        return functools.partial(UserTransport, self._session, entry)
 
     def made(self) -> list[Transport]:
         """Return the transports that were created."""

@@ -113,7 +113,7 @@ class Imports:
 
     def wait(self, timeout_s: float) -> None:
         """Wait until released memory is unmapped, if no work over it is left."""
-        if self._thread is not None:
+        if self._thread is not None and not self._is_closed:
             is_unmapped = threading.Event()
             self._unused.put(is_unmapped)
             is_unmapped.wait(timeout_s)

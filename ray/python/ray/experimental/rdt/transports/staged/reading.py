@@ -13,6 +13,7 @@ from ray.experimental.rdt.accelerators.events import Event, have_ended
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import note_still_writing
+from ray.experimental.rdt.common.once import StillBeingMade
 from ray.experimental.rdt.rpc import checksums, protocol
 from ray.experimental.rdt.rpc.session import Session, boot_id_of
 from ray.experimental.rdt.transports.base import Peer
@@ -77,7 +78,9 @@ class Reader:
         self._unmapped.discard(producer)
         self.session.run_in_background(self._mappings.forget, producer)
 
-    def map(self, peer: Peer, slot: dict[str, Any] | None, pieces: Buffers) -> Mapped | None:
+    def map(
+        self, peer: Peer, slot: dict[str, Any] | None, pieces: Buffers, deadline: Deadline
+    ) -> Mapped | None:
         """Map the producer's memory; None if the devices of these pieces cannot copy from it."""
         is_near = boot_id_of(peer.address) == boot_id_of(self.session.address)
         is_wanted = "shm" in settings().lanes and not settings().checksum
@@ -87,7 +90,10 @@ class Reader:
         if peer.agent_id in self._unmapped:
             return None
         try:
-            return self._mappings.open(peer.agent_id, slot, accelerator_of(pieces[0].device))
+            accelerator = accelerator_of(pieces[0].device)
+            return self._mappings.open(peer.agent_id, slot, accelerator, deadline)
+        except StillBeingMade:
+            raise
         except (OSError, RuntimeError) as error:
             self._unmapped.add(peer.agent_id)
             self.session.log_once(
@@ -167,7 +173,7 @@ class _Reading:
             self._finish_first()
         answered = answer(self._deadline.left_s())
         pieces = list(pieces_of(self._buffers, start, stop))
-        mapped = self._reader.map(self._peer, answered["slot"], pieces)
+        mapped = self._reader.map(self._peer, answered["slot"], pieces, self._deadline)
         chunk = _Chunk(answered["key"], mapped=mapped)
         self._chunks.append(chunk)
         if mapped is not None:

@@ -162,7 +162,13 @@ class Mappings:
         self._lock = threading.Lock()
         self._known: dict[tuple[bytes, str], Once[tuple[torch.Tensor, memoryview]]] = {}
 
-    def open(self, owner: bytes, described: dict[str, Any], accelerator: Accelerator) -> Mapped:
+    def open(
+        self,
+        owner: bytes,
+        described: dict[str, Any],
+        accelerator: Accelerator,
+        deadline: Deadline | None = None,
+    ) -> Mapped:
         """Return the slot that a producer described.
 
         Runs on: consumer, the fetching thread.
@@ -171,15 +177,17 @@ class Mappings:
             owner: The producer's agent, for ``forget``.
             described: See ``Slot.describe``.
             accelerator: The kind of devices that copy out of it.
+            deadline: The end of the wait for another thread that opens it.
 
         Raises:
+            StillBeingMade: The deadline passed.
             OSError: This process may not open it.
             RuntimeError: It does not exist, or the devices cannot use it.
         """
         entry = owner, described["name"]
         with self._lock:
             known = self._known.setdefault(entry, Once())
-        mapped = known.get(lambda: _open(described, accelerator))
+        mapped = known.get(lambda: _open(described, accelerator), deadline)
         return Mapped(*mapped, described["use"])
 
     def forget(self, owner: bytes) -> None:
