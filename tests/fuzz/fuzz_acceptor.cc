@@ -1,6 +1,6 @@
 // A whole agent, from its sockets: any bytes before the proof, and any frames after
-// it. Whatever comes, the agent goes on to serve, gives nothing to who has not proved
-// the secret, and no byte of an object to who has not its key.
+// it. For any input, the agent continues to serve, sends nothing to a client that has not
+// proved the secret, and no byte of an object to a client without its key.
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -204,7 +204,7 @@ void Run(Served *served, Script *script, bool has_key) {
     Purpose purpose = is_control ? Purpose::kControl : Purpose::kData;
     Bytes early = is_early ? OneFrame(script) : Bytes();
     is_authenticated = caller.Authenticate(*served, purpose, early);
-    Require(is_authenticated || is_early, "who knows the secret gets in");
+    Require(is_authenticated || is_early, "a client with the secret is accepted");
     SendFrames(&caller, script);
   } else {
     caller.Send(script->Rest());

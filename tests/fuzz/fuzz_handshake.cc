@@ -1,6 +1,6 @@
-// Between a client and a server that share a secret, someone changes, drops, repeats
-// and makes up frames; or nobody there knows the secret. A side is done only if
-// everything that it was told came, unchanged, from a side that knows the secret.
+// An attacker between a client and a server changes, drops, repeats and invents frames.
+// The two sides share a secret, or have different ones. A side finishes only if all its
+// input came unchanged from a side with the same secret.
 #include <deque>
 
 #include "fuzz.h"

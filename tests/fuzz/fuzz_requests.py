@@ -38,7 +38,7 @@ KEY = bytes(16)
 
 
 class Replies:
-    """Stands before the agent, to see that each request has one answer."""
+    """A wrapper of the agent that checks that each request has one answer."""
 
     def __init__(self, agent):
         self._agent = agent

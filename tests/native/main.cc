@@ -1,4 +1,4 @@
-// Runs the tests whose name holds the first argument, or all.
+// Runs the tests whose names contain the first argument, or all tests.
 //
 // A test that hangs ends the program after kTestTimeoutS, with its name.
 #include <unistd.h>

@@ -138,7 +138,7 @@ TEST("acceptor: a frame over 512 bytes is refused by its header alone") {
   CHECK(caller.IsClosed());
 }
 
-TEST("acceptor: of too many who do not prove themselves the oldest goes") {
+TEST("acceptor: the oldest of too many unauthenticated connections is closed") {
   Served served;
   Caller oldest(*served.agent);
   std::vector<std::unique_ptr<Caller>> others;
@@ -149,7 +149,7 @@ TEST("acceptor: of too many who do not prove themselves the oldest goes") {
   CheckServes(*served.agent);
 }
 
-TEST("acceptor: a crowd over TCP is not in the way of who comes over Unix") {
+TEST("acceptor: many TCP connections do not block a Unix connection") {
   Served served;
   Caller slow(*served.agent);
   std::vector<std::unique_ptr<Caller>> crowd;
@@ -160,7 +160,7 @@ TEST("acceptor: a crowd over TCP is not in the way of who comes over Unix") {
   slow.Authenticate(Purpose::kControl, 7);
 }
 
-// How a dial ends whose first connections, `drops` many, are closed unheard.
+// Returns the result of a connector whose first `drops` connections are closed unread.
 Status ConnectDropped(int drops) {
   Bench bench;
   auto &loop = bench.loop;
@@ -189,7 +189,9 @@ Status ConnectDropped(int drops) {
   return status;
 }
 
-TEST("acceptor: who is dropped before the proof knocks again, but not for ever") {
+TEST(
+    "acceptor: a client dropped before its proof connects again, a limited number of "
+    "times") {
   CHECK_EQ(ConnectDropped(6).text, "");
   auto began = Clock::now();
   Status status = ConnectDropped(1000);
@@ -198,7 +200,7 @@ TEST("acceptor: who is dropped before the proof knocks again, but not for ever")
   CHECK(status.text.find("the handshake did not finish") != std::string::npos);
 }
 
-TEST("acceptor: who proves nothing for five seconds is sent away") {
+TEST("acceptor: a silent client is closed after the handshake timeout") {
   Served served;
   auto began = std::chrono::steady_clock::now();
   Caller silent(*served.agent);
@@ -210,7 +212,7 @@ TEST("acceptor: who proves nothing for five seconds is sent away") {
   CHECK(took.count() > limits::kHandshakeTimeoutS / 2);
 }
 
-TEST("acceptor: another user of the host is turned away") {
+TEST("acceptor: another user of the host is refused") {
   if (geteuid() != 0) return;  // only root can become another user
   Served served;
   AgentId agent = ParseAddress(served.agent->address())->agent;
@@ -274,7 +276,7 @@ TEST("acceptor: a data connection that asks before it is welcome ends, and only 
   CheckServes(*served.agent);
 }
 
-TEST("acceptor: who gave no ring has none filled, not even with nothing") {
+TEST("acceptor: without a ring, no fill is accepted, not even an empty one") {
   Served served;
   Caller peer(*served.agent);
   peer.Authenticate(Purpose::kControl, 7);
@@ -285,7 +287,7 @@ TEST("acceptor: who gave no ring has none filled, not even with nothing") {
   CheckServes(*served.agent);
 }
 
-TEST("acceptor: nobody guesses the pulls of another") {
+TEST("acceptor: the pull id of another consumer cannot be guessed") {
   Served served;
   auto consumer = MakeAgent();
   Memory destination(kObjectBytes);

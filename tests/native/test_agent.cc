@@ -65,7 +65,7 @@ TEST("agent: large calls and many at once") {
   for (auto &call : calls) CHECK(Outcome(call.call.get()).ok());
 }
 
-TEST("agent: a call over the frame limit fails and hurts nobody") {
+TEST("agent: a call over the frame limit fails and affects no other call") {
   auto server = MakeAgent();
   auto client = MakeAgent();
   Responder responder(server.get());
@@ -141,7 +141,7 @@ TEST("agent: an address of another version names both versions") {
   CHECK(ticket.pull->status().text.find("version 5") != std::string::npos);
 }
 
-TEST("agent: malformed arguments are refused at the door") {
+TEST("agent: malformed arguments are refused at once") {
   auto agent = MakeAgent();
   bool threw = false;
   try {
@@ -183,7 +183,7 @@ TEST("agent: garbage on its sockets is dropped and everyone else served") {
   CHECK(lines > 0 && lines < 100);
 }
 
-TEST("agent: a flood of silent connections keeps nobody out") {
+TEST("agent: many silent connections do not block a client with the secret") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   Memory memory(8);
@@ -223,7 +223,7 @@ TEST("agent: a peer on another network namespace is reached over TCP") {
   CHECK(source == destination);
 }
 
-TEST("agent: nobody answers, and the pull ends after the connect timeout") {
+TEST("agent: a pull from a silent address ends after the connect timeout") {
   Settings settings = TestSettings();
   settings.connect_timeout_s = 0.2;
   Agent consumer("secret", settings);
@@ -256,7 +256,7 @@ TEST("agent: stop fails what waits and brings every token back") {
   CHECK(events.front().tokens == std::vector<int64_t>{5});
 }
 
-TEST("agent: the producer's stop is seen by those who pull") {
+TEST("agent: pulls fail when the producer stops") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   CallTicket call = consumer->StartCall(producer->address(), {});

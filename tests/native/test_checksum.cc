@@ -108,7 +108,7 @@ TEST("checksum: on every lane what lands has the producer's checksum") {
   }
 }
 
-TEST("checksum: a producer finds it once, for all who ask at once") {
+TEST("checksum: a producer computes it once for concurrent requests") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   Memory source(20 * kMiB);

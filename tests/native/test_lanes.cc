@@ -187,7 +187,7 @@ TEST("lanes: a producer killed before it answers fails the pull at once") {
   CHECK(Outcome(ticket.pull.get(), 5).code == Code::kPeerLost);
 }
 
-TEST("lanes: a stopped producer delays nobody else") {
+TEST("lanes: a stopped producer does not delay other pulls") {
   for (const LaneCase &one : kRemoteLanes) {
     Producer stopped(16 * kMiB, kAllLanes);
     Producer running(16 * kMiB, kAllLanes);

@@ -53,7 +53,7 @@ TEST("loop: a channel that cannot be watched ends after its start") {
   CHECK(status.text.find("Operation not permitted") != std::string::npos);
 }
 
-TEST("loop: a door that cannot be watched says so and opens later") {
+TEST("loop: a socket that cannot be watched is reported, and watched later") {
   Bench bench;
   auto &[loop, events, log, self] = bench;
   Acceptor acceptor(

@@ -14,7 +14,7 @@ std::vector<int64_t> Released(EventQueue *events) {
   return tokens;
 }
 
-TEST("region: the token comes back at once when nobody reads") {
+TEST("region: the token comes back at once without readers") {
   EventQueue events;
   RegionTable table(&events);
   CHECK(table.Register(kKey, {}, 7));
@@ -65,7 +65,7 @@ TEST("region: an old connection's end does not take a new one's pin") {
   CHECK(pins.Find(consumer, 1) == nullptr);
 }
 
-TEST("region: what nobody owns is released by its keys") {
+TEST("region: regions without an owner are released by their keys") {
   constexpr Key kOther = {2};
   constexpr Key kUnknown = {3};
   constexpr AgentId kOwner = {9};

@@ -57,7 +57,7 @@ def rdt_value(key: bytes, producer: int, **fields: Any) -> tuple[bytes, bytes, N
 
 
 class FakeRay:
-    """Stands in for ``common/ray_core``.
+    """A fake of ``common/ray_core``.
 
     Attributes:
         records: The GCS key-value store, by namespace and key.

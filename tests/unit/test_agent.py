@@ -191,7 +191,7 @@ def interruptible():
 
 
 def test_wait_ends_on_an_interrupt_flag(agent, producer, interruptible):
-    """What Ray does to cancel a task: no signal, only a flag."""
+    """Ray cancels a task this way: with a flag and no signal."""
     threading.Timer(0.2, _thread.interrupt_main).start()
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):

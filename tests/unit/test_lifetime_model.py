@@ -32,7 +32,7 @@ PRODUCER, CONSUMER = b"p" * 16, b"c" * 16
 
 
 class Regions:
-    """What the producer's agent serves: who owns each key, and how many pulls read it."""
+    """The keys of the producer's agent: the owner of each, and the number of pulls that read it."""
 
     def __init__(self, store: TensorStore):
         self._store = store
@@ -114,7 +114,7 @@ class World:
                 self.notices.append(instruction)
 
     def kill_owner(self) -> None:
-        """What it had sent and was not seen is lost with it."""
+        """End the owner. Its notices that have not arrived are lost."""
         self.is_owner_alive = False
         self.refs.clear()
         self.notices.clear()
@@ -145,13 +145,13 @@ class World:
             tell(notice.location.key)
 
     def look_for_dead_owner(self) -> None:
-        """What ``owners`` does."""
+        """Release the objects of a dead owner, as ``owners`` does."""
         if not self.is_owner_alive:
             for key in [key for key, is_owned in self.regions.owned.items() if is_owned]:
                 self.regions.release(key)
 
     def look_for_unclaimed(self) -> None:
-        """What ``unclaimed`` does."""
+        """Release the objects that no owner claims, as ``unclaimed`` does."""
         for key in [key for key, is_owned in self.regions.owned.items() if not is_owned]:
             stored = self.store.by_key(key)
             assert stored is not None

@@ -199,7 +199,7 @@ def assert_same_tensor(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """What the tensor's elements are, NaNs told apart."""
+    """Return the tensor's elements as bytes, so that different NaNs differ."""
     tensor = tensor.detach().as_subclass(torch.Tensor)
     if tensor.is_quantized:
         tensor = tensor.int_repr()

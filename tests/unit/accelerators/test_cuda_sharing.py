@@ -30,7 +30,7 @@ class Code(int):
 
 
 class MemHandle:
-    """Has no attribute but its address, as in cuda-bindings 13.5."""
+    """A handle with no attribute but its address, as in cuda-bindings 13.5."""
 
     def __init__(self, data: bytes = bytes(64)):
         self._data = ctypes.create_string_buffer(data, 64)
@@ -222,7 +222,7 @@ def test_devices_that_do_not_reach_each_other(monkeypatch, sharing: CudaSharing)
 def accelerator(calls: Cuda, monkeypatch: pytest.MonkeyPatch) -> CudaAccelerator:
     class Event:
         def __init__(self, interprocess: bool = False):
-            """Calls nothing of CUDA's."""
+            """Create no CUDA event."""
 
         def record(self, stream: Any) -> None:
             calls.check_mode()

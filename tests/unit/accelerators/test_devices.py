@@ -57,7 +57,7 @@ def stored(captured: Captured) -> Any:
 def deliver(
     captured: Captured, targets: Any = None, target_device: Any = None
 ) -> list[torch.Tensor]:
-    """Moves the bytes as transports would, from flat buffers into flat buffers."""
+    """Move the bytes as transports do, from flat buffers into flat buffers."""
     table = captured.table
     direct = direct_targets(table, targets)
     hosted = hosted_regions(table, targets)
@@ -358,7 +358,7 @@ def test_side_stream_that_failed_is_kept_with_what_it_holds():
 
 @pytest.fixture
 def torch_cuda(monkeypatch):
-    """What ``CudaAccelerator.copy`` calls of torch, and the order of it."""
+    """The calls of torch by ``CudaAccelerator.copy``, in their order."""
     calls: list[Any] = []
 
     class Stream(SimpleNamespace):

@@ -163,7 +163,7 @@ def test_no_other_threads_are_used() -> None:
 
 
 def taken(tree: ast.Module) -> list[str]:
-    """What a module uses of what is forbidden."""
+    """Return the forbidden names that a module uses."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -36,7 +36,7 @@ class World:
         self.hinted = Prefetcher(session, policy)
 
     def hint(self, number):
-        """Returns the object's key."""
+        """Return the object's key."""
         key = bytes([number]) * 16
         self._producer.register(key, array("Q", [self._memory.address]), array("Q", [MIB]), number)
         body = {

@@ -1,4 +1,4 @@
-"""Where the bytes of an object land when the user gives tensors for them."""
+"""The places that receive the bytes of an object if the user gives target tensors."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_report_of_a_stranger_is_ignored(nodes):
 
 
 class RayCollective:
-    """What is used of ``ray.util.collective``: groups by name, made and ended under one lock."""
+    """A fake of ``ray.util.collective``: groups by name, made and ended under one lock."""
 
     def __init__(self):
         self.lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Which groups a process is in."""
+"""The groups of a process."""
 
 from __future__ import annotations
 

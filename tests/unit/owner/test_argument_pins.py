@@ -18,7 +18,7 @@ from tests.unit.fakes import Clock
 
 
 class Tasks:
-    """Stands in for ``ray.wait``: tasks end when the test says so."""
+    """A fake of ``ray.wait``: tasks end at the test's command."""
 
     def __init__(self) -> None:
         self.ended: set[str] = set()

@@ -1,4 +1,4 @@
-"""Which calls an owner may make again, and what it keeps for that."""
+"""The calls that an owner may repeat, and the arguments that it keeps for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an owner reconstructs an object: once, with its arguments, and if a retry is left."""
+"""Reconstruction by an owner: once, with the object's arguments, and if a retry is left."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Context(CaptureContext):
 
 
 class Agent:
-    """Records the registered keys."""
+    """A fake agent that records the registered keys."""
 
     def __init__(self) -> None:
         self.registered: list[bytes] = []

@@ -36,7 +36,7 @@ def make(nbytes: int = 4 * LARGE, device: str = "cpu", nixl: Any = None) -> snap
 
 
 def sent(captured: layout.Captured, device_type: str, lane: str = "nixl") -> list[torch.Tensor]:
-    """What a transport reads of an object."""
+    """Return the buffers that a transport sends for an object."""
     stored: Any = SimpleNamespace(captured=captured)
     capabilities = Capabilities(lane, frozenset(), False, sends_from_host=lane == "nixl")
     transport: Any = SimpleNamespace(capabilities=capabilities)

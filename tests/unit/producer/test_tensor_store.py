@@ -1,4 +1,4 @@
-"""What a producer keeps, by key, by token and by object id, and who may wait for its end."""
+"""The objects of a producer, by key, by token and by object id, and waits for their release."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def carried(value: Any) -> int:
-    """How many tensors a value is taken for."""
+    """Return the number of tensors that a value is reduced to."""
     _, captured = capture.take(Context(), value)
     return len(captured.tensors)
 

@@ -26,7 +26,7 @@ relaxed = settings(max_examples=300, deadline=None, suppress_health_check=list(H
 
 
 class Context:
-    """What capture needs of Ray's serialization context."""
+    """The part of Ray's serialization context that capture uses."""
 
     def set_in_band_serialization(self) -> None: ...
 
@@ -198,7 +198,7 @@ def test_skeleton_alone_says_what_it_is():
     ],
 )
 def test_tensors_of_other_kinds_stay_in_the_pickle(make: Any):
-    """What they are made of, a sparse tensor's indices and values, may be taken out."""
+    """Their parts, a sparse tensor's indices and values, may be taken out."""
     other = make()
     _, captured = capture.take(Context(), [other, torch.ones(2)])
     assert not any(tensor is other for tensor in captured.tensors)

@@ -45,7 +45,7 @@ class Side:
         self.peer = Peer(self.session.address, self.session.agent.agent_id)
 
     def borrow(self, other: Side, *sources: torch.Tensor, events=()):
-        """What the consumer's fetch and the producer's server do."""
+        """Transfer as the consumer's fetch and the producer's server do."""
         borrowing = self.transport.borrow(DEVICE)
         deadline = Deadline.after(5)
         agent = self.session.agent.agent_id
@@ -73,7 +73,7 @@ def read(sides, exposed, *targets, timeout_s=5.0, after=()):
 
 
 def await_tick(sides, is_reached, what: str) -> None:
-    """Waits, while time passes for the sessions."""
+    """Wait, while time passes for the sessions."""
 
     def look() -> bool:
         gc.collect()  # the fake device's operators make cycles

@@ -75,7 +75,7 @@ def served(side: Side) -> int:
 
 
 def pulls(side: Side) -> int:
-    """How many chunks its agent has pulled: each is copied from host memory to host memory."""
+    """Return the number of chunks that its agent has copied between host memory."""
     stats = side.session.agent.stats()
     return sum(stats[f"pulls_{lane}"] for lane in ("inproc", "cma", "shm", "tcp"))
 
@@ -85,7 +85,7 @@ def free_slots(side: Side) -> int:
 
 
 def ask(sides, exposed, timeout_s=5.0):
-    """Has a chunk copied that nobody reads."""
+    """Make the producer copy a chunk that no consumer reads."""
     producer, consumer = sides
     body = {"exposure": exposed["exposure"], "start": 0, "stop": CHUNK, "timeout_s": timeout_s}
     return consumer.session.call(producer.peer.address, protocol.STAGED_CHUNK, body, 5)

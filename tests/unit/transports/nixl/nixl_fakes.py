@@ -14,7 +14,7 @@ from ray.experimental.rdt.transports.nixl.plan import KINDS, Spans
 
 
 class Fabric:
-    """What connects the engines of one test.
+    """The network between the engines of one test.
 
     Attributes:
         looks: How often a read is looked at before it is done; None for never.
@@ -92,7 +92,7 @@ class FakeEngine:
         return FakeRead(self._fabric, batch)
 
     def check(self, kind: str, rows: Any) -> None:
-        """Raises NixlError unless all is registered here."""
+        """Raise NixlError unless all memory is registered here."""
         missing = [row for row in rows if not covered(row, kind, self.registered.values())]
         if missing:
             raise NixlError(f"not registered at {self.name}: {missing}")
@@ -102,7 +102,7 @@ class FakeEngine:
 
 
 def covered(row: Any, kind: str, regions: Any) -> bool:
-    """Whether a row lies in one of the regions."""
+    """Tell whether a row lies in one of the regions."""
     start, nbytes, device = row.tolist()
     return any(
         kind == of_kind and device == dev and at <= start and start + nbytes <= at + size

@@ -1,4 +1,4 @@
-"""What one nixl transfer moves."""
+"""The memory that one nixl transfer moves."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from ray.experimental.rdt.transports.nixl.pool import FreeList, MemoryPool
 
 
 def offsets(pool, copies):
-    """Where the copies lie that have bytes."""
+    """Return the offsets of the copies that have bytes."""
     filled = [copy for copy in copies.buffers if copy.numel()]
     return [copy.data_ptr() - pool.memory.data_ptr() for copy in filled]
 

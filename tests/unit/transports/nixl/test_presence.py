@@ -1,4 +1,4 @@
-"""How the tests find out whether nixl can be used, and what is installed for that."""
+"""Detection of nixl by the tests, and the packages that they install for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which memory is registered with nixl, and until when."""
+"""The memory that is registered with nixl, and the time of its deregistration."""
 
 from __future__ import annotations
 

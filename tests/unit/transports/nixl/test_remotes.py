@@ -1,4 +1,4 @@
-"""What a process's nixl agent knows of others."""
+"""The knowledge of a process's nixl agent about other agents."""
 
 from __future__ import annotations
 

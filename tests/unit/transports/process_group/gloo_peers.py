@@ -29,7 +29,7 @@ class CallError(Exception):
 
 
 class FakeSession:
-    """What transports and groups use of a Session. Several may live in one process."""
+    """The part of a Session that transports and groups use. One process may have several."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="rdt-")
@@ -55,7 +55,7 @@ class FakeSession:
         self._on_tick.append(callback)
 
     def tick(self) -> None:
-        """What the reaper does every two seconds."""
+        """Run the reaper's task of every two seconds."""
         for callback in self._on_tick:
             callback()
 
@@ -63,7 +63,7 @@ class FakeSession:
         self._on_close.append(callback)
 
     def lose(self, agent_id: bytes) -> None:
-        """What the agent does when a peer's connection breaks."""
+        """Report a broken connection of a peer, as the agent does."""
         for callback in self._on_lost:
             callback(agent_id)
 
@@ -130,11 +130,11 @@ class Node:
         return Peer(self.session.address, self.session.agent.agent_id)
 
     def put(self, peer: Peer, name: str, sizes: list[int], seed: int) -> None:
-        """Has another node store buffers that ``pattern`` tells."""
+        """Make another node store buffers with the bytes of ``pattern``."""
         self.session.call(peer.address, "put", {"name": name, "sizes": sizes, "seed": seed}, 30)
 
     def fetch(self, peer: Peer, name: str, buffers, timeout_s: float = 20.0) -> None:
-        """What the consumer's fetch does."""
+        """Receive as the consumer's fetch does."""
         deadline = Deadline.after(timeout_s)
         route = self.transport.route(peer, deadline)
         body = {"name": name, "route": route, "timeout_s": timeout_s}

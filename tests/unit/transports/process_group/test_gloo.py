@@ -46,7 +46,7 @@ def round_trip(consumer, producer, sizes, name="x", seed=1):
 
 
 def run_all(actions, timeout_s=60):
-    """Runs all at once; raises what the first failing one raised."""
+    """Run all at once. Raise the error of the first one that fails."""
     errors = []
 
     def guarded(action):

@@ -1,4 +1,4 @@
-"""What nccl adds to gloo, with a fake device for the GPU and gloo in NCCL's place."""
+"""The additions of nccl to gloo, with a fake device for the GPU and gloo in NCCL's place."""
 
 from __future__ import annotations
 
