@@ -61,10 +61,10 @@ Agent::Agent(std::string secret, const Settings &settings)
       loop_("rdt-loop"),
       copies_(settings.copy_threads),
       huge_pages_(&copies_),
-      service_(&loop_, &copies_, &huge_pages_, &regions_, &events_, &log_, &counters_) {
+      service_(context_, &regions_) {
   Open();
   address_bytes_ = Pack(self_);
-  auto self = std::make_shared<SelfPeer>(MakeContext(), &regions_, &service_);
+  auto self = std::make_shared<SelfPeer>(context_, &regions_, &service_);
   peers_[identity_.agent] = std::move(self);
   loop_.After(limits::kTickS, [this] { TickAll(); });
   copies_.Start();
@@ -253,22 +253,10 @@ void Agent::TickAll() {
   });
 }
 
-Context Agent::MakeContext() {
-  return {&loop_,
-          &copies_,
-          &huge_pages_,
-          &events_,
-          &log_,
-          &counters_,
-          &settings_,
-          &identity_,
-          &self_};
-}
-
 std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
   std::shared_ptr<Peer> &peer = peers_[address.agent];
   if (!peer) {
-    peer = std::make_shared<RemotePeer>(MakeContext(), address);
+    peer = std::make_shared<RemotePeer>(context_, address);
   }
   return peer;
 }

@@ -89,7 +89,6 @@ class Agent {
                           FrameType kind,
                           Bytes payload,
                           bool is_idempotent);
-  Context MakeContext();
   std::shared_ptr<Peer> PeerLocked(const Address &address);
   Status WithPeer(ByteView address, const UsePeer &use);
 
@@ -106,6 +105,15 @@ class Agent {
   Loop loop_;
   CopyPool copies_;
   HugePages huge_pages_;
+  const Context context_{&loop_,
+                         &copies_,
+                         &huge_pages_,
+                         &events_,
+                         &log_,
+                         &counters_,
+                         &settings_,
+                         &identity_,
+                         &self_};
   Service service_;
   std::unique_ptr<Acceptor> acceptor_;
   mutable std::mutex mutex_;

@@ -20,7 +20,7 @@ class Service::Session : public Channel::Handler {
       : service_(service),
         channel_(std::move(channel)),
         agent_(agent),
-        shm_(service->loop_, service->copies_, channel_) {
+        shm_(service->context_.loop, service->context_.copies, channel_) {
     channel_->set_handler(this);
   }
 
@@ -40,9 +40,10 @@ class Service::Session : public Channel::Handler {
 
   void OnClosed(const Status &why) override {
     if (why.code != Code::kPeerLost) {
-      service_->log_->Warning("session",
-                              "RDT dropped the connection of agent " +
-                                  Hex(ByteView(agent_).first(4)) + ": " + why.text);
+      service_->context_.log->Warning("session",
+                                      "RDT dropped the connection of agent " +
+                                          Hex(ByteView(agent_).first(4)) + ": " +
+                                          why.text);
     }
     service_->RemoveSession(this);
   }
@@ -109,7 +110,7 @@ class Service::Session : public Channel::Handler {
       service_->pins_->Add(agent_, id, this, pin);
       pulls_[id] = std::move(pin);
     }
-    service_->counters_->bytes_granted += grant.total;
+    service_->context_.counters->bytes_granted += grant.total;
     channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
     return true;
   }
@@ -132,7 +133,7 @@ class Service::Session : public Channel::Handler {
   void RecordPull(uint64_t id) {
     auto found = pulls_.find(id);
     if (found == pulls_.end()) return;
-    service_->huge_pages_->RecordPull(found->second->memory, found->second);
+    service_->context_.huge_pages->RecordPull(found->second->memory, found->second);
   }
 
   void Unpin(uint64_t id) {
@@ -179,20 +180,8 @@ class Service::Session : public Channel::Handler {
   std::set<uint64_t> calls_;  // keys of this session in repliers_
 };
 
-Service::Service(Loop *loop,
-                 CopyPool *copies,
-                 HugePages *huge_pages,
-                 RegionTable *regions,
-                 EventQueue *events,
-                 Log *log,
-                 Counters *counters)
-    : loop_(loop),
-      copies_(copies),
-      huge_pages_(huge_pages),
-      regions_(regions),
-      events_(events),
-      log_(log),
-      counters_(counters) {}
+Service::Service(const Context &context, RegionTable *regions)
+    : context_(context), regions_(regions) {}
 
 Service::~Service() = default;
 
@@ -201,13 +190,13 @@ void Service::AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &pe
     return StartTcpSource(channel->Release(), peer.agent);
   auto session = std::make_unique<Session>(this, std::move(channel), peer.agent);
   sessions_[session.get()] = std::move(session);
-  ++counters_->connections;
+  ++context_.counters->connections;
 }
 
 // Moves a data connection to a copy thread.
 void Service::StartTcpSource(Fd fd, const AgentId &consumer) {
   if (!fd) return;
-  Loop *loop = copies_->loop(next_source_++);
+  Loop *loop = context_.copies->loop(next_source_++);
   auto source = std::make_shared<TcpSource>(loop, std::move(fd), consumer, pins_);
   loop->Post([source] { source->Start(); });
 }
@@ -215,10 +204,10 @@ void Service::StartTcpSource(Fd fd, const AgentId &consumer) {
 void Service::ForwardCall(const AgentId &from, ByteView payload, Replier reply) {
   uint64_t call = next_call_++;
   repliers_[call] = std::move(reply);
-  events_->Push({.kind = Event::Kind::kCall,
-                 .call = call,
-                 .agent = from,
-                 .payload = Bytes(payload.begin(), payload.end())});
+  context_.events->Push({.kind = Event::Kind::kCall,
+                         .call = call,
+                         .agent = from,
+                         .payload = Bytes(payload.begin(), payload.end())});
 }
 
 void Service::FindChecksum(const Key &key, Replier reply) {
@@ -232,10 +221,10 @@ void Service::FindChecksum(const Key &key, Replier reply) {
     return;
   }
   bool is_first = pin->checksum.Request([this, call](uint64_t sum) {
-    loop_->Post(
+    context_.loop->Post(
         [this, call, sum] { Reply(call, false, Pack(ChecksumReply{.sum = sum})); });
   });
-  if (is_first) StartChecksum(copies_, std::move(pin));
+  if (is_first) StartChecksum(context_.copies, std::move(pin));
 }
 
 bool Service::Reply(uint64_t call, bool is_error, Bytes payload) {
@@ -253,8 +242,8 @@ void Service::Shutdown() {
 void Service::RemoveSession(Session *session) {
   AgentId agent = session->agent();
   sessions_.erase(session);
-  --counters_->connections;
-  events_->Push({.kind = Event::Kind::kLost, .agent = agent});
+  --context_.counters->connections;
+  context_.events->Push({.kind = Event::Kind::kLost, .agent = agent});
 }
 
 }  // namespace ray::rdt

@@ -5,12 +5,8 @@
 #include <map>
 #include <memory>
 
-#include "ray/rdt/auth.h"
 #include "ray/rdt/channel.h"
-#include "ray/rdt/copy_pool.h"
-#include "ray/rdt/counters.h"
-#include "ray/rdt/events.h"
-#include "ray/rdt/huge_pages.h"
+#include "ray/rdt/context.h"
 #include "ray/rdt/region.h"
 
 namespace ray::rdt {
@@ -20,13 +16,7 @@ class Service {
  public:
   using Replier = std::function<void(bool is_error, Bytes payload)>;
 
-  Service(Loop *loop,
-          CopyPool *copies,
-          HugePages *huge_pages,
-          RegionTable *regions,
-          EventQueue *events,
-          Log *log,
-          Counters *counters);
+  Service(const Context &context, RegionTable *regions);
   ~Service();
 
   // Takes an authenticated connection, for control or data.
@@ -49,13 +39,8 @@ class Service {
   void RemoveSession(Session *session);
   void StartTcpSource(Fd fd, const AgentId &consumer);
 
-  Loop *const loop_;
-  CopyPool *const copies_;
-  HugePages *const huge_pages_;
+  const Context context_;
   RegionTable *const regions_;
-  EventQueue *const events_;
-  Log *const log_;
-  Counters *const counters_;
   const std::shared_ptr<PinTable> pins_ = std::make_shared<PinTable>();
   uint64_t next_source_ = 0;
   std::map<Session *, std::unique_ptr<Session>> sessions_;
