@@ -75,7 +75,7 @@ class FakePull:
 
 @dataclass
 class FakeAgent:
-    """Holds the bytes of objects by key; a key that stands for an error raises it."""
+    """The bytes of objects by key. A key that stands for an error raises it."""
 
     held: dict[bytes, Any] = field(default_factory=dict)
     pulls: list[FakePull] = field(default_factory=list)
@@ -116,7 +116,7 @@ class World:
         return self.has_room
 
     def send(self, value: Any, *, outcome: Any = None, eager: bool = False) -> Envelope:
-        """What arrives of a value; its pull ends with ``outcome``, or with its bytes."""
+        """Return the arrival of a value whose pull ends with ``outcome``, or with its bytes."""
         skeleton, captured = capture.take(Context(), value)
         key = len(self.kept).to_bytes(16, "little")
         self.kept.append(captured)
@@ -184,9 +184,7 @@ def test_failed_hint_is_pulled_anew(world: World):
     """It may have failed long ago, for a reason that has passed."""
     envelope = world.send([torch.arange(5)], outcome=agent_error("peer_lost"))
     key, session = envelope.head.key, world.links().session
-    world.hints[key] = AgentPull.start(
-        session, ADDRESS, key, allocate(session, envelope.table.regions)
-    )
+    world.hints[key] = AgentPull(session, ADDRESS, key, allocate(session, envelope.table.regions))
     world.agent.held[key] = world.kept[0].gather()
     assert value_of(*world.fetch(envelope))[0].tolist() == [0, 1, 2, 3, 4]
     assert len(world.agent.pulls) == 2

@@ -48,7 +48,8 @@ class World:
             raise TransportUnavailable(self.missing[name])
 
     def explain(self, transport: str, offers: dict[str, str], **details: Any) -> Any:
-        question = Question("it", THERE, transport, {"cpu": offers}, nbytes=9, **details)
+        obj = TransferObject(transport, nbytes=9, **details)
+        question = Question("it", THERE, {"cpu": offers}, obj)
         return self.explainer.explain(question, Deadline.after(5))
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _manager() -> RDTManager:
+def current_manager() -> RDTManager:
+    """Return the manager of this process."""
     manager: RDTManager = ray_core.manager()
     return manager
 
@@ -40,7 +41,7 @@ def wait_tensor_freed(tensor: torch.Tensor, timeout: float | None = None) -> Non
     Raises:
         TimeoutError: The tensor is still in use.
     """
-    _manager().producer.store.wait_freed(tensor, timeout)
+    current_manager().producer.store.wait_freed(tensor, timeout)
 
 
 @PublicAPI(stability="alpha")
@@ -59,7 +60,7 @@ def set_target_for_ref(ref: ray.ObjectRef, target: list[Any]) -> None:
         ValueError: Raised by ``ray.get`` if a target does not fit or the object is not an RDT
             object. The reference stays usable.
     """
-    _manager().consumer.targets.set_tensors(ref.hex(), target)
+    current_manager().consumer.targets.set_tensors(ref.hex(), target)
 
 
 @PublicAPI(stability="alpha")
@@ -116,7 +117,7 @@ def set_target_device_for_ref(ref: ray.ObjectRef, target_device: str) -> None:
         ref: The object.
         target_device: A torch device such as ``"cpu"`` or ``"cuda:1"``.
     """
-    _manager().consumer.targets.set_device(ref.hex(), target_device)
+    current_manager().consumer.targets.set_device(ref.hex(), target_device)
 
 
 @PublicAPI(stability="alpha")
@@ -149,4 +150,4 @@ def stats() -> dict[str, int]:
         read), ``pulls_live``, ``calls_live``, ``connections``, ``bytes_granted`` (sent on any
         lane), and for each lane the received pulls and bytes, such as ``bytes_in_cma``.
     """
-    return _manager().stats()
+    return current_manager().stats()

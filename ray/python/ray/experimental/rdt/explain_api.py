@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.util.annotations import PublicAPI
 
+from ray.experimental.rdt.api import current_manager
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.util import normalize_and_validate_tensor_transport
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     import ray
-    from ray.experimental.rdt.observe.explainer import Explainer, Explanation, Question
+    from ray.experimental.rdt.observe.explainer import Explanation, Question
 
 
 @PublicAPI(stability="alpha")
@@ -74,23 +75,20 @@ def explain(
         return plain(f"ObjectRef({source.hex()}) to {to}")
     asked = replace(question, subject=f"{question.subject} to {to}")
     if consumer is None:
-        return _explainer().explain(asked, deadline)
-    return _explainer().ask(_address_of(consumer, deadline), asked, deadline)
+        return current_manager().explainer().explain(asked, deadline)
+    return current_manager().explainer().ask(_address_of(consumer, deadline), asked, deadline)
 
 
 def _about_actor(producer: ActorHandle, transport: str, deadline: Deadline) -> Question:
+    from ray.experimental.rdt.consumer.planner import TransferObject
     from ray.experimental.rdt.observe.explainer import Question
     from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
 
     address = _address_of(producer, deadline)
-    offers = _explainer().offers(address, transport, None, deadline)
-    return Question(
-        f"transport {transport!r} from {producer}",
-        address,
-        transport,
-        offers,
-        is_user_defined=transport.upper() not in BUILT_IN_TRANSPORTS,
-    )
+    offers = current_manager().explainer().offers(address, transport, None, deadline)
+    is_user_defined = transport.upper() not in BUILT_IN_TRANSPORTS
+    obj = TransferObject(transport, is_user_defined=is_user_defined)
+    return Question(f"transport {transport!r} from {producer}", address, offers, obj)
 
 
 def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
@@ -107,16 +105,13 @@ def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     envelope = open_envelope(metadata, data)
     head, table = envelope.head, envelope.table
     devices = sorted({table.devices.get(region, "cpu") for region in range(len(table.regions))})
-    obj = TransferObject.of(envelope)
+    explainer = current_manager().explainer()
+    offers = explainer.offers_or_why_not(head.address, head.transport, devices or ["cpu"], deadline)
     return Question(
         f"RDT object {ref.hex()} of {head.nbytes} bytes, transport {head.transport!r}",
         head.address,
-        head.transport,
-        _explainer().offers_or_why_not(head.address, head.transport, devices or ["cpu"], deadline),
-        head.nbytes,
-        obj.is_inline,
-        obj.is_user_defined,
-        obj.is_foreign,
+        offers,
+        TransferObject.of(envelope),
     )
 
 
@@ -139,9 +134,4 @@ def _address_of(actor: ActorHandle, deadline: Deadline) -> bytes:
 
 def _own_address(instance: Any = None) -> bytes:
     """Return the address of this process's agent. Runs on: the actor in question, as a task."""
-    return _explainer().address
-
-
-def _explainer() -> Explainer:
-    explainer: Explainer = ray_core.manager().explainer()
-    return explainer
+    return current_manager().explainer().address

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from ray.util.annotations import PublicAPI
 
-from ray.experimental.rdt.common import ray_core
+from ray.experimental.rdt.api import current_manager
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.engine import NixlError
@@ -20,16 +20,14 @@ from ray.experimental.rdt.transports.nixl.engine import NixlError
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.manager import RDTManager
     from ray.experimental.rdt.transports.nixl.transport import NixlTransport
-
 
 logger = logging.getLogger("ray.rdt")
 
 
-def _manager() -> RDTManager:
-    manager: RDTManager = ray_core.manager()
-    return manager
+def nixl_transport() -> NixlTransport:
+    """Return the nixl transport of this process. Raises TransportUnavailable."""
+    return cast("NixlTransport", current_manager().transport("nixl"))
 
 
 def _wherever_nixl_is(act: Callable[[NixlTransport], None], what: str) -> None:
@@ -43,7 +41,7 @@ def _wherever_nixl_is(act: Callable[[NixlTransport], None], what: str) -> None:
         NixlError: nixl cannot use this memory, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
     try:
-        act(cast("NixlTransport", _manager().transport("nixl")))
+        act(nixl_transport())
     except (TransportUnavailable, NixlError) as error:
         if settings().strict_transport:
             raise
@@ -133,7 +131,7 @@ def register_nixl_memory_pool(size: int, device: torch.device) -> None:
             object has tensors on devices or ``RAY_RDT_STRICT_TRANSPORT=1``.
         ImportError: nixl is not installed, and ``RAY_RDT_STRICT_TRANSPORT=1``.
     """
-    memory = _manager().producer.snapshots.make_pool(size, device)
+    memory = current_manager().producer.snapshots.make_pool(size, device)
     _wherever_nixl_is(
         lambda nixl: nixl.register_memory(memory), "Registering a memory pool with nixl"
     )

@@ -10,9 +10,10 @@ from ray.util.annotations import PublicAPI
 from ray.experimental.rdt import nixl_api
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
-from ray.experimental.rdt.common import ray_core
+from ray.experimental.rdt.api import current_manager
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.nixl_api import nixl_transport
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
     TensorTransportManager,
@@ -23,9 +24,6 @@ from ray.experimental.rdt.transports.base import Peer
 
 if TYPE_CHECKING:
     import torch
-
-    from ray.experimental.rdt.manager import RDTManager
-    from ray.experimental.rdt.transports.nixl.transport import NixlTransport
 
 
 @PublicAPI(stability="alpha")
@@ -73,11 +71,11 @@ class NixlTensorTransport(TensorTransportManager):
             TransportUnavailable: nixl cannot be started. If it is not installed, the error is also
                 an ImportError.
         """
-        return _transport().engine.agent
+        return nixl_transport().engine.agent
 
     def select_backend(self) -> str:
         """Return the nixl backend of the agent: "UCX" or "LIBFABRIC"."""
-        return _transport().engine.backend
+        return nixl_transport().engine.backend
 
     # Ray's weight transfer benchmark and its tests read these attributes of Ray's class.
 
@@ -89,23 +87,12 @@ class NixlTensorTransport(TensorTransportManager):
 
     def _get_num_managed_meta_nixl(self) -> int:
         """Return the number of objects of this process that are described to consumers."""
-        return _manager().stats()["exposed"]
+        return current_manager().stats()["exposed"]
 
-    def register_nixl_memory(self, tensor: torch.Tensor) -> None:
-        """See ``ray.experimental.register_nixl_memory``."""
-        nixl_api.register_nixl_memory(tensor)
-
-    def deregister_nixl_memory(self, tensor: torch.Tensor) -> None:
-        """See ``ray.experimental.deregister_nixl_memory``."""
-        nixl_api.deregister_nixl_memory(tensor)
-
-    def register_nixl_memory_pool(self, size: int, device: torch.device) -> None:
-        """See ``ray.experimental.register_nixl_memory_pool``."""
-        nixl_api.register_nixl_memory_pool(size, device)
-
-    def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
-        """See ``ray.experimental.set_nixl_cuda_stream``."""
-        nixl_api.set_nixl_cuda_stream(stream)
+    register_nixl_memory = staticmethod(nixl_api.register_nixl_memory)
+    deregister_nixl_memory = staticmethod(nixl_api.deregister_nixl_memory)
+    register_nixl_memory_pool = staticmethod(nixl_api.register_nixl_memory_pool)
+    set_cuda_stream = staticmethod(nixl_api.set_nixl_cuda_stream)
 
     def extract_tensor_transport_metadata(
         self, obj_id: str, rdt_object: list[torch.Tensor]
@@ -123,7 +110,7 @@ class NixlTensorTransport(TensorTransportManager):
         deadline = Deadline.after(settings().fetch_timeout_s)
         for event in writers.record(rdt_object):
             event.wait(deadline.left_s())
-        exposed = _transport().expose([_flat(tensor) for tensor in rdt_object])
+        exposed = nixl_transport().expose([_flat(tensor) for tensor in rdt_object])
         self._live[obj_id] = rdt_object, exposed
         device = rdt_object[0].device.type if rdt_object else None
         return NixlTransportMetadata(
@@ -148,7 +135,7 @@ class NixlTensorTransport(TensorTransportManager):
         buffers = [_flat(tensor) for tensor in tensors]
         deadline = Deadline.after(settings().fetch_timeout_s)
         after = accelerators.record(tensors)
-        _transport().read(Peer(b"", b""), exposed, buffers, deadline, after)
+        nixl_transport().read(Peer(b"", b""), exposed, buffers, deadline, after)
         return tensors
 
     def garbage_collect(
@@ -160,16 +147,7 @@ class NixlTensorTransport(TensorTransportManager):
         """See ``TensorTransportManager``."""
         _, exposed = self._live.pop(obj_id, ([], {}))
         if exposed:
-            _transport().withdraw(exposed)
-
-
-def _manager() -> RDTManager:
-    manager: RDTManager = ray_core.manager()
-    return manager
-
-
-def _transport() -> NixlTransport:
-    return cast("NixlTransport", _manager().transport("nixl"))
+            nixl_transport().withdraw(exposed)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Runs on: consumer, the thread that deserializes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
@@ -22,23 +22,16 @@ class AgentPull:
     """A pull of the agent in progress: it moves the bytes of one object into receive buffers.
 
     Args:
-        pull: The pull.
-        buffers: The memory that it writes to.
+        session: Its agent pulls.
+        address: The producer's agent.
+        key: The object.
+        buffers: The memory for the bytes.
     """
 
-    def __init__(self, pull: Any, buffers: ReceiveBuffers):
+    def __init__(self, session: Session, address: bytes, key: bytes, buffers: ReceiveBuffers):
         self.buffers = buffers
-        self._pull = pull
-
-    @classmethod
-    def start(
-        cls, session: Session, address: bytes, key: bytes, buffers: ReceiveBuffers
-    ) -> AgentPull:
-        """Start to pull an object from the agent at an address."""
-        return cls(
-            checksums.pull(session, address, key, buffers.addresses, buffers.lengths, buffers),
-            buffers,
-        )
+        addresses, lengths = buffers.addresses, buffers.lengths
+        self._pull = checksums.pull(session, address, key, addresses, lengths, buffers)
 
     @property
     def lane(self) -> str:
@@ -60,13 +53,21 @@ class AgentTransfer:
         session: Its agent pulls.
         head: The object.
         destination: The memory for the bytes.
+        pull: A pull that began before the fetch, if any. It may have failed long ago, for a reason
+            that has passed.
     """
 
-    def __init__(self, session: Session, head: Descriptor, destination: Destination):
+    def __init__(
+        self,
+        session: Session,
+        head: Descriptor,
+        destination: Destination,
+        pull: AgentPull | None = None,
+    ):
         self._session = session
         self._head = head
         self._destination = destination
-        self._pull: AgentPull | None = None
+        self._pull = pull
         self._is_parked = False
 
     @property
@@ -74,9 +75,10 @@ class AgentTransfer:
         return self._pull.lane if self._pull is not None else ""
 
     def start(self, deadline: Deadline) -> None:
-        buffers = self._destination.buffers(may_spread=True)
-        head = self._head
-        self._pull = AgentPull.start(self._session, head.address, head.key, buffers)
+        if self._pull is None:
+            buffers = self._destination.buffers(may_spread=True)
+            head = self._head
+            self._pull = AgentPull(self._session, head.address, head.key, buffers)
 
     def finish(self, deadline: Deadline) -> Targets:
         assert self._pull is not None, "start comes before finish"
@@ -91,19 +93,3 @@ class AgentTransfer:
     def abandon(self) -> None:
         if self._pull is not None and not self._is_parked:
             self._pull.abandon()
-
-
-class PrefetchedTransfer(AgentTransfer):
-    """The agent brings the bytes by a pull that began before the fetch.
-
-    The pull may have failed long ago, for a reason that has passed.
-    """
-
-    def __init__(
-        self, session: Session, head: Descriptor, destination: Destination, pull: AgentPull
-    ):
-        super().__init__(session, head, destination)
-        self._pull = pull
-
-    def start(self, deadline: Deadline) -> None:
-        """The pull is in progress."""

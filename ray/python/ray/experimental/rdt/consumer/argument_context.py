@@ -55,20 +55,16 @@ def declare(function: Any, tensors_of: Mapping[str, Callable[..., Any]]) -> None
     setattr(function, _ATTRIBUTE, declared)
 
 
-def is_declared(function: Any) -> bool:
-    """Tell whether a function declares that arguments are received into tensors."""
-    return hasattr(function, _ATTRIBUTE)
-
-
 class _Actor:
     """The actor of this process."""
 
     has_declared = False
 
 
-def expect_methods() -> None:
-    """Note that a method of this process's actor has a declaration."""
-    _Actor.has_declared = True
+def note_method(method: Any) -> None:
+    """Note a method of this process's actor, which may have a declaration."""
+    if hasattr(method, _ATTRIBUTE):
+        _Actor.has_declared = True
 
 
 def are_expected() -> bool:

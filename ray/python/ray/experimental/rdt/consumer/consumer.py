@@ -146,16 +146,13 @@ class Consumer:
         """
         results: dict[int, Result] = {}
         for index, (value, ref) in enumerate(zip(serialized, refs)):
-            found = self._fetch_or_fail(value, ref)
+            try:
+                found = self.fetch([value], [ref])
+            except ValueError as error:
+                found = {0: RayTaskError("ray.get", traceback.format_exc(), error)}
             if found:
                 results[index] = found[0]
         return results
-
-    def _fetch_or_fail(self, value: Any, ref: Any) -> Mapping[int, Result]:
-        try:
-            return self.fetch([value], [ref])
-        except ValueError as error:
-            return {0: RayTaskError("ray.get", traceback.format_exc(), error)}
 
     def _has_to_move(self, metadata: bytes) -> bool:
         if not descriptor.is_rdt(metadata):
@@ -165,7 +162,7 @@ class Consumer:
         return not is_here or argument_context.are_expected()
 
     def _deserialize(self, value: Any, ref: Any, into: Sequence[torch.Tensor] | None) -> Any:
-        """Runs on: an rdt-pull thread."""
+        """Fetch and deserialize one value. Runs on: an rdt-pull thread."""
         arrived = self.fetch([value], [ref], into={} if into is None else {0: into})
         with without_turn():
             return ray_core.deserialize(value, ref, arrived)

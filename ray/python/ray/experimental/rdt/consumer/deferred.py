@@ -140,7 +140,7 @@ def _value_of(deserialize: Callable[[Tensors | None], Any], into: Tensors | None
     with turn():
         try:
             return deserialize(into)
-        except Exception as error:
+        except Exception as error:  # the user's classes are unpickled, and may raise any
             return RayTaskError("ray.get", traceback.format_exc(), error)
         except BaseException as error:  # such as SystemExit of a class that is unpickled
             return RaySystemError(error, traceback.format_exc())

@@ -6,6 +6,7 @@ Runs on: consumer, the thread that deserializes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from ray.experimental.rdt.accelerators import registry as accelerators
@@ -14,12 +15,7 @@ from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.thread_role import is_on_pull_thread, without_turn
 from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer
 from ray.experimental.rdt.consumer.fallback import TransportFallbackChain
-from ray.experimental.rdt.consumer.planner import (
-    Candidate,
-    Kind,
-    TransferObject,
-    plan_transfer,
-)
+from ray.experimental.rdt.consumer.planner import Candidate, Kind, TransferObject, plan_transfer
 from ray.experimental.rdt.consumer.receive_buffers import (
     ReceiveBuffers,
     Targets,
@@ -151,51 +147,43 @@ class DeviceTransfer:
         return cast(Lending, transport) if is_able else None
 
 
+@dataclass
 class _SharedDestination:
     """The part of one object's buffers for its memory of one device type. See ``Destination``.
 
-    Args:
+    Attributes:
         session: Its agent's receive pool gives the memory.
         table: The object's layout.
-        buffers: The buffers for the whole object.
+        whole: The buffers for the whole object.
         device_type: The device type of the memory at the producer.
         target_device: The device that the user chose, if any.
         has_memory: Whether the buffers have memory for it.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        table: Table,
-        buffers: ReceiveBuffers,
-        device_type: str,
-        target_device: torch.device | None,
-        has_memory: bool,
-    ):
-        self.device_type = device_type
-        self.target_device = target_device
-        self._session = session
-        self._table = table
-        self._buffers = buffers
-        self._has_memory = has_memory
+    session: Session
+    table: Table
+    whole: ReceiveBuffers
+    device_type: str
+    target_device: torch.device | None
+    has_memory: bool
 
     @property
     def sizes(self) -> dict[int, int]:
         """The bytes of each of its regions."""
-        devices = sorted(self._table.devices.items())
-        return {r: self._table.regions[r] for r, name in devices if name == self.device_type}
+        devices = sorted(self.table.devices.items())
+        return {r: self.table.regions[r] for r, name in devices if name == self.device_type}
 
     def put(self, tensors: Sequence[torch.Tensor]) -> None:
         """Use these tensors as the memory of its regions."""
         for region, tensor in zip(self.sizes, tensors):
-            self._buffers.put(region, tensor)
+            self.whole.put(region, tensor)
 
     def buffers(self, may_spread: bool) -> ReceiveBuffers:
-        if not self._has_memory:
-            self._has_memory = True
-            session, device = self._session, self.target_device
-            take_memory(session, self._table, self._buffers, self.device_type, device)
-        return self._buffers
+        if not self.has_memory:
+            self.has_memory = True
+            session, device = self.session, self.target_device
+            take_memory(session, self.table, self.whole, self.device_type, device)
+        return self.whole
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
         """The tensors are built once all device types have arrived."""
@@ -229,7 +217,7 @@ class BorrowTransfer:
         assert device is not None, "only memory of a device that is here is lent"
         self._borrowing = self._lending.borrow(device)
         asked = {"asked": self._borrowing.asked}
-        self._answer = self._producer.start(protocol.LEND, asked, deadline, idempotent=True)
+        self._answer = self._producer.start(protocol.LEND, asked, deadline)
 
     def finish(self, deadline: Deadline) -> Targets:
         assert self._borrowing is not None, "start comes before finish"

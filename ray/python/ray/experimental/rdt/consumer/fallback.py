@@ -71,7 +71,7 @@ class TransportFallbackChain:
             try:
                 attempt.start(_limit(candidate, deadline))
                 return
-            except Exception as error:
+            except Exception as error:  # a transport's library may raise any
                 raise_if_interrupt(error)
                 if not self._may_continue(candidate, error, deadline):
                     raise
@@ -85,7 +85,7 @@ class TransportFallbackChain:
             assert attempt is not None, "start comes before finish"
             try:
                 tensors = attempt.finish(_limit(candidate, deadline))
-            except Exception as error:
+            except Exception as error:  # a transport's library may raise any
                 raise_if_interrupt(error)
                 if not self._may_continue(candidate, error, deadline):
                     raise

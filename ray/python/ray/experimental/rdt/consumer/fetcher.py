@@ -1,4 +1,4 @@
-"""Fetches the tensors of RDT values for the process that deserializes them.
+"""The fetch of the tensors of RDT values, for the process that deserializes them.
 
 Runs on: consumer, the thread that deserializes. Blocks without the GIL and holds no lock. All
 objects of a batch are transferred at once. Bytes are received into their final memory: a block of
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import GetTimeoutError, RayError
@@ -26,7 +27,7 @@ from ray.experimental.rdt.common.errors import (
 )
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
-from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer, PrefetchedTransfer
+from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer
 from ray.experimental.rdt.consumer.device_transfer import DeviceTransfer
 from ray.experimental.rdt.consumer.fallback import TransportFallbackChain, describe_peer
 from ray.experimental.rdt.consumer.planner import Candidate, Kind, TransferObject, plan_transfer
@@ -77,7 +78,7 @@ class Arrival:
 
 
 class Fetcher:
-    """Fetches for one process.
+    """The fetches of one process.
 
     Args:
         store: The objects that this process produced.
@@ -107,7 +108,8 @@ class Fetcher:
         transfers: list[Transfer | RayError] = []
         try:
             for request in requests:
-                transfers.append(self._begin(request, limit))
+                start = partial(self._start, request, limit.deadline)
+                transfers.append(_attempt(request, start, limit))
             return [
                 self._finish(request, transfer, limit)
                 for request, transfer in zip(requests, transfers)
@@ -123,14 +125,11 @@ class Fetcher:
                 if not isinstance(transfer, RayError):
                     transfer.abandon()
 
-    def _begin(self, request: Request, limit: FetchDeadline) -> Transfer | RayError:
-        return _attempt(request, lambda: self._start(request, limit.deadline), limit)
-
     def _start(self, request: Request, deadline: Deadline) -> Transfer:
         transfer = self._plan(request)
         try:
             transfer.start(deadline)
-        except BaseException:
+        except BaseException:  # also if the task was cancelled, so that no byte is written later
             transfer.abandon()
             raise
         return transfer
@@ -178,8 +177,7 @@ def _host_transfer(
 
     def make(candidate: Candidate) -> Transfer:
         if candidate.kind is Kind.PREFETCHED:
-            assert pull is not None
-            return PrefetchedTransfer(session, head, destination, pull)
+            return AgentTransfer(session, head, destination, pull)
         if candidate.kind is Kind.AGENT:
             return AgentTransfer(session, head, destination)
         if obj.is_user_defined:
@@ -221,7 +219,7 @@ def _attempt(
     """Run one step of a fetch. An error becomes the object's value, as in plain Ray."""
     try:
         return action()
-    except Exception as error:
+    except Exception as error:  # of Ray, the agent, a library or the user's transport
         raise_if_interrupt(error)
         if limit.is_over(error):
             raise GetTimeoutError(
@@ -263,39 +261,25 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
             "A tensor that is changed in place after the first consumer has pulled it does this: "
             "call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
         )
-    return RDTFetchError(context, *_reason_and_advice(error, {each.code for each in failures}))
-
-
-def _reason_and_advice(error: Exception, codes: set[str]) -> tuple[str, str]:
+    codes = {each.code for each in failures}
     if "not_found" in codes:
-        return (
+        return RDTFetchError(
+            context,
             "the producer does not hold it any more: every reference to it had gone out of scope, "
             "or its owner died.",
             "Keep an ObjectRef to it while others need it.",
         )
     if "changed" in codes:
-        return (
+        return RDTFetchError(
+            context,
             f"{error}.",
             "Free or resize a tensor's storage only when wait_tensor_freed says that nobody needs "
             "it, or return a clone.",
         )
-    of_device = _reason_of_device(error)
-    if of_device is not None:
-        return of_device
-    if isinstance(error, MemoryError):
-        return (
-            "this process could not get the memory to receive it into.",
-            "Drop tensors that it holds, fetch fewer at a time, or give it more memory.",
-        )
-    if isinstance(error, ImportError):
-        return (
-            f"this process cannot hold tensors: {error}.",
-            f"Install {error.name} in the environment of this worker.",
-        )
-    return f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
+    return RDTFetchError(context, *_reason_and_advice(error))
 
 
-def _reason_of_device(error: Exception) -> tuple[str, str] | None:
+def _reason_and_advice(error: Exception) -> tuple[str, str]:
     if is_out_of_memory(error):
         return (
             f"this process could not get the device memory to receive it into: {error}",
@@ -310,11 +294,21 @@ def _reason_of_device(error: Exception) -> tuple[str, str] | None:
             "Every use of it by that process fails from now on: restart its actor. A kernel that "
             "ran before is the cause; CUDA_LAUNCH_BLOCKING=1 tells which.",
         )
-    return None
+    if isinstance(error, MemoryError):
+        return (
+            "this process could not get the memory to receive it into.",
+            "Drop tensors that it holds, fetch fewer at a time, or give it more memory.",
+        )
+    if isinstance(error, ImportError):
+        return (
+            f"this process cannot hold tensors: {error}.",
+            f"Install {error.name} in the environment of this worker.",
+        )
+    return f"{type(error).__name__}: {str(error).rstrip('.')}.", "See the cause above."
 
 
 def _failures(error: BaseException) -> list[TransferFailed]:
-    """The typed failures among an error and its causes: a transport may wrap the agent's."""
+    """Return the typed failures among an error and its causes; a transport may wrap the agent's."""
     return [each for each in _chain(error) if isinstance(each, TransferFailed)]
 
 

@@ -1,4 +1,4 @@
-"""Plans a transfer: the candidates that can bring an object here, in the order of preference.
+"""Plan of a transfer: the candidates that can bring an object here, in the order of preference.
 
 Pure: no I/O, clock, threads or Ray. The fetch follows the plan, and ``explain`` prints it, so that
 the two cannot differ. Reasons that only the producer or an attempt can know come in as data.
@@ -136,7 +136,7 @@ class TransferObject(NamedTuple):
 
 @dataclass(frozen=True)
 class Offers:
-    """What both agents and transports said when they were asked; the fetch finds out as it tries.
+    """The answers of both agents and transports. The fetch does not ask; it tries.
 
     Attributes:
         transports: For each transport why it cannot be used, "" if it can. Unknown ones are tried.

@@ -109,7 +109,7 @@ class Prefetcher:
             is_room = self.nbytes + nbytes <= settings().hint_bytes
             if key not in self._pulls and key not in self._asked and is_room:
                 buffers = allocate(self._session, regions)
-                pull = AgentPull.start(self._session, address, key, buffers)
+                pull = AgentPull(self._session, address, key, buffers)
                 until = Deadline.after(settings().fetch_timeout_s)
                 self._pulls[key] = _Prefetch(pull, nbytes, until)
         return {}

@@ -15,6 +15,7 @@ from ray.experimental.rdt._tensors import Table, build_tensors, place
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.consumer.target_spans import Spread, find_spreads, spans, takes_bytes
+from ray.experimental.rdt.serialization.layout import tenants
 
 if TYPE_CHECKING:
     import torch
@@ -122,27 +123,27 @@ class Destination(Protocol):
         """Return the tensors over the memory. The bytes have arrived."""
 
 
+@dataclass(frozen=True)
 class HostDestination:
     """New memory for an object in the host memory of its producer. See ``Destination``.
 
-    Args:
+    Attributes:
         session: Its agent's receive pool gives the memory.
         table: The object's layout.
         targets: The user's tensors, if any.
     """
 
-    def __init__(self, session: Session, table: Table, targets: Targets | None):
-        self._session = session
-        self._table = table
-        self._targets = targets
+    session: Session
+    table: Table
+    targets: Targets | None
 
     def buffers(self, may_spread: bool) -> ReceiveBuffers:
-        direct = direct_targets(self._table, self._targets)
-        spreads = find_spreads(self._table, self._targets, direct) if may_spread else {}
-        return allocate(self._session, self._table.regions, direct, spreads)
+        direct = direct_targets(self.table, self.targets)
+        spreads = find_spreads(self.table, self.targets, direct) if may_spread else {}
+        return allocate(self.session, self.table.regions, direct, spreads)
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
-        return buffers.deliver(self._table, self._targets)
+        return buffers.deliver(self.table, self.targets)
 
 
 def allocate(
@@ -165,15 +166,9 @@ def allocate(
     if not spreads:
         return ReceiveBuffers(regions, places, addresses, regions, direct, {})
     scratch = take(max(spread.lead for spread in spreads.values()) or 1)
-    cut = [
-        each
-        for region, address in enumerate(addresses)
-        for each in (
-            spans(spreads[region], scratch.address)
-            if region in spreads
-            else [(address, regions[region])]
-        )
-    ]
+    cut: list[tuple[int, int]] = []
+    for region, span in enumerate(zip(addresses, regions)):
+        cut += spans(spreads[region], scratch.address) if region in spreads else [span]
     for region in spreads:
         places[region] = (scratch, 0)
     at, lengths = (array("Q", column) for column in zip(*cut))
@@ -284,11 +279,8 @@ def direct_targets(table: Table, targets: Targets | None) -> dict[int, torch.Ten
     """Return the regions that are exactly the bytes of one contiguous target, and that target."""
     if targets is None:
         return {}
-    users: dict[int, list[int]] = {}
-    for index, row in enumerate(table.rows):
-        users.setdefault(row[0], []).append(index)
     direct = {}
-    for region, (first, *others) in users.items():
+    for region, (first, *others) in tenants(table).items():
         target, row = targets[first], table.rows[first]
         is_exact = takes_bytes(target, row) and target.nbytes == table.regions[region]
         is_near = target.is_cpu or target.device.type == table.devices.get(region)

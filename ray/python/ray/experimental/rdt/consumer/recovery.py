@@ -1,4 +1,4 @@
-"""Recovers objects whose producer died: asks the owner, and fetches the object that replaces them.
+"""Recovery of objects whose producer died: ask the owner, and fetch the replacement.
 
 A task that runs again may return a different value. The whole value is therefore replaced, and not
 only its tensors.
@@ -85,7 +85,7 @@ class _Lost:
 
 
 class Recovery:
-    """Recovers lost objects for one process.
+    """The recovery of lost objects in one process.
 
     Args:
         reconstruction: Reconstructs the objects that this process owns.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Table
+from ray.experimental.rdt.serialization.layout import tenants
 
 if TYPE_CHECKING:
     import torch
@@ -55,11 +56,11 @@ def find_spreads(
     """
     if targets is None or len(direct) == len(table.regions):
         return {}
-    tenants: dict[int, list[int]] = {}
-    for index, row in enumerate(table.rows):
-        if row[0] not in direct and row[0] not in table.devices:
-            tenants.setdefault(row[0], []).append(index)
-    found = ((region, _spread(table, targets, region, rows)) for region, rows in tenants.items())
+    found = (
+        (region, _spread(table, targets, region, rows))
+        for region, rows in tenants(table).items()
+        if region not in direct and region not in table.devices
+    )
     return {region: spread for region, spread in found if spread is not None}
 
 

@@ -64,7 +64,7 @@ class Targets:
     def set_tensors(self, object_id: str, tensors: Sequence[torch.Tensor]) -> None:
         """Set the target tensors. Raises ValueError for one that cannot receive a tensor."""
         _check_kinds(tensors)
-        self._set(object_id, _hold(Target(tensors=list(tensors))))
+        self._set(object_id, Target(tensors=list(tensors)))
 
     def set_device(self, object_id: str, device: str) -> None:
         """Set the target device. Raises ValueError for an unknown device name."""
@@ -74,12 +74,12 @@ class Targets:
             torch.device(device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"target device {device!r}: {error}") from None
-        self._set(object_id, _hold(Target(device=device)))
+        self._set(object_id, Target(device=device))
 
-    def _set(self, object_id: str, ref: _TargetRef) -> None:
+    def _set(self, object_id: str, target: Target) -> None:
         with self._lock:
             self._refs = {key: other for key, other in self._refs.items() if other()}
-            self._refs[object_id] = ref
+            self._refs[object_id] = lambda: target
 
     def of(self, object_id: str, table: Table) -> Target:
         """Return the target of an object with this layout.
@@ -115,10 +115,6 @@ class Targets:
     def clear(self) -> None:
         with self._lock:
             self._refs.clear()
-
-
-def _hold(target: Target) -> _TargetRef:
-    return lambda: target
 
 
 def _hold_weakly(tensors: Sequence[torch.Tensor]) -> _TargetRef:

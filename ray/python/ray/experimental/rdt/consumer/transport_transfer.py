@@ -38,6 +38,9 @@ logger = logging.getLogger("ray.rdt")
 #: Attempts of a transfer whose connection breaks while its producer lives.
 _TRIES = 4
 
+#: Requests that may be repeated.
+_IDEMPOTENT = (protocol.EXPOSE, protocol.LEND)
+
 _Result = TypeVar("_Result")
 
 
@@ -59,31 +62,15 @@ class ProducerRequests:
         self._device_type = device_type
         self._is_exposed = False
 
-    def start_expose(self, deadline: Deadline) -> Callable[[Deadline], Route]:
-        """Ask the producer to expose the memory; the result waits for its answer."""
-        self._is_exposed = True
-        ask = self.start(protocol.EXPOSE, {"route": {}}, deadline, idempotent=True)
-
-        def answer(until: Deadline) -> Route:
-            try:
-                return ask(until)
-            except (CallError, TransportUnavailable):
-                self._is_exposed = False  # it refused, so it does not keep the memory for us
-                raise
-
-        return answer
-
-    def send(self, route: Route, deadline: Deadline) -> None:
-        """Have the producer send the memory along a route."""
-        self.start(protocol.SEND, {"route": route}, deadline)(deadline)
-
     def start(
-        self, op: str, details: dict[str, Any], deadline: Deadline, idempotent: bool = False
+        self, op: str, details: dict[str, Any], deadline: Deadline
     ) -> Callable[[Deadline], Route]:
         """Send a request; the result waits for its answer.
 
         The result raises TransportUnavailable if the producer cannot use the transport.
         """
+        is_expose = op == protocol.EXPOSE
+        self._is_exposed = self._is_exposed or is_expose
         body = {
             "key": self._key,
             "transport": self._transport,
@@ -91,12 +78,14 @@ class ProducerRequests:
             "timeout_s": deadline.left_s(),
             **details,
         }
-        asked = self._session.start_call(self.peer.address, op, body, idempotent=idempotent)
+        asked = self._session.start_call(self.peer.address, op, body, idempotent=op in _IDEMPOTENT)
 
         def answer(until: Deadline) -> Route:
             try:
                 return asked(until.left_s())
             except CallError as error:
+                # A producer that refuses to expose memory does not keep it for this process.
+                self._is_exposed = self._is_exposed and not is_expose
                 if error.code == TransportUnavailable.code:
                     raise TransportUnavailable(str(error)) from error
                 raise
@@ -146,13 +135,13 @@ class TransportAttempt:
         self._exposed: Callable[[Deadline], Route] | None = None
 
     def start(self, deadline: Deadline) -> None:
-        """Raises TransportUnavailable if this process cannot use the transport."""
+        """See ``Transfer``. Raises TransportUnavailable if it cannot be used here."""
         self._transport = self._transports.usable(self.lane, self._device_type)
         if not self._transport.capabilities.two_sided:
-            self._exposed = self._producer.start_expose(deadline)
+            self._exposed = self._producer.start(protocol.EXPOSE, {"route": {}}, deadline)
 
     def finish(self, deadline: Deadline) -> Targets:
-        """Raises ChecksumMismatch as well; memory on devices is not verified."""
+        """See ``Transfer``. Raises ChecksumMismatch as well; memory on devices is not verified."""
         with without_turn():
             buffers = self._destination.buffers(may_spread=False)
             self._move_and_verify(buffers, deadline)
@@ -184,8 +173,8 @@ class TransportAttempt:
         transport = cast(TwoSided, self._transport)
         route = transport.route(self._producer.peer, deadline)
         try:
-            self._producer.send(route, deadline)
-        except BaseException as error:
+            self._producer.start(protocol.SEND, {"route": route}, deadline)(deadline)
+        except BaseException as error:  # also if the task was cancelled: the route is in use
             is_refused = isinstance(error, (CallError, TransportUnavailable))
             transport.give_up(route, may_send=not is_refused)
             raise
@@ -204,7 +193,7 @@ def retry_broken(move: Callable[[], _Result], deadline: Deadline) -> _Result:
     for left in reversed(range(_TRIES)):
         try:
             return move()
-        except Exception as error:
+        except Exception as error:  # a transport's library, or the user's, may raise any
             raise_if_interrupt(error)
             is_retryable = isinstance(error, TransferFailed) and error.retryable
             if not is_retryable or not left or deadline.has_passed():

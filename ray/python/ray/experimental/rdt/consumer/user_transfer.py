@@ -19,7 +19,7 @@ from ray.experimental.rdt.consumer.receive_buffers import (
     writable,
 )
 from ray.experimental.rdt.consumer.transport_transfer import ProducerRequests, retry_broken
-from ray.experimental.rdt.rpc import checksums, protocol
+from ray.experimental.rdt.rpc import checksums
 from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.serialization.layout import unpack_carriers
 from ray.experimental.rdt.transports.base import Route, Shipment
@@ -69,8 +69,6 @@ class UserTransfer:
             expected = checksums.expected(self._services.session, head.address, head.key)
 
         def ask(op: str, route: Route) -> Route:
-            if op == protocol.EXPOSE:
-                return self._producer.start_expose(deadline)(deadline)
             return self._producer.start(op, {"route": route}, deadline)(deadline)
 
         received = transport.pull(self._producer.peer, shipment, targets, ask, deadline)

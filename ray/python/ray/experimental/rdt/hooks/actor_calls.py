@@ -17,8 +17,7 @@ _has_to_begin_nixl = False
 def note_method(method: Callable[..., Any]) -> None:
     """Note a method of this process's actor. Runs on: the actor, before its constructor."""
     global _has_to_begin_nixl
-    if argument_context.is_declared(method):
-        argument_context.expect_methods()
+    argument_context.note_method(method)
     if getattr(method, "__ray_tensor_transport__", None) == "NIXL":
         _has_to_begin_nixl = True
 

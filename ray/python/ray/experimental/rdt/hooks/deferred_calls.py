@@ -29,9 +29,6 @@ def have_arrived(arguments: Iterable[Any]) -> bool:
     return not any(type(argument) is Deferred for argument in arguments)
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 class DeferredCall:
     """The awaitable call of a plain method whose arguments have not arrived.
 
@@ -78,8 +75,7 @@ def call_when_arrived(
 
 
 async def _generate(call: Callable[..., Any], args: Any, kwargs: Any) -> AsyncIterator[Any]:
-    args, kwargs = await _arrive(args, kwargs)
-    generator = call(*args, **kwargs)
+    generator = await _call(call, args, kwargs)
     try:
         item = await generator.asend(None)
         while True:
@@ -91,21 +87,16 @@ async def _generate(call: Callable[..., Any], args: Any, kwargs: Any) -> AsyncIt
 
 
 async def _await(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    args, kwargs = await _arrive(args, kwargs)
-    return await call(*args, **kwargs)
+    return await (await _call(call, args, kwargs))
 
 
 async def _call(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    args, kwargs = await _arrive(args, kwargs)
-    return call(*args, **kwargs)
-
-
-async def _arrive(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Deferred):
             value.start()
     here = [_checked(await _arrived(value)) for value in args]
-    return tuple(here), {name: _checked(await _arrived(value)) for name, value in kwargs.items()}
+    named = {name: _checked(await _arrived(value)) for name, value in kwargs.items()}
+    return call(*here, **named)
 
 
 async def _arrived(value: Any) -> Any:

@@ -72,49 +72,30 @@ def submit(
     num_returns = options.get("num_returns")
     if num_returns is None and inspect.isgeneratorfunction(remote_function._function):
         num_returns = "streaming"
+    variant = _variant(remote_function, name, num_returns)
+
+    def begin(args: Any, kwargs: Any) -> Any:
+        """Submit the task within the trace span that has already begun.
+
+        If Ray traces, ``kwargs`` contains the context of the user's ``.remote()`` call.
+        """
+        submit_untraced = inspect.unwrap(type(variant)._remote)
+        return submit_untraced(variant, args, kwargs, runtime_env_info, **options)
+
     if num_returns is None or isinstance(num_returns, int):
-        variant = _variant(remote_function, name, num_returns)
-        return _submit(variant, args, kwargs, runtime_env_info, options)
+        return _submit(begin, args, kwargs, options.get("max_retries"))
     call = ray_core.manager().open_stream(
         name, num_returns, options.get("_num_objects_per_yield"), options.get("retry_exceptions")
     )
-    variant = _variant(remote_function, name, num_returns)
-    marked = {**(kwargs or {}), STREAM_KEYWORD: call.spec}
     options["num_returns"] = call.num_returns
-    return call.attach(_begin(variant, args, marked, runtime_env_info, options))
+    return call.attach(begin(args, {**(kwargs or {}), STREAM_KEYWORD: call.spec}))
 
 
-def _submit(
-    variant: RemoteFunction,
-    args: Any,
-    kwargs: Any,
-    runtime_env_info: Any,
-    options: dict[str, Any],
-) -> Any:
-    def call(args: Any, kwargs: Any) -> Any:
-        return _begin(variant, args, kwargs, runtime_env_info, options)
+def _submit(begin: Callable[[Any, Any], Any], args: Any, kwargs: Any, max_retries: Any) -> Any:
+    def submit_again(args: Any, kwargs: Any) -> Any:
+        return _submit(begin, args, kwargs, max_retries)
 
-    def call_again(args: Any, kwargs: Any) -> Any:
-        return _submit(variant, args, kwargs, runtime_env_info, options)
-
-    return ray_core.manager().owner.submit_task(
-        call, call_again, args, kwargs, options.get("max_retries")
-    )
-
-
-def _begin(
-    variant: RemoteFunction,
-    args: Any,
-    kwargs: Any,
-    runtime_env_info: Any,
-    options: dict[str, Any],
-) -> Any:
-    """Submit a task as ``variant._remote`` does, within the trace span that has already begun.
-
-    If Ray traces, ``kwargs`` contains the context of the user's ``.remote()`` call.
-    """
-    submit_untraced = inspect.unwrap(type(variant)._remote)
-    return submit_untraced(variant, args, kwargs, runtime_env_info, **options)
+    return ray_core.manager().owner.submit_task(begin, submit_again, args, kwargs, max_retries)
 
 
 def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:

@@ -1,4 +1,4 @@
-"""Explains the transport selection between two processes.
+"""Explanation of the transport selection between two processes.
 
 The consumer runs the planner of the fetch (``consumer/planner.py``) with what its agent knows of
 the producer, and with the producer's answer to one request:
@@ -24,7 +24,6 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
 from ray.experimental.rdt.consumer.planner import (
     AGENT_LANES,
-    Candidate,
     Kind,
     Offers,
     TransferObject,
@@ -59,11 +58,6 @@ class Way:
     name: str
     serves: bool
     reason: str
-
-    @classmethod
-    def of(cls, candidate: Candidate) -> Way:
-        """Return a candidate of the planner as users see it."""
-        return cls(candidate.name, candidate.serves, candidate.reason)
 
 
 @dataclass(frozen=True)
@@ -103,36 +97,14 @@ class Question:
     Attributes:
         subject: See ``Explanation``.
         address: The producer's agent.
-        transport: The named transport, lower case.
         offers: What the producer can do.
-        nbytes: The object's size, None if there is no object.
-        is_eager: Whether its bytes are in the value.
-        is_user_defined: Whether a user wrote the named transport.
-        is_foreign: Whether it is data that only a user's transport can move.
+        obj: The object, as far as it is the same for all device types and consumers.
     """
 
     subject: str
     address: bytes
-    transport: str
     offers: ProducerOffers
-    nbytes: int | None = None
-    is_eager: bool = False
-    is_user_defined: bool = False
-    is_foreign: bool = False
-
-    def object_on(self, device_type: str, is_local: bool) -> TransferObject:
-        """Return the properties of the object's memory of one device type."""
-        return TransferObject(
-            transport=self.transport,
-            device_type=device_type,
-            default_transports=default_transports(device_type),
-            nbytes=self.nbytes,
-            inline_limit=settings().eager_bytes,
-            is_local=is_local,
-            is_inline=self.is_eager,
-            is_user_defined=self.is_user_defined,
-            is_foreign=self.is_foreign,
-        )
+    obj: TransferObject
 
 
 class Explainer:
@@ -201,7 +173,7 @@ class Explainer:
             device_type: self._explain(question, device_type, offers, deadline)
             for device_type, offers in question.offers.items()
         }
-        return Explanation(question.subject, question.transport, found)
+        return Explanation(question.subject, question.obj.transport, found)
 
     def _on_offers(self, peer_id: bytes, body: protocol.Offers) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
@@ -219,7 +191,7 @@ class Explainer:
     def _on_explain(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: consumer, an rdt-call thread."""
         deadline = Deadline.after(float(body.pop("timeout_s")))
-        question = Question(**body)
+        question = Question(**{**body, "obj": TransferObject(*body["obj"])})
         return asdict(self.explain(question, deadline))
 
     def _explain(
@@ -229,8 +201,12 @@ class Explainer:
         producer_offers: Mapping[str, str],
         deadline: Deadline,
     ) -> list[Way]:
-        is_local = agent_id_of(question.address) == self._session.agent.agent_id
-        obj = question.object_on(device_type, is_local)
+        obj = question.obj._replace(
+            device_type=device_type,
+            default_transports=default_transports(device_type),
+            inline_limit=settings().eager_bytes,
+            is_local=agent_id_of(question.address) == self._session.agent.agent_id,
+        )
         pair = self._policy.pair(question.address)
         # Only transports that the rules allow are made here.
         allowed = [
@@ -242,8 +218,8 @@ class Explainer:
             {name: self._pair_reason(name, device_type, producer_offers) for name in allowed},
             self._agent_lanes(question, device_type, deadline),
         )
-        plan = [Way.of(candidate) for candidate in plan_transfer(obj, pair, offers)]
-        return plan + _not_tried(question.transport, {way.name for way in plan})
+        plan = [Way(c.name, c.serves, c.reason) for c in plan_transfer(obj, pair, offers)]
+        return plan + _not_tried(obj.transport, {way.name for way in plan})
 
     def _pair_reason(self, name: str, device_type: str, producer_offers: Mapping[str, str]) -> str:
         """Return why one of both sides cannot use a transport, "" if both can."""
@@ -267,7 +243,7 @@ class Explainer:
         """Return for each lane of the agent why it cannot be used, "" if it can."""
         from ray.experimental.rdt._agent import AgentError
 
-        if device_type != "cpu" or question.is_foreign:
+        if device_type != "cpu" or question.obj.is_foreign:
             return dict.fromkeys(AGENT_LANES, "")
         agent, nothing = self._session.agent, array("Q")
         # The agents choose their lanes when they connect, which a pull of no object makes them do.

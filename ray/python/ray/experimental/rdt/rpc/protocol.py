@@ -140,7 +140,7 @@ class Explain(TypedDict):
     """The fields of ``explainer.Question``, and how long the answer may take."""
 
     address: bytes
-    transport: str
+    obj: list[Any]
     timeout_s: float
 
 

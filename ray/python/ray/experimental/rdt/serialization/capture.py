@@ -54,14 +54,10 @@ class Wanted:
         A subclass of a concrete type is not: a masked array would lose its mask. A type with its
         own instance check, for example jax.Array, includes all its instances.
         """
-        kind = type(value)
-        if kind is self.data_type:
+        if type(value) is self.data_type:
             return True
-        return isinstance(value, self.data_type) and _is_stand_in(self.data_type)
-
-
-def _is_stand_in(data_type: type) -> bool:
-    return type(data_type).__instancecheck__ is not type.__instancecheck__
+        has_own_check = type(self.data_type).__instancecheck__ is not type.__instancecheck__
+        return has_own_check and isinstance(value, self.data_type)
 
 
 def take(context: Any, value: Any, wanted: Wanted | None = None) -> tuple[Skeleton, Captured]:
@@ -112,7 +108,7 @@ def _dump(context: Any, pickler: Any, value: Any) -> Any:
     context.set_in_band_serialization()
     try:
         pickler.dump(value)
-    except Exception:
+    except Exception:  # the user's classes are pickled, and may raise any
         context.get_and_clear_contained_object_refs()
         raise
     finally:
@@ -121,7 +117,7 @@ def _dump(context: Any, pickler: Any, value: Any) -> Any:
 
 
 class _Stream:
-    """Collects the output of a pickler without a copy of large frames."""
+    """The output of a pickler, collected without a copy of large frames."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []

@@ -6,6 +6,7 @@ or the shipment if its transport is user-defined, then the buffers of the rest o
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,14 +96,11 @@ def open_envelope(metadata: bytes, data: Any) -> Envelope:
     return Envelope(head, inband, table, eager, buffers[2 if head.is_eager else 1 :])
 
 
-_first_object: list[bytes] = []
-
-
+@functools.cache
 def _msgpack_of_first_object() -> bytes:
     """Return the MessagePack half of each value: it names the first pickled object."""
-    if not _first_object:
-        _first_object.append(MessagePackSerializer.dumps(_Opaque(), lambda _: 0))
-    return _first_object[0]
+    encoded: bytes = MessagePackSerializer.dumps(_Opaque(), lambda _: 0)
+    return encoded
 
 
 class _Opaque:
