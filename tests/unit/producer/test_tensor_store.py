@@ -302,7 +302,7 @@ class StoreMachine(RuleBasedStateMachine):
     def agrees(self):
         assert len(self.store) == len(self.live)
         in_use = [tensor for stored in self.live.values() for tensor in stored.captured.tensors]
-        sets = {stored.captured.storages.tobytes(): stored for stored in self.live.values()}
+        sets = {stored.captured.layout.storages.tobytes(): stored for stored in self.live.values()}
         kept = sum(stored.captured.table.nbytes for stored in sets.values())
         assert self.store.nbytes == kept
         for tensor in self.memory:

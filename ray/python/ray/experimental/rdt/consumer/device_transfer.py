@@ -5,7 +5,7 @@ Runs on: consumer, the thread that deserializes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -173,11 +173,6 @@ class _SharedDestination:
         devices = sorted(self.table.devices.items())
         return {r: self.table.regions[r] for r, name in devices if name == self.device_type}
 
-    def put(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Use these tensors as the memory of its regions."""
-        for region, tensor in zip(self.sizes, tensors):
-            self.whole.put(region, tensor)
-
     def buffers(self, may_spread: bool) -> ReceiveBuffers:
         if not self.has_memory:
             self.has_memory = True
@@ -224,9 +219,9 @@ class BorrowTransfer:
         assert self._answer is not None, "start comes before finish"
         with without_turn():
             lent = self._answer(deadline)
-        sizes = list(self._destination.sizes.values())
-        tensors = self._borrowing.take(self._producer.peer, lent, sizes)
-        self._destination.put(tensors)
+        sizes = self._destination.sizes
+        tensors = self._borrowing.take(self._producer.peer, lent, list(sizes.values()))
+        self._destination.whole.put(dict(zip(sizes, tensors)))
         if is_on_pull_thread():
             # The stream that waits for the producer is this thread's and not the user's.
             with without_turn():

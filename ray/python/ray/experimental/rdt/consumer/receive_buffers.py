@@ -64,9 +64,10 @@ class ReceiveBuffers:
         """Tell whether some of the memory is the user's."""
         return bool(self.direct or self.spreads)
 
-    def put(self, region: int, tensor: torch.Tensor) -> None:
-        """Receive a region into a flat tensor on a device."""
-        self.places[region] = (tensor, 0)
+    def put(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        """Receive regions into flat tensors on devices."""
+        for region, tensor in tensors.items():
+            self.places[region] = (tensor, 0)
 
     def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
         """Return regions as flat uint8 tensors, for a transport to fill.
@@ -214,8 +215,7 @@ def allocate_on_devices(
         table.devices,
         accelerators.record([*on_device.values(), *direct.values()]),
     )
-    for region, tensor in on_device.items():
-        buffers.put(region, tensor)
+    buffers.put(on_device)
     return buffers
 
 
@@ -228,8 +228,7 @@ def take_memory(
 ) -> None:
     """Allocate memory for the regions of one device type that ``allocate_on_devices`` spared."""
     on_device = _take(table, {device_type}, buffers.direct, target_device)
-    for region, tensor in on_device.items():
-        buffers.put(region, tensor)
+    buffers.put(on_device)
     left = [r for r, name in table.devices.items() if name == device_type and r not in on_device]
     host = allocate(session, array("Q", [table.regions[region] for region in left]))
     for region, where in zip(left, host.places):

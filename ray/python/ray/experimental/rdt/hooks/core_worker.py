@@ -7,7 +7,7 @@ from typing import Any
 
 from ray._raylet import CoreWorker
 
-from ray.experimental.rdt.hooks.deferred_calls import when_arrived
+from ray.experimental.rdt.consumer.deferred import Deferred
 
 
 class RDTCoreWorker(CoreWorker):
@@ -19,4 +19,11 @@ class RDTCoreWorker(CoreWorker):
         Runs on: any thread. The callback runs on the core's io thread, or on an rdt-pull thread if
         tensors were pulled.
         """
-        super().set_get_async_callback(object_ref, when_arrived(user_callback))
+
+        def deliver(value: Any) -> None:
+            if isinstance(value, Deferred):
+                value.then(user_callback)
+            else:
+                user_callback(value)
+
+        super().set_get_async_callback(object_ref, deliver)

@@ -12,18 +12,6 @@ from ray.exceptions import RayError
 from ray.experimental.rdt.consumer.deferred import Deferred
 
 
-def when_arrived(callback: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return a callback for values of the core that waits for ``Deferred`` ones."""
-
-    def deliver(value: Any) -> None:
-        if isinstance(value, Deferred):
-            value.then(callback)
-        else:
-            callback(value)
-
-    return deliver
-
-
 def have_arrived(arguments: Iterable[Any]) -> bool:
     """Tell whether none of the arguments is ``Deferred``."""
     return not any(type(argument) is Deferred for argument in arguments)

@@ -23,13 +23,19 @@ _DESCRIPTIONS = {
 }
 
 
+def _gauge(name: str, description: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(name, description)
+
+
 class Gauges:
     """The gauges of one process.
 
     Args:
         session: Its reaper thread sets them.
         read: Returns the numbers by name.
-        make: Creates a gauge from a name and a description; None for ``ray.util.metrics.Gauge``.
+        make: Creates a gauge from a name and a description.
         clock: Returns the time in seconds.
     """
 
@@ -37,7 +43,7 @@ class Gauges:
         self,
         session: Session,
         read: Callable[[], dict[str, int]],
-        make: Callable[[str, str], Any] | None = None,
+        make: Callable[[str, str], Any] = _gauge,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._read = read
@@ -54,14 +60,7 @@ class Gauges:
             return
         self._last = now
         numbers = self._read()
-        for name, gauge in (self._gauges or self._begin()).items():
-            gauge.set(numbers.get(name, 0))
-
-    def _begin(self) -> dict[str, Any]:
-        if self._make is None:
-            from ray.util.metrics import Gauge
-
-            self._make = Gauge
         for name, description in _DESCRIPTIONS.items():
-            self._gauges[name] = self._make(f"rdt_{name}", description)
-        return self._gauges
+            if name not in self._gauges:
+                self._gauges[name] = self._make(f"rdt_{name}", description)
+            self._gauges[name].set(numbers.get(name, 0))

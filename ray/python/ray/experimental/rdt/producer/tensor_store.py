@@ -232,4 +232,4 @@ def _memory_of(captured: Captured) -> tuple[bytes, int]:
     """Return a key for the storages of an object, and its bytes of host memory."""
     table = captured.table
     nbytes = sum(captured.host_spans()[1]) if table.devices else table.nbytes
-    return captured.storages.tobytes(), nbytes
+    return captured.layout.storages.tobytes(), nbytes

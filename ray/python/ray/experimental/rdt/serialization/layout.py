@@ -68,11 +68,6 @@ class Captured:
         return self.layout.table
 
     @property
-    def storages(self) -> array[int]:
-        """The addresses of the storages that have bytes in a region, sorted."""
-        return self.layout.storages
-
-    @property
     def guards(self) -> array[int]:
         """For ``Agent.register``; see ``Layout``. A copy needs none."""
         return self.layout.guards if self.copies is None else array("Q")
@@ -110,8 +105,9 @@ class Captured:
         if not hasattr(value, "untyped_storage"):
             return any(tensor is value for tensor in self.tensors)
         address = value.untyped_storage().data_ptr()
-        at = bisect_left(self.storages, address)
-        return at < len(self.storages) and self.storages[at] == address
+        storages = self.layout.storages
+        at = bisect_left(storages, address)
+        return at < len(storages) and storages[at] == address
 
     def gather(self) -> bytes:
         """Return a copy of all regions, one after the other."""
