@@ -251,7 +251,7 @@ class Event:
         if not self._reached.wait(timeout_s):
             raise TimeoutError(f"fakegpu did not finish within {timeout_s:g} s")
 
-    def order(self) -> None:
+    def make_stream_wait(self) -> None:
         accelerator.stream().give(self._reached.wait)  # type: ignore[arg-type]
 
 
@@ -427,7 +427,7 @@ class FakeAccelerator:
     def record(self, device: torch.device) -> Event:
         return Event(self.stream())
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
+    def capture_safe(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
@@ -454,7 +454,7 @@ class FakeAccelerator:
         def begin(side: Stream) -> None:
             with self.on(side):
                 for earlier in after:
-                    earlier.order()
+                    earlier.make_stream_wait()
                 if self.gate is not None:
                     side.give(partial(self.gate.wait, 60))
             for target, source in pairs:

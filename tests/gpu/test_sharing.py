@@ -83,7 +83,7 @@ def keep_ones(peer: Peer, count: int = COUNT) -> torch.Tensor:
 
 def loans(_: Peer) -> int:
     gc.collect()
-    return len(ray._private.worker.global_worker.rdt_manager.transport("cuda_ipc")._exports.loans)
+    return len(ray._private.worker.global_worker.rdt_manager.transport("cuda_ipc")._loans)
 
 
 def mapped(_: Peer) -> int:

@@ -124,7 +124,7 @@ class FakeTwoSided:
                 while view:
                     view = view[pipe.write(view) :]
 
-    def give_up(self, route: Route, may_send: bool) -> None:
+    def abandon(self, route: Route, may_send: bool) -> None:
         with self._lock:
             pipe = self._pipes.pop(route["path"], None)
         if pipe is not None:

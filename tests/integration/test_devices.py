@@ -283,7 +283,7 @@ def let_go(peer: Peer) -> None:
 
 def loans(peer: Peer) -> int:
     gc.collect()
-    return len(ray._private.worker.global_worker.rdt_manager.transport(IPC)._exports.loans)
+    return len(ray._private.worker.global_worker.rdt_manager.transport(IPC)._loans)
 
 
 def test_named_transport_gives_the_producers_own_memory(near: Any, far: Any) -> None:

@@ -293,7 +293,7 @@ def enter(block: Any, calls: Cuda) -> None:
         pytest.param(lambda a, calls: a.pin(HOST)(), id="pin"),
         pytest.param(lambda a, calls: a.segment(AWAY), id="segment"),
         pytest.param(lambda a, calls: a.new_stream(DEVICE), id="new_stream"),
-        pytest.param(lambda a, calls: enter(a.aside(), calls), id="aside"),
+        pytest.param(lambda a, calls: enter(a.capture_safe(), calls), id="capture_safe"),
         pytest.param(lambda a, calls: enter(a.on(SimpleNamespace(device=1)), calls), id="on"),
         pytest.param(lambda a, calls: event_of(calls).is_reached(), id="is_reached"),
         pytest.param(lambda a, calls: event_of(calls).wait(1), id="wait"),

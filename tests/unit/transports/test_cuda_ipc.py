@@ -86,9 +86,7 @@ def await_tick(sides, is_reached, what: str) -> None:
 
 def all_is_given_back(*sides) -> None:
     await_tick(sides, lambda: not any(s.driver.live for s in sides), "what was opened is closed")
-    await_tick(
-        sides, lambda: not any(len(s.transport._exports.loans) for s in sides), "no loan is left"
-    )
+    await_tick(sides, lambda: not any(len(s.transport._loans) for s in sides), "no loan is left")
 
 
 # Copies.
@@ -101,7 +99,7 @@ def test_bytes_arrive_and_memory_is_unmapped_when_the_object_goes(sides, target)
     got = [torch.zeros(len(source), dtype=torch.uint8, device=target) for source in sources]
     read(sides, exposed, *got)
     assert [g.tolist() for g in got] == [s.tolist() for s in sources]
-    assert sides[1].driver.live == len(sides[0].transport._exports.loans) + 1 == 2
+    assert sides[1].driver.live == len(sides[0].transport._loans) + 1 == 2
     sides[0].transport.withdraw(exposed)
     all_is_given_back(*sides)
 
@@ -137,7 +135,7 @@ def test_object_that_goes_while_it_is_read_is_unmapped_after_that(sides, monkeyp
     wait_until(lambda: mapped.readers == 1, "it is read")
     producer.transport.withdraw(exposed)
     wait_until(lambda: mapped.is_ended, "the consumer hears of it")
-    assert (consumer.driver.live, len(producer.transport._exports.loans)) == (1, 1)
+    assert (consumer.driver.live, len(producer.transport._loans)) == (1, 1)
     gate.set()
     reading.join(20)
     assert target.tolist() == bytes_on(TYPE).tolist()
@@ -179,9 +177,7 @@ def test_segment_is_mapped_once_and_until_its_last_user(sides):
     assert (consumer.driver.opened, consumer.driver.live) == (1, 1)
     del one
     gc.collect()
-    await_tick(
-        sides, lambda: len(producer.transport._exports.loans) == 1, "one object is given back"
-    )
+    await_tick(sides, lambda: len(producer.transport._loans) == 1, "one object is given back")
     assert consumer.driver.live == 1
     assert two.tolist() == second.tolist()
     del two
@@ -208,7 +204,7 @@ def test_producer_does_not_wait_for_the_memory_to_be_unmapped(sides):
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     read(sides, exposed, bytes_on(TYPE))
     sides[0].transport.withdraw(exposed)
-    assert (sides[1].driver.live, len(sides[0].transport._exports.loans)) == (1, 1)
+    assert (sides[1].driver.live, len(sides[0].transport._loans)) == (1, 1)
     rest.set()
     all_is_given_back(*sides)
 
@@ -250,7 +246,7 @@ def test_process_of_another_container_is_not_taken_for_one_that_has_ended(
         read((sides[0], elsewhere, None), exposed, bytes_on(TYPE))
     with pytest.raises(TransportUnavailable, match="in another container"):
         elsewhere.borrow(sides[0], bytes_on(TYPE))
-    assert not len(sides[0].transport._exports.loans)
+    assert not len(sides[0].transport._loans)
     elsewhere.transport.close()
     elsewhere.session.close()
 
@@ -319,7 +315,7 @@ def test_failure_keeps_mapped_what_a_copy_still_reads(sides, monkeypatch):
     sides[0].transport.withdraw(exposed)
     monkeypatch.setattr(loans, "_SLACK_S", 0.0)
     sides[0].session.tick()
-    assert (sides[1].driver.live, len(sides[0].transport._exports.loans)) == (1, 1)
+    assert (sides[1].driver.live, len(sides[0].transport._loans)) == (1, 1)
     gate.set()
     all_is_given_back(*sides)
 
@@ -371,13 +367,11 @@ def test_memory_that_is_used_has_no_deadline(sides, monkeypatch):
     monkeypatch.setattr(loans, "_SLACK_S", -60.0)
     (got,) = consumer.borrow(producer, bytes_on(TYPE))
     wait_until(
-        lambda: (
-            [each.until for each in producer.transport._exports.loans._loans.values()] == [None]
-        ),
+        lambda: [each.until for each in producer.transport._loans._loans.values()] == [None],
         "the consumer's word",
     )
     producer.session.tick()
-    assert len(producer.transport._exports.loans) == 1
+    assert len(producer.transport._loans) == 1
     del got
     all_is_given_back(*sides)
 
@@ -390,7 +384,7 @@ def test_memory_is_given_back_after_the_work_that_the_consumers_stream_has(sides
     del got
     gc.collect()
     time.sleep(0.2)
-    assert (consumer.driver.live, len(producer.transport._exports.loans)) == (1, 1)
+    assert (consumer.driver.live, len(producer.transport._loans)) == (1, 1)
     gate.set()
     all_is_given_back(*sides)
 
@@ -438,7 +432,7 @@ def test_two_readers_and_one_that_passes_it_on(sides):
     assert back.data_ptr() == source.data_ptr()
     source.fill_(4)
     assert one.tolist() == two.tolist() == [4] * 100
-    assert len(producer.transport._exports.loans) == len(second.transport._exports.loans) == 1
+    assert len(producer.transport._loans) == len(second.transport._loans) == 1
     del source, back
     gc.collect()
     assert two.tolist() == [4] * 100
@@ -459,13 +453,11 @@ def test_borrowing_that_is_abandoned_is_given_back(sides):
     producer, consumer, _ = sides
     borrowing = consumer.transport.borrow(DEVICE)
     borrowing.abandon(producer.peer)
-    wait_until(
-        lambda: bool(producer.transport._exports.loans._ended_early), "the producer hears of it"
-    )
+    wait_until(lambda: bool(producer.transport._loans._ended_early), "the producer hears of it")
     until = Deadline.after(5)
     agent = consumer.session.agent.agent_id
     producer.transport.lend(agent, borrowing.asked, [bytes_on(TYPE)], [], until)
-    assert not len(producer.transport._exports.loans)
+    assert not len(producer.transport._loans)
 
 
 def test_loan_that_is_never_confirmed_ends(sides, monkeypatch):
@@ -475,9 +467,9 @@ def test_loan_that_is_never_confirmed_ends(sides, monkeypatch):
     producer.transport.lend(
         consumer.session.agent.agent_id, asked, [bytes_on(TYPE)], [], Deadline.after(0)
     )
-    assert len(producer.transport._exports.loans) == 1
+    assert len(producer.transport._loans) == 1
     producer.session.tick()
-    assert not len(producer.transport._exports.loans)
+    assert not len(producer.transport._loans)
 
 
 def test_loans_outlive_the_session(sides, monkeypatch):
@@ -488,9 +480,9 @@ def test_loans_outlive_the_session(sides, monkeypatch):
     again = DeviceIpcTransport(producer.session, TYPE)  # type: ignore[arg-type]
     others = [bytes_on(TYPE).fill_(0) for _ in range(10)]
     assert got.tolist() == bytes_on(TYPE).tolist()
-    assert len(again._exports.loans) == 1
+    assert len(again._loans) == 1
     del got, others
-    await_tick(sides, lambda: not len(again._exports.loans), "the memory is given back")
+    await_tick(sides, lambda: not len(again._loans), "the memory is given back")
 
 
 def test_borrowed_memory_outlives_the_session(sides):

@@ -33,7 +33,7 @@ class Fabric:
 
 
 class FakeEngine:
-    """See ``nixl_engine.Engine``. Reading memory that is not registered any more is an error.
+    """See ``NixlEngine``. Reading memory that is not registered any more is an error.
 
     Attributes:
         registered: By handle: kind and rows.
@@ -112,7 +112,7 @@ def covered(row: Any, kind: str, regions: Any) -> bool:
 
 
 class FakeRead:
-    """See ``nixl_engine.Read``. Writes nothing once it was released."""
+    """See ``NixlRead``. Writes nothing once it was released."""
 
     def __init__(self, fabric: Fabric, batch: Any):
         self._fabric = fabric

@@ -23,7 +23,7 @@ from ray.experimental.rdt.serialization.layout import lay_out
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 from ray.experimental.rdt.transports.nixl import consumer as nixl_consumer
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
-from ray.experimental.rdt.transports.nixl import producer as nixl_producer
+from ray.experimental.rdt.transports.nixl import transport as nixl_transport
 from ray.experimental.rdt.transports.nixl.engine import (
     NixlError,
     NixlMissing,
@@ -276,13 +276,13 @@ def gpu_buffers(*devices):
 
 @pytest.fixture
 def short_fetch(monkeypatch):
-    monkeypatch.setattr(nixl_producer, "settings", lambda: SimpleNamespace(fetch_timeout_s=0.4))
+    monkeypatch.setattr(nixl_transport, "settings", lambda: SimpleNamespace(fetch_timeout_s=0.4))
 
 
 def test_no_device_is_waited_for_unless_the_user_asks(producer, monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waited.append(str(device)))
-    check_writers = producer._producer.check_writers
+    check_writers = producer.check_writers
     check_writers(gpu_buffers("cuda:1"))
     producer.set_cuda_stream(SimpleNamespace(device=torch.device("cuda:0")))
     check_writers(gpu_buffers("cuda:0"))
@@ -341,12 +341,12 @@ def test_nixl_works_beside_a_graph_that_another_thread_captures(
     depth, calls = [0], []
 
     @contextlib.contextmanager
-    def aside():
+    def capture_safe():
         depth[0] += 1
         yield
         depth[0] -= 1
 
-    monkeypatch.setattr(accelerator, "aside", aside)
+    monkeypatch.setattr(accelerator, "capture_safe", capture_safe)
     for name in ("register", "describe", "attach", "post"):
         call = getattr(FakeEngine, name)
 
@@ -414,7 +414,7 @@ def test_a_device_that_does_not_finish_makes_it_unavailable(producer, short_fetc
     started = time.monotonic()
     producer.set_cuda_stream(None)
     with pytest.raises(TransportUnavailable, match=r"cuda:0 did not.*set_nixl_cuda_stream"):
-        producer._producer.check_writers(gpu_buffers("cuda:1", "cuda:0"))
+        producer.check_writers(gpu_buffers("cuda:1", "cuda:0"))
     assert time.monotonic() - started < 3
     ended.set()
 
@@ -426,7 +426,7 @@ def test_a_device_that_fails_says_so(producer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     producer.set_cuda_stream(None)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        producer._producer.check_writers(gpu_buffers("cuda:0"))
+        producer.check_writers(gpu_buffers("cuda:0"))
 
 
 def test_memory_is_read_into_after_what_it_was_used_for(fabric, producer, consumer):

@@ -128,7 +128,7 @@ def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
 def test_route_that_the_producer_refused_gives_the_link_back(nodes):
     consumer, producer = nodes()
     route = consumer.transport.route(producer.peer, Deadline.after(20))
-    consumer.transport.give_up(route, may_send=False)
+    consumer.transport.abandon(route, may_send=False)
     assert [link.leased_until for link in consumer.transport._links.all()] == [None]
     round_trip(consumer, producer, [4])
     assert [link.id for link in consumer.transport._links.all()] == [route["link"]]
@@ -140,7 +140,7 @@ def test_route_that_is_given_up_ends_the_send(nodes):
     route = consumer.transport.route(producer.peer, Deadline.after(20))
     body = {"name": "x", "route": route, "timeout_s": 20}
     consumer.session.call(producer.peer.address, "send", body, 20)
-    consumer.transport.give_up(route, may_send=True)
+    consumer.transport.abandon(route, may_send=True)
     wait_until(lambda: bool(producer.send_errors), "the send ends", 5)
     assert "gave a transfer up" in str(producer.send_errors[0])
     round_trip(consumer, producer, [4])
@@ -151,7 +151,7 @@ def test_route_whose_link_is_gone_can_be_given_up(nodes, may_send):
     consumer, producer = nodes()
     route = consumer.transport.route(producer.peer, Deadline.after(20))
     consumer.transport._find(route).close("the connection broke")
-    consumer.transport.give_up(route, may_send)
+    consumer.transport.abandon(route, may_send)
     assert not consumer.transport._links.all()
 
 

@@ -74,7 +74,7 @@ class Work:
         self._end = Event(stream)
 
     def wait(self):
-        self._end.order()
+        self._end.make_stream_wait()
 
 
 class Backend(NcclBackend):

@@ -56,7 +56,7 @@ class Accelerator(Protocol):
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Make a stream the current one of the thread that enters it, until it leaves."""
 
-    def aside(self) -> AbstractContextManager[None]:
+    def capture_safe(self) -> AbstractContextManager[None]:
         """Return a context for calls of torch on a device that might disturb other threads."""
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators.cuda_calls import (
     bindings,
@@ -30,8 +30,6 @@ from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["CudaAccelerator", "CudaEvent", "recorded"]
 
 #: Pairs below this are copied by one kernel for many of them.
 _SMALL_NBYTES = 1 << 20
@@ -93,16 +91,12 @@ class CudaAccelerator:
 
         runtime = bindings()
         if runtime is None:
-            make: Any = torch.cuda.Stream
-            pooled: torch.cuda.Stream = make(device)
-            return pooled
+            return torch.cuda.Stream(device)
         index = torch.cuda.current_device() if device.index is None else device.index
         with relaxed(), current(index):
             flags = runtime.cudaStreamNonBlocking
             raw = checked("cudaStreamCreateWithFlags", runtime.cudaStreamCreateWithFlags(flags))
-        external: Any = torch.cuda.ExternalStream
-        stream: torch.cuda.Stream = external(int(raw), device=torch.device("cuda", index))
-        return stream
+        return torch.cuda.ExternalStream(int(raw), device=torch.device("cuda", index))
 
     @contextlib.contextmanager
     def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
@@ -112,7 +106,7 @@ class CudaAccelerator:
         with relaxed(), torch.cuda.device(stream.device), torch.cuda.stream(stream):
             yield
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
+    def capture_safe(self) -> contextlib.AbstractContextManager[None]:
         """See ``Accelerator``. A graph that another thread captures goes on."""
         return relaxed()
 
@@ -154,8 +148,7 @@ class CudaAccelerator:
         """See ``Accelerator``."""
         import torch
 
-        make: Any = torch.cuda.Event
-        event = CudaEvent(make(), device, list(pairs))
+        event = CudaEvent(torch.cuda.Event(), device, list(pairs))
 
         def begin(side: torch.cuda.Stream) -> None:
             for earlier in after:

@@ -29,7 +29,7 @@ class CudaError(RuntimeError):
 
 @functools.cache
 def bindings() -> Any:
-    """The module ``cuda.bindings.runtime``; None if it is not installed or not for this driver.
+    """Return the module ``cuda.bindings.runtime``; None if not installed or not for this driver.
 
     Runs on: any thread, after torch has found a GPU.
     """
@@ -39,7 +39,7 @@ def bindings() -> Any:
 
 @functools.cache
 def driver() -> Any:
-    """The module ``cuda.bindings.driver``, None where ``bindings`` is."""
+    """Return the module ``cuda.bindings.driver``, None if ``bindings`` is None."""
     return None if bindings() is None else _module("driver")
 
 
@@ -51,7 +51,7 @@ def _module(name: str) -> Any:
 
 
 def checked(call: str, result: tuple[Any, ...]) -> Any:
-    """The value of a call, or a tuple of them. Raises CudaError."""
+    """Return the value of a call, or a tuple of them. Raises CudaError."""
     code, *values = result
     if int(code):
         raise CudaError(call, code)

@@ -61,7 +61,7 @@ class CudaEvent:
             self._kept = None
         return is_reached
 
-    def order(self) -> None:
+    def make_stream_wait(self) -> None:
         """See ``Event``."""
         import torch
 
@@ -69,11 +69,10 @@ class CudaEvent:
 
 
 def recorded(stream: torch.cuda.Stream, device: torch.device) -> CudaEvent:
-    """An event at the end of what a stream of ``device`` has so far. Runs on: any thread."""
+    """Return an event at the current end of a stream of ``device``. Runs on: any thread."""
     import torch
 
-    make: Any = torch.cuda.Event
-    event = make()
+    event = torch.cuda.Event()
     with relaxed():
         event.record(stream)
     return CudaEvent(event, device)

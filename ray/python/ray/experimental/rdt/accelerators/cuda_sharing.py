@@ -2,8 +2,8 @@
 
 The calls are those of CUDA's driver and runtime, so memory of any library can be shared that was
 allocated by ``cudaMalloc``: torch's, cupy's, jax's. Memory of ``cudaMallocAsync`` pools and of the
-virtual memory calls, on which torch builds its expandable segments, has no such handle; it is named
-where it is met.
+virtual memory calls, on which torch builds its expandable segments, has no such handle;
+the error names it.
 
 Not run on a GPU so far: written from the documentation of CUDA and cuda-bindings.
 """
@@ -108,8 +108,7 @@ class CudaSharing:
         import torch
 
         assert isinstance(event, CudaEvent)
-        make: Any = torch.cuda.Event
-        shared, device = make(interprocess=True), event.device
+        shared, device = torch.cuda.Event(interprocess=True), event.device
 
         def begin(side: torch.cuda.Stream) -> None:
             side.wait_event(event.event)
@@ -128,10 +127,9 @@ class CudaSharing:
         """See ``Sharing``."""
         import torch
 
-        open_event: Any = torch.cuda.Event.from_ipc_handle
         with relaxed(), torch.cuda.device(device):
             try:
-                return CudaEvent(open_event(device, handle), device)
+                return CudaEvent(torch.cuda.Event.from_ipc_handle(device, handle), device)
             except RuntimeError as error:
                 raise _refusal(error) from error
 
@@ -147,12 +145,12 @@ def _modules() -> tuple[Any, Any]:
 
 
 def _refusal(error: RuntimeError) -> RuntimeError:
-    """What a failed call means: that memory cannot be shared, or that the GPU has failed."""
+    """Return the error of a failed call: CannotShare, or the same if the GPU has failed."""
     return error if is_device_failure(error) else CannotShare(str(error))
 
 
 def _why_not(driver: Any, address: int) -> str:
-    """Why the memory at an address has no IPC handle, "" if nothing is known against it."""
+    """Return why the memory at an address has no IPC handle, "" if no reason is known."""
     attribute = driver.CUpointer_attribute
 
     def ask(name: str) -> int:
@@ -181,9 +179,8 @@ def _is_expandable(address: int) -> bool:
     """Return whether torch's allocator has the address in an expandable segment."""
     import torch
 
-    snapshot: Any = torch.cuda.memory_snapshot
     return any(
         segment.get("is_expandable", False)
         and segment["address"] <= address < segment["address"] + segment["total_size"]
-        for segment in snapshot()
+        for segment in torch.cuda.memory_snapshot()
     )

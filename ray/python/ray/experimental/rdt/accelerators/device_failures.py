@@ -1,4 +1,4 @@
-"""Tells what an error says of a device: that its memory is full, or that it has failed for good.
+"""Errors of a device: its memory is full, or it has failed for good.
 
 After such a failure every call of the process on that device fails with the same error, whatever it
 does. The errors come as types of torch, as codes of CUDA or, from another process, as text.

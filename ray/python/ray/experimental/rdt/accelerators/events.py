@@ -17,7 +17,7 @@ class Event(Protocol):
     def wait(self, timeout_s: float) -> None:
         """Block until the stream has reached the event. Raises TimeoutError."""
 
-    def order(self) -> None:
+    def make_stream_wait(self) -> None:
         """Make later work on this thread's current stream run after the event."""
 
 

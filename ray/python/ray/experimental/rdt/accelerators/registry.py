@@ -1,4 +1,4 @@
-"""The kinds of devices that RDT knows. torch is imported by none before it is asked for."""
+"""The kinds of devices that RDT knows. None imports torch before it is used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _made: dict[str, Accelerator] = {}
 
 
 def of(device_type: str) -> Accelerator | None:
-    """The accelerator of a torch device type; None if RDT does not know it. Runs on: any thread."""
+    """Return the accelerator of a torch device type, None if unknown. Runs on: any thread."""
     known = _made.get(device_type)
     if known is not None or device_type not in _FACTORIES:
         return known
@@ -35,18 +35,18 @@ def of(device_type: str) -> Accelerator | None:
 
 
 def usable(device_type: str) -> Accelerator | None:
-    """The accelerator of a type of which this process has a device."""
+    """Return the accelerator of a type if this process has such a device."""
     accelerator = of(device_type)
     return None if accelerator is None or accelerator.unavailable_reason() else accelerator
 
 
 def usable_types() -> list[str]:
-    """The types of devices that this process has. Runs on: any thread."""
+    """Return the types of devices that this process has. Runs on: any thread."""
     return sorted(name for name in {*_FACTORIES, *_made} if usable(name) is not None)
 
 
 def record(tensors: Iterable[torch.Tensor]) -> list[Event]:
-    """An event for each device that some of the tensors are on. Runs on: any thread."""
+    """Return an event for each device of the tensors. Runs on: any thread."""
     events = []
     for device in {tensor.device for tensor in tensors if not tensor.is_cpu}:
         accelerator = of(device.type)
@@ -56,25 +56,25 @@ def record(tensors: Iterable[torch.Tensor]) -> list[Event]:
 
 
 @contextlib.contextmanager
-def aside(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Around calls of others that work on tensors; see ``Accelerator.aside``."""
+def capture_safe(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Enter ``Accelerator.capture_safe`` for the devices of some tensors."""
     with contextlib.ExitStack() as stack:
         for name in {tensor.device.type for tensor in tensors if not tensor.is_cpu}:
             accelerator = of(name)
             if accelerator is not None:
-                stack.enter_context(accelerator.aside())
+                stack.enter_context(accelerator.capture_safe())
         yield
 
 
 @contextlib.contextmanager
 def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]:
-    """Around copies into tensors by torch; waits for those on devices at the end.
+    """Let torch copy into tensors in the context; wait for devices at its end.
 
     Raises:
         TimeoutError: a device does not finish them.
     """
     written = [tensor for tensor in tensors if not tensor.is_cpu]
-    with aside(written):
+    with capture_safe(written):
         yield
         deadline = Deadline.after(timeout_s)
         for event in record(written):
@@ -82,7 +82,7 @@ def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]
 
 
 def register(accelerator: Accelerator) -> None:
-    """Make RDT carry tensors of another kind of device, in this process.
+    """Add a kind of device whose tensors RDT carries, in this process.
 
     Raises:
         ValueError: the device type is known already.

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from ray.experimental.rdt._tensors import tensor_over
-from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.sharing import CannotShare, Sharing
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.failures import TransferFailed
@@ -122,10 +121,6 @@ class SharedMemory:
         """Return how many segments of other processes are mapped."""
         return len(self._mapped)
 
-    def identity(self, device: torch.device) -> str:
-        """See ``Sharing``."""
-        return self.driver.identity(device)
-
     def describe(self, buffers: Sequence[torch.Tensor]) -> Layout:
         """Return the places of flat buffers, for another process. Each segment is exported once.
 
@@ -154,7 +149,7 @@ class SharedMemory:
             if start <= address < start + entry.segment.nbytes:
                 return entry.segment, start
         handle, start, nbytes = self.driver.export(address, device)
-        identity = self.identity(device)
+        identity = self.driver.identity(device)
         return Segment(handle, self._owner, os.getpid(), start, nbytes, identity), start
 
     def _entries(self) -> list[tuple[_Mapped, int]]:
@@ -196,7 +191,7 @@ class SharedMemory:
             entry.uses += 1
         try:
             address = entry.address.get(lambda: self.driver.map(segment.handle, device))
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the use ends, whatever failed
             self._leave(key, entry)
             raise
         return Mapping(address, lambda: self._leave(key, entry))
@@ -214,11 +209,3 @@ class SharedMemory:
     def tensor(self, address: int, nbytes: int, device: torch.device, owner: Any) -> torch.Tensor:
         """Return a flat uint8 tensor over mapped memory. Its storage keeps ``owner`` alive."""
         return tensor_over(address, nbytes, self.driver.dlpack_type, device.index, owner)
-
-    def export_event(self, event: Event) -> tuple[bytes, Any]:
-        """See ``Sharing``."""
-        return self.driver.export_event(event)
-
-    def import_event(self, handle: bytes, device: torch.device) -> Event:
-        """See ``Sharing``."""
-        return self.driver.import_event(handle, device)

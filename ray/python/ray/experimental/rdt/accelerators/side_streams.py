@@ -1,7 +1,7 @@
 """Private streams for copies, a few for each device and direction.
 
 A copy may have to wait for what its memory was used for before. So a stream whose last copy is
-still under way is not given the next one while fewer than ``_LIMIT`` streams exist: copies of
+still pending is not given the next one while fewer than ``_LIMIT`` streams exist: copies of
 different pulls do not wait for each other.
 """
 
@@ -23,10 +23,10 @@ _Stream = TypeVar("_Stream")
 
 @dataclass
 class _Slot(Generic[_Stream]):
-    """A stream, and the ends of the work that may still be under way on it, the last one last."""
+    """A stream, and the ends of the work that may be pending on it, in its sequence."""
 
     stream: _Stream
-    under_way: list[Event] = field(default_factory=list)
+    pending: list[Event] = field(default_factory=list)
 
 
 class SideStreams(Generic[_Stream]):
@@ -46,7 +46,7 @@ class SideStreams(Generic[_Stream]):
         Args:
             key: The device and direction.
             make: Makes one more stream.
-            event: What ``begin`` records behind the work, also when it fails. It is kept until the
+            event: Recorded by ``begin`` behind the work, also when it fails. It is kept until the
                 work has ended and the stream is used again, so it can hold memory of the work's.
             begin: Gives the work to the stream.
 
@@ -57,20 +57,20 @@ class SideStreams(Generic[_Stream]):
         try:
             begin(slot.stream)
         finally:
-            slot.under_way.append(event)
+            slot.pending.append(event)
             with self._lock:
                 self._free[key].append(slot)
         return event
 
     def _take(self, key: Hashable) -> _Slot[_Stream] | None:
-        """A stream whose last work has ended, or any if there are many; None: make one more."""
+        """Return a stream whose work has ended, or any if there are many; None to make one more."""
         for _ in range(_LIMIT):
             with self._lock:
                 slot = self._free[key].popleft() if self._free[key] else None
             if slot is None:
                 break
-            if not slot.under_way or slot.under_way[-1].is_reached():
-                slot.under_way.clear()
+            if not slot.pending or slot.pending[-1].is_reached():
+                slot.pending.clear()
                 return slot
             with self._lock:
                 self._free[key].append(slot)

@@ -15,13 +15,13 @@ _named: torch.cuda.Stream | None = None
 
 
 def name_stream(stream: torch.cuda.Stream | None) -> None:
-    """Names one more stream of this process that ``record`` records; None for no such stream."""
+    """Name one more stream of this process for ``record``, None for no such stream."""
     global _named
     _named = stream
 
 
 def record(tensors: Sequence[torch.Tensor]) -> list[Event]:
-    """The ends of what the writers of these tensors have so far. Runs on: any thread."""
+    """Return events at the current ends of the writers of these tensors. Runs on: any thread."""
     events = accelerators.record(tensors)
     named = _named
     if named is not None and any(tensor.device == named.device for tensor in tensors):
@@ -33,9 +33,9 @@ def record(tensors: Sequence[torch.Tensor]) -> list[Event]:
 
 
 def follow(event: Event, device: torch.device) -> None:
-    """Order what a device's writers are given next after an event. Runs on: any thread."""
-    event.order()
+    """Make later work of a device's writers wait for an event. Runs on: any thread."""
+    event.make_stream_wait()
     named, accelerator = _named, accelerators.of(device.type)
     if named is not None and named.device == device and accelerator is not None:
         with accelerator.on(named):
-            event.order()
+            event.make_stream_wait()

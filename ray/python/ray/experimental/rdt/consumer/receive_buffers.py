@@ -327,7 +327,7 @@ def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
 
     where = torch.device(device)
     accelerator = accelerators.of(where.type)
-    with accelerator.aside() if accelerator is not None else contextlib.nullcontext():
+    with accelerator.capture_safe() if accelerator is not None else contextlib.nullcontext():
         moved = [tensor.to(where) for tensor in tensors]
     with accelerators.copying([m for m, t in zip(moved, tensors) if m is not t], timeout_s):
         return moved

@@ -72,7 +72,7 @@ class LocalTransfer:
     def start(self, deadline: Deadline) -> None:
         """Have this thread's streams wait for what writes the tensors."""
         for event in self._captured.events:
-            event.order()
+            event.make_stream_wait()
 
     def finish(self, deadline: Deadline) -> Targets:
         if self._targets is None:

@@ -176,7 +176,7 @@ class TransportAttempt:
             self._producer.start(protocol.SEND, {"route": route}, deadline)(deadline)
         except BaseException as error:  # also if the task was cancelled: the route is in use
             is_refused = isinstance(error, (CallError, TransportUnavailable))
-            transport.give_up(route, may_send=not is_refused)
+            transport.abandon(route, may_send=not is_refused)
             raise
         transport.receive(route, flat, deadline, after)
 

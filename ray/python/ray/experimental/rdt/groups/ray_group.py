@@ -132,14 +132,16 @@ class RDTGroup(BaseGroup):
         getattr(pair, operation)([_only(tensor)], int(other > self._rank), 0).wait()
 
     def _make_group_of_all(self) -> tuple[Any, Any]:
-        return self._transport.make_group(
+        return self._transport.connector.make_group(
             self._group.id, self._rank, self._world_size, _TIMEOUT_S, has_collectives=True
         )
 
     def _make_pair(self, other: int) -> tuple[Any, Any]:
         """The lower rank of the group is rank 0 of the pair."""
         name, rank = self._group.pair_name(other), int(self._rank > other)
-        return self._transport.make_group(name, rank, 2, _TIMEOUT_S, has_collectives=False)
+        return self._transport.connector.make_group(
+            name, rank, 2, _TIMEOUT_S, has_collectives=False
+        )
 
 
 class _ProcessGroup:

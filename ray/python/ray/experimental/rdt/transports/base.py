@@ -251,7 +251,7 @@ class TwoSided(Protocol):
         Runs on: consumer, the fetching thread. After an error none is written any more.
         """
 
-    def give_up(self, route: Route, may_send: bool) -> None:
+    def abandon(self, route: Route, may_send: bool) -> None:
         """Release a ``route`` along which ``receive`` will not be called.
 
         Runs on: consumer, the fetching thread; blocks briefly. Never raises, also for a route whose

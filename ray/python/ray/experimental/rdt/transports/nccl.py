@@ -4,6 +4,8 @@ An NCCL communicator runs its operations in the same order at both ends. So a li
 transfer at a time, and a pair makes several links. A link belongs to the first GPU that each
 process sees, which Ray assigned to the actor. Tensors on other GPUs are refused and take another
 lane.
+
+Not run on a GPU so far: written from the documentation of torch and NCCL.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ class NcclBackend:
         sharing = self._accelerator.sharing
         if sharing is None:
             return
-        store.set(f"gpu/{rank}", sharing.identity(self._device).encode())
+        store.set(f"gpu/{rank}", sharing.driver.identity(self._device).encode())
         ranks: dict[bytes, int] = {}
         for other in range(size):
             identity = store.get(f"gpu/{other}")
@@ -151,24 +152,20 @@ class NcclBackend:
         """See ``Backend``. After a timeout of torch's wait, its watchdog would end the process."""
         work.wait(timeout_s)
 
-    def transfer_context(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def transfer_context(self, after: Sequence[Event]) -> Iterator[None]:
         """See ``Backend``. Each transfer has a stream of its own while it runs.
 
         Its operations wait for the other end. On a stream that others use, the default one for
         instance, their work would wait too: two processes that pull from each other would each send
         only after they had received.
         """
-        return self._on_own_stream(after)
-
-    @contextlib.contextmanager
-    def _on_own_stream(self, after: Sequence[Event]) -> Iterator[None]:
-        """Runs on: the transfer's thread."""
         with self._lock:
             idle = self._idle_streams.pop() if self._idle_streams else None
         stream = idle if idle is not None else self._accelerator.new_stream(self._device)
         with self._accelerator.on(stream):
             for event in after:
-                event.order()
+                event.make_stream_wait()
             yield
         # Used again, because torch's allocator keeps freed memory for each stream apart. Not after
         # an error: the stream may wait for a message that never comes.

@@ -1,4 +1,4 @@
-"""Transport selection where the user named none: rules as data, and what is known of a pair.
+"""Transport selection where the user named none: rules as data, and the known facts of a pair.
 
 ``consumer/planner.py`` applies the rules. Runs on: any thread; never blocks.
 """
@@ -76,7 +76,7 @@ def default_transports(device_type: str) -> Sequence[str]:
 
 
 class Pair(NamedTuple):
-    """What is known of a producer and this process before anything is tried.
+    """The known facts of a producer and this process before any attempt.
 
     Attributes:
         is_same_host: Whether both are on one host.

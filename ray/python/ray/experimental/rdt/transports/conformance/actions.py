@@ -161,7 +161,7 @@ def close_under_pulls(_: Any, refs: list[Any]) -> list[str]:
     def pull(ref: Any) -> None:
         try:
             ends.append(total(None, ray.get(ref)))
-        except Exception as error:
+        except Exception as error:  # checked below
             ends.append(error)
 
     threads = [threading.Thread(target=pull, args=(ref,), daemon=True) for ref in refs]

@@ -77,12 +77,11 @@ class Loans:
 
         Runs on: the reaper thread.
         """
-        ended = self._ended_processes()
-
-        def is_over(loan: _Loan) -> bool:
-            return loan.consumer in ended or (loan.until is not None and loan.until.has_passed())
-
-        self._drop(is_over)
+        with self._lock:
+            processes = list(self._processes.items())
+        ended = {consumer for consumer, process in processes if process.has_ended()}
+        self._drop(lambda loan: loan.consumer in ended)
+        self._drop(lambda loan: loan.until is not None and loan.until.has_passed())
         with self._lock:
             self._ended_early = {
                 name: until for name, until in self._ended_early.items() if not until.has_passed()
@@ -94,12 +93,6 @@ class Loans:
             process = self._processes.get(peer_id)
         if process is not None and process.has_ended():
             self._drop(lambda loan: loan.consumer == peer_id)
-
-    def _ended_processes(self) -> set[bytes]:
-        with self._lock:
-            return {
-                consumer for consumer, process in self._processes.items() if process.has_ended()
-            }
 
     def _drop(self, is_over: Callable[[_Loan], bool]) -> None:
         with self._lock:

@@ -94,7 +94,7 @@ class Reads:
         copies: list[Event] = []
         try:
             self._copy(mapped, copies, buffers, deadline, after)
-        except BaseException as error:
+        except BaseException as error:  # also Ctrl-C: copies may still write the targets
             mapped.is_ended = True
             if not have_ended(copies, _GRACE_S):
                 note_still_writing(error)
@@ -141,7 +141,7 @@ class Reads:
         try:
             op = protocol.of_transport(protocol.MEMORY_SHARE, self._name)
             answer = self._session.call(peer.address, op, body, deadline.left_s())
-        except BaseException as error:
+        except BaseException as error:  # also Ctrl-C: the producer may have begun the loan
             self._imports.release(imported)
             if isinstance(error, CallError) and error.code == TransportUnavailable.code:
                 raise TransportUnavailable(str(error)) from error

@@ -6,7 +6,7 @@ the producer's GPU. A consumer that named this transport and uses the producer's
 itself (``Lending``): each side sees what the other writes. The producer keeps the memory until the
 consumer's last tensor over it is gone, or the consumer's process has ended; see ``loans``.
 
-The vendor's calls are in ``accelerators.cuda_sharing``.
+The vendor's calls are in ``accelerators.cuda_sharing``. Not run on a GPU so far.
 
 Requests (``rpc/protocol.py``):
 
@@ -19,20 +19,26 @@ Requests (``rpc/protocol.py``):
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
+from ray.experimental.rdt.accelerators.sharing import CannotShare
+from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.rpc.session import Session
+from ray.experimental.rdt.rpc import protocol
+from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc import layouts
-from ray.experimental.rdt.transports.cuda_ipc.borrowing import Borrower, Borrowing
-from ray.experimental.rdt.transports.cuda_ipc.exports import Exports
+from ray.experimental.rdt.transports.cuda_ipc.borrowing import Borrowing
 from ray.experimental.rdt.transports.cuda_ipc.imports import Imports
+from ray.experimental.rdt.transports.cuda_ipc.loans import Loans
 from ray.experimental.rdt.transports.cuda_ipc.reads import Reads
 
 if TYPE_CHECKING:
@@ -45,9 +51,12 @@ _CLOSE_S = 2.0
 
 Buffers = Sequence["torch.Tensor"]
 
+#: Memory on loan from this process, also by sessions that have ended.
+_loans: WeakKeyDictionary[SharedMemory, Loans] = WeakKeyDictionary()
+
 
 class DeviceIpcTransport:
-    """Moves bytes between devices of one type on one host, or lends them. Thread-safe.
+    """Copies or loans of device memory within one host, for one type of device. Thread-safe.
 
     See ``base.OneSided`` and ``base.Lending``.
 
@@ -60,6 +69,8 @@ class DeviceIpcTransport:
     """
 
     def __init__(self, session: Session, device_type: str):
+        self._session = session
+        self._device_type = device_type
         self._name = name = f"{device_type}_ipc"
         self.capabilities = Capabilities(
             name, frozenset({device_type}), two_sided=False, lends=True
@@ -70,12 +81,20 @@ class DeviceIpcTransport:
                 accelerator.unavailable_reason() if accelerator is not None else "no such device"
             )
             raise TransportUnavailable(f"{name} cannot be used: {reason or 'nothing to share'}")
+        self._accelerator = accelerator
         self._memory: SharedMemory = accelerator.sharing
-        self._domain = domain = layouts.sharing_domain()
-        self._exports = Exports(session, name, device_type, self._memory, domain)
+        self._domain = layouts.sharing_domain()
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._exposed: dict[int, Buffers] = {}
+        # By exposure, the agents of the consumers that have it mapped, and their addresses.
+        self._consumers: defaultdict[int, dict[bytes, bytes]] = defaultdict(dict)
+        self._loans = _loans.setdefault(self._memory, Loans())
         self._imports = Imports(session, name, self._memory)
         self._reads = Reads(session, name, accelerator, self._memory, self._imports)
-        self._borrower = Borrower(accelerator, self._memory, self._imports, domain)
+        session.serve(protocol.of_transport(protocol.MEMORY_SHARE, name), self._on_share)
+        session.serve(protocol.of_transport(protocol.MEMORY_KEEP, name), self._on_keep)
+        session.serve(protocol.of_transport(protocol.MEMORY_CLOSE, name), self._on_close)
         session.on_peer_lost(self._on_peer_lost)
         session.on_tick(self._on_tick)
 
@@ -83,11 +102,21 @@ class DeviceIpcTransport:
 
     def expose(self, buffers: Buffers) -> Route:
         """See ``OneSided``. Nothing is shared before a consumer of this host asks."""
-        return self._exports.expose(buffers)
+        self._check_devices(buffers)
+        with self._lock:
+            number = next(self._numbers)
+            self._exposed[number] = buffers
+        return {"exposure": number, "place": self._domain}
 
     def withdraw(self, exposed: Route) -> None:
         """See ``OneSided``. The memory is kept until its consumers have unmapped it."""
-        self._exports.withdraw(exposed)
+        number = exposed["exposure"]
+        with self._lock:
+            self._exposed.pop(number, None)
+            consumers = self._consumers.pop(number, {})
+        for address in consumers.values():
+            op = protocol.of_transport(protocol.MEMORY_GONE, self._name)
+            self._session.send_oneway(address, op, protocol.MemoryGone(exposure=number))
 
     def lend(
         self,
@@ -98,7 +127,61 @@ class DeviceIpcTransport:
         deadline: Deadline,
     ) -> Route:
         """See ``Lending``."""
-        return self._exports.lend(peer_id, asked, buffers, events, deadline)
+        if asked["place"] != self._domain:
+            raise TransportUnavailable("the consumer is on another host or in another container")
+        self._check_devices(buffers)
+        devices = {buffer.device for buffer in buffers}
+        others = {self._memory.driver.identity(device) for device in devices} - {asked["device"]}
+        if others:
+            raise TransportUnavailable(f"the memory is on {sorted(others)}, the consumer is not")
+        described = self._describe(buffers)
+        pending = [event for event in events if not event.is_reached()]
+        try:
+            exported = [self._memory.driver.export_event(event) for event in pending]
+        except CannotShare as error:
+            raise TransportUnavailable(f"events cannot be shared: {error}") from error
+        kept = [*buffers, *(kept for _, kept in exported)]
+        self._loans.add(asked["loan"], peer_id, asked["pid"], kept, deadline)
+        return {**described, "events": [handle for handle, _ in exported]}
+
+    def _on_share(self, peer_id: bytes, body: protocol.MemoryShare) -> dict[str, Any]:
+        """Runs on: producer, an rdt-call thread."""
+        with self._lock:
+            buffers = self._exposed.get(body["exposure"])
+        if buffers is None:
+            raise _not_exposed()
+        deadline = Deadline.after(float(body["timeout_s"]))
+        described = self._describe(buffers)
+        self._loans.add(body["loan"], peer_id, body["pid"], buffers, deadline)
+        with self._lock:
+            is_exposed = body["exposure"] in self._exposed
+            if is_exposed:
+                self._consumers[body["exposure"]][peer_id] = body["address"]
+        if not is_exposed:
+            self._loans.end(body["loan"])
+            raise _not_exposed()
+        return described
+
+    def _on_keep(self, peer_id: bytes, body: protocol.MemoryLoan) -> dict[str, Any]:
+        """Runs on: producer, an rdt-call thread."""
+        self._loans.confirm(body["loan"])
+        return {}
+
+    def _on_close(self, peer_id: bytes, body: protocol.MemoryLoan) -> dict[str, Any]:
+        """Runs on: producer, an rdt-call thread."""
+        self._loans.end(body["loan"])
+        return {}
+
+    def _check_devices(self, buffers: Buffers) -> None:
+        if any(buffer.device.type != self._device_type for buffer in buffers):
+            raise TransportUnavailable(f"{self._name} carries {self._device_type} memory only")
+
+    def _describe(self, buffers: Buffers) -> Route:
+        try:
+            layout = self._memory.describe(buffers)
+        except CannotShare as error:
+            raise TransportUnavailable(f"this memory cannot be shared: {error}") from error
+        return layouts.encode(layout)
 
     # Consumer.
 
@@ -121,7 +204,7 @@ class DeviceIpcTransport:
 
     def borrow(self, device: torch.device) -> Borrowing:
         """See ``Lending``."""
-        return self._borrower.begin(device)
+        return Borrowing(self._accelerator, self._memory, self._imports, self._domain, device)
 
     # Ends.
 
@@ -133,17 +216,19 @@ class DeviceIpcTransport:
         self._reads.forget_all()
         self._imports.wait(_CLOSE_S)
         self._imports.close()
-        self._exports.close()
+        with self._lock:
+            self._exposed.clear()
+            self._consumers.clear()
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread."""
-        self._exports.loans.on_peer_lost(peer_id)
+        self._loans.on_peer_lost(peer_id)
         self._reads.forget(peer_id)
         self._log_lost_memory()
 
     def _on_tick(self) -> None:
         """Runs on: the reaper thread."""
-        self._exports.loans.end_expired()
+        self._loans.end_expired()
         self._log_lost_memory()
 
     def _log_lost_memory(self) -> None:
@@ -154,6 +239,10 @@ class DeviceIpcTransport:
                 "these tensors.",
                 *(pid, self._name),
             )
+
+
+def _not_exposed() -> CallError:
+    return CallError("the object is not exposed here any more", "not_found")
 
 
 class CudaIpcTransport(DeviceIpcTransport):

@@ -18,9 +18,9 @@ from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.transports.base import Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl.endpoint import Endpoint, LazyEndpoint
 from ray.experimental.rdt.transports.nixl.engine import (
-    Engine,
+    NixlEngine,
     NixlError,
-    Read,
+    NixlRead,
     has_rdma_both,
     is_direct,
 )
@@ -47,7 +47,7 @@ _GRACE_S = 1.0
 class _Hung:
     """Requests that outlived their read, and the memory that they may still write."""
 
-    in_flight: deque[Read]
+    in_flight: deque[NixlRead]
     lease: Lease
     buffers: Sequence[torch.Tensor]
 
@@ -84,7 +84,7 @@ class Consumer:
         self._release_ended(endpoint)
         for event in after:
             event.wait(deadline.left_s())
-        with accelerators.aside(buffers):
+        with accelerators.capture_safe(buffers):
             self._read(endpoint, exposed, remote, local, buffers, deadline)
 
     def _read(
@@ -100,7 +100,7 @@ class Consumer:
             lease = endpoint.registrations.acquire(local, buffers)
         except NixlError as error:
             raise TransportUnavailable(f"nixl cannot fill this memory: {error}") from error
-        in_flight: deque[Read] = deque()
+        in_flight: deque[NixlRead] = deque()
         try:
             sizes = (_HOST_BATCH_NBYTES, _DEVICE_BATCH_NBYTES, _BATCH_ROWS)
             batches = plan(lease.spans, remote, *sizes)
@@ -108,7 +108,7 @@ class Consumer:
             exposure = Exposure(*(exposed[name] for name in names))
             with endpoint.remotes.reading(exposure, deadline):
                 _run(endpoint.engine, batches, exposure.agent, in_flight, deadline)
-        except BaseException as error:
+        except BaseException as error:  # also Ctrl-C: requests in flight may still write
             _drain(in_flight, Deadline.after(_GRACE_S))
             if in_flight:
                 note_still_writing(error)
@@ -133,7 +133,7 @@ class Consumer:
             endpoint.registrations.release(entry.lease)
 
 
-def _check_reachable(engine: Engine, reach: str, local: Spans, remote: Spans) -> None:
+def _check_reachable(engine: NixlEngine, reach: str, local: Spans, remote: Spans) -> None:
     """Raise TransportUnavailable if UCX needs the peer's process to read its memory."""
     if settings().strict_transport:
         return
@@ -150,7 +150,11 @@ def _check_reachable(engine: Engine, reach: str, local: Spans, remote: Spans) ->
 
 
 def _run(
-    engine: Engine, batches: Iterable[Batch], name: str, in_flight: deque[Read], deadline: Deadline
+    engine: NixlEngine,
+    batches: Iterable[Batch],
+    name: str,
+    in_flight: deque[NixlRead],
+    deadline: Deadline,
 ) -> None:
     """Read all batches, a few at once. After an error some may remain ``in_flight``."""
     between_polls = _each_slice(raise_if_cancelled)
@@ -178,7 +182,7 @@ def _each_slice(action: Callable[[], None]) -> Callable[[], None]:
 
 
 def _finish_first(
-    in_flight: deque[Read], deadline: Deadline, between_polls: Callable[[], None] = lambda: None
+    in_flight: deque[NixlRead], deadline: Deadline, between_polls: Callable[[], None] = lambda: None
 ) -> None:
     for pause in _pauses():
         if in_flight[0].is_done():
@@ -190,9 +194,9 @@ def _finish_first(
     in_flight.popleft().release()
 
 
-def _drain(in_flight: deque[Read], deadline: Deadline) -> None:
+def _drain(in_flight: deque[NixlRead], deadline: Deadline) -> None:
     """Release the requests that fail or end by the deadline; keep the others in flight."""
-    still: list[Read] = []
+    still: list[NixlRead] = []
     while in_flight:
         try:
             _finish_first(in_flight, deadline)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.nixl.engine import Engine
+from ray.experimental.rdt.transports.nixl.engine import NixlEngine
 from ray.experimental.rdt.transports.nixl.registration import Registrations
 from ray.experimental.rdt.transports.nixl.remotes import Remotes
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Endpoint:
     """The parts that live as long as the agent."""
 
-    engine: Engine
+    engine: NixlEngine
     registrations: Registrations
     remotes: Remotes
 
@@ -38,7 +38,7 @@ class LazyEndpoint:
         open_engine: Makes the agent.
     """
 
-    def __init__(self, open_engine: Callable[[], Engine]):
+    def __init__(self, open_engine: Callable[[], NixlEngine]):
         self._open_engine = open_engine
         self._lock = threading.Lock()
         self._made: Endpoint | None = None

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
@@ -49,57 +49,6 @@ class NixlMissing(TransportUnavailable, ImportError):
     name = "nixl"
 
 
-class Read(Protocol):
-    """A read in flight."""
-
-    def is_done(self) -> bool:
-        """Make progress; return whether all bytes are in place. Raises NixlError on failure."""
-
-    def release(self) -> None:
-        """End the read in any state. Never raises; idempotent."""
-
-
-class Engine(Protocol):
-    """One nixl agent. Thread-safe."""
-
-    @property
-    def name(self) -> str:
-        """The globally unique name of the agent."""
-
-    @property
-    def agent(self) -> Any:
-        """The agent object of nixl."""
-
-    @property
-    def backend(self) -> str:
-        """The nixl backend that moves the bytes."""
-
-    @property
-    def reach(self) -> str:
-        """The place of this process, for ``is_direct``."""
-
-    def register(self, kind: str, rows: Rows) -> Any:
-        """Register memory; return a handle for ``deregister``. Raises NixlError."""
-
-    def deregister(self, handle: Any) -> None:
-        """End a registration. Never raises."""
-
-    def describe(self, kind: str, rows: Rows) -> bytes:
-        """Describe memory, registered as exactly these rows, for ``attach`` of another agent."""
-
-    def attach(self, metadata: bytes) -> None:
-        """Load the description of another agent. Raises NixlError."""
-
-    def detach(self, name: str) -> None:
-        """Forget another agent and disconnect from it. Never raises."""
-
-    def post(self, batch: Batch, name: str) -> Read:
-        """Start a read from the attached agent ``name``. Raises NixlError."""
-
-    def close(self) -> None:
-        """End the agent with all its registrations and connections. Idempotent."""
-
-
 def check_installed() -> None:
     """Raise NixlMissing unless nixl can be imported. Does not import it."""
     if importlib.util.find_spec("nixl") is None:
@@ -120,7 +69,7 @@ def open_engine(options: Mapping[str, str] = MappingProxyType({})) -> NixlEngine
             backend that works here.
     """
     check_installed()
-    try:
+    try:  # nixl raises exceptions without a common base class
         api = _import_nixl()
         engine = NixlEngine(api, f"rdt-{uuid.uuid4().hex}", options)
     except Exception as error:
@@ -166,7 +115,7 @@ def has_rdma_both(reach: str, other: str) -> bool:
 
 
 class NixlEngine:
-    """The process's nixl agent. See ``Engine``.
+    """The process's nixl agent. Thread-safe.
 
     Args:
         api: The module ``nixl._api``.
@@ -174,10 +123,10 @@ class NixlEngine:
         options: For the backend.
 
     Attributes:
-        name: The same.
-        agent: nixl's own.
-        backend: The nixl backend that it moves bytes with.
-        reach: See ``Engine``.
+        name: The globally unique name of the agent.
+        agent: The agent object of nixl.
+        backend: The nixl backend that moves the bytes.
+        reach: The place of this process, for ``is_direct``.
     """
 
     def __init__(self, api: Any, name: str, options: Mapping[str, str]):
@@ -192,33 +141,33 @@ class NixlEngine:
         _open_engines.append(self)
 
     def register(self, kind: str, rows: Rows) -> Any:
-        """See ``Engine``."""
+        """Register memory; return a handle for ``deregister``. Raises NixlError."""
         with _mapped("cannot register memory"):
             return self.agent.register_memory(rows, kind, [self.backend])
 
     def deregister(self, handle: Any) -> None:
-        """See ``Engine``."""
+        """End a registration. Never raises."""
         with _logged("could not deregister memory"):
             self.agent.deregister_memory(handle, [self.backend])
 
     def describe(self, kind: str, rows: Rows) -> bytes:
-        """See ``Engine``."""
+        """Describe memory, registered as exactly these rows, for ``attach`` of another agent."""
         with _mapped("cannot describe memory"):
             registered = self.agent.get_reg_descs(rows, kind)
             return bytes(self.agent.get_partial_agent_metadata(registered, True, [self.backend]))
 
     def attach(self, metadata: bytes) -> None:
-        """See ``Engine``."""
+        """Load the description of another agent. Raises NixlError."""
         with _mapped("cannot use the peer's memory"):
             self.agent.add_remote_agent(metadata)
 
     def detach(self, name: str) -> None:
-        """See ``Engine``."""
+        """Forget another agent and disconnect from it. Never raises."""
         with _logged("could not forget a peer"):
             self.agent.remove_remote_agent(name)
 
     def post(self, batch: Batch, name: str) -> NixlRead:
-        """See ``Engine``."""
+        """Start a read from the attached agent ``name``. Raises NixlError."""
         with _mapped("cannot read"):
             handle = self.agent.initialize_xfer(
                 "READ",
@@ -229,14 +178,17 @@ class NixlEngine:
         return NixlRead(self.agent, handle)
 
     def close(self) -> None:
-        """See ``Engine``. An agent of a parent process is left alone."""
+        """End the agent with all its registrations and connections. Idempotent.
+
+        An agent of a parent process is left alone.
+        """
         if self in _open_engines and self._pid == os.getpid():
             _open_engines.remove(self)
             del self.agent
 
 
 class NixlRead:
-    """One nixl transfer request. See ``Read``. Starts when made."""
+    """One nixl transfer request in flight. Starts when made."""
 
     def __init__(self, agent: Any, handle: Any):
         self._agent = agent
@@ -249,7 +201,7 @@ class NixlRead:
             raise
 
     def is_done(self) -> bool:
-        """See ``Read``."""
+        """Make progress; return whether all bytes are in place. Raises NixlError on failure."""
         if self._state == "PROC":
             with _mapped("the read failed"):
                 self._state = self._agent.check_xfer_state(self._handle)
@@ -258,7 +210,7 @@ class NixlRead:
         return bool(self._state == "DONE")
 
     def release(self) -> None:
-        """See ``Read``."""
+        """End the read in any state. Never raises; idempotent."""
         with _logged("could not end a read"):
             self._handle.release()
 
@@ -308,6 +260,7 @@ def _mapped(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logged(what: str) -> Iterator[None]:
+    """Log exceptions of nixl in calls whose failure changes nothing for RDT."""
     try:
         yield
     except Exception as error:

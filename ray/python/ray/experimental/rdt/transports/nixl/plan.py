@@ -1,4 +1,4 @@
-"""Which bytes one nixl transfer moves: pure functions over arrays of spans, no nixl and no torch.
+"""The bytes of one nixl transfer: pure functions over arrays of spans, no nixl and no torch.
 
 An object may have ten thousand small buffers, so spans are numpy arrays (nixl needs numpy and takes
 such arrays as they are) and nothing here loops over them in Python.
@@ -54,7 +54,7 @@ class Spans:
         return set(self.kinds[self.rows[:, 1] > 0].tolist())
 
     def encode(self) -> dict[str, bytes]:
-        """For another process."""
+        """Return the spans for another process."""
         return {
             "kinds": self.kinds.tobytes(),
             "rows": self.rows.tobytes(),
@@ -63,7 +63,7 @@ class Spans:
 
     @classmethod
     def decode(cls, encoded: dict[str, Any]) -> Spans:
-        """Undo ``encode``. Raises ValueError where that cannot have made it."""
+        """Return the spans that ``encode`` described. Raises ValueError if malformed."""
         import numpy as np
 
         kinds = np.frombuffer(encoded["kinds"], np.uint8)
@@ -74,7 +74,7 @@ class Spans:
 
 
 def spans_of(buffers: Sequence[torch.Tensor]) -> Spans:
-    """The memory of flat uint8 tensors."""
+    """Return the memory of flat uint8 tensors."""
     import numpy as np
 
     count = len(buffers)
@@ -88,7 +88,7 @@ def spans_of(buffers: Sequence[torch.Tensor]) -> Spans:
 
 
 def cover(rows: Rows) -> Rows:
-    """The fewest stretches of host memory to register so that all non-empty ``rows`` lie in them.
+    """Return the fewest stretches of host memory that contain all non-empty ``rows``.
 
     Spans on the same page or on neighbouring ones are one stretch: every page of it then holds
     bytes of the object, so it stays mapped as long as the object lives. Ten thousand small tensors
@@ -132,7 +132,7 @@ def plan(
     Neighbours on both sides become one span, large spans are cut. Host memory of one host is copied
     by the call that posts the request, which holds nixl's lock meanwhile, so such requests are
     small. Those for device memory run on their own and are large: a GPU copies 16 MiB in less time
-    than a request costs here. A read can be given up between two requests.
+    than a request costs here. A read can be aborted between two requests.
 
     Args:
         local: Where the bytes go.

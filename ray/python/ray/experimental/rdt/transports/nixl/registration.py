@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.transports.nixl.engine import Engine
+from ray.experimental.rdt.transports.nixl.engine import NixlEngine
 from ray.experimental.rdt.transports.nixl.plan import KINDS, Spans, cover, spans_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ LARGE_NBYTES = 1 << 20
 _HOST = KINDS.index("DRAM")
 
 
-#: Gives the address and bytes of the device allocation that a tensor lies in; None if not known.
+#: Returns the address and bytes of the device allocation of a tensor, None if not known.
 FindSegment = Callable[["torch.Tensor"], "tuple[int, int] | None"]
 
 
@@ -121,7 +121,7 @@ class Registrations:
         find_segment: Where device memory was allocated.
     """
 
-    def __init__(self, engine: Engine, find_segment: FindSegment):
+    def __init__(self, engine: NixlEngine, find_segment: FindSegment):
         self._engine = engine
         self._find_segment = find_segment
         self._lock = threading.Lock()
@@ -197,7 +197,7 @@ class Registrations:
             self._lease_registered(lease, hits, buffers)
             try:
                 self._bundle(lease, (hits < 0) & (spans.rows[:, 1] > 0))
-            except Exception:
+            except Exception:  # whatever failed: the registrations must not stay leased
                 self._end(lease)
                 raise
             lease.version = self._version if spans.has_device_memory else 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.nixl.engine import Engine, NixlError
+from ray.experimental.rdt.transports.nixl.engine import NixlEngine, NixlError
 
 #: nixl cannot forget single exposures of a peer. After this many, the peer is attached again.
 _MAX_EXPOSURES = 4096
@@ -59,7 +59,7 @@ class Remotes:
         engine: Our agent.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: NixlEngine):
         self._engine = engine
         self._changed = threading.Condition()
         self._known: dict[str, _Remote] = {}  # least recently used first

@@ -1,5 +1,7 @@
 """nixl: NVIDIA's transfer library, over UCX or libfabric. Host and GPU memory, same host or not.
 
+Not run with GPU memory or an RDMA device so far: written from nixl's sources and documentation.
+
 The consumer's agent reads the producer's registered memory. The producer's Python takes part once
 for each object, at its first pull: ``expose`` registers the memory and describes it.
 
@@ -14,17 +16,24 @@ It is refused, and another lane is used:
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
+from ray.experimental.rdt.transports.calls import call
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
 from ray.experimental.rdt.transports.nixl.consumer import Consumer
 from ray.experimental.rdt.transports.nixl.endpoint import LazyEndpoint
-from ray.experimental.rdt.transports.nixl.engine import Engine
-from ray.experimental.rdt.transports.nixl.producer import Producer
+from ray.experimental.rdt.transports.nixl.engine import NixlEngine, NixlError
+from ray.experimental.rdt.transports.nixl.plan import KINDS, spans_of
+from ray.experimental.rdt.transports.nixl.registration import Lease
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +60,7 @@ class NixlTransport:
     def __init__(
         self,
         session: Session | None = None,
-        open_engine: Callable[[], Engine] = nixl_engine.open_engine,
+        open_engine: Callable[[], NixlEngine] = nixl_engine.open_engine,
     ):
         if not settings().clear_tcp:
             raise TransportUnavailable(
@@ -61,8 +70,11 @@ class NixlTransport:
         if open_engine is nixl_engine.open_engine:
             nixl_engine.check_installed()
         self._endpoint = LazyEndpoint(open_engine)
-        self._producer = Producer(self._endpoint)
         self._consumer = Consumer(self._endpoint)
+        self._stream: torch.cuda.Stream | None = None
+        self._awaits_devices = False
+        self._exposed: dict[int, Lease] = {}
+        self._numbers = itertools.count(1)
 
     def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
         """See ``OneSided``. Blocks as ``check_writers`` does.
@@ -70,7 +82,22 @@ class NixlTransport:
         Raises:
             ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
         """
-        return self._producer.expose(buffers)
+        spans = spans_of(buffers)
+        if not spans.nbytes:
+            return {"spans": spans.encode()}
+        endpoint = self._endpoint.get()
+        self.check_writers(buffers)
+        number = next(self._numbers)
+        try:
+            with contextlib.ExitStack() as undo, accelerators.capture_safe(buffers):
+                lease = endpoint.registrations.acquire(spans, buffers)
+                undo.callback(endpoint.registrations.release, lease)
+                described = _describe(endpoint.engine, number, lease)
+                undo.pop_all()
+        except NixlError as error:
+            raise TransportUnavailable(f"nixl cannot expose this memory: {error}") from error
+        self._exposed[number] = lease
+        return described
 
     def read(
         self,
@@ -94,19 +121,24 @@ class NixlTransport:
 
     def withdraw(self, exposed: Route) -> None:
         """See ``OneSided``."""
-        self._producer.withdraw(exposed)
+        ended = self._exposed.pop(exposed.get("number", 0), None)
+        endpoint = self._endpoint.peek()
+        if ended is None or endpoint is None:
+            return
+        endpoint.registrations.release(ended)
 
     def register_memory(self, tensor: torch.Tensor) -> None:
         """Register a tensor's storage until as many calls of ``deregister_memory``."""
-        self._producer.register_memory(tensor)
+        self._endpoint.get().registrations.pin(tensor)
 
     def deregister_memory(self, tensor: torch.Tensor) -> None:
         """Undo one ``register_memory``. Raises ValueError if there is none to undo."""
-        self._producer.deregister_memory(tensor)
+        self._endpoint.get().registrations.unpin(tensor)
 
     def has_registered(self, buffers: Sequence[torch.Tensor]) -> bool:
         """Return whether any of this memory is registered by ``register_memory``."""
-        return self._producer.has_registered(buffers)
+        endpoint = self._endpoint.peek()
+        return endpoint is not None and endpoint.registrations.has_pinned(spans_of(buffers))
 
     def check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
         """Wait for the buffers' devices after ``set_cuda_stream(None)``.
@@ -117,7 +149,18 @@ class NixlTransport:
             TransportUnavailable: a device has not finished by then; names it.
             ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
         """
-        self._producer.check_writers(buffers)
+        devices = {buffer.device for buffer in buffers if not buffer.is_cpu}
+        if self._stream is not None:
+            others = sorted(str(device) for device in devices - {self._stream.device})
+            if others:
+                raise ValueError(
+                    f"set_nixl_cuda_stream was given a stream on {self._stream.device}, but the "
+                    f"object has tensors on {others}"
+                )
+        elif self._awaits_devices:
+            deadline = Deadline.after(settings().fetch_timeout_s / 2)
+            for device in sorted(devices, key=str):
+                _await_device(device, deadline)
 
     def set_cuda_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Name another stream that writes exposed tensors, besides the current one.
@@ -125,18 +168,53 @@ class NixlTransport:
         Objects that are created after this call are read after the stream's work at their creation.
         With None, ``expose`` waits for all streams of the tensors' devices.
         """
-        self._producer.set_stream(stream)
+        self._stream = stream
+        self._awaits_devices = stream is None
+        writers.name_stream(stream)
 
     def begin(self) -> None:
         """Start the agent if it is not running. Raises TransportUnavailable."""
         self._endpoint.get()
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> NixlEngine:
         """This process's agent; started if it is not running. Raises TransportUnavailable."""
         return self._endpoint.get().engine
 
     def close(self) -> None:
         """See ``OneSided``."""
-        self._producer.close()
+        writers.name_stream(None)
+        self._exposed.clear()
         self._endpoint.close()
+
+
+def _await_device(device: torch.device, deadline: Deadline) -> None:
+    """Wait for all streams of a GPU. CUDA has no such wait with a deadline.
+
+    So a thread ``rdt-nixl-sync`` waits. It is abandoned at the deadline, and ends when the GPU has
+    done its work.
+    """
+    import torch
+
+    synchronize = partial(torch.cuda.synchronize, device)
+    try:
+        call("synchronize", synchronize, deadline, "rdt-nixl-sync")
+    except TimeoutError as error:
+        raise TransportUnavailable(
+            f"{device} did not finish its work in time; set_nixl_cuda_stream limits the wait to "
+            "one stream"
+        ) from error
+
+
+def _describe(engine: NixlEngine, number: int, lease: Lease) -> Route:
+    """Describe the memory of a lease for consumers."""
+    registered = ((name, lease.registered(kind)) for kind, name in enumerate(KINDS))
+    blobs = [engine.describe(name, rows) for name, rows in registered if len(rows)]
+    return {
+        "agent": engine.name,
+        "number": number,
+        "version": lease.version,
+        "reach": engine.reach,
+        "metadata": blobs,
+        "spans": lease.spans.encode(),
+    }

@@ -33,7 +33,7 @@ _OPEN_TIMEOUT_S = 30.0  # the producer may have to import torch first
 
 
 class Connector:
-    """Makes the links and process groups of one process over one backend. Thread-safe.
+    """Factory of the links and process groups of one process over one backend. Thread-safe.
 
     Args:
         backend: The kind of process group.
@@ -61,7 +61,24 @@ class Connector:
     def make_group(
         self, name: str, rank: int, size: int, timeout_s: float, has_collectives: bool
     ) -> tuple[Any, Any]:
-        """See ``ProcessGroupTransport.make_group``."""
+        """Join a process group.
+
+        Runs on: any thread but an rdt-call one; blocks until all ranks have joined, without the
+        GIL.
+
+        Args:
+            name: The ID of a collective group, or the name of a pair of its members.
+            rank: This process's rank.
+            size: How many ranks there are.
+            timeout_s: How long to wait for the other ranks.
+            has_collectives: Whether it runs more than send and receive.
+
+        Returns:
+            The process group, and the store that has to live as long.
+
+        Raises:
+            TransportUnavailable: The other ranks did not join, or the group was destroyed.
+        """
         store = self.pending.store(name, timeout_s)
         return self._backend.make(store, rank, size, timeout_s, has_collectives), store
 
@@ -80,7 +97,7 @@ class Connector:
                 peer.address, protocol.LINK_OPEN, request, _OPEN_TIMEOUT_S, idempotent=False
             )
             return self._join(link_id, peer, scope, CONSUMER)
-        except Exception as error:
+        except Exception as error:  # whatever failed, the producer waits for the link
             self._send((peer,), protocol.LINK_CLOSE, link_id, reason=str(error))
             raise
         finally:
@@ -113,7 +130,7 @@ class Connector:
         """Answer ``LINK_SET``. Runs on: either side, an rdt-call thread."""
         group = self.pending.find(body["link"], peer_id)
         if group is not None:
-            group.rendezvous.put(body["key"], body["value"])
+            group.put(body["key"], body["value"])
         return {}
 
     def on_close(self, peer_id: bytes, body: protocol.LinkClose) -> dict[str, Any]:
@@ -121,7 +138,7 @@ class Connector:
         reason = f"the other end closed the connection: {body['reason']}"
         group = self.pending.find(body["link"], peer_id)
         if group is not None:
-            group.rendezvous.fail(reason)
+            group.fail(reason)
         link = self.links.find(body["link"])
         if link is not None and link.peer.agent_id == peer_id:
             link.close(reason, CLOSE_GRACE_S)
@@ -137,7 +154,7 @@ class Connector:
         try:
             link.handshake(timeout_s)
             self._check_open(scope)  # its group may have been destroyed meanwhile
-        except Exception as error:
+        except Exception as error:  # a link that is not proven must not stay open
             link.close(f"the connection could not be made: {error}")
             raise
         return link

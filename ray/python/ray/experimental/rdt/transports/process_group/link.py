@@ -277,7 +277,7 @@ class Link:
     def _post(self, tensor: torch.Tensor, tag: int) -> Any:
         group = self._group
         if group is None:
-            raise self._closed_error()
+            raise LinkClosed(self._closed)
         if self._other == CONSUMER:
             return self._backend.send(group, tensor, tag)
         return self._backend.receive(group, tensor, tag)
@@ -287,11 +287,11 @@ class Link:
     def _run(
         self, transfer: Callable[[_Transfer], None], deadline: Deadline, after: Sequence[Event] = ()
     ) -> None:
-        """Runs a transfer on a thread of its own and waits for it, interruptibly."""
+        """Run a transfer on a thread of its own and waits for it, interruptibly."""
         running = _Transfer()
         with self._lock:
             if self._closed:
-                raise self._closed_error()
+                raise LinkClosed(self._closed)
             self._transfers.add(running)
         name = f"rdt-{self._backend.capabilities.name}"
         try:
@@ -300,7 +300,7 @@ class Link:
             self._await(running, deadline)
         except TransferRefused:
             raise
-        except BaseException as error:
+        except BaseException as error:  # also Ctrl-C: the other end must not wait for this one
             self.close(f"{type(error).__name__}: {error}")
             raise
         finally:
@@ -319,11 +319,8 @@ class Link:
         if running.error is not None:
             # The other end often closes a link before its reason arrives.
             if self._ended.wait(_REASON_S[1 - self._other]):
-                raise self._closed_error() from running.error
+                raise LinkClosed(self._closed) from running.error
             raise LinkClosed(_in_short(running.error)) from running.error
-
-    def _closed_error(self) -> TransferFailed:
-        return LinkClosed(self._closed)
 
     def close(self, reason: str, grace_s: float = 0.0) -> None:
         """End the link; transfers in progress fail with the reason. Idempotent.
@@ -347,10 +344,12 @@ class Link:
         if not is_first:
             self._killed.wait(settings().peer_timeout_s)
             return
-        error = self._closed_error()
+        error = LinkClosed(self._closed)
         for running in transfers:
             running.stop(error)
-        _await_all(transfers, grace_s)
+        deadline = Deadline.after(grace_s)
+        for running in transfers:
+            running.done.wait(deadline.left_s())
         group, self._group = self._group, None
         try:
             self._backend.kill(group)
@@ -404,9 +403,3 @@ def _work(
         running.finish(error)
     else:
         running.finish(None)
-
-
-def _await_all(transfers: Iterable[_Transfer], timeout_s: float) -> None:
-    deadline = Deadline.after(timeout_s)
-    for running in transfers:
-        running.done.wait(deadline.left_s())

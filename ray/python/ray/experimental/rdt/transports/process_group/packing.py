@@ -1,8 +1,8 @@
-"""How the buffers of one object are cut into messages. Pure: both sides compute the same plan.
+"""Cutting the buffers of one object into messages. Pure: both sides compute the same plan.
 
 A message costs about the same whether it carries 8 bytes or 100 KiB, so runs of small buffers share
 one, through a staging slot. Large buffers go straight from and into their own memory, in segments,
-so that a transfer that is given up ends within one segment.
+so that an aborted transfer ends within one segment.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _segments(index: int, size: int) -> Iterator[Message]:
 
 @dataclass(frozen=True)
 class Header:
-    """What the producer says before the bytes of one transfer.
+    """The message of the producer before the bytes of one transfer.
 
     Gloo ends the whole process when a message is larger than the buffer that waits for it, so the
     consumer compares headers before it offers any memory.
@@ -87,7 +87,7 @@ class Header:
         count: How many buffers follow.
         nbytes: Their bytes.
         digest: A hash of all sizes in order.
-        refusal: Why nothing will follow; "" where the bytes do.
+        refusal: The reason why no bytes follow, "" if they do.
     """
 
     tag: int
@@ -98,17 +98,17 @@ class Header:
 
     @classmethod
     def describing(cls, tag: int, sizes: Sequence[int]) -> Header:
-        """The header for buffers of these sizes."""
+        """Return the header for buffers of these sizes."""
         digest = hashlib.blake2b(array("Q", sizes).tobytes(), digest_size=8).digest()
         return cls(tag, len(sizes), sum(sizes), digest)
 
     @classmethod
     def refusing(cls, tag: int, reason: str) -> Header:
-        """The header that says that the producer will not send."""
+        """Return the header of a producer that refuses to send."""
         return cls(tag, 0, 0, bytes(8), reason or "no reason given")
 
     def encode(self) -> bytes:
-        """``HEADER_NBYTES`` bytes."""
+        """Return the header as ``HEADER_NBYTES`` bytes."""
         fixed = _HEADER.pack(
             _MAGIC, self.tag, bool(self.refusal), self.count, self.nbytes, self.digest
         )

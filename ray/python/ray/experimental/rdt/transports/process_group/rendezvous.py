@@ -8,8 +8,8 @@ looks up the names of its clients), and a rank that fails reports this to the ot
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
@@ -18,17 +18,33 @@ from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 
 
 class Rendezvous:
-    """One rank's copy of the keys. Thread-safe.
+    """One rank's copy of the keys of a process group under construction. Thread-safe.
 
     Args:
         publish: Sends a key and its value to the other ranks; must not block.
+        peers: The other processes that take part.
+        scope: The ID of the collective group that it belongs to, "" for none.
+        is_link: Whether it becomes a link. The others run the operations of a collective group.
     """
 
-    def __init__(self, publish: Callable[[str, bytes], None]):
+    def __init__(
+        self,
+        publish: Callable[[str, bytes], None],
+        peers: tuple[Peer, ...],
+        scope: str,
+        is_link: bool,
+    ):
         self._publish = publish
+        self._peers = peers
+        self.scope = scope
+        self.is_link = is_link
         self._changed = threading.Condition()
         self._values: dict[str, bytes] = {}
         self._failure = ""
+
+    def has_peer(self, peer_id: bytes) -> bool:
+        """Tell whether a process takes part."""
+        return any(peer.agent_id == peer_id for peer in self._peers)
 
     def set(self, key: str, value: bytes) -> None:
         """Store a key in all ranks."""
@@ -98,27 +114,6 @@ def as_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
     return AgentStore()
 
 
-@dataclass(frozen=True)
-class PendingGroup:
-    """A process group under construction.
-
-    Attributes:
-        rendezvous: The keys that its ranks have set.
-        peers: The other processes that take part.
-        scope: The ID of the collective group that it belongs to, "" for none.
-        is_link: Whether it becomes a link. The others run the operations of a collective group.
-    """
-
-    rendezvous: Rendezvous
-    peers: tuple[Peer, ...]
-    scope: str
-    is_link: bool
-
-    def has(self, peer_id: bytes) -> bool:
-        """Tell whether a process takes part."""
-        return any(peer.agent_id == peer_id for peer in self.peers)
-
-
 class PendingGroups:
     """The process groups under construction in this process, by name. Thread-safe.
 
@@ -129,15 +124,15 @@ class PendingGroups:
     def __init__(self, publish: Callable[[tuple[Peer, ...], str, str, bytes], None]):
         self._publish = publish
         self._changed = threading.Condition()
-        self._groups: dict[str, PendingGroup] = {}
+        self._groups: dict[str, Rendezvous] = {}
 
     def begin(
         self, name: str, peers: tuple[Peer, ...], scope: str = "", is_link: bool = True
     ) -> None:
         """Begin to collect the keys that the other ranks set."""
-        rendezvous = Rendezvous(lambda key, value: self._publish(peers, name, key, value))
+        publish = partial(self._publish, peers, name)
         with self._changed:
-            self._groups[name] = PendingGroup(rendezvous, peers, scope, is_link)
+            self._groups[name] = Rendezvous(publish, peers, scope, is_link)
 
     def end(self, name: str) -> None:
         """Drop a group that is complete or has failed."""
@@ -155,13 +150,13 @@ class PendingGroups:
             group = self._groups.get(name)
         if group is None:
             raise TransportUnavailable("the collective group was destroyed")
-        return as_store(group.rendezvous, timeout_s)
+        return as_store(group, timeout_s)
 
-    def find(self, name: str, peer_id: bytes) -> PendingGroup | None:
-        """Return a group that a peer takes part in."""
+    def find(self, name: str, peer_id: bytes) -> Rendezvous | None:
+        """Return the rendezvous of a group that a peer takes part in."""
         with self._changed:
             group = self._groups.get(name)
-        return group if group is not None and group.has(peer_id) else None
+        return group if group is not None and group.has_peer(peer_id) else None
 
     def fail_scope(self, scope: str, reason: str) -> None:
         """Fail the groups of a collective group that is destroyed."""
@@ -171,25 +166,25 @@ class PendingGroups:
                 if not group.is_link:  # the thread that makes a link ends its own entry
                     del self._groups[name]
         for group in failed.values():
-            group.rendezvous.fail(reason)
+            group.fail(reason)
 
     def fail_peer(self, peer_id: bytes, reason: str) -> None:
         """Fail the groups that a lost peer takes part in."""
         for group in self.all():
-            if group.has(peer_id):
-                group.rendezvous.fail(reason)
+            if group.has_peer(peer_id):
+                group.fail(reason)
 
     def fail_all(self, reason: str) -> None:
         """Fail all groups."""
         for group in self.all():
-            group.rendezvous.fail(reason)
+            group.fail(reason)
 
     def wait_until_none_connects(self, timeout_s: float) -> None:
         """Wait until no thread makes a link: Python must not end while one is in torch."""
         with self._changed:
             self._changed.wait_for(lambda: not any(g.is_link for g in self.all()), timeout_s)
 
-    def all(self) -> list[PendingGroup]:
+    def all(self) -> list[Rendezvous]:
         """Return the groups under construction."""
         with self._changed:
             return list(self._groups.values())

@@ -40,12 +40,7 @@ class ProcessGroupTransport:
         connector: Makes its links; answers the requests of peers for them.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        session: Session,
-        groups: Membership | None = None,
-    ):
+    def __init__(self, backend: Backend, session: Session, groups: Membership | None = None):
         self.capabilities = backend.capabilities
         self._backend = backend
         self._groups = groups if groups is not None else membership()
@@ -82,8 +77,8 @@ class ProcessGroupTransport:
         finally:
             self._links.release(link)
 
-    def give_up(self, route: Route, may_send: bool) -> None:
-        """See ``TwoSided.give_up``."""
+    def abandon(self, route: Route, may_send: bool) -> None:
+        """See ``TwoSided.abandon``."""
         link = self._links.find(route["link"])
         if link is None:
             return
@@ -134,31 +129,8 @@ class ProcessGroupTransport:
         self._links.close_scope(scope, reason)
         self._pending.fail_scope(scope, reason)
 
-    def make_group(
-        self, name: str, rank: int, size: int, timeout_s: float, has_collectives: bool
-    ) -> tuple[Any, Any]:
-        """Join a process group.
-
-        Runs on: any thread but an rdt-call one; blocks until all ranks have joined, without the
-        GIL.
-
-        Args:
-            name: The ID of a collective group, or the name of a pair of its members.
-            rank: This process's rank.
-            size: How many ranks there are.
-            timeout_s: How long to wait for the other ranks.
-            has_collectives: Whether it runs more than send and receive.
-
-        Returns:
-            The process group, and the store that has to live as long.
-
-        Raises:
-            TransportUnavailable: The other ranks did not join, or the group was destroyed.
-        """
-        return self.connector.make_group(name, rank, size, timeout_s, has_collectives)
-
     def end_group(self, group: Any) -> None:
-        """End a process group of ``make_group``. Runs on: any thread."""
+        """End a process group of ``Connector.make_group``. Runs on: any thread."""
         self._backend.kill(group)
 
     def byte(self) -> torch.Tensor:

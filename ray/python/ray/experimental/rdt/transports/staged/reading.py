@@ -68,7 +68,7 @@ class Reader:
         reading = _Reading(self, peer, exposure, buffers, deadline, after)
         try:
             reading.run()
-        except BaseException as error:
+        except BaseException as error:  # also Ctrl-C: devices may still write the buffers
             if not reading.end():
                 note_still_writing(error)
             raise
@@ -119,30 +119,21 @@ class _Chunk:
     mapped: Mapped | None = None
 
 
+@dataclass(frozen=True)
 class _Reading:
     """The read of one object. Runs on: consumer, the fetching thread."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        peer: Peer,
-        exposure: int,
-        buffers: Buffers,
-        deadline: Deadline,
-        after: Sequence[Event],
-    ):
-        self._reader = reader
-        self._session = reader.session
-        self._peer = peer
-        self._exposure = exposure
-        self._buffers = buffers
-        self._deadline = deadline
-        self._after = after
-        self._chunks: deque[_Chunk] = deque()
+    reader: Reader
+    peer: Peer
+    exposure: int
+    buffers: Buffers
+    deadline: Deadline
+    after: Sequence[Event]
+    chunks: deque[_Chunk] = field(default_factory=deque)
 
     def run(self) -> None:
         """Read all bytes."""
-        total = sum(buffer.numel() for buffer in self._buffers)
+        total = sum(buffer.numel() for buffer in self.buffers)
         asked: deque[tuple[int, int, Callable[[float], dict[str, Any]]]] = deque()
         for start in range(0, total, CHUNK_NBYTES):
             stop = min(start + CHUNK_NBYTES, total)
@@ -151,36 +142,36 @@ class _Reading:
                 self._take(*asked.popleft())
         while asked:
             self._take(*asked.popleft())
-        while self._chunks:
+        while self.chunks:
             self._finish_first()
 
     def end(self) -> bool:
         """Wait for copies after a failure; return whether none is left."""
-        begun = [event for chunk in self._chunks for event in chunk.begun]
+        begun = [event for chunk in self.chunks for event in chunk.begun]
         has_ended = have_ended(begun, _GRACE_S)
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             self._free(chunk)
         return has_ended
 
     def _ask(self, start: int, stop: int) -> Callable[[float], dict[str, Any]]:
         body = protocol.StagedChunk(
-            exposure=self._exposure, start=start, stop=stop, timeout_s=self._deadline.left_s()
+            exposure=self.exposure, start=start, stop=stop, timeout_s=self.deadline.left_s()
         )
-        return self._session.start_call(self._peer.address, protocol.STAGED_CHUNK, body)
+        return self.reader.session.start_call(self.peer.address, protocol.STAGED_CHUNK, body)
 
     def _take(self, start: int, stop: int, answer: Callable[[float], dict[str, Any]]) -> None:
-        while len(self._chunks) >= _COPIES or self._has_first_ended():
+        while len(self.chunks) >= _COPIES or self._has_first_ended():
             self._finish_first()
-        answered = answer(self._deadline.left_s())
-        pieces = list(pieces_of(self._buffers, start, stop))
-        mapped = self._reader.map(self._peer, answered["slot"], pieces, self._deadline)
+        answered = answer(self.deadline.left_s())
+        pieces = list(pieces_of(self.buffers, start, stop))
+        mapped = self.reader.map(self.peer, answered["slot"], pieces, self.deadline)
         chunk = _Chunk(answered["key"], mapped=mapped)
-        self._chunks.append(chunk)
+        self.chunks.append(chunk)
         if mapped is not None:
             memory, away = mapped.memory[: stop - start], pieces
         else:
             memory, away = self._pull(chunk, pieces)
-        self._reader.copies.to_devices(memory, away, self._after, chunk.begun)
+        self.reader.copies.to_devices(memory, away, self.after, chunk.begun)
 
     def _pull(self, chunk: _Chunk, pieces: Buffers) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Pull a chunk with the agent. Pieces in host memory are then complete.
@@ -193,15 +184,15 @@ class _Reading:
         parts = iter(cut(memory, [piece.numel() for piece in away]))
         landed = [piece if piece.is_cpu else next(parts) for piece in pieces]
         pull = checksums.pull(
-            self._session,
-            self._peer.address,
+            self.reader.session,
+            self.peer.address,
             chunk.key,
             array("Q", [part.data_ptr() for part in landed]),
             array("Q", [part.numel() for part in landed]),
             landed,
         )
         try:
-            pull.wait(self._deadline.left_s())
+            pull.wait(self.deadline.left_s())
         finally:
             if not pull.done:
                 pull.cancel()
@@ -209,19 +200,19 @@ class _Reading:
         return memory, away
 
     def _has_first_ended(self) -> bool:
-        return bool(self._chunks) and all(event.is_reached() for event in self._chunks[0].begun)
+        return bool(self.chunks) and all(event.is_reached() for event in self.chunks[0].begun)
 
     def _finish_first(self) -> None:
-        chunk = self._chunks[0]
+        chunk = self.chunks[0]
         for event in chunk.begun:
-            event.wait(self._deadline.left_s())
+            event.wait(self.deadline.left_s())
         if chunk.mapped is not None:
             chunk.mapped.check()
             self._free(chunk)
-        self._chunks.popleft()
+        self.chunks.popleft()
 
     def _free(self, chunk: _Chunk) -> None:
-        self._session.agent.free(self._peer.address, chunk.key)
+        self.reader.session.agent.free(self.peer.address, chunk.key)
 
 
 def _host_memory_for(away: Buffers) -> torch.Tensor:

@@ -103,7 +103,7 @@ class StagedTransport:
     """See ``base.OneSided``. Thread-safe.
 
     Args:
-        session: Brings the requests; its agent serves and pulls the chunks.
+        session: Carries the requests; its agent serves and pulls the chunks.
     """
 
     capabilities = Capabilities("staged", frozenset(), two_sided=False)
@@ -206,7 +206,7 @@ class StagedTransport:
             self._copies.to_host(memory, pieces, begun)
             for event in begun:
                 event.wait(deadline.left_s())
-        except BaseException:
+        except BaseException:  # also Ctrl-C: devices may still write the slot
             if slot is not None:
                 with self._lock:
                     self._written.append((slot, begun))

@@ -23,7 +23,7 @@ from ray.experimental.rdt.common.interrupts import is_interrupt, raise_if_interr
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.user.calls import SLICE_S, Call
+from ray.experimental.rdt.transports.calls import SLICE_S, Call
 
 #: How long a peer may take to answer for which reason it failed.
 _ANSWER_S = 5.0
@@ -112,7 +112,7 @@ class Transfers:
         try:
             body = protocol.UserEnd(transfer=transfer_id, reason=_reason(error))
             answer = self._session.call(producer, self._end_op, body, _ANSWER_S)
-        except Exception as lost:
+        except Exception as lost:  # the failure that led here is the one to report
             raise_if_interrupt(lost)
             return lost if isinstance(lost, TransferFailed) and lost.peer_lost else error
         return TransferEnded(answer["reason"]) if answer["reason"] else error

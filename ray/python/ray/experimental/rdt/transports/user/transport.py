@@ -1,4 +1,4 @@
-"""Moves objects by the code of users: ``TensorTransportManager`` behind RDT's own requests.
+"""Objects that the code of users moves: ``TensorTransportManager`` behind RDT's own requests.
 
 The metadata that a user's code extracts for an object travels in the Ray value, which Ray unpickles
 in any case. The communicator's metadata for one transfer goes through Ray's GCS, as functions do.
@@ -36,8 +36,8 @@ from ray.experimental.rdt.transports.base import (
     Shipment,
     TransportUnavailable,
 )
+from ray.experimental.rdt.transports.calls import call
 from ray.experimental.rdt.transports.user import actors, registered
-from ray.experimental.rdt.transports.user.calls import call
 from ray.experimental.rdt.transports.user.registered import RegisteredTransport
 from ray.experimental.rdt.transports.user.transfers import (
     Transfer,
@@ -103,7 +103,7 @@ class UserTransport:
         object_id = secrets.token_hex(_OBJECT_ID_BYTES)
         try:
             metadata = self.manager.extract_tensor_transport_metadata(object_id, tensors)
-        except Exception as error:
+        except Exception as error:  # the user's code may raise anything
             raise_if_interrupt(error)
             raise RDTError(
                 f"transport {self.capabilities.name!r} could not describe an object: its "
@@ -143,7 +143,7 @@ class UserTransport:
                         )
                     )
                     self._wait(transfer, parcel.object_id, communicator, deadline)
-            except BaseException as error:
+            except BaseException as error:  # the consumer waits, whatever failed
                 self._transfers.report_failure(consumer, transfer.id, error)
                 raise
 
@@ -167,7 +167,7 @@ class UserTransport:
             action = partial(self.manager.garbage_collect, *arguments)
             try:
                 call("garbage_collect", action, Deadline.after(settings().fetch_timeout_s))
-            except Exception:
+            except Exception:  # other objects are freed all the same
                 logger.warning(
                     "transport %r could not free object %s",
                     *(self.capabilities.name, parcel.object_id),
@@ -201,6 +201,15 @@ class UserTransport:
             TransportUnavailable: One of the processes cannot use the transport.
             ValueError: The user's code returned another number of tensors than was sent.
         """
+
+        def fetch() -> Any:
+            """Runs on: an rdt-user thread."""
+            wanted = None if targets is None else list(targets)
+            request = self.manager.fetch_multiple_tensors(
+                shipment.object_id, shipment.metadata, communicator, wanted
+            )
+            return self.manager.wait_fetch_complete(request, deadline.left_s())
+
         communicator = self._communicator(shipment, deadline)
         receiving = secrets.token_hex(16), peer.agent_id, "receive"
         with (
@@ -209,10 +218,14 @@ class UserTransport:
             _noted(transfer.id, communicator) as note,
         ):
             try:
-                self._ask(ask, transfer, note)
-                transfer.start(lambda: self._fetch(shipment, communicator, targets, deadline))
+                if self.capabilities.two_sided:
+                    own = self._session.address
+                    ask(protocol.SEND, {"transfer": transfer.id, "note": note, "consumer": own})
+                else:
+                    ask(protocol.EXPOSE, {})
+                transfer.start(fetch)
                 received = self._wait(transfer, shipment.object_id, communicator, deadline)
-            except BaseException as error:
+            except BaseException as error:  # the producer waits, whatever failed
                 cause = self._transfers.find_cause(peer.address, transfer.id, error)
                 if cause is error:
                     raise
@@ -224,30 +237,6 @@ class UserTransport:
                 f"{shipment.size} were sent"
             )
         return list(received)
-
-    def _ask(self, ask: Ask, transfer: Transfer, note: str) -> None:
-        if not self.capabilities.two_sided:
-            ask(protocol.EXPOSE, {})
-            return
-        route = {"transfer": transfer.id, "note": note, "consumer": self._session.address}
-        ask(protocol.SEND, route)
-
-    def _fetch(
-        self,
-        shipment: Shipment,
-        communicator: Any,
-        targets: Sequence[Any] | None,
-        deadline: Deadline,
-    ) -> Any:
-        """Runs on: an rdt-user thread."""
-        request = self.manager.fetch_multiple_tensors(
-            shipment.object_id,
-            shipment.metadata,
-            communicator,
-            None if targets is None else list(targets),
-        )
-        left = deadline.left_s()
-        return self.manager.wait_fetch_complete(request, left)
 
     def _communicator(self, shipment: Shipment, deadline: Deadline) -> Any:
         producer, consumer = actors.actor_of(shipment.producer), actors.own_actor_for_calls()
@@ -264,7 +253,7 @@ class UserTransport:
         """Wait for the user's code; if it fails, abort it where it is abortable."""
         try:
             return transfer.wait(deadline)
-        except BaseException:
+        except BaseException:  # also Ctrl-C: the user's call still runs
             if self.capabilities.abortable:
                 self._abort(object_id, communicator)
             raise
@@ -273,7 +262,7 @@ class UserTransport:
         abort = partial(self.manager.abort_transport, object_id, communicator)
         try:
             call("abort_transport", abort, Deadline.after(_END_S))
-        except Exception as error:
+        except Exception as error:  # the failure that led here is the one to report
             raise_if_interrupt(error)
             name = self.capabilities.name
             logger.warning("transport %r could not abort %s", name, object_id, exc_info=True)

@@ -1,6 +1,6 @@
-"""Calls of a user's code on threads of their own.
+"""Calls of code that may hang, on threads of their own.
 
-A call that hangs then costs its caller the deadline, and other threads nothing.
+A call that hangs costs its caller the time until the deadline, and other threads nothing.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ SLICE_S = 0.25
 
 
 class Call:
-    """One call of the user's code that a thread waits for. Ends once.
+    """One call that a thread waits for. Ends once.
 
     Args:
         method: The name of the method, for messages.
+        thread_name: The name of the thread that runs it.
     """
 
-    def __init__(self, method: str):
+    def __init__(self, method: str, thread_name: str = "rdt-user"):
         self._method = method
+        self._thread_name = thread_name
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._result: Any = None
         self.error: BaseException | None = None
 
     def start(self, action: Callable[[], Any]) -> None:
-        """Run the user's code, unless the call has already ended."""
+        """Run the code, unless the call has already ended."""
         if self._ended.is_set():
             return
-        threading.Thread(target=self._run, args=(action,), name="rdt-user").start()
+        threading.Thread(target=self._run, args=(action,), name=self._thread_name).start()
 
     def _run(self, action: Callable[[], Any]) -> None:
-        """Runs on: an rdt-user thread."""
+        """Runs on: a thread of its own."""
         try:
             result = action()
         except BaseException as error:  # stored for the caller, who waits for it
@@ -63,8 +65,10 @@ class Call:
         return self._result
 
 
-def call(method: str, action: Callable[[], Any], deadline: Deadline) -> Any:
-    """Run the user's code on a thread of its own. Raises TimeoutError at the deadline."""
-    made = Call(method)
+def call(
+    method: str, action: Callable[[], Any], deadline: Deadline, thread_name: str = "rdt-user"
+) -> Any:
+    """Run code on a thread of its own. Raises TimeoutError at the deadline."""
+    made = Call(method, thread_name)
     made.start(action)
     return made.wait(deadline)
