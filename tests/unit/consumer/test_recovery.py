@@ -262,7 +262,7 @@ def test_the_owner_is_asked(consumer: Consumer, owner: FakeSession, fake_ray: Fa
     owner.serve(protocol.RECONSTRUCT, reconstruct)
     consumer.results = ["the replacement"]
     assert consumer.recover([lost()], [borrowed]) == ["the replacement"]
-    assert asked == [{"object_id": object_id(1), "key": KEY, "busy": ""}]
+    assert asked == [{"object_id": object_id(1), "key": KEY, "waiting_actor": ""}]
 
 
 def test_all_processes_are_asked_if_the_owner_is_not_known(

@@ -123,7 +123,7 @@ def test_small_objects_have_their_bytes_in_the_value(process: Process) -> None:
 
 
 def test_a_tasks_return_contains_the_put_that_keeps_it(process: Process, fake_ray: FakeRay) -> None:
-    serialized = process.producer.serialize_guarded(Context(), torch.ones(LARGE), "auto", b"o" * 28)
+    serialized, _ = process.producer.serialize(Context(), torch.ones(LARGE), "auto", b"o" * 28)
     assert descriptor_of(serialized).origin == b"o" * 28
     ((_, transport),) = fake_ray.puts
     ((name, _, location),) = process.puts

@@ -9,7 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ray._common.utils import get_system_memory
@@ -22,63 +22,20 @@ LANES = (*AGENT_LANES, "cuda_ipc", "nixl", "nccl")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of one process. Each field's comment names its environment variable."""
-
-    eager_bytes: int  # RAY_RDT_EAGER_BYTES: the value contains CPU objects up to this size
-    array_bytes: int  # RAY_RDT_ARRAY_BYTES: other arrays of at least this size are sent as tensors
-    lanes: frozenset[str]  # RAY_RDT_LANES: lanes this process may use, comma separated
-    strict_transport: bool  # RAY_RDT_STRICT_TRANSPORT: no fallback from the named transport
-    copy_threads: int  # RAY_RDT_COPY_THREADS
-    tcp_streams: int  # RAY_RDT_TCP_STREAMS: connections for one large pull
-    pool_bytes: int  # RAY_RDT_POOL_BYTES: free memory that the receive pool may keep
-    hint_bytes: int  # RAY_RDT_HINT_BYTES: memory for objects pulled before their task needs them
-    store_bytes: int  # RAY_RDT_STORE_BYTES: host memory that stored objects may keep
-    store_wait_s: float  # RAY_RDT_STORE_WAIT_S: how long a return waits for room in the store
-    checksum: bool  # RAY_RDT_CHECKSUM: this process verifies the objects that it pulls
-    fetch_timeout_s: float  # RAY_rdt_fetch_fail_timeout_milliseconds
-    connect_timeout_s: float  # RAY_RDT_CONNECT_TIMEOUT_S
-    peer_timeout_s: float  # RAY_RDT_PEER_TIMEOUT_S: time until a silent network peer counts as lost
-    group_timeout_s: float  # RAY_RDT_GROUP_TIMEOUT_S: time to create a collective group
-    clear_tcp: bool  # False only where Ray is told to use TLS and RAY_RDT_ALLOW_CLEAR_TCP is not 1
-
-
-@functools.cache
-def settings() -> Settings:
-    """Return the settings of this process.
-
-    Raises:
-        ValueError: A variable has an invalid value; the text names the variable.
-    """
-    return Settings(
-        eager_bytes=_read("RAY_RDT_EAGER_BYTES", 64 * 1024, _count(0)),
-        array_bytes=_read("RAY_RDT_ARRAY_BYTES", 0, _count(0)),
-        lanes=_read("RAY_RDT_LANES", frozenset(LANES), _lanes),
-        strict_transport=_read("RAY_RDT_STRICT_TRANSPORT", False, _flag),
-        copy_threads=_read("RAY_RDT_COPY_THREADS", _default_copy_threads(), _count(1)),
-        tcp_streams=_read("RAY_RDT_TCP_STREAMS", 4, _count(1)),
-        pool_bytes=_read("RAY_RDT_POOL_BYTES", _default_pool_bytes(), _count(0)),
-        hint_bytes=_read("RAY_RDT_HINT_BYTES", 256 << 20, _count(0)),
-        store_bytes=_read("RAY_RDT_STORE_BYTES", _default_store_bytes(), _count(0)),
-        store_wait_s=_read("RAY_RDT_STORE_WAIT_S", 10.0, _seconds),
-        checksum=_read("RAY_RDT_CHECKSUM", False, _flag),
-        fetch_timeout_s=float(ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS),
-        connect_timeout_s=_read("RAY_RDT_CONNECT_TIMEOUT_S", 5.0, _seconds),
-        peer_timeout_s=_read("RAY_RDT_PEER_TIMEOUT_S", 10.0, _seconds),
-        group_timeout_s=_read("RAY_RDT_GROUP_TIMEOUT_S", 60.0, _seconds),
-        clear_tcp=_clear_tcp(),
-    )
-
-
-def _read(name: str, default: _T, parse: Callable[[str], _T]) -> _T:
+def _read(name: str, default: _T | Callable[[], _T], parse: Callable[[str], _T]) -> _T:
     text = os.environ.get(name)
     if text is None or not text.strip():
-        return default
+        return default() if callable(default) else default
     try:
         return parse(text.strip())
     except ValueError as error:
         raise ValueError(f"environment variable {name}={text!r} cannot be used: {error}") from None
+
+
+def _variable(name: str, default: _T | Callable[[], _T], parse: Callable[[str], _T]) -> _T:
+    """Return a field whose default is read from an environment variable."""
+    made: _T = field(default_factory=lambda: _read(name, default, parse))
+    return made
 
 
 def _flag(text: str) -> bool:
@@ -111,9 +68,7 @@ def _lanes(text: str) -> frozenset[str]:
 
 
 def _clear_tcp() -> bool:
-    if not _read("RAY_USE_TLS", False, _flag):
-        return True
-    return _read("RAY_RDT_ALLOW_CLEAR_TCP", False, _flag)
+    return not _read("RAY_USE_TLS", False, _flag) or _read("RAY_RDT_ALLOW_CLEAR_TCP", False, _flag)
 
 
 def _default_copy_threads() -> int:
@@ -127,3 +82,51 @@ def _default_pool_bytes() -> int:
 def _default_store_bytes() -> int:
     """Return 60 % of the memory. Ray's object store takes 30 %, and 10 % remains for the rest."""
     return int(get_system_memory() * 0.6)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one process, as its environment has them when this object is made."""
+
+    #: The value contains CPU objects up to this size.
+    eager_bytes: int = _variable("RAY_RDT_EAGER_BYTES", 64 * 1024, _count(0))
+    #: Other arrays of at least this size are sent as tensors.
+    array_bytes: int = _variable("RAY_RDT_ARRAY_BYTES", 0, _count(0))
+    #: The lanes that this process may use, comma separated.
+    lanes: frozenset[str] = _variable("RAY_RDT_LANES", frozenset(LANES), _lanes)
+    #: No fallback from the named transport.
+    strict_transport: bool = _variable("RAY_RDT_STRICT_TRANSPORT", False, _flag)
+    copy_threads: int = _variable("RAY_RDT_COPY_THREADS", _default_copy_threads, _count(1))
+    #: Connections for one large pull.
+    tcp_streams: int = _variable("RAY_RDT_TCP_STREAMS", 4, _count(1))
+    #: Free memory that the receive pool may keep.
+    pool_bytes: int = _variable("RAY_RDT_POOL_BYTES", _default_pool_bytes, _count(0))
+    #: Memory for objects that are pulled before their task needs them.
+    hint_bytes: int = _variable("RAY_RDT_HINT_BYTES", 256 << 20, _count(0))
+    #: Host memory that stored objects may keep.
+    store_bytes: int = _variable("RAY_RDT_STORE_BYTES", _default_store_bytes, _count(0))
+    #: How long a return waits for room in the store.
+    store_wait_s: float = _variable("RAY_RDT_STORE_WAIT_S", 10.0, _seconds)
+    #: This process verifies the objects that it pulls.
+    checksum: bool = _variable("RAY_RDT_CHECKSUM", False, _flag)
+    #: Ray's own variable: RAY_rdt_fetch_fail_timeout_milliseconds.
+    fetch_timeout_s: float = field(
+        default_factory=lambda: float(ray_constants.RDT_FETCH_FAIL_TIMEOUT_SECONDS)
+    )
+    connect_timeout_s: float = _variable("RAY_RDT_CONNECT_TIMEOUT_S", 5.0, _seconds)
+    #: Time until a silent network peer counts as lost.
+    peer_timeout_s: float = _variable("RAY_RDT_PEER_TIMEOUT_S", 10.0, _seconds)
+    #: Time to create a collective group.
+    group_timeout_s: float = _variable("RAY_RDT_GROUP_TIMEOUT_S", 60.0, _seconds)
+    #: False only where Ray is told to use TLS and RAY_RDT_ALLOW_CLEAR_TCP is not 1.
+    clear_tcp: bool = field(default_factory=_clear_tcp)
+
+
+@functools.cache
+def settings() -> Settings:
+    """Return the settings of this process.
+
+    Raises:
+        ValueError: A variable has an invalid value; the text names the variable.
+    """
+    return Settings()

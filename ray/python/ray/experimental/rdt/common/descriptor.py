@@ -99,17 +99,13 @@ def unpack(raw: bytes) -> Descriptor:
         found = raw[0] if raw else "nothing"
         raise DescriptorError(f"descriptor version {found}, this process reads {VERSION}")
     try:
-        return _unpack(raw)
+        _, flags, key, nbytes, producer = _HEAD.unpack_from(raw)
+        at = _HEAD.size
+        name_end = at + 1 + raw[at]
+        transport = raw[at + 1 : name_end].decode("ascii")
+        (length,) = struct.unpack_from("<H", raw, name_end)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise DescriptorError(f"the descriptor is malformed: {error}") from None
-
-
-def _unpack(raw: bytes) -> Descriptor:
-    _, flags, key, nbytes, producer = _HEAD.unpack_from(raw)
-    at = _HEAD.size
-    name_end = at + 1 + raw[at]
-    transport = raw[at + 1 : name_end].decode("ascii")
-    (length,) = struct.unpack_from("<H", raw, name_end)
     address = raw[name_end + 2 : name_end + 2 + length]
     origin = raw[name_end + 2 + length :]
     if len(address) != length or not transport:

@@ -17,13 +17,13 @@ from ray.exceptions import (
 
 @dataclass(frozen=True)
 class FetchContext:
-    """Which pull an error is about.
+    """The pull that failed.
 
     Attributes:
-        object_id: The object's id in hex ("" where the value came without a reference).
+        object_id: The object's id in hex, "" if the value came without a reference.
         transport: The transport that the producer's user named.
-        lane: How the bytes were to move, "" if that was not settled yet.
-        peer: The producer, for people: actor or worker id, host and process.
+        lane: The selected lane, "" if none was selected yet.
+        peer: The producer in words: actor or worker id, host and process.
     """
 
     object_id: str
@@ -33,11 +33,11 @@ class FetchContext:
 
 
 class RDTError(RayError):
-    """Something about tensor transport, other than a fetch, cannot be done."""
+    """An operation of tensor transport other than a fetch failed."""
 
 
 class NixlOutOfMemoryError(RDTError, RuntimeError):
-    """The pool of ``register_nixl_memory_pool`` has no room, and there is no other way."""
+    """The pool of ``register_nixl_memory_pool`` has no room, and no fallback is possible."""
 
 
 class RDTFetchError(ObjectLostError):
@@ -45,8 +45,8 @@ class RDTFetchError(ObjectLostError):
 
     Attributes:
         context: The pull that failed.
-        reason: One sentence on what happened.
-        advice: One sentence on what the user can do.
+        reason: The cause, in one sentence.
+        advice: The user's remedy, in one sentence.
     """
 
     def __init__(self, context: FetchContext, reason: str, advice: str):
@@ -56,7 +56,7 @@ class RDTFetchError(ObjectLostError):
         self.advice = advice
 
     def __str__(self) -> str:
-        where = f"over {self.context.lane}" if self.context.lane else "before a lane was settled"
+        where = f"over {self.context.lane}" if self.context.lane else "before a lane was selected"
         return (
             f"RDT object {self.context.object_id or '(no id)'} could not be fetched from "
             f"{self.context.peer} (transport {self.context.transport!r}, {where}): "
@@ -68,7 +68,7 @@ class RDTFetchError(ObjectLostError):
 
 
 class RDTChecksumError(RDTFetchError):
-    """What arrived is not what the producer has. Only with ``RAY_RDT_CHECKSUM=1``."""
+    """The received bytes differ from the producer's. Only with ``RAY_RDT_CHECKSUM=1``."""
 
 
 class RDTProducerDiedError(RDTFetchError, ActorDiedError):
@@ -82,8 +82,8 @@ class RDTProducerDiedError(RDTFetchError, ActorDiedError):
     __reduce__ = RDTFetchError.__reduce__
 
     def because(self, why_not: str) -> RDTProducerDiedError:
-        """The same error, which also says why the object was not made again."""
-        advice = f"It was not made again: {why_not}. {self.advice}"
+        """Return the same error with the reason why the object was not reconstructed."""
+        advice = f"It was not reconstructed: {why_not}. {self.advice}"
         error = type(self)(self.context, self.reason, advice)
         error.__cause__ = self.__cause__
         return error

@@ -1,4 +1,4 @@
-"""What a task's reply tells the owner of an RDT object."""
+"""Location of an object's tensors. A task's reply reports it to the owner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Location:
         key: The object's key at that agent.
         nbytes: The bytes that a pull moves.
         regions: The bytes of each region if the object is worth a prefetch, else None.
-        is_eager: Tell whether the value contains the tensors' bytes.
+        is_eager: Whether the value contains the tensors' bytes.
     """
 
     address: bytes

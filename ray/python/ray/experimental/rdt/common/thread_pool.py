@@ -72,6 +72,6 @@ class DaemonThreads:
             action, args = task
             try:
                 action(*args)
-            except BaseException:
+            except BaseException:  # the thread has to run further actions
                 logger.warning("RDT could not finish %s", action, exc_info=True)
             del task, action, args

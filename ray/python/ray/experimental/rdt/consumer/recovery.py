@@ -195,7 +195,7 @@ class Recovery:
         session = self._session()
         owner = None if one.ref is None or one.ref.is_nil() else ray_core.owner_of(one.ref)
         agents = [address for address in known_agents(owner) if address != session.address]
-        body = {"object_id": one.object_id, "key": key, "busy": waiting_actor}
+        body = {"object_id": one.object_id, "key": key, "waiting_actor": waiting_actor}
         reason, state = "no process owns it", NOT_OWNER
         for _, answer in ask_all(session, agents, protocol.RECONSTRUCT, body, _ANSWER_S):
             if isinstance(answer, Exception):

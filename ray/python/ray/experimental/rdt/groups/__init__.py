@@ -1,1 +1,1 @@
-"""Process groups of actors: which ones a process is in, and how they are made and ended."""
+"""Collective groups of actors: membership, creation and destruction."""

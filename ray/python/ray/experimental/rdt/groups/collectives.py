@@ -1,7 +1,7 @@
-"""Lets members of a group call ``ray.util.collective`` operations under the group's name.
+"""Registration of groups for the operations of ``ray.util.collective``.
 
-``ray.experimental.collective.allreduce`` and the others look a group up by name in the member's
-process; each group is registered there, with a backend of ours.
+``ray.experimental.collective.allreduce`` and the others look up a group by name in the member's
+process. Each group is registered there with RDT's backend.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.rdt")
 
-#: Held while a group is entered or left, so that neither sees the other half done.
+#: Held while a group is registered or unregistered.
 _lock = threading.Lock()
 
 
 def enter(group: Group, transport: ProcessGroupTransport) -> None:
-    """Registers a group. Runs on: member, any thread.
+    """Register a group. Runs on: member, any thread.
 
     Raises:
-        RuntimeError: the actor has registered a group of that name itself.
+        RuntimeError: The actor has registered a group of that name itself.
     """
     ray_collective = _ray_collective()
     if ray_collective is None:
@@ -39,16 +39,16 @@ def enter(group: Group, transport: ProcessGroupTransport) -> None:
             size = len(group.members)
             ray_collective.init_collective_group(size, group.rank, BACKEND, group.name)
         except BaseException:
-            # The name is not ours, so it must never be destroyed by us.
+            # The actor's own group: ``leave`` must not destroy it.
             del entered_groups.by_name[group.name]
             raise
 
 
 def leave(group: Group) -> None:
-    """The reverse of ``enter``, also for a group that was never entered.
+    """Reverse ``enter``, also for a group that was never registered.
 
-    Runs on: any thread, after the transport was disconnected from the group: a collective that
-    waits for another member keeps the group busy until then.
+    Runs on: any thread, after the transport was disconnected from the group. Before that, a
+    collective operation that waits for another member would block this call.
     """
     with _lock:
         entered = entered_groups.by_name.get(group.name)
@@ -62,7 +62,7 @@ def leave(group: Group) -> None:
 
 @functools.cache
 def _ray_collective() -> Any:
-    """Ray's module, with our backend registered; None where what it needs itself is missing."""
+    """Return Ray's module with RDT's backend; None if a module that it needs is missing."""
     try:
         from ray.util.collective import collective
         from ray.util.collective.backend_registry import register_collective_backend

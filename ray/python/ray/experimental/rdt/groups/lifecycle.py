@@ -1,14 +1,15 @@
-"""Making, finding and ending collective groups, in terms of actors.
+"""Creation, lookup and destruction of collective groups of actors.
 
-Any process that holds the actors' handles can do so. The first contact with each actor is a task,
-since that is how an actor is reached and known to be able; the rest goes between the processes
-(``service``), so that a group of busy actors can be destroyed.
+Any process that holds the actors' handles can create a group. The first request to each actor is a
+task, which returns the address of its agent. All other requests go to the agents (``service``), so
+that a group of busy actors can be destroyed.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -30,19 +31,19 @@ BACKENDS = {"gloo": "gloo", "torch_gloo": "gloo", "nccl": "nccl"}
 def create(
     actors: Sequence[ActorHandle], backend: str, name: str | None = None
 ) -> CommunicatorHandle:
-    """Makes a group of actors, all connected to one another when this returns.
+    """Create a group of actors; all are connected to each other when this returns.
 
     Runs on: creator, the user's thread; blocks for up to ``RAY_RDT_GROUP_TIMEOUT_S``.
 
     Args:
         actors: The members in rank order.
         backend: "gloo", "nccl" or one that is registered with ``ray.util.collective``, any case.
-        name: What it will be called; None for a name that is not in use.
+        name: The name of the group; None for a name that is not in use.
 
     Raises:
-        ValueError: an unknown backend, an actor given twice, or a name in use.
-        RuntimeError: an actor is dead, does not answer, or cannot join; names it. Nothing of the
-            group is left.
+        ValueError: The backend is unknown, an actor is given twice, or the name is in use.
+        RuntimeError: An actor is dead, does not answer, or cannot join; the text names the actor.
+            The members have left the group.
     """
     from ray.experimental.collective.communicator import CommunicatorHandle
 
@@ -53,32 +54,31 @@ def create(
     record = _reserve(actors, backend, uuid.uuid4().hex if name is None else name)
     try:
         if backend in BACKENDS:
-            members = _introduce(actors, backend, deadline)
+            members = _run_on_all(actors, deadline, _introduce_member, backend)
             _begin_session().form(record.id, record.name, backend, members, deadline)
         else:
-            members = _join_users(actors, record, deadline)
+            # ``ray.util.collective`` alone uses such a group, so the members need no address.
+            _run_on_all(actors, deadline, _join_users_group, len(actors), backend, record.name)
+            members = [Member(b"", b"", actor_id) for actor_id in record.actor_ids]
     except MemberFailed as failure:
         records.remove(record.name)
         actor = actors[failure.rank]
         raise RuntimeError(
             f"{actor} could not join collective group {record.name!r}: {failure.reason}"
         ) from failure
-    except BaseException:
+    except BaseException:  # also after an interrupt: the name must be free again
         records.remove(record.name)
         raise
-    ready = Record(
-        record.id, record.name, backend, record.actor_ids, record.handles, tuple(members)
-    )
     handle = CommunicatorHandle(list(actors), record.name, backend)
     _begin_session().keep(record.id, handle)
-    records.publish(ready)
+    records.publish(replace(record, members=tuple(members)))
     return handle
 
 
 def find(
     actors: Sequence[ActorHandle] | None = None, backend: str | None = None
 ) -> list[CommunicatorHandle]:
-    """The groups, made by any process of this Ray namespace, that all these actors are in.
+    """Return the groups of this Ray namespace that all these actors are in.
 
     Runs on: any process, any thread; asks the GCS.
     """
@@ -93,12 +93,12 @@ def find(
 
 
 def destroy(name: str) -> None:
-    """Ends a group, made by any process. Dead members are no error.
+    """Destroy a group that any process created. Dead members are no error.
 
     Runs on: any process, any thread; blocks briefly, also when members are busy.
 
     Raises:
-        ValueError: there is no group of this name.
+        ValueError: There is no group of this name.
     """
     record = records.read(name)
     if record is None or not record.is_ready or not records.remove(name):
@@ -107,7 +107,7 @@ def destroy(name: str) -> None:
             "another Ray namespace."
         )
     own = _begin_session()
-    own.let_go(record.id)
+    own.drop(record.id)
     if record.backend in BACKENDS:
         own.dissolve(record.id, record.members, f"collective group {name!r} was destroyed")
     else:
@@ -115,19 +115,18 @@ def destroy(name: str) -> None:
 
 
 def destroy_all() -> None:
-    """Ends all groups that this process has made. Those that others have ended are no error."""
+    """Destroy all groups of this process. Other processes may have destroyed some before."""
     own = service.peek()
-    mine = set(own.kept_ids()) if own is not None else set()
     for record in list(records.ready()):
-        if record.id in mine:
+        if own is not None and own.kept(record.id) is not None:
             destroy(record.name)
 
 
 def normalized(backend: str) -> str:
-    """The lower-case name of a backend; of one that a user has registered, the upper-case one.
+    """Return a backend's name in lower case; in upper case if a user has registered the backend.
 
     Raises:
-        ValueError: there is none of this name; lists those there are.
+        ValueError: There is no such backend; the text lists the backends.
     """
     known = BACKENDS.get(backend.lower()) if isinstance(backend, str) else None
     if known is not None:
@@ -156,7 +155,7 @@ def _check_actors(actors: Sequence[ActorHandle]) -> None:
 
 
 def _check_hardware(backend: str) -> None:
-    """Raises RuntimeError where it is plain, before any actor is asked, that nccl cannot work."""
+    """Raise RuntimeError if nccl cannot work on this cluster, before any actor is asked."""
     if backend != "nccl":
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -173,7 +172,7 @@ def _check_hardware(backend: str) -> None:
 
 
 def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
-    """Takes the name. A group that has outlived all its actors does not keep it."""
+    """Reserve the name. A group whose actors are all dead does not keep its name."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"The name of a collective group must be a string, got {name!r}")
     record = Record(
@@ -195,53 +194,40 @@ def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
     )
 
 
-def _introduce(actors: Sequence[ActorHandle], backend: str, deadline: Deadline) -> list[Member]:
-    """Reaches every actor once, by a task, and learns how its process is reached directly."""
+def _run_on_all(
+    actors: Sequence[ActorHandle], deadline: Deadline, task: Callable[..., Any], *args: Any
+) -> list[Any]:
+    """Run a function on every actor, for this process's own actor directly.
+
+    Args:
+        actors: The actors in rank order.
+        deadline: The moment at which all have to be done.
+        task: The function. It gets the actor's instance or None, the rank, and ``args``.
+        args: Its other arguments.
+
+    Returns:
+        The results in rank order.
+
+    Raises:
+        RuntimeError: An actor did not answer or failed; the text names the actor.
+    """
     own_id = ray.get_runtime_context().get_actor_id()
-    answers: dict[int, tuple[bytes, bytes]] = {}
+    answers: dict[int, Any] = {}
     pending: dict[Any, int] = {}
     for rank, actor in enumerate(actors):
-        if actor._ray_actor_id.hex() == own_id:
-            answers[rank] = _introduce_here(backend)
-        else:
-            pending[actor.__ray_call__.remote(_answer_introduction, backend)] = rank
-    answers |= _collect(actors, pending, deadline)
-    return [Member(*answers[rank], actor._ray_actor_id.hex()) for rank, actor in enumerate(actors)]
-
-
-def _collect(
-    actors: Sequence[ActorHandle], pending: dict[Any, int], deadline: Deadline
-) -> dict[int, Any]:
-    """The answers to tasks by rank. Raises RuntimeError, which names an actor that gave none."""
-    answers: dict[int, Any] = {}
-    # What is not answered is not cancelled: a cancelled task can leave a hole in the order of an
-    # actor's tasks, for which Ray then waits for 30 s. A late introduction does nothing.
+        if actor._ray_actor_id.hex() != own_id:
+            pending[actor.__ray_call__.remote(task, rank, *args)] = rank
+    for rank in set(range(len(actors))) - set(pending.values()):
+        answers[rank] = task(None, rank, *args)
+    # Pending tasks are not canceled: a canceled task can leave a hole in the order of an actor's
+    # tasks, for which Ray then waits for 30 s. A late introduction does nothing.
     while pending:
-        left = deadline.left_s()
-        done, _ = ray.wait(list(pending), timeout=left)
+        done, _ = ray.wait(list(pending), timeout=deadline.left_s())
         if not done:
             raise _silent([actors[rank] for rank in pending.values()])
         rank = pending.pop(done[0])
         answers[rank] = _answer_of(actors[rank], done[0])
-    return answers
-
-
-def _join_users(actors: Sequence[ActorHandle], record: Record, deadline: Deadline) -> list[Member]:
-    """Has actors join a group of a backend that a user has registered, as Ray's alpha does.
-
-    It is ``ray.util.collective``'s alone: no process of it has to be reached directly.
-    """
-    own_id = ray.get_runtime_context().get_actor_id()
-    group = (len(actors), record.backend, record.name)
-    pending = {
-        actor.__ray_call__.remote(_join_users_group, rank, *group): rank
-        for rank, actor in enumerate(actors)
-        if actor._ray_actor_id.hex() != own_id
-    }
-    if own_id in record.actor_ids:
-        _join_users_group(None, record.actor_ids.index(own_id), *group)
-    _collect(actors, pending, deadline)
-    return [Member(b"", b"", actor_id) for actor_id in record.actor_ids]
+    return [answers[rank] for rank in range(len(actors))]
 
 
 def _join_users_group(instance: Any, rank: int, world_size: int, backend: str, name: str) -> None:
@@ -252,7 +238,7 @@ def _join_users_group(instance: Any, rank: int, world_size: int, backend: str, n
 
 
 def _leave_users(record: Record) -> None:
-    """Has the members leave that are still alive; busy ones do so later."""
+    """Make all living members leave; busy members leave later."""
     own_id = ray.get_runtime_context().get_actor_id()
     left = [
         actor.__ray_call__.remote(_leave_users_group, record.name)
@@ -292,12 +278,8 @@ def _silent(actors: list[ActorHandle]) -> RuntimeError:
     )
 
 
-def _answer_introduction(instance: Any, backend: str) -> tuple[bytes, bytes]:
+def _introduce_member(instance: Any, rank: int, backend: str) -> Member:
     """Runs on: member, as a task of the actor."""
-    return _introduce_here(backend)
-
-
-def _introduce_here(backend: str) -> tuple[bytes, bytes]:
     return _begin_session().introduce(backend)
 
 
@@ -309,7 +291,7 @@ def _begin_session() -> service.GroupService:
 
 
 def _handle(record: Record, given: dict[str, ActorHandle]) -> CommunicatorHandle:
-    """A handle to a group that another process has made; it does not keep the actors alive."""
+    """Return a handle to a group of another process. It does not keep the actors alive."""
     from ray.experimental.collective.communicator import CommunicatorHandle
 
     actors = [

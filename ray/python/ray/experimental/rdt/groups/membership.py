@@ -1,4 +1,4 @@
-"""Which collective groups this process is in. Pure data: no I/O, no Ray, no torch."""
+"""The collective groups of this process. Pure data: no I/O, no Ray, no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ray.experimental.rdt.common import real_threads as threading
 
 
 class Member(NamedTuple):
-    """One actor of a group, as the others reach it.
+    """One actor of a group, and the address of its process.
 
     Attributes:
         agent_id: The id of its process's agent; a restarted actor has another one.
-        address: The agent's endpoint, as ``Session.call`` takes it.
+        address: The agent's address, for ``Session.call``.
         actor_id: The actor's id in hex.
     """
 
@@ -35,10 +35,10 @@ class Group:
     """A group that this process is in.
 
     Attributes:
-        id: New for each creation; a group re-made under the same name has another one.
-        name: What users call it.
-        backend: The transport it belongs to ("gloo", "nccl").
-        rank: This process's place in ``members``.
+        id: A new one for each creation, also under the same name.
+        name: The name that users give.
+        backend: Its transport ("gloo", "nccl").
+        rank: The index of this process in ``members``.
         members: All members in rank order, this process included.
     """
 
@@ -50,15 +50,15 @@ class Group:
 
     @property
     def others(self) -> tuple[Member, ...]:
-        """The members that are not this process."""
+        """All members except this process."""
         return tuple(m for rank, m in enumerate(self.members) if rank != self.rank)
 
     def pair_name(self, rank: int) -> str:
-        """Names this process and the member of another rank, the same at both."""
+        """Return a name for this process and another member. Both members get the same name."""
         return f"{self.id}/{min(rank, self.rank)}-{max(rank, self.rank)}"
 
     def has(self, agent_id: bytes) -> bool:
-        """Whether another process of this group has this agent."""
+        """Tell whether another process of this group has this agent."""
         return any(m.agent_id == agent_id for m in self.others)
 
 
@@ -75,11 +75,11 @@ class Membership:
         self._ended: set[str] = set()
 
     def add(self, group: Group) -> None:
-        """Joins a group.
+        """Add a group.
 
         Raises:
-            GroupEnded: ``remove`` was called for it already: a request to leave overtook this one.
-            ValueError: this process is in another group of that name.
+            GroupEnded: ``remove`` was called before: a request to leave overtook this one.
+            ValueError: This process is in another group of that name.
         """
         with self._lock:
             if group.id in self._ended:
@@ -89,31 +89,29 @@ class Membership:
             self._groups[group.id] = group
 
     def remove(self, group_id: str) -> Group | None:
-        """Leaves a group for good; returns it if this process was in it."""
+        """Remove a group for ever; return it if this process was in it."""
         with self._lock:
             self._ended.add(group_id)
             return self._groups.pop(group_id, None)
 
     def get(self, group_id: str) -> Group | None:
-        """The group with this id."""
+        """Return the group with this id, None if this process is not in it."""
         with self._lock:
             return self._groups.get(group_id)
 
     def find_common(self, backend: str, agent_id: bytes) -> Group | None:
-        """The oldest group of ``backend`` that the process with this agent is in, too."""
+        """Return the oldest group of ``backend`` that this agent's process is in as well."""
         with self._lock:
-            return next(
-                (g for g in self._groups.values() if g.backend == backend and g.has(agent_id)),
-                None,
-            )
+            groups = (g for g in self._groups.values() if g.backend == backend)
+            return next((g for g in groups if g.has(agent_id)), None)
 
     def all(self) -> list[Group]:
-        """Every group this process is in."""
+        """Return all groups of this process."""
         with self._lock:
             return list(self._groups.values())
 
     def clear(self) -> None:
-        """Forgets everything, when Ray is shut down."""
+        """Remove all groups. Runs on: the thread that shuts Ray down."""
         with self._lock:
             self._groups.clear()
             self._ended.clear()
@@ -123,5 +121,5 @@ _membership = Membership()
 
 
 def membership() -> Membership:
-    """The membership of this process."""
+    """Return the membership of this process."""
     return _membership

@@ -1,9 +1,9 @@
-"""A group as ``ray.util.collective`` sees it. Importing this imports ``ray.util.collective``.
+"""A group for ``ray.util.collective``. Importing this module imports ``ray.util.collective``.
 
-Its process groups, one of all members and one of each two, are made by the first operation that
-needs them, since most groups only move RDT objects. All methods run on the user's threads and
-block. Every member has to call the same collective operations; ``send`` and ``recv`` are between
-two members, and the others need not take part.
+The first operation that needs a process group creates it: one of all members, one of each two. Most
+groups only transfer RDT objects and need none. All methods run on the user's threads and block.
+Every member has to call the same collective operations. ``send`` and ``recv`` are between two
+members, and the others need not take part.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RDTGroup(BaseGroup):
 
     @classmethod
     def check_backend_availability(cls) -> bool:
-        """See BaseGroup. Whether torch is there is known before a group is made."""
+        """See BaseGroup. Members check for torch before a group is created."""
         return True
 
     def destroy_group(self) -> None:
@@ -61,7 +61,7 @@ class RDTGroup(BaseGroup):
         self._of_all.get().allreduce([_only(tensor)], options).wait()
 
     def barrier(self, barrier_options: Any = types.BarrierOptions) -> None:
-        """See BaseGroup. A reduction of one byte, which needs no device to be named."""
+        """See BaseGroup. Reduces one byte, since torch's own barrier would need a device."""
         self._of_all.get().allreduce([self._transport.byte()]).wait()
 
     def reduce(self, tensor: _Tensors, reduce_options: Any = types.ReduceOptions) -> None:
@@ -86,7 +86,6 @@ class RDTGroup(BaseGroup):
 
         options = BroadcastOptions()
         options.rootRank = broadcast_options.root_rank
-        options.rootTensor = 0
         self._of_all.get().broadcast([_only(tensor)], options).wait()
 
     def reducescatter(
@@ -95,7 +94,7 @@ class RDTGroup(BaseGroup):
         tensor_list: _Tensors,
         reducescatter_options: Any = types.ReduceScatterOptions,
     ) -> None:
-        """See BaseGroup. One reduction per rank: gloo has nothing better; inputs do not change."""
+        """See BaseGroup. Uses one reduction per rank, as gloo requires. Inputs do not change."""
         output = _only(tensor)
         inputs = _list(tensor_list)
         if output.shape != inputs[self._rank].shape:
@@ -122,12 +121,11 @@ class RDTGroup(BaseGroup):
 
         options = ReduceOptions()
         options.rootRank = root
-        options.rootTensor = 0
         options.reduceOp = _torch_op(operation)
         self._of_all.get().reduce([tensor], options).wait()
 
     def _exchange(self, operation: str, tensor: _Tensors, other: int) -> None:
-        """Sends to another rank or receives from it."""
+        """Send to another rank or receive from it."""
         pair = self._pairs[other].get()
         getattr(pair, operation)([_only(tensor)], int(other > self._rank), 0).wait()
 
@@ -137,7 +135,7 @@ class RDTGroup(BaseGroup):
         )
 
     def _make_pair(self, other: int) -> tuple[Any, Any]:
-        """The lower rank of the group is rank 0 of the pair."""
+        """Create the process group of a pair. The lower rank of the group is rank 0 of the pair."""
         name, rank = self._group.pair_name(other), int(self._rank > other)
         return self._transport.connector.make_group(
             name, rank, 2, _TIMEOUT_S, has_collectives=False
@@ -145,10 +143,10 @@ class RDTGroup(BaseGroup):
 
 
 class _ProcessGroup:
-    """A process group that is made by its first use.
+    """A process group that is created at its first use.
 
     Args:
-        make: Makes it; the second of what it returns has to live as long.
+        make: Returns the process group, and an object that has to live as long.
     """
 
     def __init__(self, make: Callable[[], tuple[Any, Any]]):
@@ -157,14 +155,14 @@ class _ProcessGroup:
         self._made: tuple[Any, Any] | None = None
 
     def get(self) -> Any:
-        """The process group. Blocks until the other ranks ask for it, too."""
+        """Return the process group. Blocks until the other ranks use it as well."""
         with self._lock:
             if self._made is None:
                 self._made = self._make()
             return self._made[0]
 
     def end(self, end_group: Callable[[Any], None]) -> None:
-        """Ends it if it was ever used."""
+        """End the process group if it was used."""
         with self._lock:
             made, self._made = self._made, None
         if made is not None:
@@ -174,16 +172,11 @@ class _ProcessGroup:
 def _torch_op(operation: types.ReduceOp) -> Any:
     from torch.distributed import ReduceOp
 
-    return {
-        types.ReduceOp.SUM: ReduceOp.SUM,
-        types.ReduceOp.PRODUCT: ReduceOp.PRODUCT,
-        types.ReduceOp.MIN: ReduceOp.MIN,
-        types.ReduceOp.MAX: ReduceOp.MAX,
-    }[operation]
+    return getattr(ReduceOp, operation.name)  # SUM, PRODUCT, MIN or MAX
 
 
 def _only(tensors: _Tensors) -> torch.Tensor:
-    """The tensor of a list of one, which is how Ray hands it over."""
+    """Return the tensor of a list of one, as Ray passes it."""
     (tensor,) = tensors
     return _as_tensor(tensor)
 
@@ -194,7 +187,7 @@ def _list(tensor_lists: _Tensors) -> list[torch.Tensor]:
 
 
 def _as_tensor(value: Any) -> torch.Tensor:
-    """A tensor over the same memory as a tensor or NumPy array."""
+    """Return a tensor over the memory of a tensor or NumPy array."""
     import torch
 
     return value if isinstance(value, torch.Tensor) else torch.from_numpy(value)

@@ -1,4 +1,4 @@
-"""What every process can know about collective groups: their records in Ray's key-value store.
+"""Records of collective groups in Ray's key-value store, for every process of the cluster.
 
 A name belongs to one Ray namespace, as the names of actors do.
 """
@@ -20,12 +20,12 @@ class Record:
     """One group.
 
     Attributes:
-        id: New for each creation.
-        name: What users call it.
+        id: A new one for each creation.
+        name: The name that users give.
         backend: "gloo" or "nccl".
         actor_ids: The members' actor ids in hex, in rank order.
         handles: Their serialized handles.
-        members: Their processes; empty while the group is being made.
+        members: Their processes; empty while the group is being created.
     """
 
     id: str
@@ -37,58 +37,45 @@ class Record:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the group has been made."""
+        """Tell whether the group has been created."""
         return bool(self.members)
 
     def encode(self) -> bytes:
         """Return the record's bytes."""
-        body = {
-            "id": self.id,
-            "name": self.name,
-            "backend": self.backend,
-            "actors": self.actor_ids,
-            "handles": self.handles,
-            "members": self.members,
-        }
-        return protocol.pack(body)
+        return protocol.pack(vars(self))
 
     @classmethod
     def decode(cls, data: bytes) -> Record:
-        """The reverse of ``encode``."""
+        """Reverse ``encode``."""
         body = protocol.unpack(data)
-        return cls(
-            id=body["id"],
-            name=body["name"],
-            backend=body["backend"],
-            actor_ids=tuple(body["actors"]),
-            handles=tuple(body["handles"]),
-            members=tuple(map(Member.of, body["members"])),
-        )
+        members = tuple(map(Member.of, body["members"]))
+        actor_ids, handles = tuple(body["actor_ids"]), tuple(body["handles"])
+        return cls(**body | {"actor_ids": actor_ids, "handles": handles, "members": members})
 
 
 def reserve(record: Record) -> bool:
-    """Takes the name for a group that is being made; False if it is taken."""
+    """Reserve the name of a group that is being created; return False if it is in use."""
     return ray_core.kv_put(_key(record.name), record.encode(), _NAMESPACE, overwrite=False)
 
 
 def publish(record: Record) -> None:
-    """Makes a group known that is ready."""
+    """Publish the record of a group that is ready."""
     ray_core.kv_put(_key(record.name), record.encode(), _NAMESPACE)
 
 
 def read(name: str) -> Record | None:
-    """The record of this name."""
+    """Return the record of this name, None if there is none."""
     data = ray_core.kv_get(_key(name), _NAMESPACE)
     return Record.decode(data) if data else None
 
 
 def remove(name: str) -> bool:
-    """Gives the name back; False if it was not taken."""
+    """Delete the record of this name; return False if there was none."""
     return ray_core.kv_delete(_key(name), _NAMESPACE)
 
 
 def ready() -> Iterator[Record]:
-    """All groups that can be used."""
+    """Yield the records of all groups that are ready."""
     for key in ray_core.kv_keys(_prefix(), _NAMESPACE):
         data = ray_core.kv_get(key, _NAMESPACE)
         if data and (record := Record.decode(data)).is_ready:
@@ -96,7 +83,7 @@ def ready() -> Iterator[Record]:
 
 
 def is_any_alive(actor_ids: Sequence[str]) -> bool:
-    """Whether Ray knows any of these actors to be alive, or to come."""
+    """Tell whether any of these actors is alive, or will be, as far as Ray knows."""
     return any(ray_core.actor_state(actor_id) not in ("DEAD", "") for actor_id in actor_ids)
 
 

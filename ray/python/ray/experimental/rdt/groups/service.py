@@ -1,17 +1,17 @@
-"""The requests by which a collective group is made and ended, between the processes themselves.
+"""Requests between processes that create and destroy a collective group.
 
-Any process can make a group, as long as it knows its members' agents; members answer on their
-``rdt-call`` threads, so that a busy actor can still leave a group. A handler never waits for
-another handler: a group made while others are made cannot be in their way.
+Any process that knows the members' agents can create a group. Members answer on their ``rdt-call``
+threads, so that a busy actor can leave a group. A handler never waits for another handler, so
+groups that are created at the same time do not block each other.
 
 Requests (``rpc/protocol.py``):
 
-* ``rdt.group.join`` {id, name, backend, rank, members}: the member knows the group from now on.
-* ``rdt.group.connect`` {id, timeout_s, creator}: once all have joined; the member connects to all
-  others on a thread of its own and then reports.
-* ``rdt.group.report`` {id, rank, error}: a member tells the creator that it is connected, or why
-  not.
-* ``rdt.group.leave`` {id, reason}: the member forgets the group; its transfers fail.
+* ``rdt.group.join`` {id, name, backend, rank, members}: the member adds the group.
+* ``rdt.group.connect`` {id, timeout_s, creator}: sent after all have joined. The member
+  connects to all others on a thread of its own and then reports.
+* ``rdt.group.report`` {id, rank, error}: a member tells the creator that it is connected, or its
+  error.
+* ``rdt.group.leave`` {id, reason}: the member removes the group; its transfers fail.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
@@ -50,8 +51,8 @@ class MemberFailed(Exception):
     """A member could not join or connect.
 
     Attributes:
-        rank: Which one.
-        reason: Why.
+        rank: The rank of the member.
+        reason: The member's error.
     """
 
     def __init__(self, rank: int, reason: str):
@@ -62,7 +63,7 @@ class MemberFailed(Exception):
 
 @dataclass
 class _Forming:
-    """A group that this process is making: what its members have reported."""
+    """A group that this process is creating, and the reports of its members."""
 
     members: Sequence[Member]
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -74,10 +75,10 @@ class _Forming:
             self.changed.notify_all()
 
     def wait(self, deadline: Deadline) -> None:
-        """Returns when all are connected.
+        """Wait until all members are connected.
 
         Raises:
-            MemberFailed: one is not, or has not said so by the deadline.
+            MemberFailed: A member failed, or has not reported by the deadline.
         """
         with self.changed:
             while True:
@@ -94,12 +95,12 @@ class _Forming:
 
 
 class GroupService:
-    """One process's part in groups, as a member and as the one who makes them.
+    """The group requests of one process, as a member and as a creator.
 
     Args:
-        session: What the others are asked through.
-        transport: Gives this process's transport by backend name.
-        groups: What this process is in.
+        session: Sends and serves the requests.
+        transport: Returns this process's transport by backend name.
+        groups: The groups of this process.
     """
 
     def __init__(
@@ -125,35 +126,45 @@ class GroupService:
         session.on_peer_lost(self._on_peer_lost)
         session.on_close(self._groups.clear)
 
-    def introduce(self, backend: str) -> tuple[bytes, bytes]:
-        """Return the id and the address of this process's agent, if it can use the backend.
+    def introduce(self, backend: str) -> Member:
+        """Return how other processes reach this actor, after a check of the backend.
 
         Raises:
-            TransportUnavailable: it cannot.
+            TransportUnavailable: This process cannot use the backend.
         """
         self._transport(backend).check_available()
-        return self._session.agent.agent_id, self._session.address
+        actor_id = (ray_core.actor_id() or b"").hex()
+        return Member(self._session.agent.agent_id, self._session.address, actor_id)
 
     # Creator.
 
     def form(
         self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: Deadline
     ) -> None:
-        """Makes a group: returns when every member is connected to every other.
+        """Create a group; return when every member is connected to every other.
 
         Runs on: creator, the user's thread; blocks until ``deadline`` at most.
 
         Raises:
-            MemberFailed: one could not; nothing of the group is left on the others.
+            MemberFailed: A member failed. The others have left the group.
         """
         forming = _Forming(members)
         with self._lock:
             self._forming[group_id] = forming
         try:
-            self._have_all_join(group_id, name, backend, members, deadline)
-            self._have_all_connect(group_id, members, deadline)
+            body: dict[str, Any] = {
+                "id": group_id,
+                "name": name,
+                "backend": backend,
+                "members": list(members),
+            }
+            bodies = [body | {"rank": rank} for rank in range(len(members))]
+            self._ask_all(members, protocol.GROUP_JOIN, bodies, deadline)
+            creator = self._session.address
+            body = {"id": group_id, "timeout_s": deadline.left_s(), "creator": creator}
+            self._ask_all(members, protocol.GROUP_CONNECT, [body] * len(members), deadline)
             forming.wait(deadline)
-        except BaseException:
+        except BaseException:  # also after an interrupt: the members must not stay in the group
             self.dissolve(group_id, members, f"collective group {name!r} could not be made")
             raise
         finally:
@@ -161,41 +172,19 @@ class GroupService:
                 del self._forming[group_id]
 
     def dissolve(self, group_id: str, members: Sequence[Member], reason: str) -> None:
-        """Has all members that are still alive leave. Runs on: any process, any thread."""
+        """Make all living members leave. Runs on: any process, any thread."""
         body = {"id": group_id, "reason": reason}
         answers = []
         for member in members:
-            with suppress(Exception):  # it is gone, which is as good as having left
+            with suppress(Exception):  # of any kind: a member that is gone has left as well
                 answers.append(self._ask(member, protocol.GROUP_LEAVE, body))
         deadline = Deadline.after(_LEAVE_TIMEOUT_S)
         for answer in answers:
             try:
                 answer(deadline.left_s())
-            except Exception as error:
+            except Exception as error:  # of any kind: the other members still have to leave
                 raise_if_interrupt(error)
                 logger.debug("RDT had no answer from a member that leaves", exc_info=True)
-
-    def _have_all_join(
-        self, group_id: str, name: str, backend: str, members: Sequence[Member], deadline: Deadline
-    ) -> None:
-        body = {
-            "id": group_id,
-            "name": name,
-            "backend": backend,
-            "members": list(members),
-        }
-        bodies = [body | {"rank": rank} for rank in range(len(members))]
-        self._ask_all(members, protocol.GROUP_JOIN, bodies, deadline)
-
-    def _have_all_connect(
-        self, group_id: str, members: Sequence[Member], deadline: Deadline
-    ) -> None:
-        body = {
-            "id": group_id,
-            "timeout_s": deadline.left_s(),
-            "creator": self._session.address,
-        }
-        self._ask_all(members, protocol.GROUP_CONNECT, [body] * len(members), deadline)
 
     def _ask_all(
         self, members: Sequence[Member], op: str, bodies: list[dict[str, Any]], deadline: Deadline
@@ -204,18 +193,21 @@ class GroupService:
         for rank, (member, body) in enumerate(zip(members, bodies)):
             try:
                 answers.append(self._ask(member, op, body))
-            except Exception as error:
+            except Exception as error:  # of any kind: the creator's error names the member
                 raise_if_interrupt(error)
                 raise MemberFailed(rank, str(error)) from error
         for rank, answer in enumerate(answers):
             try:
                 answer(deadline.left_s())
-            except Exception as error:
+            except Exception as error:  # of any kind, as above
                 raise_if_interrupt(error)
                 raise MemberFailed(rank, str(error)) from error
 
     def _ask(self, member: Member, op: str, body: dict[str, Any]) -> Answer:
-        """Sends a request; the result waits for the answer. A process asks itself directly."""
+        """Send a request; return a function that waits for the answer.
+
+        A request of this process to itself runs here.
+        """
         own_id = self._session.agent.agent_id
         if member.agent_id != own_id:
             return self._session.start_call(member.address, op, body, idempotent=False)
@@ -238,24 +230,19 @@ class GroupService:
                     forming.report(rank, "its process is gone")
 
     def keep(self, group_id: str, handle: CommunicatorHandle) -> None:
-        """Keeps the handle to a group that this process has made, and so its actors alive."""
+        """Keep the handle to a group of this process, which keeps the actors alive."""
         with self._lock:
             self._handles[group_id] = handle
 
     def kept(self, group_id: str) -> CommunicatorHandle | None:
-        """The handle to a group, if this process has made it."""
+        """Return the handle to a group, None if this process did not create it."""
         with self._lock:
             return self._handles.get(group_id)
 
-    def let_go(self, group_id: str) -> None:
-        """Ends what ``keep`` began."""
+    def drop(self, group_id: str) -> None:
+        """Drop the handle that ``keep`` stored."""
         with self._lock:
             self._handles.pop(group_id, None)
-
-    def kept_ids(self) -> list[str]:
-        """The groups that this process has made and not let go."""
-        with self._lock:
-            return list(self._handles)
 
     # Member. All run on rdt-call threads.
 
@@ -273,36 +260,32 @@ class GroupService:
         if group is None:
             raise LookupError("the group was destroyed meanwhile")
         deadline = Deadline.after(float(body["timeout_s"]))
-        creator = Member(peer_id, body["creator"], "")
-        arguments = (group, deadline, creator)
-        threading.Thread(target=self._connect, args=arguments, name="rdt-group").start()
+        args = (group, deadline, Member(peer_id, body["creator"], ""))
+        threading.Thread(target=self._connect, args=args, name="rdt-group").start()
         return {}
 
     def _connect(self, group: Group, deadline: Deadline, creator: Member) -> None:
         """Runs on: member, a thread of its own."""
         error = ""
         try:
-            self._transport(group.backend).connect(group, deadline)
-            self._enter(group)
-        except Exception as failure:  # told to the creator
+            transport = self._transport(group.backend)
+            transport.connect(group, deadline)
+            collectives.enter(group, transport)
+            if self._groups.get(group.id) is None:
+                collectives.leave(group)  # ``_on_leave`` may have run before ``enter``
+                raise LookupError("the group was destroyed meanwhile")
+        except Exception as failure:  # of any kind: the creator gets its text
             error = str(failure)
         report = {"id": group.id, "rank": group.rank, "error": error}
         try:
             self._ask(creator, protocol.GROUP_REPORT, report)(_REPORT_TIMEOUT_S)
-        except Exception:  # the creator is gone; whoever destroys the group finds it recorded
-            logger.debug("RDT could not tell who made group %r", group.name, exc_info=True)
-
-    def _enter(self, group: Group) -> None:
-        """Registers a group for collectives unless it was left meanwhile."""
-        collectives.enter(group, self._transport(group.backend))
-        if self._groups.get(group.id) is None:
-            collectives.leave(group)  # whoever left the group may have come before it was entered
-            raise LookupError("the group was destroyed meanwhile")
+        except Exception:  # of any kind: the creator is gone. The group's record remains.
+            logger.debug("RDT found no creator of group %r", group.name, exc_info=True)
 
     def _on_leave(self, peer_id: bytes, body: protocol.GroupLeave) -> dict[str, Any]:
         group = self._groups.remove(body["id"])
         if group is not None:
-            # First what ends the wait of a member in its first collective: leaving waits for it.
+            # First disconnect: it ends a wait in a collective operation, which ``leave`` waits for.
             self._transport(group.backend).disconnect(group.id, body["reason"])
             collectives.leave(group)
         return {}
@@ -312,11 +295,11 @@ _service: GroupService | None = None
 
 
 def attach(session: Session, transport: Callable[[str], ProcessGroupTransport]) -> None:
-    """Lets a process be in groups and make them, from its session's begin to its end.
+    """Serve the group requests of a process until its session ends.
 
     Args:
-        session: The session that begins.
-        transport: Gives this process's transport by backend name.
+        session: The session.
+        transport: Returns this process's transport by backend name.
     """
     global _service
     serve_links(session, transport)
@@ -330,5 +313,5 @@ def _detach() -> None:
 
 
 def peek() -> GroupService | None:
-    """The service of this process's session, None if none has begun."""
+    """Return the service of this process's session, None if no session has begun."""
     return _service

@@ -37,9 +37,8 @@ class GuardedValue:
         """Return the serialized value. Runs on: producer, the thread of the task."""
         # The id of a return is the task's id and an index from 1.
         origin = ray_core.task_id() + (self._index + 1).to_bytes(4, "little")
-        return ray_core.manager().producer.serialize_guarded(
-            context, self._value, self._transport, origin
-        )
+        producer = ray_core.manager().producer
+        return producer.serialize(context, self._value, self._transport, origin)[0]
 
 
 def submit(

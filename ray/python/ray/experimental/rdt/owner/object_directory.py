@@ -177,15 +177,15 @@ class ObjectDirectory:
             return release
         if location is None:
             return [*_free(old), *release]
-        hints = (_hint(row, destination) for destination in row.destinations)
+        hints = (Hint(destination, location) for destination in row.destinations)
         return [*_free(old), Own(object_id, location), *hints, *release]
 
     def out_of_scope(self, object_id: str) -> list[Instruction]:
         self._early.discard(object_id)
         row = self._rows.pop(object_id, None)
-        return (
-            [*_free(row.location), *_release_handle(row, is_last=True)] if row is not None else []
-        )
+        if row is None:
+            return []
+        return [*_free(row.location), *_release_handle(row, is_last=True)]
 
     def passed_to(self, object_id: str, destination: bytes) -> Sequence[Instruction]:
         """Handle an object that is an argument of a task submitted to an actor."""
@@ -193,7 +193,7 @@ class ObjectDirectory:
         if row is None:
             return []
         row.destinations.add(destination)
-        hints = [_hint(row, destination)] if row.location is not None else []
+        hints = [Hint(destination, row.location)] if row.location is not None else []
         is_shared = row.producer in row.destinations and len(row.destinations) > 1
         if not is_shared or row.is_warned:
             return hints
@@ -231,8 +231,3 @@ def _is_at_producer(location: Location | None) -> bool:
 def _release_handle(row: Row, is_last: bool) -> list[ReleaseHandle]:
     handle, row.handle = row.handle, None
     return [ReleaseHandle(handle, is_last)] if handle is not None else []
-
-
-def _hint(row: Row, destination: bytes) -> Hint:
-    assert row.location is not None
-    return Hint(destination, row.location)

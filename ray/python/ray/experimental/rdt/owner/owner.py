@@ -128,9 +128,7 @@ class Owner:
                 self.reconstruction.keep(recipe, refs)
             return returned
         finally:
-            with self._lock:
-                instructions = self._directory.end_submit(submit)
-            self._carry_out(instructions)
+            self._apply(self._directory.end_submit, submit)
 
     def submit_task(
         self,
@@ -167,8 +165,8 @@ class Owner:
         self,
         transport: str,
         num_returns: Any,
-        objects_per_yield: int | None = None,
-        retry_exceptions: Any = None,
+        objects_per_yield: int | None,
+        retry_exceptions: Any,
     ) -> Stream | DynamicCall:
         """Prepare a call of a generator: ``num_returns`` is "streaming" or "dynamic".
 
@@ -188,11 +186,8 @@ class Owner:
             return
         for argument in args:
             if isinstance(argument, ray.ObjectRef):
-                with self._lock:
-                    instructions = self._directory.passed_to(
-                        argument.hex(), actor._actor_id.binary()
-                    )
-                self._carry_out(instructions)
+                actor_id = actor._actor_id.binary()
+                self._apply(self._directory.passed_to, argument.hex(), actor_id)
 
     def hold_arguments(self, args: Iterable[Any], returned: Any) -> None:
         """Keep a normal task's RDT arguments in scope until the task has ended.
@@ -229,8 +224,7 @@ class Owner:
         handle = _handle_to_keep(actor)
         with self._lock:
             self._directory.submitted(ref.hex(), None, descriptor.transport, handle)
-            instructions = self._directory.created(ref.hex(), location)
-        self._carry_out(instructions)
+        self._apply(self._directory.created, ref.hex(), location)
         # Also of a small one at once: a stream that closes frees the objects without owner.
         self._services().session.agent.own(location.address, location.key)
 
@@ -239,18 +233,14 @@ class Owner:
 
         Runs on: owner, core io thread. Returns at once.
         """
-        with self._lock:
-            instructions = self._directory.created(object_id, location)
-        self._carry_out(instructions)
+        self._apply(self._directory.created, object_id, location)
 
     def out_of_scope(self, object_id: str) -> None:
         """Note that the last reference to an object is gone.
 
         Runs on: owner, core io thread. Returns at once.
         """
-        with self._lock:
-            instructions = self._directory.out_of_scope(object_id)
-        self._carry_out(instructions)
+        self._apply(self._directory.out_of_scope, object_id)
 
     # Questions.
 
@@ -276,9 +266,10 @@ class Owner:
             "recipes": len(self.reconstruction),
         }
 
-    # Instructions of the directory.
-
-    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+    def _apply(self, event: Callable[..., Sequence[Instruction]], *args: Any) -> None:
+        """Report an event to the directory; carry out its instructions."""
+        with self._lock:
+            instructions = event(*args)
         services = self._peek() if instructions else None
         for instruction in instructions:
             if isinstance(instruction, ReleaseHandle):
@@ -328,10 +319,8 @@ class Owner:
         """Free all objects. Runs on: the thread that shuts Ray down, before the session ends."""
         self._pins.clear()
         self.reconstruction.clear()
-        with self._lock:
-            instructions = self._directory.close()
+        self._apply(self._directory.close)
         self._small_to_claim.clear()
-        self._carry_out(instructions)
         self._unneeded_handles.clear()
 
 

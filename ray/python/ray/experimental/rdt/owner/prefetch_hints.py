@@ -34,9 +34,15 @@ class HintSender:
         if location.regions is None:
             return
         address, asked = self._addresses.get(actor_id, (None, -_LOOK_UP_AGAIN_S))
+        if address == location.address:
+            return
         if address is not None:
-            if address != location.address:
-                self._send(address, location)
+            body = {
+                "key": location.key,
+                "address": location.address,
+                "regions": location.regions,
+            }
+            self._session.send_oneway(address, protocol.HINT, body, idempotent=False)
         elif time.monotonic() - asked >= _LOOK_UP_AGAIN_S:
             self._addresses[actor_id] = (None, time.monotonic())
             self._session.run_in_background(self._look_up, actor_id)
@@ -45,11 +51,3 @@ class HintSender:
         """Runs on: an rdt-call thread."""
         found = process_directory.find_actor(actor_id)
         self._addresses[actor_id] = (found, time.monotonic())
-
-    def _send(self, address: bytes, location: Location) -> None:
-        body = {
-            "key": location.key,
-            "address": location.address,
-            "regions": location.regions,
-        }
-        self._session.send_oneway(address, protocol.HINT, body, idempotent=False)

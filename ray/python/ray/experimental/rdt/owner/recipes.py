@@ -24,7 +24,7 @@ MAX_ARGUMENT_BYTES = 100 << 10
 #: The longest chain of calls that is repeated to reconstruct one object.
 _MAX_DEPTH = 100
 
-#: Types of values that nobody can change after the call.
+#: Types of immutable values.
 IMMUTABLE = (type(None), bool, int, float, complex, str, bytes)
 
 

@@ -231,21 +231,29 @@ class Reconstruction:
     def _restore(self, recipe: Recipe, value: Any, waiting_actor: str) -> Any:
         """Return an argument for the repeated call."""
         if isinstance(value, Reference):
-            return self._restore_ref(recipe, value, waiting_actor)
+            entry = recipe.dependencies.get(value.object_id)
+            return self._restore_ref(recipe, value, entry, waiting_actor)
         if isinstance(value, SerializedArgument):
-            refs = [self._restore_nested(recipe, reference) for reference in value.references]
+            # No other object can replace a reference inside an argument.
+            refs = [self._restore_ref(recipe, each, None, "") for each in value.references]
             return Argument(None, SerializedValue(value.data, value.metadata, refs))
         return value
 
     def _restore_ref(
-        self, recipe: Recipe, reference: Reference, waiting_actor: str
+        self,
+        recipe: Recipe,
+        reference: Reference,
+        entry: tuple[Recipe, int] | None,
+        waiting_actor: str,
     ) -> ray.ObjectRef:
-        """Return the object of an argument, or the object that replaces it."""
+        """Return the object of an argument, or the object that replaces it.
+
+        ``entry`` names the call that can be repeated for a replacement; None if there is none.
+        """
         object_id = reference.object_id
         pinned = recipe.pins.get(object_id)
         if pinned is not None:
             return pinned
-        entry = recipe.dependencies.get(object_id)
         if not _is_in_scope(object_id):
             if entry is None:
                 raise CannotReconstructError(_out_of_scope(object_id))
@@ -261,18 +269,9 @@ class Reconstruction:
             entry = self._recipes.of(ref.hex())
         return ref
 
-    def _restore_nested(self, recipe: Recipe, reference: Reference) -> ray.ObjectRef:
-        """Return the object of a reference inside an argument. No other object can replace it."""
-        pinned = recipe.pins.get(reference.object_id)
-        if pinned is not None:
-            return pinned
-        if not _is_in_scope(reference.object_id):
-            raise CannotReconstructError(_out_of_scope(reference.object_id))
-        return ray_core.ref(reference.object_id, reference.transport)
-
     def _on_reconstruct(self, peer_id: bytes, body: protocol.Reconstruct) -> dict[str, Any]:
         """Runs on: owner, an rdt-call thread."""
-        outcome = self.reconstruct(body["object_id"], body["key"], body["busy"])
+        outcome = self.reconstruct(body["object_id"], body["key"], body["waiting_actor"])
         answer = {"state": outcome.state, "reason": outcome.reason}
         if outcome.ref is None:
             return answer
@@ -325,13 +324,9 @@ def _is_own(ref: Any) -> bool:
 def _is_in_scope(object_id: str) -> bool:
     ref = ray_core.uncounted_ref(object_id)
     try:
-        return ray_core.call_when_out_of_scope(ref, _ignore)
+        return ray_core.call_when_out_of_scope(ref, lambda object_id: None)
     except ValueError:  # another process owns it
         return ray_core.owner_of(ref) is not None
-
-
-def _ignore(object_id: bytes) -> None:
-    pass
 
 
 def _is_lost(ref: Any) -> bool:

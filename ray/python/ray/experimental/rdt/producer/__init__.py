@@ -1,1 +1,1 @@
-"""The process that made an object: its tensors and who may have them."""
+"""The process that created an object: it stores the tensors and sends them to consumers."""

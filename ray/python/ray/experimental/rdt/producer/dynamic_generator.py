@@ -50,7 +50,7 @@ class DynamicSpec(NamedTuple):
                 refs.append(ray.put(value, _tensor_transport=self.transport))
         except self.retried:
             raise
-        except Exception as error:
+        except Exception as error:  # of the user's code, for the caller
             name = generator.__name__
             refs.append(ray.put(RayTaskError(name, traceback.format_exc(), error)))
         return DynamicObjectRefGenerator(refs)

@@ -72,7 +72,7 @@ class OrphanCollector:
         # In the order of ``since``.
         self._unclaimed: deque[UnclaimedObject] = deque()
         self._asking = threading.Lock()
-        session.serve(protocol.CLAIMS, self._on_claims)
+        session.serve(protocol.MAY_OWN, self._on_may_own)
         session.on_tick(self._on_tick)
 
     def add(self, object_id: str, key: bytes) -> None:
@@ -118,9 +118,8 @@ class OrphanCollector:
             return []
         body = {"objects": [[each.object_id, each.key] for each in objects]}
         wanted: set[bytes] = set()
-        for address, answer in ask_all(
-            self._session, known_agents(), protocol.CLAIMS, body, _ANSWER_S
-        ):
+        agents = known_agents()
+        for address, answer in ask_all(self._session, agents, protocol.MAY_OWN, body, _ANSWER_S):
             wanted.update(_wanted(address, answer, objects))
         self._keep(each for each in objects if each.key in wanted)
         return [each for each in objects if each.key not in wanted]
@@ -130,9 +129,9 @@ class OrphanCollector:
         now = self._clock()
         self._unclaimed.extend(each._replace(since=now) for each in objects)
 
-    def _on_claims(self, peer_id: bytes, body: protocol.Claims) -> dict[str, Any]:
+    def _on_may_own(self, peer_id: bytes, body: protocol.MayOwn) -> dict[str, Any]:
         """Runs on: an rdt-call thread of the process that is asked."""
-        objects = [(object_id, key) for object_id, key in body["objects"]]
+        objects = body["objects"]
         return {"keys": [key for name, key in objects if self._may_own(name, key)]}
 
 

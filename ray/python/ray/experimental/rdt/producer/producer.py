@@ -107,8 +107,10 @@ class Producer:
         """The streams that this process makes items for."""
         return self._services().streams
 
-    def serialize(self, context: Any, value: Any, transport: str) -> tuple[Any, PendingObject]:
-        """Serialize a method's return or a put value.
+    def serialize(
+        self, context: Any, value: Any, transport: str, task_return: bytes = b""
+    ) -> tuple[Any, PendingObject]:
+        """Serialize a method's return, a put value, or a return of a normal task.
 
         Runs on: producer, the thread of the task.
 
@@ -116,64 +118,39 @@ class Producer:
             context: The worker's ``SerializationContext``.
             value: The value.
             transport: The transport's name, any case.
+            task_return: The id of a normal task's return. Its value then contains a guard, which
+                keeps the object; see ``hooks/task_returns.py``.
 
         Returns:
             The serialized object for Ray, and the argument of ``keep`` or ``put_object`` once the
             object has an id.
         """
-        return self._serialize(context, value, transport)
-
-    def serialize_guarded(self, context: Any, value: Any, transport: str, origin: bytes) -> Any:
-        """Serialize a return of a normal task; see ``hooks/task_returns.py``.
-
-        Runs on: producer, the thread of the task.
-
-        Args:
-            context: The worker's ``SerializationContext``.
-            value: The value.
-            transport: The transport's name, any case.
-            origin: The id of the return.
-        """
-        return self._serialize(context, value, transport, origin, is_guarded=True)[0]
+        if isinstance(value, (bytes, RayTaskError)):
+            return context.serialize(value), _NO_TENSORS
+        users = self.user_transport(transport)
+        skeleton, captured = capture.take(context, value, _wanted(users))
+        # Without room, Ray's object store takes the value.
+        is_admitted = self.admission.admit(captured)
+        if not is_admitted or (transport.upper() == "NIXL" and not self.snapshots.take(captured)):
+            return context.serialize(value), _NO_TENSORS
+        if not captured:
+            return pack(skeleton, captured, None), _NO_TENSORS
+        shipment = b"" if users is None else _ship(users, context, skeleton, captured)
+        pending = self._describe(captured, transport, task_return)
+        if task_return:
+            skeleton.contained_refs.add(self._guard(context, pending, transport))
+        return pack(skeleton, captured, pending.descriptor, shipment), pending
 
     def serialize_item(self, context: Any, value: Any, spec: StreamSpec) -> Any:
         """Serialize an item of a generator; see ``streams``.
 
         Runs on: producer, the thread that reports the item.
         """
-        serialized, pending = self._serialize(context, value, spec.transport)
+        serialized, pending = self.serialize(context, value, spec.transport)
         if pending.descriptor is not None and not pending.descriptor.is_eager:
             self._store(f"an item of stream {spec.stream}", pending)
             self.streams.add(spec.stream, pending.descriptor.key)
         return serialized
-
-    def _serialize(
-        self,
-        context: Any,
-        value: Any,
-        transport: str,
-        origin: bytes = b"",
-        is_guarded: bool = False,
-    ) -> tuple[Any, PendingObject]:
-        if isinstance(value, (bytes, RayTaskError)):
-            return context.serialize(value), _NO_TENSORS
-        users = self.user_transport(transport)
-        skeleton, captured = capture.take(context, value, _wanted(users))
-        if not self._is_admitted(captured, transport):
-            return context.serialize(value), _NO_TENSORS
-        if not captured:
-            return pack(skeleton, captured, None), _NO_TENSORS
-        shipment = b"" if users is None else _ship(users, context, skeleton, captured)
-        pending = self._describe(captured, transport, origin)
-        if is_guarded:
-            skeleton.contained_refs.add(self._guard(context, pending, transport))
-        return pack(skeleton, captured, pending.descriptor, shipment), pending
-
-    def _is_admitted(self, captured: Captured, transport: str) -> bool:
-        """Wait for room. False if there is none: Ray's object store takes the value."""
-        return self.admission.admit(captured) and (
-            transport.upper() != "NIXL" or self.snapshots.take(captured)
-        )
 
     def user_transport(self, transport: str) -> UserTransport | None:
         """Return a user-defined transport, None for a built-in one.
@@ -247,7 +224,13 @@ class Producer:
         self._services().session.agent.register(
             descriptor.key, *captured.host_spans(), stored.token, captured.guards
         )
-        return _location(descriptor, captured)
+        return Location(
+            descriptor.address,
+            descriptor.key,
+            descriptor.nbytes,
+            _regions_to_hint(descriptor, captured.table),
+            descriptor.is_eager,
+        )
 
     def release(self, key: bytes) -> None:
         """Free an object as its owner would."""
@@ -283,19 +266,9 @@ def _ship(users: UserTransport, context: Any, skeleton: Skeleton, captured: Capt
     )
     try:
         return capture.pickle_shipment(context, skeleton, shipment)
-    except BaseException:
+    except BaseException:  # also after an interrupt: the transport must not keep the object
         users.withdraw(parcel)
         raise
-
-
-def _location(descriptor: Descriptor, captured: Captured) -> Location:
-    return Location(
-        descriptor.address,
-        descriptor.key,
-        descriptor.nbytes,
-        _regions_to_hint(descriptor, captured.table),
-        descriptor.is_eager,
-    )
 
 
 def _regions_to_hint(descriptor: Descriptor, table: Table) -> tuple[int, ...] | None:

@@ -180,10 +180,9 @@ class ProducedStreams:
 
     def close_of(self, caller: bytes) -> None:
         """Close the streams of a caller that died, by the id of its agent."""
-        for stream in [
-            name for name, entry in self._streams.copy().items() if entry.caller == caller
-        ]:
-            self._close(stream)
+        for stream, entry in self._streams.copy().items():
+            if entry.caller == caller:
+                self._close(stream)
 
     def has_caller(self, caller: bytes) -> bool:
         """Tell whether the agent of this id is the caller of any stream."""

@@ -52,7 +52,7 @@ class TensorStore:
         self._by_key: dict[bytes, StoredObject] = {}
         self._by_token: dict[int, StoredObject] = {}
         self._by_id: dict[str, StoredObject] = {}
-        self._memory_users: dict[bytes, int] = {}
+        self._memory_users: Counter[bytes] = Counter()
         self._memory_nbytes: dict[bytes, int] = {}
         self._borrowed: Counter[bytes] = Counter()
         self._released: set[bytes] = set()
@@ -78,7 +78,11 @@ class TensorStore:
             self._last_token += 1
             stored = StoredObject(key, object_id, captured, transport, self._last_token)
             self._by_key[key] = self._by_token[stored.token] = self._by_id[object_id] = stored
-            self._count(captured)
+            memory, nbytes = _memory_of(captured)
+            known = self._memory_nbytes.get(memory, 0)
+            self._memory_users[memory] += 1
+            self._memory_nbytes[memory] = max(known, nbytes)
+            self._nbytes += max(0, nbytes - known)
             self._changed.notify_all()
         return stored
 
@@ -113,20 +117,6 @@ class TensorStore:
                 self._full_since = time.monotonic()
             return self._wait(has_room, self._full_since + wait_s - time.monotonic())
 
-    def _count(self, captured: Captured) -> None:
-        memory, nbytes = _memory_of(captured)
-        known = self._memory_nbytes.get(memory, 0)
-        self._memory_users[memory] = self._memory_users.get(memory, 0) + 1
-        self._memory_nbytes[memory] = max(known, nbytes)
-        self._nbytes += max(0, nbytes - known)
-
-    def _uncount(self, captured: Captured) -> None:
-        memory, _ = _memory_of(captured)
-        self._memory_users[memory] -= 1
-        if not self._memory_users[memory]:
-            del self._memory_users[memory]
-            self._nbytes -= self._memory_nbytes.pop(memory)
-
     def by_key(self, key: bytes) -> StoredObject | None:
         return self._by_key.get(key)
 
@@ -151,7 +141,7 @@ class TensorStore:
             if key not in self._released:
                 return []
             self._released.discard(key)
-            dropped = [self._forget(self._by_key[key].token)]
+            dropped = [self._forget(self._by_key[key])]
             self._changed.notify_all()
         return dropped
 
@@ -165,19 +155,21 @@ class TensorStore:
         """
         with self._changed:
             known = [self._by_token[token] for token in tokens if token in self._by_token]
-            self._released.update(stored.key for stored in known if stored.key in self._borrowed)
-            dropped = [
-                self._forget(stored.token) for stored in known if stored.key not in self._borrowed
-            ]
+            kept = {stored.key for stored in known if stored.key in self._borrowed}
+            self._released |= kept
+            dropped = [self._forget(stored) for stored in known if stored.key not in kept]
             self._changed.notify_all()
         return dropped
 
-    def _forget(self, token: int) -> StoredObject:
-        stored = self._by_token.pop(token)
-        del self._by_key[stored.key]
+    def _forget(self, stored: StoredObject) -> StoredObject:
+        del self._by_key[stored.key], self._by_token[stored.token]
         if self._by_id.get(stored.object_id) is stored:
             del self._by_id[stored.object_id]
-        self._uncount(stored.captured)
+        memory, _ = _memory_of(stored.captured)
+        self._memory_users[memory] -= 1
+        if not self._memory_users[memory]:
+            del self._memory_users[memory]
+            self._nbytes -= self._memory_nbytes.pop(memory)
         self._full_since = None
         return stored
 

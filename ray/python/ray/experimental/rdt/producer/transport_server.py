@@ -1,21 +1,23 @@
-"""The producer's side of a pull over a transport: consumers ask, this process sends or exposes.
+"""Requests of consumers that pull over a transport: the producer sends or exposes the object.
 
-The agent's own lanes need none of this; they read registered regions without Python.
+The agent's own lanes do not use this module. They read registered regions without Python.
 
 Requests (``rpc/protocol.py``):
 
-* ``rdt.send`` {key, transport, device, route, timeout_s}: checks, waits until the memory is
-  written, answers, then sends, on the same thread: one that hands over to another waits once more
-  for the producer's GIL. (gloo and nccl have a thread for each transfer all the same: link.py says
-  why.) What fails before the answer is the answer. A send that fails afterwards ends the consumer's
-  receive through the transport's own connection; others are left alone.
-* ``rdt.expose`` {key, transport, device, timeout_s}: answers with what ``OneSided.expose`` gave;
-  the object stays borrowed until ``rdt.done``, the consumer's loss, or soon after its deadline.
-* ``rdt.lend`` {key, transport, device, asked, timeout_s}: answers with what ``Lending.lend`` gave.
-* ``rdt.done`` {key}: the consumer has read.
+* ``rdt.send`` {key, transport, device, route, timeout_s}: checks the object, waits until
+  the memory is written, answers, then sends on the same thread. A second thread would wait for the
+  producer's GIL once more. (gloo and nccl use a thread for each transfer; see link.py.) A failure
+  before the answer is the answer. A send that fails later ends the consumer's receive through the
+  transport's own connection.
+* ``rdt.expose`` {key, transport, device, timeout_s}: answers with the result of
+  ``OneSided.expose``. The object stays borrowed until ``rdt.done``, the loss of the consumer, or
+  soon after its deadline.
+* ``rdt.lend`` {key, transport, device, asked, timeout_s}: answers with the result of
+  ``Lending.lend``.
+* ``rdt.done`` {key}: the consumer has read the object.
 
-``device`` is a torch device type: the regions on such devices are meant. What makes them is waited
-for first, so that a transport sees finished memory.
+``device`` is a torch device type; it selects the regions on such devices. The server waits for the
+work that writes them, so that a transport reads finished memory.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ logger = logging.getLogger("ray.rdt")
 
 _SEND_THREADS = 8
 _EXPOSE_THREADS = 8
-#: A reader gives up at its deadline. What was borrowed for it may stay for so much longer, if the
-#: word that it has is lost with a connection.
+#: A reader gives up at its deadline. Its object stays borrowed for this much longer if the reader's
+#: ``rdt.done`` is lost with a connection.
 _READER_SLACK_S = 5.0
 
 
 class _Exposure(NamedTuple):
-    """An object that readers of a one-sided transport know of.
+    """An object that readers of a one-sided transport can read.
 
     Attributes:
-        described: What they need to read it.
-        buffers: Its memory, some of it a copy that is there for them alone.
+        described: The description that they need to read it.
+        buffers: Its memory. Some of it may be a copy for these readers.
     """
 
     described: dict[str, Any]
@@ -68,10 +70,10 @@ class Server:
     """Serves one process's stored objects over its transports.
 
     Args:
-        session: Brings the requests.
-        store: What this process produced.
-        transports: How to send it.
-        streams: Hears of items that are not stored any more.
+        session: Delivers the requests.
+        store: The objects of this process.
+        transports: The transports that send and expose them.
+        streams: Is told about items that are not stored any more.
     """
 
     def __init__(
@@ -87,27 +89,24 @@ class Server:
         self._readers: defaultdict[tuple[bytes, bytes], list[Deadline]] = defaultdict(list)
         self._senders = DaemonThreads(_SEND_THREADS, "rdt-send")
         session.serve(protocol.SEND, self._on_send, self._senders)
-        # Exposing may wait, for devices or for room: what makes room comes on other threads.
+        # Exposing may wait for devices or for room, which requests on other threads free.
         self._exposers = DaemonThreads(_EXPOSE_THREADS, "rdt-expose")
         session.serve(protocol.EXPOSE, self._on_expose, self._exposers)
         session.serve(protocol.LEND, self._on_lend)
         session.serve(protocol.DONE, self._on_done)
         session.on_peer_lost(self._on_peer_lost)
-        session.on_tick(self._drop_late_readers)
-        session.on_close(self._end_threads)
-
-    def _end_threads(self) -> None:
-        for threads in (self._senders, self._exposers):
-            threads.close()
+        session.on_tick(lambda: self._drop_readers(lambda peer, until: until.has_passed()))
+        session.on_close(self._exposers.close)
+        session.on_close(self._senders.close)
 
     @property
     def exposed(self) -> int:
-        """How many objects are described to readers of one-sided transports."""
+        """The number of objects that are exposed to readers of one-sided transports."""
         with self._lock:
             return sum(exposed.peek() is not None for exposed in self._exposed.values())
 
     def withdraw(self, stored: StoredObject) -> None:
-        """Ends all that was made for an object that is not stored any more.
+        """Withdraw everything that describes an object that is not stored any more.
 
         Runs on: producer, the thread that dropped it.
         """
@@ -120,20 +119,20 @@ class Server:
             ended = [key for key in self._exposed if key[0] == stored.key]
             exposures = [(key[1], self._exposed.pop(key)) for key in ended]
         for name, exposed in exposures:
-            # No thread is exposing it any more: that thread would have borrowed it.
+            # No thread exposes it now: that thread would have borrowed it.
             exposure = exposed.peek()
             if exposure is not None:
                 one_sided: OneSided = self._transports.get(name)  # type: ignore[assignment]
                 one_sided.withdraw(exposure.described)
 
     def _on_send(self, peer_id: bytes, body: protocol.Pull) -> Reply:
-        """Runs on: producer, an rdt-send thread. What fails here is the consumer's answer."""
+        """Runs on: producer, an rdt-send thread. An error here is the consumer's answer."""
         transport: TwoSided = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = Deadline.after(float(body["timeout_s"]))
         stored = self._borrow(body["key"])
         try:
             send = self._prepare(transport, stored, body, deadline)
-        except BaseException:
+        except BaseException:  # also after an interrupt: the object must not stay borrowed
             self._give_back(stored.key)
             raise
         return Reply({}, partial(self._send, send, stored, transport.capabilities.name, peer_id))
@@ -141,7 +140,7 @@ class Server:
     def _prepare(
         self, transport: TwoSided, stored: StoredObject, body: protocol.Pull, deadline: Deadline
     ) -> Callable[[], None]:
-        """Waits until an object's memory is written; returns what sends it."""
+        """Wait until an object's memory is written; return a function that sends it."""
         device_type, route = body["device"], body["route"]
         parcel = stored.captured.parcel
         if parcel is not None and transport.capabilities.is_user_defined:
@@ -164,7 +163,7 @@ class Server:
         """Runs on: an rdt-send thread. A transport tells the consumer of a send that fails."""
         try:
             send()
-        except Exception as error:
+        except Exception as error:  # of any kind: no caller waits for it
             logger.warning(
                 "RDT object %s could not be sent over %s to agent %s: %s",
                 *(stored.object_id, name, peer_id.hex()[:8], error),
@@ -179,18 +178,18 @@ class Server:
         deadline = Deadline.after(float(body["timeout_s"]))
         stored = self._borrow(body["key"])
         try:
-            # A user's transport has described the object when it was made.
+            # A user's transport described the object when the object was created.
             if transport.capabilities.is_user_defined:
                 stored.captured.require_unchanged()
                 await_events(stored, deadline)
                 exposed: dict[str, Any] = {}
             else:
                 exposed = self._expose_once(transport, stored, body, deadline)
-        except BaseException:
+        except BaseException:  # also after an interrupt: the object must not stay borrowed
             self._give_back(stored.key)
             raise
         with self._lock:
-            # A reader that was lost meanwhile asks again if it lives.
+            # A reader whose connection was lost meanwhile sends the request again if it is alive.
             is_lost = self._session.is_asker_lost()
             if not is_lost:
                 self._readers[peer_id, stored.key].append(deadline.later(_READER_SLACK_S))
@@ -213,7 +212,7 @@ class Server:
     def _expose_once(
         self, transport: OneSided, stored: StoredObject, body: protocol.Pull, deadline: Deadline
     ) -> dict[str, Any]:
-        """Exposes an object at its first reader's request; others wait for that. May block."""
+        """Expose an object for its first reader; other readers wait for that. May block."""
         device_type = body["device"]
         if device_type not in {"cpu", *stored.captured.table.devices.values()}:
             raise CallError(f"the object has no tensors on {device_type!r}")
@@ -248,9 +247,6 @@ class Server:
         """Runs on: the reaper thread."""
         self._drop_readers(lambda peer, deadline: peer == peer_id)
 
-    def _drop_late_readers(self) -> None:
-        self._drop_readers(lambda peer, until: until.has_passed())
-
     def _drop_readers(self, is_over: Callable[[bytes, Deadline], bool]) -> None:
         """Runs on: the reaper thread."""
         dropped = []
@@ -277,26 +273,26 @@ class Server:
 
 
 def await_writers(stored: StoredObject, device_type: str, deadline: Deadline) -> None:
-    """Waits for what writes an object's tensors on such devices. Raises TimeoutError."""
+    """Wait for the work that writes an object's tensors on such devices. Raises TimeoutError."""
     if device_type != "cpu":
         await_events(stored, deadline)
 
 
 def check_owners(buffers: list[torch.Tensor], device_type: str) -> None:
-    """Raises MemoryLost if some are in device memory of a process that has ended."""
+    """Raise MemoryLost if a buffer is in device memory of a process that has ended."""
     accelerator = accelerators.of(device_type) if device_type != "cpu" else None
     if accelerator is not None and accelerator.sharing is not None:
         accelerator.sharing.check_owners(buffers)
 
 
 def await_events(stored: StoredObject, deadline: Deadline) -> None:
-    """Waits until devices have finished what makes an object's tensors. Raises TimeoutError."""
+    """Wait for the devices' work that writes an object's tensors. Raises TimeoutError."""
     for event in stored.captured.events:
         event.wait(deadline.left_s())
 
 
 def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.Tensor]:
-    """An object's regions on one type of device, as flat uint8 tensors.
+    """Return an object's regions on one type of device, as flat uint8 tensors.
 
     They share the storages of the user's tensors; see ``region_bytes``. Raises MemoryChanged.
     """
@@ -313,15 +309,15 @@ def flat_buffers(stored: StoredObject, device_type: str = "cpu") -> list[torch.T
 def buffers_for(
     transport: Transport, stored: StoredObject, device_type: str, deadline: Deadline
 ) -> list[torch.Tensor]:
-    """``flat_buffers`` as a transport takes them.
+    """Return ``flat_buffers`` in the memory that a transport needs.
 
-    Device memory that was copied to the host goes back to the device, unless the transport sends it
-    from the host. May block.
+    Device memory that was copied to the host is copied back to the device, unless the transport
+    sends it from the host. May block.
     """
     buffers = flat_buffers(stored, device_type)
     check_owners(buffers, device_type)
     capabilities = transport.capabilities
-    if capabilities.sends_from_host or not any(_is_away(b, device_type) for b in buffers):
+    if capabilities.sends_from_host or all(b.device.type == device_type for b in buffers):
         return buffers
     captured, accelerator = stored.captured, accelerators.of(device_type)
     assert accelerator is not None, f"RDT took a tensor on a device of type {device_type}"
@@ -336,7 +332,3 @@ def buffers_for(
         allocated = accelerator.record(home)
         accelerator.copy(pairs, home, [allocated]).wait(deadline.left_s())
     return returned
-
-
-def _is_away(buffer: torch.Tensor, device_type: str) -> bool:
-    return buffer.device.type != device_type

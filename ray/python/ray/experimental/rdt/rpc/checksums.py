@@ -1,8 +1,9 @@
-"""Verifies what was pulled: ``RAY_RDT_CHECKSUM=1`` at the consumer.
+"""Checksums of pulled objects: ``RAY_RDT_CHECKSUM=1`` at the consumer.
 
-The producer's agent finds an object's checksum when the first consumer asks, and keeps it. So a
-tensor that is changed in place after that fails later pulls. What lands is summed up by the
-consumer's copy threads as they go, or, where a transport has moved it, in one go afterwards.
+The producer's agent computes an object's checksum for the first consumer and keeps it. So a tensor
+that is changed in place later makes later pulls fail. On the agent's lanes, the consumer's copy
+threads compute the checksum while they copy. After a transfer of another transport, it is computed
+at once.
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.rpc.session import Session
 
+#: The addresses of memory, and their lengths.
+_Memory = tuple["array[int]", "array[int]"]
+
 
 class ChecksumMismatch(TransferFailed):
     """The received bytes differ from the producer's."""
 
 
 class Expected:
-    """The checksum that a producer is asked for.
+    """The checksum that the producer computes.
 
     Args:
-        session: Asks.
+        session: Sends the request.
         address: The producer's agent.
-        key: The object's.
+        key: The object's key.
     """
 
     def __init__(self, session: Session, address: bytes, key: bytes):
@@ -35,14 +39,14 @@ class Expected:
         self._answer: int | None = None
 
     def check(self, found: int, deadline: Deadline) -> None:
-        """Compares, once the producer has answered.
+        """Compare a checksum with the producer's answer.
 
         Runs on: consumer, the thread that fetches; blocks without the GIL.
 
         Raises:
-            ChecksumMismatch: they differ.
-            TimeoutError: no answer before ``deadline``.
-            AgentError: the producer is gone.
+            ChecksumMismatch: They differ.
+            TimeoutError: No answer before ``deadline``.
+            AgentError: The producer is gone.
         """
         if self._answer is None:
             answer = self._asked.wait(deadline.left_s())
@@ -54,31 +58,23 @@ class Expected:
             )
 
     def check_memory(self, addresses: array[int], lengths: array[int], deadline: Deadline) -> None:
-        """As ``check``, of bytes that lie in this process."""
+        """Compute the checksum of memory of this process, and check it."""
         from ray.experimental.rdt._agent import checksum
 
         self.check(checksum(addresses, lengths), deadline)
 
 
 class VerifiedPull:
-    """A pull of the agent's whose bytes are verified; if they are wrong, it is made once more.
+    """A pull of the agent whose bytes are verified; it is repeated once if they are wrong.
 
-    Has what the agent's own ``Pull`` has of methods and attributes.
+    It has the methods and attributes of the agent's ``Pull``.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        address: bytes,
-        key: bytes,
-        addresses: array[int],
-        lengths: array[int],
-        keep: Any,
-    ):
+    def __init__(self, session: Session, address: bytes, key: bytes, memory: _Memory, keep: Any):
         self._session = session
-        # Asked first: an object that is there for the pull was there for this.
+        # Before the pull: an object that exists for the pull existed for this request.
         self._expected = Expected(session, address, key)
-        self._start = (address, key, addresses, lengths, True)
+        self._start = (address, key, *memory, True)
         self._keep = keep
         self._pull = self._begin()
 
@@ -100,7 +96,7 @@ class VerifiedPull:
         self._pull.cancel()
 
     def wait(self, timeout_s: float) -> None:
-        """As the agent's. Raises ChecksumMismatch as well."""
+        """Wait as the agent's ``Pull`` does. Raises ChecksumMismatch as well."""
         deadline = Deadline.after(timeout_s)
         self._pull.wait(timeout_s)
         try:
@@ -114,7 +110,7 @@ class VerifiedPull:
 
 
 def expected(session: Session, address: bytes, key: bytes) -> Expected | None:
-    """Asks for an object's checksum if this process verifies what it pulls."""
+    """Request an object's checksum if this process verifies its pulls, else return None."""
     return Expected(session, address, key) if settings().checksum else None
 
 
@@ -126,25 +122,25 @@ def pull(
     lengths: array[int],
     keep: Any,
 ) -> Any:
-    """Has the agent pull an object, and verifies it if this process is to.
+    """Start a pull of the agent, which is verified if this process verifies its pulls.
 
     Args:
         session: Its agent pulls.
         address: The producer's agent.
-        key: The object's.
-        addresses: Of the destination, as uint64.
-        lengths: Of the same.
-        keep: Lives until nobody writes to the destination any more.
+        key: The object's key.
+        addresses: The addresses of the destination, as uint64.
+        lengths: Their lengths.
+        keep: An object that lives until no thread writes to the destination any more.
     """
     if settings().checksum:
-        return VerifiedPull(session, address, key, addresses, lengths, keep)
+        return VerifiedPull(session, address, key, (addresses, lengths), keep)
     started = session.agent.pull(address, key, addresses, lengths)
     started.keep = keep
     return started
 
 
 def log_retry(session: Session, way: str, error: ChecksumMismatch) -> None:
-    """Says that an object is pulled once more."""
+    """Log that an object is pulled once more."""
     session.log_once(
         f"RDT received wrong bytes over {way} ({error}) and pulls the object once more",
         logging.WARNING,

@@ -9,63 +9,32 @@ A body that lacks a field, or has one of another type, is refused before its han
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from types import UnionType
 from typing import Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
 import msgpack
 
-#: Longer names are not looked for.
+#: The longest name of a request.
 _MAX_NAME_BYTES = 1024
 # Error texts may hold file names that are not UTF-8.
 _TEXT_ERRORS = "surrogatepass"
 
-# Consumer to producer: one object over a transport.
-SEND = "rdt.send"
-EXPOSE = "rdt.expose"
-LEND = "rdt.lend"
-DONE = "rdt.done"
+#: By the name of a request: the types of the fields of its body.
+_FIELDS: dict[str, dict[str, Any]] = {}
 
-# Owner to consumer: an object that a task of the consumer will need.
-HINT = "rdt.hint"
 
-# Between the producer and the caller of a generator.
-STREAM_OPEN = "rdt.stream.open"
-STREAM_CLOSE = "rdt.stream.close"
-
-# To any process: what it owns, can recover, or would do.
-CLAIMS = "rdt.claims"
-RECONSTRUCT = "rdt.reconstruct"
-OFFERS = "rdt.offers"
-EXPLAIN = "rdt.explain"
-
-# Between the creator of a collective group and its members.
-GROUP_JOIN = "rdt.group.join"
-GROUP_CONNECT = "rdt.group.connect"
-GROUP_REPORT = "rdt.group.report"
-GROUP_LEAVE = "rdt.group.leave"
-
-# Between the two ends of a link of a process group transport.
-LINK_OPEN = "rdt.link.open"
-LINK_SET = "rdt.link.set"
-LINK_CLOSE = "rdt.link.close"
-
-# Consumer to producer: a part of an object that goes through host memory.
-STAGED_CHUNK = "rdt.staged.chunk"
-
-# Between the processes that share device memory. One name for each transport: ``of_transport``.
-MEMORY_SHARE = "rdt.memory.share"
-MEMORY_KEEP = "rdt.memory.keep"
-MEMORY_CLOSE = "rdt.memory.close"
-MEMORY_GONE = "rdt.memory.gone"
-
-# Between the two ends of a transfer by a user's transport. One name for each transport.
-USER_END = "rdt.user.end"
+def _request(op: str, body: type) -> str:
+    """Return the name of a request after a note of its body's type."""
+    _FIELDS[op] = get_type_hints(body)
+    return op
 
 
 def of_transport(op: str, transport: str) -> str:
     """Return the name of a request that each of several transports has for itself."""
     return f"{op}/{transport}"
+
+
+# Consumer to producer: one object over a transport.
 
 
 class Pull(TypedDict):
@@ -78,6 +47,10 @@ class Pull(TypedDict):
     timeout_s: float
 
 
+SEND = _request("rdt.send", Pull)
+EXPOSE = _request("rdt.expose", Pull)
+
+
 class Lend(TypedDict):
     """``asked`` is what the consumer's ``Borrowing`` says."""
 
@@ -88,10 +61,19 @@ class Lend(TypedDict):
     timeout_s: float
 
 
+LEND = _request("rdt.lend", Lend)
+
+
 class Done(TypedDict):
     """The consumer has read the object of this key."""
 
     key: bytes
+
+
+DONE = _request("rdt.done", Done)
+
+
+# Owner to consumer: an object that a task of the consumer will need.
 
 
 class Hint(TypedDict):
@@ -102,11 +84,20 @@ class Hint(TypedDict):
     regions: list[int]
 
 
+HINT = _request("rdt.hint", Hint)
+
+
+# Between the producer and the caller of a generator.
+
+
 class StreamOpen(TypedDict):
     """A producer makes items of a stream; ``address`` is its agent's."""
 
     stream: str
     address: bytes
+
+
+STREAM_OPEN = _request("rdt.stream.open", StreamOpen)
 
 
 class StreamClose(TypedDict):
@@ -115,18 +106,30 @@ class StreamClose(TypedDict):
     stream: str
 
 
-class Claims(TypedDict):
+STREAM_CLOSE = _request("rdt.stream.close", StreamClose)
+
+
+# To any process: its objects, reconstruction, and its transports.
+
+
+class MayOwn(TypedDict):
     """Pairs of an object's id and key."""
 
     objects: list[list[Any]]
 
 
+MAY_OWN = _request("rdt.may_own", MayOwn)
+
+
 class Reconstruct(TypedDict):
-    """``busy`` is the consumer's actor if that runs nothing else until the answer, else ""."""
+    """``waiting_actor`` is the consumer's actor if that runs nothing else meanwhile, else ""."""
 
     object_id: str
     key: bytes
-    busy: str
+    waiting_actor: str
+
+
+RECONSTRUCT = _request("rdt.reconstruct", Reconstruct)
 
 
 class Offers(TypedDict):
@@ -136,12 +139,21 @@ class Offers(TypedDict):
     devices: list[str] | None
 
 
+OFFERS = _request("rdt.offers", Offers)
+
+
 class Explain(TypedDict):
     """The fields of ``explainer.Question``, and how long the answer may take."""
 
     address: bytes
     obj: list[Any]
     timeout_s: float
+
+
+EXPLAIN = _request("rdt.explain", Explain)
+
+
+# Between the creator of a collective group and its members.
 
 
 class GroupJoin(TypedDict):
@@ -154,12 +166,18 @@ class GroupJoin(TypedDict):
     members: list[list[Any]]
 
 
+GROUP_JOIN = _request("rdt.group.join", GroupJoin)
+
+
 class GroupConnect(TypedDict):
     """``creator`` is the address of the agent to report to."""
 
     id: str
     timeout_s: float
     creator: bytes
+
+
+GROUP_CONNECT = _request("rdt.group.connect", GroupConnect)
 
 
 class GroupReport(TypedDict):
@@ -170,11 +188,20 @@ class GroupReport(TypedDict):
     error: str
 
 
+GROUP_REPORT = _request("rdt.group.report", GroupReport)
+
+
 class GroupLeave(TypedDict):
     """The member forgets the group; its transfers fail with the reason."""
 
     id: str
     reason: str
+
+
+GROUP_LEAVE = _request("rdt.group.leave", GroupLeave)
+
+
+# Between the two ends of a link of a process group transport.
 
 
 class LinkOpen(TypedDict):
@@ -186,6 +213,9 @@ class LinkOpen(TypedDict):
     address: bytes
 
 
+LINK_OPEN = _request("rdt.link.open", LinkOpen)
+
+
 class LinkSet(TypedDict):
     """One entry of the store by which a process group is set up."""
 
@@ -193,6 +223,9 @@ class LinkSet(TypedDict):
     link: str
     key: str
     value: bytes
+
+
+LINK_SET = _request("rdt.link.set", LinkSet)
 
 
 class LinkClose(TypedDict):
@@ -203,6 +236,12 @@ class LinkClose(TypedDict):
     reason: str
 
 
+LINK_CLOSE = _request("rdt.link.close", LinkClose)
+
+
+# Consumer to producer: a part of an object that goes through host memory.
+
+
 class StagedChunk(TypedDict):
     """The bytes ``start`` to ``stop`` of all buffers of an exposure."""
 
@@ -210,6 +249,12 @@ class StagedChunk(TypedDict):
     start: int
     stop: int
     timeout_s: float
+
+
+STAGED_CHUNK = _request("rdt.staged.chunk", StagedChunk)
+
+
+# Between the processes that share device memory. One name for each transport: ``of_transport``.
 
 
 class MemoryShare(TypedDict):
@@ -222,16 +267,29 @@ class MemoryShare(TypedDict):
     timeout_s: float
 
 
+MEMORY_SHARE = _request("rdt.memory.share", MemoryShare)
+
+
 class MemoryLoan(TypedDict):
     """``MEMORY_KEEP`` and ``MEMORY_CLOSE``."""
 
     loan: str
 
 
+MEMORY_KEEP = _request("rdt.memory.keep", MemoryLoan)
+MEMORY_CLOSE = _request("rdt.memory.close", MemoryLoan)
+
+
 class MemoryGone(TypedDict):
     """The producer has withdrawn an exposure."""
 
     exposure: int
+
+
+MEMORY_GONE = _request("rdt.memory.gone", MemoryGone)
+
+
+# Between the two ends of a transfer by a user's transport. One name for each transport.
 
 
 class UserEnd(TypedDict):
@@ -241,36 +299,11 @@ class UserEnd(TypedDict):
     reason: str
 
 
-_BODIES: dict[str, Any] = {
-    SEND: Pull,
-    EXPOSE: Pull,
-    LEND: Lend,
-    DONE: Done,
-    HINT: Hint,
-    STREAM_OPEN: StreamOpen,
-    STREAM_CLOSE: StreamClose,
-    CLAIMS: Claims,
-    RECONSTRUCT: Reconstruct,
-    OFFERS: Offers,
-    EXPLAIN: Explain,
-    GROUP_JOIN: GroupJoin,
-    GROUP_CONNECT: GroupConnect,
-    GROUP_REPORT: GroupReport,
-    GROUP_LEAVE: GroupLeave,
-    LINK_OPEN: LinkOpen,
-    LINK_SET: LinkSet,
-    LINK_CLOSE: LinkClose,
-    STAGED_CHUNK: StagedChunk,
-    MEMORY_SHARE: MemoryShare,
-    MEMORY_KEEP: MemoryLoan,
-    MEMORY_CLOSE: MemoryLoan,
-    MEMORY_GONE: MemoryGone,
-    USER_END: UserEnd,
-}
+USER_END = _request("rdt.user.end", UserEnd)
 
 
 class MalformedMessage(ValueError):
-    """A peer sent bytes that are no request or no answer."""
+    """Raised if a peer sent bytes that are no request or no answer."""
 
 
 def encode_request(op: str, body: Any) -> bytes:
@@ -288,13 +321,12 @@ def body_of(request: bytes) -> dict[str, Any]:
     """Return a request's body.
 
     Raises:
-        MalformedMessage: it is none, or lacks what requests of this name need.
+        MalformedMessage: It is no request, or lacks a field that requests of this name need.
     """
     body = unpack(request.partition(b"\0")[2])
     if not isinstance(body, dict):
         raise MalformedMessage("the body of a request is a map")
-    expected = _BODIES.get(op_of(request).partition("/")[0])
-    for name, hint in _hints(expected).items() if expected is not None else ():
+    for name, hint in _FIELDS.get(op_of(request).partition("/")[0], {}).items():
         if name not in body or not _fits(body[name], hint):
             raise MalformedMessage(f"the request lacks {name!r}, or has another type of it")
     return body
@@ -306,7 +338,7 @@ def encode_answer(body: Any) -> bytes:
 
 
 def encode_error(error: str, code: str) -> bytes:
-    """Return the bytes of an answer that says why there is no other."""
+    """Return the bytes of an answer that reports an error."""
     return pack({"error": error, "code": code})
 
 
@@ -328,20 +360,15 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(packed: bytes) -> Any:
-    """Return what ``pack`` was given, with lists for tuples. Raises MalformedMessage."""
+    """Reverse ``pack``, with lists for tuples. Raises MalformedMessage."""
     try:
         return msgpack.unpackb(packed, unicode_errors=_TEXT_ERRORS)
     except ValueError as error:
         raise MalformedMessage(f"it is not msgpack: {error}") from error
 
 
-@lru_cache(maxsize=len(_BODIES))
-def _hints(body: Any) -> dict[str, Any]:
-    return get_type_hints(body)
-
-
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of a type; what is inside lists and maps is not looked at."""
+    """Tell whether a value is of a type. The content of lists and maps is not checked."""
     if hint is float:
         return isinstance(value, (int, float)) and math.isfinite(value)
     if get_origin(hint) in (Union, UnionType):

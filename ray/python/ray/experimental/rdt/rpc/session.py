@@ -1,11 +1,11 @@
-"""The part of RDT that a process has once: its agent, the reaper thread and requests to peers.
+"""The session of a process: its agent, the reaper thread and the requests to and from peers.
 
-A session begins at the first use of RDT and ends with ``ray.shutdown()``; the next ``ray.init()``
-gets a new one. A forked child never uses its parent's.
+A session begins at the first use of RDT and ends with ``ray.shutdown()``. The next ``ray.init()``
+gets a new one. A forked child never uses the session of its parent.
 
 Threads: the agent's own (native), ``rdt-reaper`` (waits for the agent's events without the GIL) and
-up to eight ``rdt-call-N`` (run requests of peers, which may block). Requests may have threads of
-their own.
+up to eight ``rdt-call-N`` (run requests of peers, which may block). Some requests have their own
+threads.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from ray.experimental.rdt.rpc import protocol
 logger = logging.getLogger("ray.rdt")
 
 _SECRET_KEY = b"secret"
-#: Of RDT's entries in Ray's GCS key-value store.
+#: The namespace of RDT's entries in Ray's GCS key-value store.
 KV_NAMESPACE = b"ray_rdt"
 _CALL_THREADS = 8
 _TICK_S = 2.0
-#: Peers whose connection broke and who may have a request that is still served.
+#: How many peers with broken connections are remembered, for requests of theirs that still run.
 _REMEMBERED_LOSSES = 1024
 
 
 class Reply(NamedTuple):
-    """An answer to a request, and what its thread goes on with once that is on its way."""
+    """An answer to a request, and an action that its thread runs once the answer is sent."""
 
     body: dict[str, Any]
     then: Callable[[], None]
@@ -49,15 +49,15 @@ Handler = Callable[[bytes, Any], Any]
 
 
 class CallError(TransferFailed):
-    """A request cannot be served. The handler raises it, and so does ``call`` at the asker."""
+    """A request cannot be served. The handler raises it; then ``call`` at the client raises it."""
 
 
 class Session:
-    """One process's share of RDT. Made by ``current()``.
+    """The session of one process. ``current()`` creates it.
 
     Attributes:
         agent: The native agent.
-        address: The agent's endpoint, as descriptors carry it.
+        address: The agent's address, for descriptors.
     """
 
     def __init__(self, secret: bytes, bind_ip: str):
@@ -79,13 +79,12 @@ class Session:
         assert agent_id_of(self.address) == self.agent.agent_id
         self.pid = os.getpid()
         self._logged: set[str] = set()
-        # Requests under way whose answers nobody waits for: the agent gives up one that is let go.
+        # Requests in flight without a waiting caller: the agent cancels a request that is dropped.
         self._oneway: list[Any] = []
         self._oneway_lock = threading.Lock()
         self._handlers: dict[str, Handler] = {}
         self._threads: dict[str, DaemonThreads] = {}
-        # Events are numbered: which told last that a peer is lost, and which brought the request
-        # that a thread serves.
+        # Events are numbered. ``_losses``: by peer, the last event that reported it as lost.
         self._events = itertools.count(1)
         self._losses: dict[bytes, int] = {}
         self._asker = _Asker()
@@ -98,12 +97,12 @@ class Session:
         self._reaper.start()
 
     def serve(self, op: str, handler: Handler, threads: DaemonThreads | None = None) -> None:
-        """Answers requests of peers named ``op``.
+        """Answer requests of peers named ``op``.
 
-        The handler runs on an ``rdt-call`` thread and may block; an exception of it reaches the
-        caller as a CallError with its text. With ``threads`` it runs on one of those, and may go on
-        after its answer (``Reply``) for as long as it likes: where the process's Python is busy,
-        each thread more that took part would have to wait for the GIL.
+        The handler runs on an ``rdt-call`` thread and may block. The caller gets its exception as a
+        CallError with its text. With ``threads`` the handler runs on one of those, and may continue
+        after its answer (``Reply``) without a limit. A second thread would have to wait for the GIL
+        if the process's Python is busy.
         """
         self._handlers[op] = handler
         if threads is not None:
@@ -117,22 +116,22 @@ class Session:
         timeout_s: float,
         idempotent: bool = True,
     ) -> dict[str, Any]:
-        """Asks a peer's process and waits for its answer.
+        """Send a request to a peer's process and wait for its answer.
 
         Runs on: any thread; blocks without the GIL.
 
         Raises:
-            CallError: the peer's handler failed.
-            AgentError: the peer cannot be reached or was lost.
-            TimeoutError: no answer within ``timeout_s``.
+            CallError: The peer's handler failed.
+            AgentError: The peer cannot be reached or was lost.
+            TimeoutError: No answer within ``timeout_s``.
         """
         return self.start_call(address, op, body, idempotent)(timeout_s)
 
     def send_oneway(
         self, address: bytes, op: str, body: Mapping[str, object], idempotent: bool = True
     ) -> None:
-        """Sends a request whose answer nobody needs; a peer that is gone is no error."""
-        sent = self._send(address, op, body, idempotent)
+        """Send a request and ignore its answer. A peer that is gone is no error."""
+        sent = self.agent.call(address, protocol.encode_request(op, body), idempotent)
         with self._oneway_lock:
             self._oneway = [pending for pending in self._oneway if not pending.done]
             self._oneway.append(sent)
@@ -140,13 +139,13 @@ class Session:
     def start_call(
         self, address: bytes, op: str, body: Mapping[str, object], idempotent: bool = True
     ) -> Callable[[float], dict[str, Any]]:
-        """Sends a request; the returned function waits for its answer as ``call`` does.
+        """Send a request; return a function that waits for its answer as ``call`` does.
 
-        The request is given up when the function is let go before the answer has come. If the
-        connection breaks before the answer, an ``idempotent`` request is sent again, and any other
+        The request is canceled if the function is dropped before the answer has come. If the
+        connection breaks before the answer, an ``idempotent`` request is sent again. Any other
         fails with the code "broken".
         """
-        pending = self._send(address, op, body, idempotent)
+        pending = self.agent.call(address, protocol.encode_request(op, body), idempotent)
 
         def wait(timeout_s: float) -> dict[str, Any]:
             answer = protocol.decode_answer(pending.wait(timeout_s))
@@ -157,49 +156,46 @@ class Session:
         return wait
 
     def is_asker_lost(self) -> bool:
-        """Whether the connection has broken that brought the request which this thread serves.
+        """Tell whether the connection that delivered this thread's request has broken.
 
-        What a handler keeps for a peer until ``on_peer_lost`` it may not keep then: that has been.
+        A handler must not keep anything for the peer then: ``on_peer_lost`` has run already.
         """
         return self._losses.get(self._asker.peer_id, 0) > self._asker.event
 
     def on_released(self, callback: Callable[[list[int]], None]) -> None:
-        """Calls back with the tokens of regions that nobody reads any more (reaper thread)."""
+        """Call back with the tokens of regions without readers (reaper thread)."""
         self._on_released.append(callback)
 
     def on_peer_lost(self, callback: Callable[[bytes], None]) -> None:
-        """Calls back with the id of an agent whose connection broke (reaper thread)."""
+        """Call back with the id of an agent whose connection broke (reaper thread)."""
         self._on_peer_lost.append(callback)
 
     def on_tick(self, callback: Callable[[], None]) -> None:
-        """Calls back every two seconds, for what grows old (reaper thread)."""
+        """Call back every two seconds, to drop old entries (reaper thread)."""
         self._on_tick.append(callback)
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Calls back before the agent stops, last registered first."""
+        """Call back before the agent stops, last registered first."""
         self._on_close.append(callback)
 
-    def _send(self, address: bytes, op: str, body: Mapping[str, object], idempotent: bool) -> Any:
-        return self.agent.call(address, protocol.encode_request(op, body), idempotent)
-
     def run_in_background(self, action: Callable[..., None], *args: Any) -> None:
-        """Runs an action on an ``rdt-call`` thread; what it raises is logged."""
+        """Run an action on an ``rdt-call`` thread; log its error."""
         self._hand_out(self._callers, _run_logged, action, *args)
 
     def _hand_out(self, threads: DaemonThreads, action: Callable[..., None], *args: Any) -> None:
         try:
             threads.submit(action, *args)
-        except RuntimeError:  # the session ends, which peers see by themselves
-            logger.debug("RDT ends and leaves %s", action.__qualname__)
+        except RuntimeError:  # the session ends, and peers notice that
+            logger.debug("RDT ends and does not run %s", action.__qualname__)
 
     def log_once(self, message: str, level: int = logging.WARNING) -> None:
-        """Logs a message unless this session has logged the same before."""
+        """Log a message unless this session has logged it before."""
         if message not in self._logged:
             self._logged.add(message)
             logger.log(level, message)
 
     def close(self) -> None:
-        """Stops the agent and its threads. Runs on: whoever shuts Ray down. Idempotent."""
+        """Stop the agent and its threads. Idempotent. Runs on: the thread that shuts Ray down."""
         callbacks, self._on_close = self._on_close, []
         for callback in reversed(callbacks):
             callback()
@@ -223,7 +219,7 @@ class Session:
                     return
                 try:
                     self._on_event(kind, event)
-                except Exception:
+                except Exception:  # of any kind: the thread has to handle further events
                     logger.exception("RDT could not handle the agent's event %r", kind)
 
     def _on_event(self, kind: str, event: tuple[Any, ...]) -> None:
@@ -256,7 +252,7 @@ class Session:
             if isinstance(body, Reply):
                 body, then = body
             answer = protocol.encode_answer(body)
-        except BaseException as error:  # its caller waits for it
+        except BaseException as error:  # of any kind: the peer waits for an answer
             logger.debug("RDT request of a peer failed", exc_info=True)
             code = error.code if isinstance(error, TransferFailed) else ""
             answer = protocol.encode_error(f"{type(error).__name__}: {error}", code)
@@ -266,7 +262,7 @@ class Session:
 
 
 class _Asker(threading.local):
-    """Whose request the running thread serves, and which of the agent's events brought it."""
+    """The peer whose request the running thread serves, and the number of the request's event."""
 
     peer_id = b""
     event = 0
@@ -275,29 +271,29 @@ class _Asker(threading.local):
 def _run_logged(action: Callable[..., None], *args: Any) -> None:
     try:
         action(*args)
-    except Exception:
+    except Exception:  # of any kind: no caller waits for the action
         logger.warning("RDT could not finish %s", action.__qualname__, exc_info=True)
 
 
 def agent_id_of(address: bytes) -> bytes:
-    """The id of the agent at an address: 16 bytes after a mark (4) and a version (2)."""
+    """Return the id of the agent at an address: 16 bytes after a mark (4) and a version (2)."""
     return address[6:22]
 
 
 def boot_id_of(address: bytes) -> bytes:
-    """What tells the running kernel of the agent at an address from others: the next 16 bytes."""
+    """Return the id of the boot of an agent's host: the next 16 bytes of its address."""
     return address[22:38]
 
 
 _lock = threading.Lock()
 _session: Session | None = None
-#: The node of Ray's that a driver was connected to when its last session ended; each connection has
-#: its own.
+#: The ``Node`` of a driver's connection to Ray when its last session ended. Each connection has its
+#: own.
 _ended: Callable[[], Any] = object
 
 
 def current() -> Session:
-    """The process's session; begins it if there is none.
+    """Return the process's session; begin one if there is none.
 
     Raises:
         RuntimeError: Ray is not initialized, or is shutting down.
@@ -313,13 +309,16 @@ def current() -> Session:
 
 
 def peek() -> Session | None:
-    """The process's session if it has one."""
+    """Return the process's session, None if it has none."""
     session = _session
     return session if session is not None and session.pid == os.getpid() else None
 
 
 def end() -> None:
-    """Ends the process's session if it has one; in a driver none begins until ``ray.init``."""
+    """End the process's session if it has one.
+
+    In a driver, no session begins until the next ``ray.init``.
+    """
     global _session, _ended
     node = ray_core.node() if ray_core.is_driver() else None
     with _lock:
@@ -331,7 +330,7 @@ def end() -> None:
 
 def _begin() -> Session:
     ray_core.check_connected()
-    # The core goes on for a while after ``end``, and events of its still come.
+    # The core continues for a while after ``end`` and still delivers events.
     if ray_core.node() is _ended():
         raise RuntimeError("Ray is shutting down")
     started = time.monotonic()
@@ -341,7 +340,7 @@ def _begin() -> Session:
 
 
 def _cluster_secret() -> bytes:
-    """The secret that all agents of the cluster share; the first to need it makes it."""
+    """Return the secret that all agents of the cluster share; create it if there is none."""
     fresh = secrets.token_bytes(32)
     ray_core.kv_put(_SECRET_KEY, fresh, KV_NAMESPACE, overwrite=False)
     secret = ray_core.kv_get(_SECRET_KEY, KV_NAMESPACE)
@@ -351,7 +350,7 @@ def _cluster_secret() -> bytes:
 
 
 def _forget_in_child() -> None:
-    """A forked child has none of the parent's threads: it starts anew if it ever needs RDT."""
+    """Drop the parent's session in a forked child, which has none of the parent's threads."""
     global _session, _lock
     _lock = threading.Lock()
     _session = None
