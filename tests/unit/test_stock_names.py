@@ -124,3 +124,12 @@ def test_rdts_own_transports_by_name() -> None:
     assert nixl.is_one_sided()
     with pytest.raises(ValueError, match="is RDT's own transport"):
         util.get_tensor_transport_manager("CUDA_IPC")
+
+
+def test_transports_of_another_job_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.experimental.rdt.transports.user import registered
+
+    entry = registered.RegisteredTransport("OTHER", ("cpu",), Mover, torch.Tensor)
+    monkeypatch.setattr(registered, "_found", {("another job", "OTHER"): entry})
+    assert "OTHER" not in registered.known_names()
+    assert "OTHER" not in util.transport_manager_info

@@ -148,8 +148,9 @@ def find(name: str) -> RegisteredTransport | None:
 
 
 def known_names() -> list[str]:
-    """Return the names of all user transports that this process knows."""
-    return sorted({*_registered, *(name for _, name in _found)})
+    """Return the names of the user transports that this process and its job are known to have."""
+    job = ray_core.cluster_and_job() if _is_connected() else None
+    return sorted({*_registered, *(name for of_job, name in _found if of_job == job)})
 
 
 def publish_note(name: str, value: Any) -> None:
