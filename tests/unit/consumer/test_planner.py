@@ -64,7 +64,7 @@ NOT_HERE = [
         pytest.param(
             IN_HOST,
             FAR._replace(failures={"nixl": "OSError: cut"}),
-            ["(nixl: it failed a moment ago: OSError: cut)", "agent"],
+            ["(nixl: it failed within the last minute: OSError: cut)", "agent"],
             id="failed before",
         ),
         pytest.param(

@@ -125,7 +125,7 @@ def test_actors_that_get_the_object_are_hinted(process: Process, ref: Any) -> No
 def test_an_object_that_its_producer_shares_warns_once(process: Process, ref: Any) -> None:
     submit(process, ref)
     process.owner.note_arguments(Actor(CONSUMER), [ref])
-    with pytest.warns(UserWarning, match="has been passed to the actor that made it") as caught:
+    with pytest.warns(UserWarning, match="has been passed to its producer") as caught:
         process.owner.note_arguments(Actor(PRODUCER), [ref])
     assert caught[0].filename == __file__
     with warnings.catch_warnings():

@@ -45,7 +45,7 @@ def _wherever_nixl_is(act: Callable[[NixlTransport], None], what: str) -> None:
     except (TransportUnavailable, NixlError) as error:
         if settings().strict_transport:
             raise
-        logger.warning("%s does nothing in this process: %s. A fallback lane is used.", what, error)
+        logger.warning("%s had no effect in this process: %s. RDT falls back.", what, error)
 
 
 @PublicAPI(stability="alpha")

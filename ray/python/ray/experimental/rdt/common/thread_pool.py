@@ -73,5 +73,5 @@ class DaemonThreads:
             try:
                 action(*args)
             except BaseException:  # the thread has to run further actions
-                logger.warning("RDT could not finish %s", action, exc_info=True)
+                logger.warning("RDT background task %s failed", action, exc_info=True)
             del task, action, args

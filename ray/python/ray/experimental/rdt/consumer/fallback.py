@@ -114,7 +114,9 @@ class TransportFallbackChain:
             if candidate.kind is Kind.TRANSPORT and self._device_type != "cpu":
                 self._log_unused(candidate.name, candidate.unavailable_reason)
             reasons.append(f"{candidate.name}: {candidate.unavailable_reason}")
-        raise TransportUnavailable(f"no lane serves this object: {'; '.join(reasons)}")
+        raise TransportUnavailable(
+            f"no transport or lane can transfer this object: {'; '.join(reasons)}"
+        )
 
     def _may_continue(self, candidate: Candidate, error: Exception, deadline: Deadline) -> bool:
         """Tell whether another candidate is tried. If not, the caller raises the error again.
@@ -144,7 +146,7 @@ class TransportFallbackChain:
         elif candidate.fallback is Fallback.IF_UNAVAILABLE:
             self._session.log_once(
                 f"RDT transport {candidate.name!r} cannot serve {describe_peer(self._head)}: "
-                f"{error}. The best other lane is used."
+                f"{error}. Falling back to the next transport or lane."
             )
         elif candidate.fallback is Fallback.IF_FAILED:
             self._policy.failed(candidate.name, self._head.address, error)

@@ -244,22 +244,22 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
         return RDTFetchTimedOutError(
             context,
             f"it did not arrive within {settings().fetch_timeout_s:g} s ({error}).",
-            "Look whether the producer is stopped or its network is cut; the limit is "
+            "Check whether the producer is stopped or its network is cut; the limit is "
             "RAY_rdt_fetch_fail_timeout_milliseconds.",
         )
     if any(each.peer_lost for each in failures):
         return RDTProducerDiedError(
             context,
             f"the process that holds the tensors is gone ({error}).",
-            "Make it again; max_restarts with max_task_retries, or a task's max_retries, let Ray "
-            "do that.",
+            "Create it again, or let Ray reconstruct it: set max_restarts and max_task_retries, "
+            "or a task's max_retries.",
         )
     if isinstance(error, ChecksumMismatch):
         return RDTChecksumError(
             context,
             f"{error}.",
-            "A tensor that is changed in place after the first consumer has pulled it does this: "
-            "call wait_tensor_freed before. Else memory or network of one of the hosts is bad.",
+            "Likely cause: a tensor was changed in place after the first consumer had pulled it "
+            "(call wait_tensor_freed first). Otherwise suspect memory or network hardware.",
         )
     codes = {each.code for each in failures}
     if "not_found" in codes:

@@ -175,14 +175,14 @@ def plan_transfer(
 
 def _local(obj: TransferObject) -> Candidate:
     if obj.is_local:
-        why = "the consumer made it: it gets the very tensors"
+        why = "the consumer is the producer and gets the same tensors"
         return Candidate("inproc", Kind.LOCAL, available_reason=why)
     return Candidate("inproc", Kind.LOCAL, unavailable_reason="the producer is another process")
 
 
 def _inline(obj: TransferObject) -> Candidate:
     if obj.is_inline:
-        why = f"the {obj.nbytes} bytes ride in the value"
+        why = f"the {obj.nbytes} bytes are in the value"
         return Candidate("eager", Kind.INLINE, available_reason=why)
     why = f"for objects of up to {obj.inline_limit} bytes in host memory only"
     if obj.nbytes is not None:
@@ -225,7 +225,7 @@ def _auto_unavailable_reason(name: str, pair: Pair) -> str:
     if rule.needs_rdma and not pair.has_rdma:
         return "this host has no RDMA device"
     failure = pair.failures.get(name)
-    return f"it failed a moment ago: {failure}" if failure else ""
+    return f"it failed within the last minute: {failure}" if failure else ""
 
 
 def _agent_lane(name: str, obj: TransferObject, offers: Offers) -> Candidate:

@@ -61,7 +61,7 @@ class Transfer(Protocol):
 
 
 class LocalTransfer:
-    """An object that this process made: the fetch returns the very tensors."""
+    """An object of this process: the fetch returns the same tensors."""
 
     lane = "inproc"
 

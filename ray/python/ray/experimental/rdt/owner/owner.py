@@ -331,9 +331,9 @@ def _handle_to_keep(actor: Any) -> Any:
 
 def _warn_shared(object_id: str) -> None:
     warnings.warn(
-        f"RDT ObjectRef({object_id}) has been passed to the actor that made it and to others. "
-        "The maker gets its own tensor, not a copy: what it changes in place is what later "
-        "consumers receive.",
+        f"RDT ObjectRef({object_id}) has been passed to its producer and to other processes. "
+        "The producer gets its own tensors, not copies: in-place changes by it are visible to "
+        "later consumers.",
         UserWarning,
         stacklevel=_levels_to_user(),
     )

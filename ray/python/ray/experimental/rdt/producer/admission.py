@@ -58,8 +58,8 @@ class AdmissionControl:
         if self._store.await_room(captured, options.store_bytes, wait_s):
             return True
         full = (
-            f"RDT objects keep {self._store.nbytes} bytes of this process, another {nbytes} do not "
-            f"fit below RAY_RDT_STORE_BYTES={options.store_bytes}, and too little was freed within "
+            f"RDT store is full: it holds {self._store.nbytes} bytes, another {nbytes} do not fit "
+            f"below RAY_RDT_STORE_BYTES={options.store_bytes}, and too little was freed within "
             f"{wait_s:g} s (RAY_RDT_STORE_WAIT_S)"
         )
         self.refuse(full, "Drop ObjectRefs sooner, or raise the limit.")

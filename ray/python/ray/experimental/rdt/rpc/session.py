@@ -272,7 +272,7 @@ def _run_logged(action: Callable[..., None], *args: Any) -> None:
     try:
         action(*args)
     except Exception:  # of any kind: no caller waits for the action
-        logger.warning("RDT could not finish %s", action.__qualname__, exc_info=True)
+        logger.warning("RDT background task %s failed", action.__qualname__, exc_info=True)
 
 
 def agent_id_of(address: bytes) -> bytes:

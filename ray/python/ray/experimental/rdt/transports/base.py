@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class TransportUnavailable(TransferFailed):
     """This transport cannot serve this pair or this object; nothing has been sent.
 
-    The fetch then takes the best other lane and logs the reason once, or, with
+    The fetch then tries the next candidate and logs the reason once, or, with
     ``RAY_RDT_STRICT_TRANSPORT=1``, raises it to the user. Raised in the producer's process, it
     reaches the consumer by its ``code``. One that is ``retryable`` is followed by another try.
     """

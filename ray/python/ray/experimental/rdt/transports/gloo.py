@@ -54,8 +54,8 @@ class GlooBackend:
         """See ``Backend``."""
         if not settings().clear_tcp:
             return (
-                "Ray is told to use TLS and gloo sends in the clear; RAY_RDT_ALLOW_CLEAR_TCP=1 "
-                "allows it"
+                "RAY_USE_TLS=1 is set, and gloo does not encrypt; "
+                "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
             )
         try:
             import torch.distributed

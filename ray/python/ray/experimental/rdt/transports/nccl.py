@@ -69,7 +69,7 @@ class NcclBackend:
         """See ``Backend``."""
         if not settings().clear_tcp:
             return (
-                "Ray is told to use TLS and nccl sends in the clear between nodes; "
+                "RAY_USE_TLS=1 is set, and nccl does not encrypt between nodes; "
                 "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
             )
         try:

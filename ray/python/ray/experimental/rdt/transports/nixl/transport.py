@@ -64,8 +64,8 @@ class NixlTransport:
     ):
         if not settings().clear_tcp:
             raise TransportUnavailable(
-                "Ray is told to use TLS and nixl sends in the clear; RAY_RDT_ALLOW_CLEAR_TCP=1 "
-                "allows it"
+                "RAY_USE_TLS=1 is set, and nixl does not encrypt; "
+                "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
             )
         if open_engine is nixl_engine.open_engine:
             nixl_engine.check_installed()

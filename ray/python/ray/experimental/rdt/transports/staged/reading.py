@@ -97,8 +97,8 @@ class Reader:
         except (OSError, RuntimeError) as error:
             self._unmapped.add(peer.agent_id)
             self.session.log_once(
-                f"RDT cannot map the host memory of agent {peer.agent_id.hex()[:8]} and has its "
-                f"agent pull tensors on devices: {error}",
+                f"RDT cannot map the host memory of agent {peer.agent_id.hex()[:8]}: {error}. "
+                "Falling back to pulls by the agent.",
                 logging.INFO,
             )
             return None

@@ -191,8 +191,8 @@ class StagedTransport:
             return slots.take(min(_SLOT_WAIT_S, deadline.left_s()))
         except (OSError, RuntimeError) as error:
             self._session.log_once(
-                f"RDT can share no more host memory for tensors on {device_type} with other "
-                f"processes, whose agents pull it: {error}",
+                f"RDT cannot share host memory for tensors on {device_type} with other processes: "
+                f"{error}. Falling back to pulls by the agent.",
                 logging.INFO,
             )
             return None
