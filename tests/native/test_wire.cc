@@ -22,7 +22,7 @@ TEST("wire: a message comes back as it was") {
 TEST("wire: the frozen layout of header and ERROR") {
   Bytes frame =
       EncodeFrame(FrameType::kError, 7, Error{.version = 2, .code = 4, .text = "x"});
-  Bytes expected = {'R', 'R', 'D', 'T', 1, 0, 1, 0, 8, 0, 0, 0, 0, 0, 0, 0,
+  Bytes expected = {'R', 'R', 'D', 'T', 2, 0, 1, 0, 8, 0, 0, 0, 0, 0, 0, 0,
                     7,   0,   0,   0,   0, 0, 0, 0, 2, 0, 4, 1, 0, 0, 0, 'x'};
   CHECK(frame == expected);
 }
