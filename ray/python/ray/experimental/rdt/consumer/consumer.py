@@ -104,9 +104,14 @@ class Consumer:
             elif metadata in _PLAIN_METADATA:
                 self.targets.refuse_plain(object_id)
         wanted = list(requests.values())
-        fetched = self._fetcher.fetch(wanted, timeout_s)
+        # No local name for the errors: their tracebacks lead to this frame and would keep the
+        # references of the lost objects alive until a collection.
         arrivals = self._recovery.replace_lost(
-            wanted, list(sources.values()), fetched, began, timeout_s
+            wanted,
+            list(sources.values()),
+            self._fetcher.fetch(wanted, timeout_s),
+            began,
+            timeout_s,
         )
         for request, arrival in zip(wanted, arrivals):
             if isinstance(arrival, Arrival):
