@@ -40,7 +40,7 @@ class Memory {
   std::vector<uint8_t> bytes_;
 };
 
-// What an Acceptor and a Connector are made of, without an agent. The test starts the
+// The parts of an Acceptor and a Connector, without an agent. The test starts the
 // loop.
 struct Bench {
   Bench() { self.agent.fill(5); }

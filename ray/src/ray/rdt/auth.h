@@ -30,7 +30,7 @@ struct Identity {
   Probe probe{};
 };
 
-// What a finished handshake tells about the other side.
+// The facts about the other side after a finished handshake.
 struct PeerInfo {
   AgentId agent{};
   Purpose purpose = Purpose::kControl;

@@ -1,4 +1,4 @@
-// What the parts of one agent share: its settings and its services.
+// Settings and services that the parts of one agent share.
 #pragma once
 
 #include <string>

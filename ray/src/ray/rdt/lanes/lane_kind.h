@@ -23,7 +23,7 @@ inline const char *LaneName(LaneKind lane) {
   return kLaneNames[static_cast<size_t>(lane)];
 }
 
-// What decides which lanes a new connection can use.
+// The facts that decide which lanes a new connection can use.
 struct LaneInputs {
   LaneSet mine = 0;
   LaneSet theirs = 0;
