@@ -99,7 +99,8 @@ TEST("auth: a version apart, both sides name both versions") {
   std::memcpy(hello.data() + offsetof(FrameHeader, version), &other, sizeof(other));
   Bytes error = Feed(&pair.server, hello);
   CHECK(pair.server.status().code == Code::kVersion);
-  CHECK(pair.server.status().text.find("version " + std::to_string(kProtocolVersion)) != std::string::npos);
+  CHECK(pair.server.status().text.find("version " + std::to_string(kProtocolVersion)) !=
+        std::string::npos);
   CHECK(pair.server.status().text.find("version 7") != std::string::npos);
   std::memcpy(error.data() + offsetof(FrameHeader, version), &other, sizeof(other));
   Feed(&pair.client, error);

@@ -103,21 +103,26 @@ class Consumer:
                     requests[slot], sources[slot] = request, ref
             elif metadata in _PLAIN_METADATA:
                 self.targets.refuse_plain(object_id)
-        wanted = list(requests.values())
+        arrivals = self._receive(list(requests.values()), list(sources.values()), began, timeout_s)
+        by_slot = dict(zip(requests, arrivals))
+        return results | {index: by_slot[slot] for index, slot in slots.items()}
+
+    def _receive(
+        self,
+        requests: Sequence[Request],
+        refs: Sequence[Any],
+        began: float,
+        timeout_s: float | None,
+    ) -> list[Result]:
         # No local name for the errors: their tracebacks lead to this frame and would keep the
         # references of the lost objects alive until a collection.
         arrivals = self._recovery.replace_lost(
-            wanted,
-            list(sources.values()),
-            self._fetcher.fetch(wanted, timeout_s),
-            began,
-            timeout_s,
+            requests, refs, self._fetcher.fetch(requests, timeout_s), began, timeout_s
         )
-        for request, arrival in zip(wanted, arrivals):
+        for request, arrival in zip(requests, arrivals):
             if isinstance(arrival, Arrival):
                 self.targets.received(request.object_id, request.target)
-        by_slot = dict(zip(requests, arrivals))
-        return results | {index: by_slot[slot] for index, slot in slots.items()}
+        return arrivals
 
     def fetch_or_defer(
         self, serialized: Sequence[Any], refs: Sequence[Any]
