@@ -10,6 +10,7 @@
 #include <cstddef>
 
 #include "fixtures.h"
+#include "ray/rdt/fd.h"
 #include "ray/rdt/read_memory.h"
 
 namespace fixtures {
@@ -18,16 +19,20 @@ namespace {
 constexpr size_t kMiB = 1 << 20;
 constexpr LaneSet kLanes[] = {0b1111, 0b1100, 0b1000};  // best: cma, shm, tcp
 
-// Memory whose second half is not there.
+// Memory whose second half cannot be read: it is beyond the end of an empty file. It
+// keeps its addresses, which an allocator could otherwise use for other memory.
 class Torn {
  public:
   explicit Torn(size_t nbytes) : nbytes_(nbytes) {
-    memory_ =
-        mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    constexpr int kReadWrite = PROT_READ | PROT_WRITE;
+    memory_ = mmap(nullptr, nbytes, kReadWrite, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(memory_ != MAP_FAILED);
-    CHECK_EQ(munmap(static_cast<char *>(memory_) + nbytes / 2, nbytes / 2), 0);
+    Fd empty(memfd_create("empty", MFD_CLOEXEC));
+    void *second = static_cast<char *>(memory_) + nbytes / 2;
+    CHECK_EQ(mmap(second, nbytes / 2, kReadWrite, MAP_SHARED | MAP_FIXED, empty.get(), 0),
+             second);
   }
-  ~Torn() { munmap(memory_, nbytes_ / 2); }
+  ~Torn() { munmap(memory_, nbytes_); }
 
   std::vector<Span> spans() const {
     return {{reinterpret_cast<uint64_t>(memory_), nbytes_}};
