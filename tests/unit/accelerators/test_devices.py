@@ -22,11 +22,13 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.consumer.fetcher import Fetcher, Request
 from ray.experimental.rdt.consumer.receive_buffers import (
-    allocate_on_devices,
+    ReceiveBuffers,
+    allocate_with_devices,
     direct_targets,
     fill,
     hosted_regions,
     move,
+    take_memory,
 )
 from ray.experimental.rdt.consumer.user_transfer import UserTransfer
 from ray.experimental.rdt.producer.tensor_store import TensorStore
@@ -54,14 +56,20 @@ def stored(captured: Captured) -> Any:
     return SimpleNamespace(captured=captured)
 
 
+def receive(table: Any, targets: Any, target_device: Any = None) -> ReceiveBuffers:
+    """Allocate as a transfer does."""
+    received = allocate_with_devices(SESSION, table, direct_targets(table, targets))
+    hosted = hosted_regions(table, targets)
+    take_memory(SESSION, table, received, TYPE, target_device, hosted)
+    return received
+
+
 def deliver(
     captured: Captured, targets: Any = None, target_device: Any = None
 ) -> list[torch.Tensor]:
     """Move the bytes as transports do, from flat buffers into flat buffers."""
     table = captured.table
-    direct = direct_targets(table, targets)
-    hosted = hosted_regions(table, targets)
-    received = allocate_on_devices(SESSION, table, direct, target_device, hosted=hosted)
+    received = receive(table, targets, target_device)
     sources, _ = captured.host_spans()
     for source, target, nbytes in zip(sources, received.addresses, received.lengths, strict=True):
         ctypes.memmove(target, source, nbytes)
@@ -167,9 +175,8 @@ def test_what_only_host_targets_are_filled_from_lands_in_host_memory():
         torch.zeros(4, device=TYPE)[::2],
     ]
     table = captured.table
-    hosted = hosted_regions(table, targets)
     assert direct_targets(table, targets) == {}
-    received = allocate_on_devices(SESSION, table, {}, None, hosted=hosted)
+    received = receive(table, targets)
     assert [buffer.device.type for buffer in received.flat(TYPE)] == ["cpu", "cpu", TYPE]
     deliver(captured, targets)
     assert [t.tolist() for t in targets] == [[0, 1, 2, 3, 4, 5], [2, 3], [1, 1, 1], [1, 1]]
@@ -256,7 +263,7 @@ def test_receive_buffers_remember_what_its_memory_was_used_for():
     table = lay_out([torch.ones(4, device=TYPE)]).table
     with accelerator.on(fake_device.Stream()):
         launch(target, 5, gate)
-        received = allocate_on_devices(SESSION, table, direct_targets(table, [target]), None)
+        received = receive(table, [target])
         launch(
             torch.zeros(1, device=TYPE), 5, threading.Event()
         )  # what comes later: not waited for

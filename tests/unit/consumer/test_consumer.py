@@ -31,7 +31,7 @@ class Process:
         self.fetched: list[list[Request]] = []
         fetcher: Any = SimpleNamespace(fetch=self._fetch)
         recovery: Any = SimpleNamespace(
-            replace_lost=lambda requests, refs, results, began, timeout_s: results
+            replace_lost=lambda requests, results, began, timeout_s: results
         )
         self.consumer = Consumer(self.store, fetcher, recovery)
 

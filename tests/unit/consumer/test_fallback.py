@@ -24,9 +24,9 @@ ARRIVED: Any = ["tensors"]
 
 NAMED = Candidate("gloo", Kind.TRANSPORT, Fallback.IF_UNAVAILABLE)
 AUTO = Candidate("nixl", Kind.TRANSPORT, Fallback.IF_FAILED)
-OUT = Candidate("nccl", Kind.TRANSPORT, Fallback.IF_FAILED, "no GPU")
+OUT = Candidate("nccl", Kind.TRANSPORT, Fallback.IF_FAILED, False, "no GPU")
 AGENT = Candidate("agent", Kind.AGENT)
-STRICT_AGENT = Candidate("agent", Kind.AGENT, unavailable_reason=STRICT)
+STRICT_AGENT = Candidate("agent", Kind.AGENT, serves=False, reason=STRICT)
 
 
 @dataclass
@@ -134,7 +134,7 @@ def test_candidates_that_the_plan_rules_out_are_logged_for_devices():
 
 
 def test_strict_mode_is_an_error_that_names_the_setting():
-    forbidden = AGENT._replace(unavailable_reason=STRICT)
+    forbidden = AGENT._replace(serves=False, reason=STRICT)
     world = World({"gloo": ("start", TransportUnavailable("no torch"))})
     with pytest.raises(RDTError, match=r"'gloo' .*no torch.*RAY_RDT_STRICT_TRANSPORT=1"):
         world.run(NAMED, forbidden)
@@ -146,7 +146,7 @@ def test_strict_mode_is_an_error_that_names_the_setting():
 def test_error_is_raised_where_no_candidate_is_left():
     world = World({"gloo": ("finish", TransportUnavailable("no torch"))})
     with pytest.raises(TransportUnavailable, match="no torch"):
-        world.run(NAMED, AGENT._replace(unavailable_reason="moves torch tensors only"))
+        world.run(NAMED, AGENT._replace(serves=False, reason="moves torch tensors only"))
     with pytest.raises(TransportUnavailable, match="nccl: no GPU"):
         World().run(OUT)
 

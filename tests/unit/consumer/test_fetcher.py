@@ -83,7 +83,9 @@ class FakeAgent:
     def allocate(self, nbytes: int) -> Any:
         return Block(nbytes)
 
-    def pull(self, address: bytes, key: bytes, addresses: Any, lengths: Any) -> FakePull:
+    def pull(
+        self, address: bytes, key: bytes, addresses: Any, lengths: Any, with_checksum: bool = False
+    ) -> FakePull:
         assert address == ADDRESS
         self.pulls.append(
             FakePull(self.held.get(key, agent_error("not_found")), addresses, lengths)

@@ -33,7 +33,7 @@ IN_HOST = TransferObject(default_transports=("nixl",), nbytes=9)
 
 def summary(plan: list[Candidate]) -> list[str]:
     """The candidates that serve, and in brackets the others with their reason."""
-    return [c.name if c.serves else f"({c.name}: {c.unavailable_reason})" for c in plan]
+    return [c.name if c.serves else f"({c.name}: {c.reason})" for c in plan]
 
 
 NOT_HERE = [
@@ -167,7 +167,8 @@ def test_what_both_sides_say_is_a_reason():
 
 def test_rules_come_before_what_both_sides_say():
     plan = plan_transfer(IN_HOST, NEAR, Offers({"nixl": "at the consumer: no library"}))
-    assert "on one host" in plan[2].unavailable_reason
+    assert not plan[2].serves
+    assert "on one host" in plan[2].reason
 
 
 @pytest.mark.parametrize(

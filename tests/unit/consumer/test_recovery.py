@@ -63,8 +63,8 @@ class Consumer:
         target: Any = None,
     ) -> list[Any]:
         envelope = SimpleNamespace(head=decode(rdt_value(KEY, 2)[1]))
-        requests = [Request("its id", envelope, Target(target)) for _ in results]
-        return self.recovery.replace_lost(requests, refs, results, 1000.0, timeout_s)
+        requests = [Request("its id", envelope, Target(target), ref) for ref in refs]
+        return self.recovery.replace_lost(requests, results, 1000.0, timeout_s)
 
 
 def lost() -> RDTProducerDiedError:

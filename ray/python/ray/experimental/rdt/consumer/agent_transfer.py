@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer.receive_buffers import Destination, ReceiveBuffers, Targets
 from ray.experimental.rdt.rpc import checksums
 
@@ -18,41 +17,18 @@ if TYPE_CHECKING:
     from ray.experimental.rdt.rpc.session import Session
 
 
-class AgentPull:
-    """A pull of the agent in progress: it moves the bytes of one object into receive buffers.
-
-    Args:
-        session: Its agent pulls.
-        address: The producer's agent.
-        key: The object.
-        buffers: The memory for the bytes.
-    """
+class AgentPull(checksums.Pull):
+    """A pull of the agent that moves the bytes of one object into receive buffers."""
 
     def __init__(self, session: Session, address: bytes, key: bytes, buffers: ReceiveBuffers):
+        super().__init__(session, address, key, buffers.addresses, buffers.lengths, buffers)
         self.buffers = buffers
-        addresses, lengths = buffers.addresses, buffers.lengths
-        self._pull = checksums.pull(session, address, key, addresses, lengths, buffers)
-
-    @property
-    def lane(self) -> str:
-        return self._pull.lane or ""
-
-    def wait(self, deadline: Deadline) -> None:
-        with without_turn():
-            self._pull.wait(deadline.left_s())
-
-    def abandon(self) -> None:
-        if not self._pull.done:
-            self._pull.cancel()
 
 
 class AgentTransfer:
     """The agent brings the bytes. See ``transfer.Transfer``.
 
     Args:
-        session: Its agent pulls.
-        head: The object.
-        destination: The memory for the bytes.
         pull: A pull that began before the fetch, if any. It may have failed long ago, for a reason
             that has passed.
     """

@@ -76,9 +76,7 @@ def set_targets(method: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     """Set the targets of a method's deferred arguments. Runs on: consumer, the event loop.
 
     Args:
-        method: The user's method.
         args: The actor and the positional arguments.
-        kwargs: The keyword arguments.
     """
     for name, (position, give) in getattr(method, _ATTRIBUTE, {}).items():
         value = kwargs.get(name)

@@ -24,6 +24,7 @@ from ray.experimental.rdt.serialization.envelope import open_envelope
 if TYPE_CHECKING:
     import torch
 
+    from ray.experimental.rdt._tensors import Table
     from ray.experimental.rdt.producer.tensor_store import TensorStore
 
 #: The metadata of values that are neither RDT objects nor errors.
@@ -39,11 +40,6 @@ _Slot = tuple[bytes, "int | None"]
 
 class Consumer:
     """The consumer side of one process.
-
-    Args:
-        store: The tensors that this process produced.
-        fetcher: Brings tensors.
-        recovery: Replaces objects whose producer died.
 
     Attributes:
         targets: The tensors and devices that users want objects received into.
@@ -85,39 +81,34 @@ class Consumer:
         began = time.monotonic()
         # One request for each object, and one more for each that has targets of its own.
         requests: dict[_Slot, Request] = {}
-        sources: dict[_Slot, Any] = {}
         slots: dict[int, _Slot] = {}
         results: dict[int, Result] = {}
         for index, ((data, metadata, _), ref) in enumerate(zip(serialized, refs)):
-            object_id = "" if ref is None or ref.is_nil() else ref.hex()
+            ref = None if ref is None or ref.is_nil() else ref
+            object_id = "" if ref is None else ref.hex()
             if descriptor.is_rdt(metadata):
                 try:
-                    request = self._request(object_id, metadata, data, into.get(index))
+                    envelope = open_envelope(metadata, data)
+                    target = self._target(object_id, envelope.table, into.get(index))
                 except ImportError as error:  # torch is not installed
                     failed = descriptor.decode(metadata)
                     results[index] = as_fetch_error(object_id, failed, error)
                     continue
-                slot = request.envelope.head.key, index if index in into else None
-                slots[index] = slot
-                if slot not in requests:
-                    requests[slot], sources[slot] = request, ref
+                slot = slots[index] = envelope.head.key, index if index in into else None
+                requests.setdefault(slot, Request(object_id, envelope, target, ref))
             elif metadata in _PLAIN_METADATA:
                 self.targets.refuse_plain(object_id)
-        arrivals = self._receive(list(requests.values()), list(sources.values()), began, timeout_s)
+        arrivals = self._receive(list(requests.values()), began, timeout_s)
         by_slot = dict(zip(requests, arrivals))
         return results | {index: by_slot[slot] for index, slot in slots.items()}
 
     def _receive(
-        self,
-        requests: Sequence[Request],
-        refs: Sequence[Any],
-        began: float,
-        timeout_s: float | None,
+        self, requests: Sequence[Request], began: float, timeout_s: float | None
     ) -> list[Result]:
         # No local name for the errors: their tracebacks lead to this frame and would keep the
         # references of the lost objects alive until a collection.
         arrivals = self._recovery.replace_lost(
-            requests, refs, self._fetcher.fetch(requests, timeout_s), began, timeout_s
+            requests, self._fetcher.fetch(requests, timeout_s), began, timeout_s
         )
         for request, arrival in zip(requests, arrivals):
             if isinstance(arrival, Arrival):
@@ -177,13 +168,12 @@ class Consumer:
         with without_turn():
             return ray_core.deserialize(value, ref, arrived)
 
-    def _request(
-        self, object_id: str, metadata: bytes, data: Any, into: Sequence[torch.Tensor] | None
-    ) -> Request:
-        envelope = open_envelope(metadata, data)
+    def _target(
+        self, object_id: str, table: Table, into: Sequence[torch.Tensor] | None
+    ) -> targets.Target:
         if into is not None:
-            return Request(object_id, envelope, targets.into(into, envelope.table))
-        return Request(object_id, envelope, self.targets.of(object_id, envelope.table))
+            return targets.into(into, table)
+        return self.targets.of(object_id, table)
 
     def close(self) -> None:
         """End deferred pulls and forget targets. Runs on: the thread that shuts Ray down."""

@@ -5,7 +5,7 @@ Runs on: consumer, the thread that deserializes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +19,7 @@ from ray.experimental.rdt.consumer.planner import Candidate, Kind, TransferObjec
 from ray.experimental.rdt.consumer.receive_buffers import (
     ReceiveBuffers,
     Targets,
-    allocate_on_devices,
+    allocate_with_devices,
     direct_targets,
     hosted_regions,
     receive_device,
@@ -45,11 +45,6 @@ class DeviceTransfer:
 
     If the named transport lends (``base.Lending``) and the user gave no target tensors, the
     producer is first asked for its own memory.
-
-    Args:
-        services: The parts of the session.
-        envelope: The object.
-        target: The user's target.
     """
 
     def __init__(self, services: TransferServices, envelope: Envelope, target: Target):
@@ -65,33 +60,24 @@ class DeviceTransfer:
 
         table, target = self._table, self._target
         device = torch.device(target.device) if target.device is not None else None
+        session, direct = self._services.session, direct_targets(table, target.tensors)
+        buffers = self._buffers = allocate_with_devices(session, table, direct)
+        hosted = hosted_regions(table, target.tensors)
         # Regions without bytes are not transferred.
-        types = {
+        filled = {
             table.devices.get(region, "cpu")
             for region, nbytes in enumerate(table.regions)
             if nbytes
         }
-        lending = {name: self._lending(name, device) for name in types}
-        self._buffers = allocate_on_devices(
-            self._services.session,
-            table,
-            direct_targets(table, target.tensors),
-            device,
-            {name for name, transport in lending.items() if transport is not None},
-            hosted_regions(table, target.tensors),
-        )
-        for device_type in sorted(types):
-            destination = _SharedDestination(
-                self._services.session,
-                table,
-                self._buffers,
-                device_type,
-                device,
-                has_memory=lending[device_type] is None,
-            )
-            chain = self._chain(device_type, destination, lending[device_type])
-            self._chains.append(chain)
-            chain.start(deadline)
+        for name in sorted(filled.union(table.devices.values())):
+            lending = self._lending(name, device) if name in filled else None
+            destination = _SharedDestination(session, table, buffers, name, device, hosted)
+            if lending is None:
+                destination.buffers(may_spread=False)
+            if name in filled:
+                chain = self._chain(name, destination, lending)
+                self._chains.append(chain)
+                chain.start(deadline)
 
     @property
     def lane(self) -> str:
@@ -152,11 +138,8 @@ class _SharedDestination:
     """The part of one object's buffers for its memory of one device type. See ``Destination``.
 
     Attributes:
-        session: Its agent's receive pool gives the memory.
-        table: The object's layout.
         whole: The buffers for the whole object.
-        device_type: The device type of the memory at the producer.
-        target_device: The device that the user chose, if any.
+        hosted: Regions that are received into host memory in any case.
         has_memory: Whether the buffers have memory for it.
     """
 
@@ -165,7 +148,8 @@ class _SharedDestination:
     whole: ReceiveBuffers
     device_type: str
     target_device: torch.device | None
-    has_memory: bool
+    hosted: Collection[int]
+    has_memory: bool = False
 
     @property
     def sizes(self) -> dict[int, int]:
@@ -176,8 +160,8 @@ class _SharedDestination:
     def buffers(self, may_spread: bool) -> ReceiveBuffers:
         if not self.has_memory:
             self.has_memory = True
-            session, device = self.session, self.target_device
-            take_memory(session, self.table, self.whole, self.device_type, device)
+            device, hosted = self.target_device, self.hosted
+            take_memory(self.session, self.table, self.whole, self.device_type, device, hosted)
         return self.whole
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
@@ -186,14 +170,7 @@ class _SharedDestination:
 
 
 class BorrowTransfer:
-    """The producer's own device memory becomes this process's tensors. See ``transfer.Transfer``.
-
-    Args:
-        session: Asks the producer.
-        head: The object.
-        lending: The transport.
-        destination: The regions.
-    """
+    """The producer's device memory becomes this process's tensors. See ``transfer.Transfer``."""
 
     def __init__(
         self, session: Session, head: Descriptor, lending: Lending, destination: _SharedDestination
@@ -211,8 +188,7 @@ class BorrowTransfer:
         device = receive_device(destination.device_type, destination.target_device)
         assert device is not None, "only memory of a device that is here is lent"
         self._borrowing = self._lending.borrow(device)
-        asked = {"asked": self._borrowing.asked}
-        self._answer = self._producer.start(protocol.LEND, asked, deadline)
+        self._answer = self._producer.start(protocol.LEND, self._borrowing.asked, deadline)
 
     def finish(self, deadline: Deadline) -> Targets:
         assert self._borrowing is not None, "start comes before finish"

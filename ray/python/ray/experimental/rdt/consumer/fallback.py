@@ -27,15 +27,7 @@ logger = logging.getLogger("ray.rdt")
 
 
 class TransportFallbackChain:
-    """A transfer by the first candidate that serves. See ``transfer.Transfer``.
-
-    Args:
-        services: The parts of the session.
-        head: The object.
-        device_type: The device type of the memory at the producer.
-        candidates: The plan.
-        make: Makes the transfer of a candidate.
-    """
+    """A transfer by the first candidate that serves. See ``transfer.Transfer``."""
 
     def __init__(
         self,
@@ -73,10 +65,8 @@ class TransportFallbackChain:
                 return
             except Exception as error:  # a transport's library may raise any
                 raise_if_interrupt(error)
-                if not self._may_continue(candidate, error, deadline):
+                if not self._give_up(candidate, attempt, error, deadline):
                     raise
-                attempt.abandon()
-                self._log_failure(candidate, attempt, error)
 
     def finish(self, deadline: Deadline) -> Targets:
         while True:
@@ -85,15 +75,12 @@ class TransportFallbackChain:
             assert attempt is not None, "start comes before finish"
             try:
                 tensors = attempt.finish(_limit(candidate, deadline))
-            except Exception as error:  # a transport's library may raise any
-                raise_if_interrupt(error)
-                if not self._may_continue(candidate, error, deadline):
-                    raise
-                attempt.abandon()
-                self._log_failure(candidate, attempt, error)
-            else:
                 self._log_use(candidate, attempt)
                 return tensors
+            except Exception as error:  # a transport's library may raise any
+                raise_if_interrupt(error)
+                if not self._give_up(candidate, attempt, error, deadline):
+                    raise
             self.start(deadline)
 
     def park(self, keep: Callable[[bytes, AgentPull, int], bool]) -> None:
@@ -112,14 +99,16 @@ class TransportFallbackChain:
             if candidate.serves:
                 return candidate
             if candidate.kind is Kind.TRANSPORT and self._device_type != "cpu":
-                self._log_unused(candidate.name, candidate.unavailable_reason)
-            reasons.append(f"{candidate.name}: {candidate.unavailable_reason}")
+                self._log_unused(candidate.name, candidate.reason)
+            reasons.append(f"{candidate.name}: {candidate.reason}")
         raise TransportUnavailable(
             f"no transport or lane can transfer this object: {'; '.join(reasons)}"
         )
 
-    def _may_continue(self, candidate: Candidate, error: Exception, deadline: Deadline) -> bool:
-        """Tell whether another candidate is tried. If not, the caller raises the error again.
+    def _give_up(
+        self, candidate: Candidate, attempt: Transfer, error: Exception, deadline: Deadline
+    ) -> bool:
+        """Give an attempt up if another candidate may be tried; else the caller raises its error.
 
         An error that is raised here would keep this frame, and this frame keeps the error.
 
@@ -129,8 +118,10 @@ class TransportFallbackChain:
         if not may_fall_back(candidate, error, deadline.has_passed()):
             return False
         if any(other.serves for other in self._left):
+            attempt.abandon()
+            self._log_failure(candidate, attempt, error)
             return True
-        is_strict = any(other.unavailable_reason == STRICT for other in self._left)
+        is_strict = any(other.reason == STRICT for other in self._left)
         if not is_strict or isinstance(error, ChecksumMismatch):
             return False
         name = self._head.transport

@@ -59,11 +59,13 @@ class Request:
         object_id: Its id in hex, "" if the value came without a reference.
         envelope: The value as it arrived.
         target: The place that the user chose for the tensors.
+        ref: Its reference, None if the value came without one.
     """
 
     object_id: str
     envelope: Envelope
     target: Target = ANYWHERE
+    ref: Any = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ class Fetcher:
     """The fetches of one process.
 
     Args:
-        store: The objects that this process produced.
         services: Returns the parts of the session; called only if bytes have to be transferred.
     """
 
@@ -95,7 +96,6 @@ class Fetcher:
         """Fetch all objects at once.
 
         Args:
-            requests: The objects.
             timeout_s: The user's limit, None for only RDT's own.
 
         Returns:

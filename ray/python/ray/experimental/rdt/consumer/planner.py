@@ -59,25 +59,15 @@ class Candidate(NamedTuple):
         name: Its name.
         kind: What makes the transfer.
         fallback: When the next candidate is tried after it.
-        unavailable_reason: Why it cannot be used, "" if it can.
-        available_reason: Why it can be used.
+        serves: Whether it can be used, as far as is known.
+        reason: Why it can or cannot be used.
     """
 
     name: str
     kind: Kind
     fallback: Fallback = Fallback.NEVER
-    unavailable_reason: str = ""
-    available_reason: str = ""
-
-    @property
-    def serves(self) -> bool:
-        """Tell whether it can be used, as far as is known."""
-        return not self.unavailable_reason
-
-    @property
-    def reason(self) -> str:
-        """The reason for either."""
-        return self.unavailable_reason or self.available_reason
+    serves: bool = True
+    reason: str = ""
 
 
 class TransferObject(NamedTuple):
@@ -156,7 +146,6 @@ def plan_transfer(
     """Return all candidates, best first.
 
     Args:
-        obj: The object.
         pair: What is known of its producer and this process, None if the object is here.
         offers: What both sides said they can do.
     """
@@ -174,20 +163,18 @@ def plan_transfer(
 
 
 def _local(obj: TransferObject) -> Candidate:
+    why = "the producer is another process"
     if obj.is_local:
         why = "the consumer is the producer and gets the same tensors"
-        return Candidate("inproc", Kind.LOCAL, available_reason=why)
-    return Candidate("inproc", Kind.LOCAL, unavailable_reason="the producer is another process")
+    return Candidate("inproc", Kind.LOCAL, serves=obj.is_local, reason=why)
 
 
 def _inline(obj: TransferObject) -> Candidate:
-    if obj.is_inline:
-        why = f"the {obj.nbytes} bytes are in the value"
-        return Candidate("eager", Kind.INLINE, available_reason=why)
-    why = f"for objects of up to {obj.inline_limit} bytes in host memory only"
-    if obj.nbytes is not None:
-        why = f"the {obj.nbytes} bytes are not in the value"
-    return Candidate("eager", Kind.INLINE, unavailable_reason=why)
+    where = "in the value" if obj.is_inline else "not in the value"
+    why = f"the {obj.nbytes} bytes are {where}"
+    if obj.nbytes is None:
+        why = f"for objects of up to {obj.inline_limit} bytes in host memory only"
+    return Candidate("eager", Kind.INLINE, serves=obj.is_inline, reason=why)
 
 
 def candidate_transports(obj: TransferObject) -> Sequence[str]:
@@ -211,7 +198,7 @@ def _transport(name: str, obj: TransferObject, pair: Pair, offers: Offers) -> Ca
         reason = "the object has no bytes"
     reason = reason or offers.transports.get(name, "")
     why = f"both sides have it, and it carries tensors on {obj.device_type}"
-    return Candidate(name, Kind.TRANSPORT, fallback, reason, why)
+    return Candidate(name, Kind.TRANSPORT, fallback, not reason, reason or why)
 
 
 def _auto_unavailable_reason(name: str, pair: Pair) -> str:
@@ -230,7 +217,8 @@ def _auto_unavailable_reason(name: str, pair: Pair) -> str:
 
 def _agent_lane(name: str, obj: TransferObject, offers: Offers) -> Candidate:
     reason = "moves torch tensors only" if obj.is_foreign else offers.agent_lanes[name]
-    return Candidate(name, Kind.AGENT, Fallback.NEVER, reason, AGENT_LANES.get(name, ""))
+    why = reason or AGENT_LANES.get(name, "")
+    return Candidate(name, Kind.AGENT, serves=not reason, reason=why)
 
 
 def _obey_strict(plan: list[Candidate], obj: TransferObject) -> list[Candidate]:
@@ -239,7 +227,7 @@ def _obey_strict(plan: list[Candidate], obj: TransferObject) -> list[Candidate]:
     if obj.is_empty or not any(named):
         return plan
     at = named.index(True) + 1
-    later = [c._replace(unavailable_reason=c.unavailable_reason or STRICT) for c in plan[at:]]
+    later = [c._replace(serves=False, reason=STRICT) if c.serves else c for c in plan[at:]]
     return plan[:at] + later
 
 
@@ -247,8 +235,6 @@ def may_fall_back(candidate: Candidate, error: Exception, is_late: bool) -> bool
     """Tell whether the next candidate is tried after this one failed.
 
     Args:
-        candidate: The candidate that failed.
-        error: Its error.
         is_late: Whether the time for the whole fetch is over.
     """
     if candidate.fallback is Fallback.NEVER:

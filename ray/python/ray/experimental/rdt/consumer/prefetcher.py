@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
@@ -29,14 +29,13 @@ _REMEMBERED_KEYS = 4096
 class _Prefetch:
     pull: AgentPull
     nbytes: int
-    until: Deadline
+    until: Deadline = field(default_factory=lambda: Deadline.after(settings().fetch_timeout_s))
 
 
 class Prefetcher:
     """The pulls of one process that no fetch has taken yet.
 
     Args:
-        session: Receives the hints, and pulls.
         policy: Tells where the agent's lanes are not the first choice. Hints are refused there.
     """
 
@@ -74,13 +73,11 @@ class Prefetcher:
         Returns:
             Whether the memory budget allows it.
         """
-        until = Deadline.after(settings().fetch_timeout_s)
         with self._lock:
-            has_room = self.nbytes + nbytes <= settings().hint_bytes
-            if has_room and key not in self._pulls:
-                self._pulls[key] = _Prefetch(pull, nbytes, until)
-                return True
-        return False
+            is_kept = self._has_room(nbytes) and key not in self._pulls
+            if is_kept:
+                self._pulls[key] = _Prefetch(pull, nbytes)
+        return is_kept
 
     def clear(self) -> None:
         """Abandon all pulls. Runs on: the thread that shuts Ray down."""
@@ -106,13 +103,15 @@ class Prefetcher:
         regions = array("Q", body["regions"])
         nbytes = sum(regions)
         with self._lock:
-            is_room = self.nbytes + nbytes <= settings().hint_bytes
-            if key not in self._pulls and key not in self._asked and is_room:
+            is_new = key not in self._pulls and key not in self._asked
+            if is_new and self._has_room(nbytes):
                 buffers = allocate(self._session, regions)
                 pull = AgentPull(self._session, address, key, buffers)
-                until = Deadline.after(settings().fetch_timeout_s)
-                self._pulls[key] = _Prefetch(pull, nbytes, until)
+                self._pulls[key] = _Prefetch(pull, nbytes)
         return {}
+
+    def _has_room(self, nbytes: int) -> bool:
+        return self.nbytes + nbytes <= settings().hint_bytes
 
     def _is_agent_first(self, address: bytes) -> bool:
         """Tell whether the agent's lanes are the first choice for objects of a producer."""

@@ -126,13 +126,7 @@ class Destination(Protocol):
 
 @dataclass(frozen=True)
 class HostDestination:
-    """New memory for an object in the host memory of its producer. See ``Destination``.
-
-    Attributes:
-        session: Its agent's receive pool gives the memory.
-        table: The object's layout.
-        targets: The user's tensors, if any.
-    """
+    """New memory for an object in the host memory of its producer. See ``Destination``."""
 
     session: Session
     table: Table
@@ -156,8 +150,6 @@ def allocate(
     """Allocate memory for all regions of an object.
 
     Args:
-        session: Its agent's receive pool gives the blocks.
-        regions: The bytes of each region, as uint64.
         direct: Regions that are received into one target tensor.
         spreads: Regions that are received into several.
     """
@@ -176,47 +168,24 @@ def allocate(
     return ReceiveBuffers(regions, places, at, lengths, direct, {}, spreads=spreads)
 
 
-def allocate_on_devices(
-    session: Session,
-    table: Table,
-    direct: Mapping[int, torch.Tensor],
-    target_device: torch.device | None,
-    spared: Collection[str] = (),
-    hosted: Collection[int] = (),
+def allocate_with_devices(
+    session: Session, table: Table, direct: Mapping[int, torch.Tensor]
 ) -> ReceiveBuffers:
-    """Allocate memory for an object with tensors on devices.
-
-    A region is received on this thread's current device of the type that it has at the producer. If
-    this process has no such device, it is received into host memory.
-
-    Args:
-        session: Its agent's receive pool gives the blocks of host memory.
-        table: The object's layout.
-        direct: Regions that are received into one target tensor.
-        target_device: The device that the user chose for all tensors, if any.
-        spared: Types of devices whose regions get no memory here; ``ReceiveBuffers.put`` or
-            ``take_memory`` gives it to them.
-        hosted: Regions that are received into host memory in any case.
-    """
+    """Allocate host memory for an object with tensors on devices; ``take_memory`` adds the rest."""
     import torch
 
-    types = set(table.devices.values()) - set(spared)
-    on_device = _take(table, types, {*direct, *hosted}, target_device)
     nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
-    put_later = {region: nothing for region, name in table.devices.items() if name in spared}
-    host = allocate(session, table.regions, {**direct, **on_device, **put_later})
+    host = allocate(session, table.regions, {**dict.fromkeys(table.devices, nothing), **direct})
     agents = [region for region in range(len(table.regions)) if region not in table.devices]
-    buffers = ReceiveBuffers(
+    return ReceiveBuffers(
         table.regions,
         list(host.places),
         array("Q", [host.addresses[region] for region in agents]),
         array("Q", [table.regions[region] for region in agents]),
         direct,
         table.devices,
-        accelerators.record([*on_device.values(), *direct.values()]),
+        accelerators.record(direct.values()),
     )
-    buffers.put(on_device)
-    return buffers
 
 
 def take_memory(
@@ -225,15 +194,37 @@ def take_memory(
     buffers: ReceiveBuffers,
     device_type: str,
     target_device: torch.device | None,
+    hosted: Collection[int] = (),
 ) -> None:
-    """Allocate memory for the regions of one device type that ``allocate_on_devices`` spared."""
-    on_device = _take(table, {device_type}, buffers.direct, target_device)
-    buffers.put(on_device)
-    left = [r for r, name in table.devices.items() if name == device_type and r not in on_device]
-    host = allocate(session, array("Q", [table.regions[region] for region in left]))
-    for region, where in zip(left, host.places):
+    """Allocate memory for the regions that are on one type of device at the producer.
+
+    They are received on the target device, or else on this thread's current device of that type. If
+    this process has no such device, they are received into host memory.
+
+    Args:
+        target_device: The device that the user chose for all tensors, if any.
+        hosted: Regions that are received into host memory in any case.
+    """
+    regions = [
+        region
+        for region, name in table.devices.items()
+        if name == device_type and region not in buffers.direct
+    ]
+    device = receive_device(device_type, target_device)
+    if device is not None:
+        accelerator = accelerators.of(device.type)
+        assert accelerator is not None
+        on_device = {
+            region: accelerator.empty(table.regions[region], device)
+            for region in regions
+            if region not in hosted
+        }
+        buffers.put(on_device)
+        buffers.after.extend(accelerators.record(on_device.values()))
+        regions = [region for region in regions if region not in on_device]
+    host = allocate(session, array("Q", [table.regions[region] for region in regions]))
+    for region, where in zip(regions, host.places):
         buffers.places[region] = where
-    buffers.after.extend(accelerators.record(on_device.values()))
 
 
 def receive_device(device_type: str, target_device: torch.device | None) -> torch.device | None:
@@ -243,24 +234,6 @@ def receive_device(device_type: str, target_device: torch.device | None) -> torc
         return None
     is_exact = target_device is not None and target_device.index is not None
     return target_device if is_exact else accelerator.current_device()
-
-
-def _take(
-    table: Table,
-    types: Collection[str],
-    others: Collection[int],
-    target_device: torch.device | None,
-) -> dict[int, torch.Tensor]:
-    """Allocate device memory for regions of some device types, except ``others``."""
-    devices = {name: receive_device(name, target_device) for name in types}
-    on_device = {}
-    for region, device_type in table.devices.items():
-        device = devices.get(device_type)
-        if device is not None and region not in others:
-            accelerator = accelerators.of(device.type)
-            assert accelerator is not None
-            on_device[region] = accelerator.empty(table.regions[region], device)
-    return on_device
 
 
 def hosted_regions(table: Table, targets: Targets | None) -> set[int]:

@@ -23,6 +23,7 @@ from ray.experimental.rdt.common.errors import RDTProducerDiedError
 from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer import targets
+from ray.experimental.rdt.consumer.fallback import describe_peer
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
 from ray.experimental.rdt.owner.reconstruction import (
     ALIVE,
@@ -61,37 +62,12 @@ class PlainValue:
 
 Result: TypeAlias = "Arrival | PlainValue | RayError"
 
-
-@dataclass(frozen=True)
-class _Lost:
-    """An object to recover.
-
-    Attributes:
-        request: The request that failed.
-        ref: The reference to the lost copy, None if its value came without one.
-        error: The error of the request.
-    """
-
-    request: Request
-    ref: Any
-    error: RDTProducerDiedError
-
-    @property
-    def object_id(self) -> str:
-        """Its id in hex, "" if only its owner knows the id."""
-        if self.ref is not None and not self.ref.is_nil():
-            return str(self.ref.hex())
-        return self.request.envelope.head.origin.hex()
+#: By position in the batch: the request that failed, and its error.
+_Lost = dict[int, tuple[Request, RDTProducerDiedError]]
 
 
 class Recovery:
-    """The recovery of lost objects in one process.
-
-    Args:
-        reconstruction: Reconstructs the objects that this process owns.
-        fetcher: Fetches the replacements.
-        session: Returns the session, which sends requests to other owners.
-    """
+    """The recovery of lost objects in one process."""
 
     def __init__(
         self, reconstruction: Reconstruction, fetcher: Fetcher, session: Callable[[], Session]
@@ -103,7 +79,6 @@ class Recovery:
     def replace_lost(
         self,
         requests: Sequence[Request],
-        refs: Sequence[Any],
         results: Sequence[Arrival | RayError],
         began: float,
         timeout_s: float | None,
@@ -111,9 +86,6 @@ class Recovery:
         """Replace the result of each object that was lost with its producer.
 
         Args:
-            requests: The requests of a fetch.
-            refs: Their references; None where there is none.
-            results: The results of the fetch.
             began: When the fetch began, by ``time.monotonic``.
             timeout_s: The user's timeout from then on, None or negative for no limit.
 
@@ -123,8 +95,8 @@ class Recovery:
         """
         found: list[Result] = list(results)
         deadline = None if timeout_s is None or timeout_s < 0 else Deadline(began).later(timeout_s)
-        lost = {
-            index: _Lost(requests[index], refs[index], error)
+        lost: _Lost = {
+            index: (requests[index], error)
             for index, error in enumerate(results)
             if isinstance(error, RDTProducerDiedError)
         }
@@ -133,69 +105,70 @@ class Recovery:
         return found
 
     def _replace(
-        self,
-        lost: dict[int, _Lost],
-        found: list[Result],
-        began: float,
-        deadline: Deadline | None,
-    ) -> tuple[dict[int, _Lost], float]:
+        self, lost: _Lost, found: list[Result], began: float, deadline: Deadline | None
+    ) -> tuple[_Lost, float]:
         """Recover each object once; return those lost again, and when their fetch began."""
         # If Ray counts a process as alive for as long as a fetch may take, it is taken to be alive,
         # and its task does not run a second time.
         give_up = max(Deadline(began).later(settings().fetch_timeout_s), Deadline.after(_MIN_ASK_S))
         replacements: dict[int, Any] = {}
-        for index, one in lost.items():
+        for index, (request, error) in lost.items():
             with without_turn():
-                outcome = self._await_owner(one, give_up, deadline)
+                outcome = self._await_owner(request, give_up, deadline)
             if outcome.state == RECONSTRUCTED:
                 replacements[index] = outcome.ref
             else:
-                found[index] = one.error.because(outcome.reason)
+                found[index] = error.because(outcome.reason)
         requests: dict[int, Request] = {}
         values = self._values(list(replacements.values()), deadline)
         for index, value in zip(replacements, values):
-            one = lost[index]
+            request, _ = lost[index]
             if descriptor.is_rdt(value[1]):
-                requests[index] = _request(one.request, value)
+                requests[index] = _request(request, value, replacements[index])
             else:
-                found[index] = _plain_value(one, value)
+                found[index] = _plain_value(request, value)
         began = time.monotonic()
         fetched = self._fetcher.fetch(list(requests.values()), _left(deadline))
-        again = {}
+        again: _Lost = {}
         for (index, request), result in zip(requests.items(), fetched):
             found[index] = result
             if isinstance(result, RDTProducerDiedError):
-                again[index] = _Lost(request, replacements[index], result)
+                again[index] = request, result
         return again, began
 
-    def _await_owner(self, one: _Lost, give_up: Deadline, deadline: Deadline | None) -> Outcome:
+    def _await_owner(
+        self, request: Request, give_up: Deadline, deadline: Deadline | None
+    ) -> Outcome:
         """Ask until the owner decides. The owner waits for Ray to report the producer's death."""
         pause = _FIRST_PAUSE_S
         while True:
-            outcome = self._ask(one)
+            outcome = self._ask(request)
             if outcome.state != ALIVE:
                 return outcome
             if give_up.has_passed():
                 reason = outcome.reason or "Ray reports its producer as alive"
                 return Outcome(ALIVE, reason=reason)
             if deadline is not None and deadline.has_passed():
+                peer = describe_peer(request.envelope.head)
                 raise GetTimeoutError(
-                    f"ray.get timed out before Ray reported whether {one.error.context.peer}, "
-                    f"the producer of object {one.request.object_id}, is alive"
+                    f"ray.get timed out before Ray reported whether {peer}, the producer of "
+                    f"object {request.object_id}, is alive"
                 )
             sleep(pause)
             raise_if_cancelled()
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def _ask(self, one: _Lost) -> Outcome:
-        key, waiting_actor = one.request.envelope.head.key, _waiting_actor()
-        outcome = self._reconstruction.reconstruct(one.object_id, key, waiting_actor)
+    def _ask(self, request: Request) -> Outcome:
+        head, waiting_actor = request.envelope.head, _waiting_actor()
+        # Without a reference, only the owner may know the id.
+        object_id = head.origin.hex() if request.ref is None else request.ref.hex()
+        outcome = self._reconstruction.reconstruct(object_id, head.key, waiting_actor)
         if outcome.state != NOT_OWNER:
             return outcome
         session = self._session()
-        owner = None if one.ref is None or one.ref.is_nil() else ray_core.owner_of(one.ref)
+        owner = None if request.ref is None else ray_core.owner_of(request.ref)
         agents = [address for address in known_agents(owner) if address != session.address]
-        body = {"object_id": one.object_id, "key": key, "waiting_actor": waiting_actor}
+        body = {"object_id": object_id, "key": head.key, "waiting_actor": waiting_actor}
         reason, state = "no process owns it", NOT_OWNER
         for _, answer in ask_all(session, agents, protocol.RECONSTRUCT, body, _ANSWER_S):
             if isinstance(answer, Exception):
@@ -238,23 +211,23 @@ def _left(deadline: Deadline | None) -> float | None:
     return None if deadline is None else deadline.left_s()
 
 
-def _request(old: Request, value: Any) -> Request:
+def _request(old: Request, value: Any, ref: Any) -> Request:
     """Return a request for the replacement, into the targets of the lost object."""
     envelope = open_envelope(value[1], value[0])
     if old.target.tensors is not None:
         targets.check_targets(envelope.table, old.target.tensors)
-    return Request(old.object_id, envelope, old.target)
+    return Request(old.object_id, envelope, old.target, ref)
 
 
-def _plain_value(one: _Lost, value: Any) -> PlainValue | RayError:
+def _plain_value(request: Request, value: Any) -> PlainValue | RayError:
     """Return a value without RDT tensors, or the error with which the repeated call ended."""
     with without_turn():
-        got = ray_core.deserialize(value, one.ref, {})
+        got = ray_core.deserialize(value, request.ref, {})
     if isinstance(got, RayError):
         return got
-    if one.request.target.tensors is not None:
+    if request.target.tensors is not None:
         raise ValueError(
-            f"the reconstructed object {one.request.object_id} has no tensors to receive into the "
+            f"the reconstructed object {request.object_id} has no tensors to receive into the "
             "given ones"
         )
     return PlainValue(got)

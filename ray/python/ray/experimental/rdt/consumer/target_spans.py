@@ -47,13 +47,7 @@ def takes_bytes(target: torch.Tensor, row: Row) -> bool:
 def find_spreads(
     table: Table, targets: Targets | None, direct: Mapping[int, torch.Tensor]
 ) -> dict[int, Spread]:
-    """Return the regions that targets cover without a gap, each byte once.
-
-    Args:
-        table: The object's layout.
-        targets: The target tensors, if any.
-        direct: Regions that are received into one target.
-    """
+    """Return the regions that targets cover without a gap, each byte once."""
     if targets is None or len(direct) == len(table.regions):
         return {}
     found = (

@@ -26,14 +26,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class TransferServices:
-    """The parts of a session that transfers use.
-
-    Attributes:
-        session: The agent and its requests.
-        transports: The named transports.
-        policy: What is known of automatic attempts.
-        prefetcher: The pulls that began before their fetch.
-    """
+    """The parts of a session that transfers use."""
 
     session: Session
     transports: Transports

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
@@ -48,9 +48,6 @@ class ProducerRequests:
     """Requests to the process that holds an object, for its memory of one device type.
 
     Args:
-        session: Sends them.
-        head: The object.
-        transport: The name of the transport.
         device_type: The device type of the memory at the producer.
     """
 
@@ -62,22 +59,19 @@ class ProducerRequests:
         self._device_type = device_type
         self._is_exposed = False
 
-    def start(
-        self, op: str, details: dict[str, Any], deadline: Deadline
-    ) -> Callable[[Deadline], Route]:
+    def start(self, op: str, route: Route, deadline: Deadline) -> Callable[[Deadline], Route]:
         """Send a request; the result waits for its answer.
 
         The result raises TransportUnavailable if the producer cannot use the transport.
         """
-        is_expose = op == protocol.EXPOSE
-        self._is_exposed = self._is_exposed or is_expose
-        body = {
-            "key": self._key,
-            "transport": self._transport,
-            "device": self._device_type,
-            "timeout_s": deadline.left_s(),
-            **details,
-        }
+        self._is_exposed = self._is_exposed or op == protocol.EXPOSE
+        body = protocol.Pull(
+            key=self._key,
+            transport=self._transport,
+            device=self._device_type,
+            route=route,
+            timeout_s=deadline.left_s(),
+        )
         asked = self._session.start_call(self.peer.address, op, body, idempotent=op in _IDEMPOTENT)
 
         def answer(until: Deadline) -> Route:
@@ -85,7 +79,7 @@ class ProducerRequests:
                 return asked(until.left_s())
             except CallError as error:
                 # A producer that refuses to expose memory does not keep it for this process.
-                self._is_exposed = self._is_exposed and not is_expose
+                self._is_exposed = self._is_exposed and op != protocol.EXPOSE
                 if error.code == TransportUnavailable.code:
                     raise TransportUnavailable(str(error)) from error
                 raise
@@ -96,9 +90,8 @@ class ProducerRequests:
         """Tell the producer that this process does not read the memory any more. Idempotent."""
         if self._is_exposed:
             self._is_exposed = False
-            self._session.send_oneway(
-                self.peer.address, protocol.DONE, protocol.Done(key=self._key), idempotent=False
-            )
+            body = protocol.Done(key=self._key)
+            self._session.send_oneway(self.peer.address, protocol.DONE, body, idempotent=False)
 
 
 class TransportAttempt:
@@ -107,13 +100,6 @@ class TransportAttempt:
     One-sided: ``start`` asks the producer to expose the memory. Two-sided: nothing is asked before
     ``finish``. A sender and a link are in use until their consumer receives, and a process has few
     of both: consumers of large batches that wait for each other's producers would deadlock.
-
-    Args:
-        services: The parts of the session.
-        name: The name of the transport.
-        head: The object.
-        device_type: The device type of the memory at the producer.
-        destination: The memory for the bytes.
     """
 
     def __init__(
@@ -138,7 +124,7 @@ class TransportAttempt:
         """See ``Transfer``. Raises TransportUnavailable if it cannot be used here."""
         self._transport = self._transports.usable(self.lane, self._device_type)
         if not self._transport.capabilities.two_sided:
-            self._exposed = self._producer.start(protocol.EXPOSE, {"route": {}}, deadline)
+            self._exposed = self._producer.start(protocol.EXPOSE, {}, deadline)
 
     def finish(self, deadline: Deadline) -> Targets:
         """See ``Transfer``. Raises ChecksumMismatch as well; memory on devices is not verified."""
@@ -173,7 +159,7 @@ class TransportAttempt:
         transport = cast(TwoSided, self._transport)
         route = transport.route(self._producer.peer, deadline)
         try:
-            self._producer.start(protocol.SEND, {"route": route}, deadline)(deadline)
+            self._producer.start(protocol.SEND, route, deadline)(deadline)
         except BaseException as error:  # also if the task was cancelled: the route is in use
             is_refused = isinstance(error, (CallError, TransportUnavailable))
             transport.abandon(route, may_send=not is_refused)

@@ -35,11 +35,6 @@ class UserTransfer:
     """The code of a user moves a whole object. See ``transfer.Transfer``.
 
     Nothing is asked before ``finish``.
-
-    Args:
-        services: The parts of the session.
-        envelope: The object.
-        targets: The user's tensors, if any.
     """
 
     def __init__(self, services: TransferServices, envelope: Envelope, targets: Targets | None):
@@ -69,7 +64,7 @@ class UserTransfer:
             expected = checksums.expected(self._services.session, head.address, head.key)
 
         def ask(op: str, route: Route) -> Route:
-            return self._producer.start(op, {"route": route}, deadline)(deadline)
+            return self._producer.start(op, route, deadline)(deadline)
 
         received = transport.pull(self._producer.peer, shipment, targets, ask, deadline)
         if not table.rows:

@@ -9,11 +9,11 @@ Requests (``rpc/protocol.py``):
   producer's GIL once more. (gloo and nccl use a thread for each transfer; see link.py.) A failure
   before the answer is the answer. A send that fails later ends the consumer's receive through the
   transport's own connection.
-* ``rdt.expose`` {key, transport, device, timeout_s}: answers with the result of
+* ``rdt.expose`` {key, transport, device, route, timeout_s}: answers with the result of
   ``OneSided.expose``. The object stays borrowed until ``rdt.done``, the loss of the consumer, or
   soon after its deadline.
-* ``rdt.lend`` {key, transport, device, asked, timeout_s}: answers with the result of
-  ``Lending.lend``.
+* ``rdt.lend`` {key, transport, device, route, timeout_s}: answers with the result of
+  ``Lending.lend``. The route is what the consumer's ``Borrowing`` asks for.
 * ``rdt.done`` {key}: the consumer has read the object.
 
 ``device`` is a torch device type; it selects the regions on such devices. The server waits for the
@@ -67,14 +67,7 @@ class _Exposure(NamedTuple):
 
 
 class Server:
-    """Serves one process's stored objects over its transports.
-
-    Args:
-        session: Delivers the requests.
-        store: The objects of this process.
-        transports: The transports that send and expose them.
-        streams: Is told about items that are not stored any more.
-    """
+    """Serves one process's stored objects over its transports."""
 
     def __init__(
         self, session: Session, store: TensorStore, transports: Transports, streams: ProducedStreams
@@ -197,7 +190,7 @@ class Server:
             self._give_back(stored.key)
         return exposed
 
-    def _on_lend(self, peer_id: bytes, body: protocol.Lend) -> dict[str, Any]:
+    def _on_lend(self, peer_id: bytes, body: protocol.Pull) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread. The transport keeps the memory that it lends."""
         transport: Lending = self._transports.get(body["transport"])  # type: ignore[assignment]
         deadline = Deadline.after(float(body["timeout_s"]))
@@ -205,7 +198,7 @@ class Server:
         try:
             events = stored.captured.events
             buffers = buffers_for(transport, stored, body["device"], deadline)  # type: ignore[arg-type]
-            return transport.lend(peer_id, body["asked"], buffers, events, deadline)
+            return transport.lend(peer_id, body["route"], buffers, events, deadline)
         finally:
             self._give_back(stored.key)
 

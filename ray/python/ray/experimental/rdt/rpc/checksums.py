@@ -15,10 +15,8 @@ from typing import Any
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
+from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.rpc.session import Session
-
-#: The addresses of memory, and their lengths.
-_Memory = tuple["array[int]", "array[int]"]
 
 
 class ChecksumMismatch(TransferFailed):
@@ -26,13 +24,7 @@ class ChecksumMismatch(TransferFailed):
 
 
 class Expected:
-    """The checksum that the producer computes.
-
-    Args:
-        session: Sends the request.
-        address: The producer's agent.
-        key: The object's key.
-    """
+    """The checksum that the producer computes."""
 
     def __init__(self, session: Session, address: bytes, key: bytes):
         self._asked = session.agent.ask_checksum(address, key)
@@ -64,17 +56,28 @@ class Expected:
         self.check(checksum(addresses, lengths), deadline)
 
 
-class VerifiedPull:
-    """A pull of the agent whose bytes are verified; it is repeated once if they are wrong.
+class Pull:
+    """A pull of the agent in progress. It is repeated once if this process finds wrong bytes.
 
-    It has the methods and attributes of the agent's ``Pull``.
+    Args:
+        addresses: The addresses of the destination, as uint64.
+        lengths: Their lengths.
+        keep: An object that lives until no thread writes to the destination any more.
     """
 
-    def __init__(self, session: Session, address: bytes, key: bytes, memory: _Memory, keep: Any):
+    def __init__(
+        self,
+        session: Session,
+        address: bytes,
+        key: bytes,
+        addresses: array[int],
+        lengths: array[int],
+        keep: Any,
+    ):
         self._session = session
         # Before the pull: an object that exists for the pull existed for this request.
-        self._expected = Expected(session, address, key)
-        self._start = (address, key, *memory, True)
+        self._expected = expected(session, address, key)
+        self._start = (address, key, addresses, lengths, self._expected is not None)
         self._keep = keep
         self._pull = self._begin()
 
@@ -84,59 +87,32 @@ class VerifiedPull:
         return pull
 
     @property
-    def lane(self) -> str | None:
-        lane: str | None = self._pull.lane
-        return lane
+    def lane(self) -> str:
+        return self._pull.lane or ""
 
-    @property
-    def done(self) -> bool:
-        return bool(self._pull.done)
-
-    def cancel(self) -> None:
-        self._pull.cancel()
-
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, deadline: Deadline) -> None:
         """Wait as the agent's ``Pull`` does. Raises ChecksumMismatch as well."""
-        deadline = Deadline.after(timeout_s)
-        self._pull.wait(timeout_s)
-        try:
+        with without_turn():
+            self._pull.wait(deadline.left_s())
+            if self._expected is None:
+                return
+            try:
+                self._expected.check(self._pull.checksum, deadline)
+                return
+            except ChecksumMismatch as error:
+                log_retry(self._session, f"lane {self.lane}", error)
+            self._pull = self._begin()
+            self._pull.wait(deadline.left_s())
             self._expected.check(self._pull.checksum, deadline)
-            return
-        except ChecksumMismatch as error:
-            log_retry(self._session, f"lane {self.lane}", error)
-        self._pull = self._begin()
-        self._pull.wait(deadline.left_s())
-        self._expected.check(self._pull.checksum, deadline)
+
+    def abandon(self) -> None:
+        if not self._pull.done:
+            self._pull.cancel()
 
 
 def expected(session: Session, address: bytes, key: bytes) -> Expected | None:
     """Request an object's checksum if this process verifies its pulls, else return None."""
     return Expected(session, address, key) if settings().checksum else None
-
-
-def pull(
-    session: Session,
-    address: bytes,
-    key: bytes,
-    addresses: array[int],
-    lengths: array[int],
-    keep: Any,
-) -> Any:
-    """Start a pull of the agent, which is verified if this process verifies its pulls.
-
-    Args:
-        session: Its agent pulls.
-        address: The producer's agent.
-        key: The object's key.
-        addresses: The addresses of the destination, as uint64.
-        lengths: Their lengths.
-        keep: An object that lives until no thread writes to the destination any more.
-    """
-    if settings().checksum:
-        return VerifiedPull(session, address, key, (addresses, lengths), keep)
-    started = session.agent.pull(address, key, addresses, lengths)
-    started.keep = keep
-    return started
 
 
 def log_retry(session: Session, way: str, error: ChecksumMismatch) -> None:

@@ -34,11 +34,8 @@ def of_transport(op: str, transport: str) -> str:
     return f"{op}/{transport}"
 
 
-# Consumer to producer: one object over a transport.
-
-
 class Pull(TypedDict):
-    """``SEND`` and ``EXPOSE``. ``device`` is a torch device type; the route is the transport's."""
+    """An object's memory on the torch device type ``device``; the route is the transport's."""
 
     key: bytes
     transport: str
@@ -47,33 +44,10 @@ class Pull(TypedDict):
     timeout_s: float
 
 
-SEND = _request("rdt.send", Pull)
-EXPOSE = _request("rdt.expose", Pull)
-
-
-class Lend(TypedDict):
-    """``asked`` is what the consumer's ``Borrowing`` says."""
-
-    key: bytes
-    transport: str
-    device: str
-    asked: dict[str, Any]
-    timeout_s: float
-
-
-LEND = _request("rdt.lend", Lend)
-
-
 class Done(TypedDict):
     """The consumer has read the object of this key."""
 
     key: bytes
-
-
-DONE = _request("rdt.done", Done)
-
-
-# Owner to consumer: an object that a task of the consumer will need.
 
 
 class Hint(TypedDict):
@@ -84,20 +58,11 @@ class Hint(TypedDict):
     regions: list[int]
 
 
-HINT = _request("rdt.hint", Hint)
-
-
-# Between the producer and the caller of a generator.
-
-
 class StreamOpen(TypedDict):
     """A producer makes items of a stream; ``address`` is its agent's."""
 
     stream: str
     address: bytes
-
-
-STREAM_OPEN = _request("rdt.stream.open", StreamOpen)
 
 
 class StreamClose(TypedDict):
@@ -106,19 +71,10 @@ class StreamClose(TypedDict):
     stream: str
 
 
-STREAM_CLOSE = _request("rdt.stream.close", StreamClose)
-
-
-# To any process: its objects, reconstruction, and its transports.
-
-
 class MayOwn(TypedDict):
     """Pairs of an object's id and key."""
 
     objects: list[list[Any]]
-
-
-MAY_OWN = _request("rdt.may_own", MayOwn)
 
 
 class Reconstruct(TypedDict):
@@ -129,17 +85,11 @@ class Reconstruct(TypedDict):
     waiting_actor: str
 
 
-RECONSTRUCT = _request("rdt.reconstruct", Reconstruct)
-
-
 class Offers(TypedDict):
     """``devices`` are torch device types, None for all of the producer's."""
 
     transport: str
     devices: list[str] | None
-
-
-OFFERS = _request("rdt.offers", Offers)
 
 
 class Explain(TypedDict):
@@ -148,12 +98,6 @@ class Explain(TypedDict):
     address: bytes
     obj: list[Any]
     timeout_s: float
-
-
-EXPLAIN = _request("rdt.explain", Explain)
-
-
-# Between the creator of a collective group and its members.
 
 
 class GroupJoin(TypedDict):
@@ -166,18 +110,12 @@ class GroupJoin(TypedDict):
     members: list[list[Any]]
 
 
-GROUP_JOIN = _request("rdt.group.join", GroupJoin)
-
-
 class GroupConnect(TypedDict):
     """``creator`` is the address of the agent to report to."""
 
     id: str
     timeout_s: float
     creator: bytes
-
-
-GROUP_CONNECT = _request("rdt.group.connect", GroupConnect)
 
 
 class GroupReport(TypedDict):
@@ -188,20 +126,11 @@ class GroupReport(TypedDict):
     error: str
 
 
-GROUP_REPORT = _request("rdt.group.report", GroupReport)
-
-
 class GroupLeave(TypedDict):
     """The member forgets the group; its transfers fail with the reason."""
 
     id: str
     reason: str
-
-
-GROUP_LEAVE = _request("rdt.group.leave", GroupLeave)
-
-
-# Between the two ends of a link of a process group transport.
 
 
 class LinkOpen(TypedDict):
@@ -213,9 +142,6 @@ class LinkOpen(TypedDict):
     address: bytes
 
 
-LINK_OPEN = _request("rdt.link.open", LinkOpen)
-
-
 class LinkSet(TypedDict):
     """One entry of the store by which a process group is set up."""
 
@@ -223,9 +149,6 @@ class LinkSet(TypedDict):
     link: str
     key: str
     value: bytes
-
-
-LINK_SET = _request("rdt.link.set", LinkSet)
 
 
 class LinkClose(TypedDict):
@@ -236,12 +159,6 @@ class LinkClose(TypedDict):
     reason: str
 
 
-LINK_CLOSE = _request("rdt.link.close", LinkClose)
-
-
-# Consumer to producer: a part of an object that goes through host memory.
-
-
 class StagedChunk(TypedDict):
     """The bytes ``start`` to ``stop`` of all buffers of an exposure."""
 
@@ -249,12 +166,6 @@ class StagedChunk(TypedDict):
     start: int
     stop: int
     timeout_s: float
-
-
-STAGED_CHUNK = _request("rdt.staged.chunk", StagedChunk)
-
-
-# Between the processes that share device memory. One name for each transport: ``of_transport``.
 
 
 class MemoryShare(TypedDict):
@@ -267,29 +178,16 @@ class MemoryShare(TypedDict):
     timeout_s: float
 
 
-MEMORY_SHARE = _request("rdt.memory.share", MemoryShare)
-
-
 class MemoryLoan(TypedDict):
     """``MEMORY_KEEP`` and ``MEMORY_CLOSE``."""
 
     loan: str
 
 
-MEMORY_KEEP = _request("rdt.memory.keep", MemoryLoan)
-MEMORY_CLOSE = _request("rdt.memory.close", MemoryLoan)
-
-
 class MemoryGone(TypedDict):
     """The producer has withdrawn an exposure."""
 
     exposure: int
-
-
-MEMORY_GONE = _request("rdt.memory.gone", MemoryGone)
-
-
-# Between the two ends of a transfer by a user's transport. One name for each transport.
 
 
 class UserEnd(TypedDict):
@@ -299,6 +197,40 @@ class UserEnd(TypedDict):
     reason: str
 
 
+# The names of the requests, each with the type of its body.
+
+# Consumer to producer: one object over a transport.
+SEND = _request("rdt.send", Pull)
+EXPOSE = _request("rdt.expose", Pull)
+LEND = _request("rdt.lend", Pull)
+DONE = _request("rdt.done", Done)
+# Owner to consumer: an object that a task of the consumer will need.
+HINT = _request("rdt.hint", Hint)
+# Between the producer and the caller of a generator.
+STREAM_OPEN = _request("rdt.stream.open", StreamOpen)
+STREAM_CLOSE = _request("rdt.stream.close", StreamClose)
+# To any process: its objects, reconstruction, and its transports.
+MAY_OWN = _request("rdt.may_own", MayOwn)
+RECONSTRUCT = _request("rdt.reconstruct", Reconstruct)
+OFFERS = _request("rdt.offers", Offers)
+EXPLAIN = _request("rdt.explain", Explain)
+# Between the creator of a collective group and its members.
+GROUP_JOIN = _request("rdt.group.join", GroupJoin)
+GROUP_CONNECT = _request("rdt.group.connect", GroupConnect)
+GROUP_REPORT = _request("rdt.group.report", GroupReport)
+GROUP_LEAVE = _request("rdt.group.leave", GroupLeave)
+# Between the two ends of a link of a process group transport.
+LINK_OPEN = _request("rdt.link.open", LinkOpen)
+LINK_SET = _request("rdt.link.set", LinkSet)
+LINK_CLOSE = _request("rdt.link.close", LinkClose)
+# Consumer to producer: a part of an object that goes through host memory.
+STAGED_CHUNK = _request("rdt.staged.chunk", StagedChunk)
+# Between the processes that share device memory. One name for each transport: ``of_transport``.
+MEMORY_SHARE = _request("rdt.memory.share", MemoryShare)
+MEMORY_KEEP = _request("rdt.memory.keep", MemoryLoan)
+MEMORY_CLOSE = _request("rdt.memory.close", MemoryLoan)
+MEMORY_GONE = _request("rdt.memory.gone", MemoryGone)
+# Between the two ends of a transfer by a user's transport. One name for each transport.
 USER_END = _request("rdt.user.end", UserEnd)
 
 

@@ -53,12 +53,7 @@ class CallError(TransferFailed):
 
 
 class Session:
-    """The session of one process. ``current()`` creates it.
-
-    Attributes:
-        agent: The native agent.
-        address: The agent's address, for descriptors.
-    """
+    """The session of one process. ``current()`` creates it."""
 
     def __init__(self, secret: bytes, bind_ip: str):
         from ray.experimental.rdt._agent import Agent
@@ -299,13 +294,11 @@ def current() -> Session:
         RuntimeError: Ray is not initialized, or is shutting down.
     """
     global _session
-    session = _session
-    if session is not None and session.pid == os.getpid():
-        return session
-    with _lock:
-        if _session is None or _session.pid != os.getpid():
-            _session = _begin()
-        return _session
+    session = peek()
+    if session is None:
+        with _lock:
+            session = _session = peek() or _begin()
+    return session
 
 
 def peek() -> Session | None:

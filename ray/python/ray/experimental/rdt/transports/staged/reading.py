@@ -183,7 +183,7 @@ class _Reading:
         memory = _host_memory_for(away)
         parts = iter(cut(memory, [piece.numel() for piece in away]))
         landed = [piece if piece.is_cpu else next(parts) for piece in pieces]
-        pull = checksums.pull(
+        pull = checksums.Pull(
             self.reader.session,
             self.peer.address,
             chunk.key,
@@ -192,10 +192,9 @@ class _Reading:
             landed,
         )
         try:
-            pull.wait(self.deadline.left_s())
+            pull.wait(self.deadline)
         finally:
-            if not pull.done:
-                pull.cancel()
+            pull.abandon()
         self._free(chunk)
         return memory, away
 
