@@ -13,6 +13,7 @@ from ray.experimental.rdt.common.real_threads import Lock, Thread
 from ray.experimental.rdt.consumer.consumer import Consumer
 from ray.experimental.rdt.consumer.fetcher import Fetcher
 from ray.experimental.rdt.consumer.recovery import Recovery
+from ray.experimental.rdt.groups.service import GroupService
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
 from ray.experimental.rdt.producer.producer import Producer
@@ -31,9 +32,6 @@ class RDTManager:
     """The three parties of one process, for Ray's worker.
 
     Attributes:
-        producer: Serializes and stores objects.
-        owner: Records objects and submits calls.
-        consumer: Fetches objects.
         rdt_store: The stored tensors by object id, for Ray's own tests.
     """
 
@@ -119,6 +117,15 @@ class RDTManager:
     def explainer(self) -> Explainer:
         """Return the explainer of transport selection from and to this process."""
         return self._parts.get().explainer
+
+    def groups(self) -> GroupService:
+        """Return the part that creates collective groups; begin a session if there is none."""
+        return self._parts.get().groups
+
+    def peek_groups(self) -> GroupService | None:
+        """Return the part that creates collective groups, None if no session has begun."""
+        parts = self._parts.peek()
+        return None if parts is None else parts.groups
 
     def shutdown(self) -> None:
         """End this process's part in RDT. Runs on: the thread of ``ray.shutdown``."""

@@ -10,7 +10,7 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.real_threads import Lock
 from ray.experimental.rdt.consumer.prefetcher import Prefetcher
 from ray.experimental.rdt.consumer.transfer import TransferServices
-from ray.experimental.rdt.groups import service as groups
+from ray.experimental.rdt.groups.service import GroupService
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.observe.metrics import Gauges
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
@@ -32,22 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SessionParts:
-    """The parts that begin and end with one session.
-
-    Attributes:
-        session: The agent and the requests to other processes.
-        producer: Services of the producer.
-        owner: Services of the owner.
-        consumer: Services of the consumer.
-        server: Sends and exposes this process's objects.
-        explainer: Explains transport selection to users.
-    """
+    """The parts that begin and end with one session."""
 
     session: Session
     producer: ProducerServices
     owner: OwnerServices
     consumer: TransferServices
     server: Server
+    groups: GroupService
     explainer: Explainer
 
     def stats(self) -> dict[str, int]:
@@ -66,9 +58,6 @@ def build(
     """Build the parts of a session that has begun. Runs on: any thread; blocks for Ray's GCS.
 
     Args:
-        session: The session.
-        producer: The producer side of this process.
-        owner: The owner side of this process.
         stats: Returns the counters that Ray's metrics show.
     """
     store, transports, policy = producer.store, Transports(session), AutoTransportPolicy(session)
@@ -79,8 +68,7 @@ def build(
     OwnerMonitor(session, produced)
     owner.reconstruction.serve(session)
     session.on_close(transports.close)
-    groups.attach(session, transports.get)  # type: ignore[arg-type]
-    explainer = Explainer(session, transports, policy)
+    groups = GroupService(session, transports.get)  # type: ignore[arg-type]
     Gauges(session, stats)
 
     def drop(tokens: list[int]) -> None:
@@ -101,16 +89,13 @@ def build(
         OwnerServices(session, taken, HintSender(session)),
         TransferServices(session, transports, policy, prefetcher),
         server,
-        explainer,
+        groups,
+        Explainer(session, transports, policy),
     )
 
 
 class CurrentParts:
-    """The parts of this process's session. Thread-safe.
-
-    Args:
-        build: Builds the parts of a session that has begun.
-    """
+    """The parts of this process's session. Thread-safe."""
 
     def __init__(self, build: Callable[[Session], SessionParts]):
         self._build = build

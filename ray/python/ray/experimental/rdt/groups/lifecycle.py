@@ -16,10 +16,10 @@ import ray
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.groups import entered_groups, records, service
+from ray.experimental.rdt.groups import entered_groups, records
 from ray.experimental.rdt.groups.membership import Member
 from ray.experimental.rdt.groups.records import Record
-from ray.experimental.rdt.groups.service import MemberFailed
+from ray.experimental.rdt.groups.service import GroupService, MemberFailed
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -55,7 +55,7 @@ def create(
     try:
         if backend in BACKENDS:
             members = _run_on_all(actors, deadline, _introduce_member, backend)
-            _begin_session().form(record.id, record.name, backend, members, deadline)
+            _service().form(record.id, record.name, backend, members, deadline)
         else:
             # ``ray.util.collective`` alone uses such a group, so the members need no address.
             _run_on_all(actors, deadline, _join_users_group, len(actors), backend, record.name)
@@ -70,7 +70,7 @@ def create(
         records.remove(record.name)
         raise
     handle = CommunicatorHandle(list(actors), record.name, backend)
-    _begin_session().keep(record.id, handle)
+    _service().handles[record.id] = handle
     records.publish(replace(record, members=tuple(members)))
     return handle
 
@@ -84,9 +84,9 @@ def find(
     """
     given = {actor._ray_actor_id.hex(): actor for actor in actors or ()}
     wanted = None if backend is None else normalized(backend)
-    own = service.peek()
+    own = ray_core.manager().peek_groups()
     return [
-        (own.kept(record.id) if own is not None else None) or _handle(record, given)
+        (own and own.handles.get(record.id)) or _handle(record, given)
         for record in records.ready()
         if given.keys() <= set(record.actor_ids) and wanted in (None, record.backend)
     ]
@@ -106,8 +106,8 @@ def destroy(name: str) -> None:
             f"No group with name {name} found. It may have been destroyed already, or belong to "
             "another Ray namespace."
         )
-    own = _begin_session()
-    own.drop(record.id)
+    own = _service()
+    own.handles.pop(record.id, None)
     if record.backend in BACKENDS:
         own.dissolve(record.id, record.members, f"collective group {name!r} was destroyed")
     else:
@@ -116,9 +116,9 @@ def destroy(name: str) -> None:
 
 def destroy_all() -> None:
     """Destroy all groups of this process. Other processes may have destroyed some before."""
-    own = service.peek()
+    own = ray_core.manager().peek_groups()
     for record in list(records.ready()):
-        if own is not None and own.kept(record.id) is not None:
+        if own is not None and record.id in own.handles:
             destroy(record.name)
 
 
@@ -200,10 +200,7 @@ def _run_on_all(
     """Run a function on every actor, for this process's own actor directly.
 
     Args:
-        actors: The actors in rank order.
-        deadline: The moment at which all have to be done.
         task: The function. It gets the actor's instance or None, the rank, and ``args``.
-        args: Its other arguments.
 
     Returns:
         The results in rank order.
@@ -212,13 +209,13 @@ def _run_on_all(
         RuntimeError: An actor did not answer or failed; the text names the actor.
     """
     own_id = ray.get_runtime_context().get_actor_id()
-    answers: dict[int, Any] = {}
-    pending: dict[Any, int] = {}
-    for rank, actor in enumerate(actors):
-        if actor._ray_actor_id.hex() != own_id:
-            pending[actor.__ray_call__.remote(task, rank, *args)] = rank
-    for rank in set(range(len(actors))) - set(pending.values()):
-        answers[rank] = task(None, rank, *args)
+    pending = {
+        actor.__ray_call__.remote(task, rank, *args): rank
+        for rank, actor in enumerate(actors)
+        if actor._ray_actor_id.hex() != own_id
+    }
+    own_ranks = set(range(len(actors))) - set(pending.values())
+    answers = {rank: task(None, rank, *args) for rank in own_ranks}
     # Pending tasks are not canceled: a canceled task can leave a hole in the order of an actor's
     # tasks, for which Ray then waits for 30 s. A late introduction does nothing.
     while pending:
@@ -280,14 +277,12 @@ def _silent(actors: list[ActorHandle]) -> RuntimeError:
 
 def _introduce_member(instance: Any, rank: int, backend: str) -> Member:
     """Runs on: member, as a task of the actor."""
-    return _begin_session().introduce(backend)
+    return _service().introduce(backend)
 
 
-def _begin_session() -> service.GroupService:
-    ray_core.manager().begin()  # attaches the service
-    begun = service.peek()
-    assert begun is not None
-    return begun
+def _service() -> GroupService:
+    service: GroupService = ray_core.manager().groups()
+    return service
 
 
 def _handle(record: Record, given: dict[str, ActorHandle]) -> CommunicatorHandle:

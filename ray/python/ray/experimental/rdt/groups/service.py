@@ -48,12 +48,7 @@ Answer = Callable[[float], dict[str, Any]]
 
 
 class MemberFailed(Exception):
-    """A member could not join or connect.
-
-    Attributes:
-        rank: The rank of the member.
-        reason: The member's error.
-    """
+    """A member could not join or connect."""
 
     def __init__(self, rank: int, reason: str):
         super().__init__(f"rank {rank}: {reason}")
@@ -98,9 +93,11 @@ class GroupService:
     """The group requests of one process, as a member and as a creator.
 
     Args:
-        session: Sends and serves the requests.
         transport: Returns this process's transport by backend name.
-        groups: The groups of this process.
+
+    Attributes:
+        handles: By id, the handles to the groups that this process created. They keep the actors
+            alive.
     """
 
     def __init__(
@@ -114,13 +111,14 @@ class GroupService:
         self._groups = groups if groups is not None else membership.membership()
         self._lock = threading.Lock()
         self._forming: dict[str, _Forming] = {}
-        self._handles: dict[str, CommunicatorHandle] = {}
+        self.handles: dict[str, CommunicatorHandle] = {}
         self._handlers: dict[str, Handler] = {
             protocol.GROUP_JOIN: self._on_join,
             protocol.GROUP_CONNECT: self._on_connect,
             protocol.GROUP_REPORT: self._on_report,
             protocol.GROUP_LEAVE: self._on_leave,
         }
+        serve_links(session, transport)
         for op, handler in self._handlers.items():
             session.serve(op, handler)
         session.on_peer_lost(self._on_peer_lost)
@@ -229,21 +227,6 @@ class GroupService:
                 if member.agent_id == peer_id:
                     forming.report(rank, "its process is gone")
 
-    def keep(self, group_id: str, handle: CommunicatorHandle) -> None:
-        """Keep the handle to a group of this process, which keeps the actors alive."""
-        with self._lock:
-            self._handles[group_id] = handle
-
-    def kept(self, group_id: str) -> CommunicatorHandle | None:
-        """Return the handle to a group, None if this process did not create it."""
-        with self._lock:
-            return self._handles.get(group_id)
-
-    def drop(self, group_id: str) -> None:
-        """Drop the handle that ``keep`` stored."""
-        with self._lock:
-            self._handles.pop(group_id, None)
-
     # Member. All run on rdt-call threads.
 
     def _on_join(self, peer_id: bytes, body: protocol.GroupJoin) -> dict[str, Any]:
@@ -289,29 +272,3 @@ class GroupService:
             self._transport(group.backend).disconnect(group.id, body["reason"])
             collectives.leave(group)
         return {}
-
-
-_service: GroupService | None = None
-
-
-def attach(session: Session, transport: Callable[[str], ProcessGroupTransport]) -> None:
-    """Serve the group requests of a process until its session ends.
-
-    Args:
-        session: The session.
-        transport: Returns this process's transport by backend name.
-    """
-    global _service
-    serve_links(session, transport)
-    _service = GroupService(session, transport)
-    session.on_close(_detach)
-
-
-def _detach() -> None:
-    global _service
-    _service = None
-
-
-def peek() -> GroupService | None:
-    """Return the service of this process's session, None if no session has begun."""
-    return _service
