@@ -56,7 +56,7 @@ class Process:
         )
         self.producer = Producer(lambda: services, lambda: None, lambda *put: self.puts.append(put))
 
-    def serialize(self, value: Any) -> tuple[Any, PendingObject]:
+    def serialize(self, value: Any) -> tuple[Any, PendingObject | None]:
         return self.producer.serialize(Context(), value, "AUTO")
 
     def keep(self, value: Any) -> Location | None:
@@ -79,7 +79,7 @@ def descriptor_of(serialized: Any) -> Descriptor:
 @pytest.mark.parametrize("value", [b"bytes", 7, [None]])
 def test_a_value_without_tensors_is_plain(process: Process, value: Any) -> None:
     serialized, pending = process.serialize(value)
-    assert not pending
+    assert pending is None
     assert serialized == value or not is_rdt(serialized.metadata)
     assert pickle.loads(process.producer.keep(object_id(1), pending)) is None
     process.producer.put_object(None, pending)
@@ -145,7 +145,7 @@ def test_without_room_the_value_is_plain(process: Process, monkeypatch: pytest.M
     value = torch.ones(LARGE)
     serialized, pending = process.serialize(value)
     assert serialized is value
-    assert not pending
+    assert pending is None
 
 
 def test_the_store_by_object_id_keeps_and_pops_tensors(process: Process) -> None:

@@ -31,7 +31,6 @@ class Once(Generic[_T]):
         """Return the value; make it if there is none and no other thread makes it.
 
         Args:
-            make: Makes the value.
             deadline: How long to wait for another thread. None waits without limit.
 
         Raises:

@@ -9,13 +9,7 @@ from ray._raylet import RawSerializedObject
 
 
 class SerializedValue(RawSerializedObject):
-    """A copy of a result of ``SerializationContext.serialize``.
-
-    Args:
-        data: The serialized bytes.
-        metadata: Their metadata.
-        contained_refs: The references that the value keeps alive.
-    """
+    """A copy of a result of ``SerializationContext.serialize``."""
 
     def __init__(self, data: Any, metadata: bytes, contained_refs: Sequence[Any]):
         self.data = bytes(data)

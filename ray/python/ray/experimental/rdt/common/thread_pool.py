@@ -22,7 +22,6 @@ class DaemonThreads:
 
     Args:
         count: The maximum number of threads; more actions wait.
-        name: The name of the threads, followed by a number.
     """
 
     def __init__(self, count: int, name: str):

@@ -42,13 +42,6 @@ def call(
     """Make a special call.
 
     Runs on: consumer or producer, the thread or event loop of the task.
-
-    Args:
-        execute: Ray's executor of the method.
-        method: The user's method.
-        actor: The actor.
-        args: Positional arguments.
-        kwargs: The same by keyword.
     """
     global _has_to_begin_nixl
     begins_nixl, _has_to_begin_nixl = _has_to_begin_nixl, False

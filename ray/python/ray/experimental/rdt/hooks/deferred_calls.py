@@ -44,9 +44,7 @@ def call_when_arrived(
 
     Args:
         method: The user's method, which determines the kind of the call.
-        call: The function to call.
         args: Positional arguments, some of them ``Deferred``.
-        kwargs: The same by keyword.
 
     Returns:
         The result that the core expects of such a method: a coroutine, an async generator, or for a

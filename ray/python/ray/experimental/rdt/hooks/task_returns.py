@@ -54,10 +54,6 @@ def submit(
     Runs on: caller, the thread that called ``.remote()``.
 
     Args:
-        remote_function: The user's remote function.
-        transport: The transport that the user named.
-        args: The task's arguments.
-        kwargs: The same by keyword.
         runtime_env_info: As ``RemoteFunction._remote`` takes it.
         options: The task's other options.
 
@@ -100,14 +96,8 @@ def _submit(begin: Callable[[Any, Any], Any], args: Any, kwargs: Any, max_retrie
 def _variant(remote_function: RemoteFunction, transport: str, num_returns: Any) -> RemoteFunction:
     """Return the remote function whose returns are RDT objects, created once for each transport."""
     variants: dict[Any, RemoteFunction] = remote_function.__dict__.setdefault("_rdt_variants", {})
-    if (transport, num_returns) not in variants:
-        variants[transport, num_returns] = _make_variant(remote_function, transport, num_returns)
-    return variants[transport, num_returns]
-
-
-def _make_variant(
-    remote_function: RemoteFunction, transport: str, num_returns: Any
-) -> RemoteFunction:
+    if (transport, num_returns) in variants:
+        return variants[transport, num_returns]
     from ray.remote_function import RemoteFunction
     from ray.util.tracing.tracing_helper import _is_tracing_enabled
 
@@ -119,7 +109,7 @@ def _make_variant(
         function.__module__ = _module_of(user_function)
     variant = RemoteFunction(remote_function._language, function, None, options)
     variant._function_name = remote_function._function_name
-    return variant
+    return variants.setdefault((transport, num_returns), variant)
 
 
 def _module_of(function: Function) -> str:

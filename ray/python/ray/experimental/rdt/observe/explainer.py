@@ -108,16 +108,7 @@ class Question:
 
 
 class Explainer:
-    """One process's part: tells what it can do as a producer, and explains as a consumer.
-
-    Attributes:
-        address: This process's agent.
-
-    Args:
-        session: Receives the requests.
-        transports: This process's.
-        policy: What is known of automatic attempts.
-    """
+    """One process's part: tells what it can do as a producer, and explains as a consumer."""
 
     def __init__(self, session: Session, transports: Transports, policy: AutoTransportPolicy):
         self.address = session.address

@@ -33,10 +33,8 @@ class Gauges:
     """The gauges of one process.
 
     Args:
-        session: Its reaper thread sets them.
         read: Returns the numbers by name.
         make: Creates a gauge from a name and a description.
-        clock: Returns the time in seconds.
     """
 
     def __init__(

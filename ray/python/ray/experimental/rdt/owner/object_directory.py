@@ -74,7 +74,6 @@ class ReleaseHandle:
     A release may run code of Ray, so the handle can be passed to another thread.
 
     Attributes:
-        handle: The handle.
         is_last: True if the object is gone; False if only its producer is not needed any more.
     """
 

@@ -42,13 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OwnerServices:
-    """Services of one session that an owner uses.
-
-    Attributes:
-        session: The agent and the requests to other processes.
-        streams: The streams that this process takes items from.
-        hints: Tells actors' processes which objects to prefetch.
-    """
+    """Services of one session that an owner uses."""
 
     session: Session
     streams: TakenStreams
@@ -94,15 +88,7 @@ class Owner:
         Runs on: owner, the thread that called ``.remote()``.
 
         Args:
-            invocation: Submits it.
-            args: Its arguments.
-            kwargs: The same by keyword.
-            actor: The handle of the actor whose method is called.
-            transport: The transport that the user named.
             again: If the call may be retried: the method's name and the call's options.
-
-        Returns:
-            The result of ``invocation(args, kwargs)``.
         """
         # The core's io thread carries instructions out and must not wait for a session to begin.
         self._services()
@@ -143,10 +129,7 @@ class Owner:
         Runs on: owner, the thread that called ``.remote()``.
 
         Args:
-            invocation: Submits it.
             again: Submits it another time, in the same way.
-            args: Its arguments.
-            kwargs: The same by keyword.
             retries: How often it may run again, None for Ray's default.
         """
         if retries == 0:
@@ -216,8 +199,6 @@ class Owner:
         Runs on: owner, the thread that took the item.
 
         Args:
-            ref: The object.
-            descriptor: Describes its tensors.
             actor: The handle of the actor that made it, None if it was a task.
         """
         location = Location(descriptor.address, descriptor.key, descriptor.nbytes)

@@ -19,9 +19,6 @@ class HintSender:
     """Sends the hints of one owner.
 
     Runs on: the thread that submits a call, and the core io thread. Never blocks.
-
-    Args:
-        session: Sends the hints.
     """
 
     def __init__(self, session: Session):

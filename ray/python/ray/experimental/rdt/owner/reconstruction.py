@@ -93,20 +93,12 @@ class Reconstruction:
         session.serve(protocol.RECONSTRUCT, self._on_reconstruct)
 
     def begin(
-        self,
-        call: Callable[[Any, Any], Any],
-        retries: int,
-        args: Any,
-        kwargs: Any,
-        actor: str = "",
+        self, call: Callable[[Any, Any], Any], retries: int, args: Any, kwargs: Any, actor: str = ""
     ) -> tuple[Recipe, list[Any], dict[str, Any]]:
         """Begin the recipe of a call.
 
         Args:
-            call: Repeats the call.
             retries: How often it may be repeated, -1 for no limit.
-            args: The call's arguments.
-            kwargs: The same by keyword.
             actor: The id (hex) of the actor whose method it is, "" for a normal task.
 
         Returns:
@@ -256,7 +248,10 @@ class Reconstruction:
             return pinned
         if not _is_in_scope(object_id):
             if entry is None:
-                raise CannotReconstructError(_out_of_scope(object_id))
+                raise CannotReconstructError(
+                    f"the call that returned it took object {object_id}, which is out of scope; "
+                    "keep an ObjectRef to it"
+                )
             return self._repeat(entry[0], waiting_actor)[entry[1]]
         ref = ray_core.ref(object_id, reference.transport)
         while entry is not None and _is_lost(ref):
@@ -333,13 +328,6 @@ def _is_lost(ref: Any) -> bool:
     """Tell whether the producer of an object that this process owns is dead."""
     head = _descriptor_of(ref)
     return head is not None and not is_worker_alive(agent_id_of(head.address))
-
-
-def _out_of_scope(object_id: str) -> str:
-    return (
-        f"the call that returned it took object {object_id}, which is out of scope; keep an "
-        "ObjectRef to it"
-    )
 
 
 def _descriptor_of(ref: Any) -> Descriptor | None:

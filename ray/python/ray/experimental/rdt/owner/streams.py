@@ -27,11 +27,7 @@ from ray.experimental.rdt.rpc.session import Session
 
 
 class TakenStreams:
-    """The streams from which a process takes items. Thread-safe.
-
-    Args:
-        session: Exchanges messages with the producers.
-    """
+    """The streams from which a process takes items. Thread-safe."""
 
     def __init__(self, session: Session):
         self._session = session
@@ -104,7 +100,6 @@ class Stream:
         """Make the call's ``ObjectRefGenerator`` adopt its items.
 
         Args:
-            generator: The result of the call.
             actor: The handle of the actor that makes the items, None if it is a task.
         """
         generator.__class__ = RDTObjectRefGenerator
@@ -127,9 +122,6 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
         except StopIteration:
             self._rdt_actor = None
             raise
-        return self._adopt(ref)
-
-    def _adopt(self, ref: Any) -> Any:
         return _adopt(ref, self._rdt_stream.spec.transport, self._rdt_actor)
 
     async def _suppress_exceptions(self, ref: Any) -> None:
@@ -146,7 +138,8 @@ class RDTObjectRefGenerator(ObjectRefGenerator):
                 self._rdt_actor = None
                 raise
             # Ray's object store may hold the value, so the event loop must not wait for it.
-            adopting = asyncio.ensure_future(asyncio.to_thread(self._adopt, ref))
+            transport, actor = self._rdt_stream.spec.transport, self._rdt_actor
+            adopting = asyncio.ensure_future(asyncio.to_thread(_adopt, ref, transport, actor))
         try:
             return await asyncio.shield(adopting)
         except asyncio.CancelledError:
@@ -163,8 +156,6 @@ def _adopt(item: Any, transport: str, actor: Any) -> Any:
     that contains the bytes of its tensors.
 
     Args:
-        item: The reference that Ray's generator returned.
-        transport: The transport that the user named.
         actor: The handle of the actor that made the item, None if it was a task.
     """
     if item.is_nil():

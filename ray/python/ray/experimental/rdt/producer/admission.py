@@ -22,9 +22,6 @@ logger = logging.getLogger("ray.rdt")
 class AdmissionControl:
     """Admits objects to one process's store.
 
-    Args:
-        store: The store.
-
     Attributes:
         refused: The number of objects that were not admitted.
     """
@@ -69,8 +66,6 @@ class AdmissionControl:
         """Count an object that falls back to Ray's object store; log the first of each kind.
 
         Args:
-            full: The reason.
-            advice: The user's remedy.
             kind: The error if the fallback is forbidden.
 
         Raises:

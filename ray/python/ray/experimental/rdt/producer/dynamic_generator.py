@@ -57,12 +57,7 @@ class DynamicSpec(NamedTuple):
 
 
 class DynamicCall:
-    """One call of such a generator, at its caller.
-
-    Args:
-        transport: The transport that the user named.
-        retry_exceptions: The call's option of this name.
-    """
+    """One call of such a generator, at its caller."""
 
     num_returns = 1
 

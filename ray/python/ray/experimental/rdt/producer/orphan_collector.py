@@ -51,11 +51,8 @@ class OrphanCollector:
     """Collects the objects of this process that no owner claims.
 
     Args:
-        session: Asks and answers.
-        is_stored: Tells whether an object of this key is still here.
         may_own: Tells whether this process owns, or may still come to own, the object of this id
             and key.
-        clock: Returns the time in seconds.
     """
 
     def __init__(

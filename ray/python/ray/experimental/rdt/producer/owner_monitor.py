@@ -20,12 +20,7 @@ logger = logging.getLogger("ray.rdt")
 
 
 class OwnerMonitor:
-    """Monitors the owners of this process's objects, and the callers of its streams.
-
-    Args:
-        session: Reports lost connections.
-        streams: The streams that end when their caller dies.
-    """
+    """Monitors the owners of this process's objects, and the callers of its streams."""
 
     def __init__(self, session: Session, streams: ProducedStreams):
         self._session = session

@@ -47,14 +47,7 @@ _MAX_HINTED_REGIONS = 256
 
 @dataclass(frozen=True)
 class ProducerServices:
-    """Services of one session that a producer uses.
-
-    Attributes:
-        session: The agent and the requests to other processes.
-        transports: The named transports.
-        streams: The streams that this process makes items for.
-        orphans: The objects of this process that no owner has claimed yet.
-    """
+    """Services of one session that a producer uses."""
 
     session: Session
     transports: Transports
@@ -64,16 +57,10 @@ class ProducerServices:
 
 @dataclass(frozen=True)
 class PendingObject:
-    """The tensors of a value that is serialized and not stored yet. False if it has none."""
+    """The tensors of a value that is serialized and not stored yet."""
 
     captured: Captured
-    descriptor: Descriptor | None
-
-    def __bool__(self) -> bool:
-        return self.descriptor is not None
-
-
-_NO_TENSORS = PendingObject(Captured(), None)
+    descriptor: Descriptor
 
 
 class Producer:
@@ -109,32 +96,30 @@ class Producer:
 
     def serialize(
         self, context: Any, value: Any, transport: str, task_return: bytes = b""
-    ) -> tuple[Any, PendingObject]:
+    ) -> tuple[Any, PendingObject | None]:
         """Serialize a method's return, a put value, or a return of a normal task.
 
         Runs on: producer, the thread of the task.
 
         Args:
-            context: The worker's ``SerializationContext``.
-            value: The value.
             transport: The transport's name, any case.
             task_return: The id of a normal task's return. Its value then contains a guard, which
                 keeps the object; see ``hooks/task_returns.py``.
 
         Returns:
             The serialized object for Ray, and the argument of ``keep`` or ``put_object`` once the
-            object has an id.
+            object has an id. None if the value has no tensors.
         """
         if isinstance(value, (bytes, RayTaskError)):
-            return context.serialize(value), _NO_TENSORS
+            return context.serialize(value), None
         users = self.user_transport(transport)
         skeleton, captured = capture.take(context, value, _wanted(users))
         # Without room, Ray's object store takes the value.
         is_admitted = self.admission.admit(captured)
         if not is_admitted or (transport.upper() == "NIXL" and not self.snapshots.take(captured)):
-            return context.serialize(value), _NO_TENSORS
+            return context.serialize(value), None
         if not captured:
-            return pack(skeleton, captured, None), _NO_TENSORS
+            return pack(skeleton, captured, None), None
         shipment = b"" if users is None else _ship(users, context, skeleton, captured)
         pending = self._describe(captured, transport, task_return)
         if task_return:
@@ -147,7 +132,7 @@ class Producer:
         Runs on: producer, the thread that reports the item.
         """
         serialized, pending = self.serialize(context, value, spec.transport)
-        if pending.descriptor is not None and not pending.descriptor.is_eager:
+        if pending is not None and not pending.descriptor.is_eager:
             self._store(f"an item of stream {spec.stream}", pending)
             self.streams.add(spec.stream, pending.descriptor.key)
         return serialized
@@ -189,7 +174,7 @@ class Producer:
         self.put_object(guard, pending)
         return guard
 
-    def keep(self, object_id: str, pending: PendingObject) -> bytes:
+    def keep(self, object_id: str, pending: PendingObject | None) -> bytes:
         """Store the tensors of a method's return until the owner frees them.
 
         Runs on: producer, the thread of the task.
@@ -197,15 +182,15 @@ class Producer:
         Returns:
             The pickled ``Location`` for the task's reply; of None for a value without tensors.
         """
-        if pending.descriptor is None:
+        if pending is None:
             return pickle.dumps(None)
         location = self._store(object_id, pending)
         self._services().orphans.add(object_id, location.key)
         return pickle.dumps(location)
 
-    def put_object(self, ref: Any, pending: PendingObject) -> None:
+    def put_object(self, ref: Any, pending: PendingObject | None) -> None:
         """Store and record a put object. Runs on: producer, the user's thread."""
-        if pending.descriptor is not None:
+        if pending is not None:
             location = self._store(ref.hex(), pending)
             self._record_put(ref.hex(), pending.descriptor.transport, location)
 
@@ -219,7 +204,6 @@ class Producer:
 
     def _store(self, object_id: str, pending: PendingObject) -> Location:
         captured, descriptor = pending.captured, pending.descriptor
-        assert descriptor is not None
         stored = self.store.add(descriptor.key, object_id, captured, descriptor.transport)
         self._services().session.agent.register(
             descriptor.key, *captured.host_spans(), stored.token, captured.guards

@@ -31,12 +31,7 @@ FindNixl = Callable[[], "NixlTransport | None"]
 
 
 class Snapshots:
-    """Copies objects into the memory pool of one process, if there is a pool.
-
-    Args:
-        admission: Counts the objects for which the pool has no room.
-        find_nixl: Returns the transport with the user's registered memory and stream.
-    """
+    """Copies objects into the memory pool of one process, if there is a pool."""
 
     def __init__(self, admission: AdmissionControl, find_nixl: FindNixl):
         self._admission = admission

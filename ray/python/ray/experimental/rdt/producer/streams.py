@@ -127,11 +127,7 @@ class _Produced:
 
 
 class ProducedStreams:
-    """The streams for which a process makes items. Thread-safe.
-
-    Args:
-        session: Exchanges messages with the callers.
-    """
+    """The streams for which a process makes items. Thread-safe."""
 
     def __init__(self, session: Session):
         self._session = session

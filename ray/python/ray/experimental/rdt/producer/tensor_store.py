@@ -87,7 +87,7 @@ class TensorStore:
         return stored
 
     def await_room(self, captured: Captured, limit: int, wait_s: float) -> bool:
-        """Wait until one more object can be stored within a limit. Freed objects end the wait.
+        """Wait until one more object fits below a limit; return whether it does.
 
         The wait time counts from the moment when the store was first full after the last object had
         left. So a store that no object leaves delays one return, and not each of many in turn.
@@ -96,12 +96,8 @@ class TensorStore:
         at the same moment may exceed the limit together.
 
         Args:
-            captured: The object.
             limit: The limit for ``nbytes``.
             wait_s: The longest wait, 0 to return at once.
-
-        Returns:
-            True if there is room.
         """
         memory, nbytes = _memory_of(captured)
 

@@ -67,7 +67,6 @@ def take(context: Any, value: Any, wanted: Wanted | None = None) -> tuple[Skelet
 
     Args:
         context: The worker's ``SerializationContext``, which collects contained ObjectRefs.
-        value: The value that the user returned or put.
         wanted: The data that a user-defined transport takes out, None for a built-in transport.
 
     Raises:
