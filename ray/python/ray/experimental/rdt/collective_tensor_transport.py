@@ -60,7 +60,6 @@ class CollectiveTensorTransport(TensorTransportManager):
 
     @staticmethod
     def is_one_sided() -> bool:
-        """See ``TensorTransportManager``."""
         return False
 
     def actor_has_tensor_transport(self, actor: ray.actor.ActorHandle) -> bool:
@@ -109,7 +108,6 @@ class CollectiveTensorTransport(TensorTransportManager):
         communicator_metadata: CommunicatorMetadata,
         target_buffers: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        """See ``TensorTransportManager``."""
         from ray.util import collective
 
         pair = cast(CollectiveCommunicatorMetadata, communicator_metadata)
@@ -124,7 +122,6 @@ class CollectiveTensorTransport(TensorTransportManager):
         tensor_transport_metadata: TensorTransportMetadata,
         communicator_metadata: CommunicatorMetadata,
     ) -> None:
-        """See ``TensorTransportManager``."""
         from ray.util import collective
 
         pair = cast(CollectiveCommunicatorMetadata, communicator_metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray.util.annotations import PublicAPI
@@ -64,22 +63,22 @@ def explain(
     if not is_pair and (is_actor or consumer is not None):
         raise TypeError(f"the second of a pair is the consuming actor, not {consumer!r}")
     deadline = Deadline.after(timeout)
+    to = "this process" if consumer is None else str(consumer)
     question: Question | None
     if is_actor:
         name = normalize_and_validate_tensor_transport(transport).lower()
-        question = _about_actor(source, name, deadline)
+        question = _about_actor(source, to, name, deadline)
     else:
-        question = _about_object(source, deadline)
-    to = "this process" if consumer is None else str(consumer)
+        question = _about_object(source, to, deadline)
     if question is None:
         return plain(f"ObjectRef({source.hex()}) to {to}")
-    asked = replace(question, subject=f"{question.subject} to {to}")
+    explainer = current_manager().explainer()
     if consumer is None:
-        return current_manager().explainer().explain(asked, deadline)
-    return current_manager().explainer().ask(_address_of(consumer, deadline), asked, deadline)
+        return explainer.explain(question, deadline)
+    return explainer.ask(_address_of(consumer, deadline), question, deadline)
 
 
-def _about_actor(producer: ActorHandle, transport: str, deadline: Deadline) -> Question:
+def _about_actor(producer: ActorHandle, to: str, transport: str, deadline: Deadline) -> Question:
     from ray.experimental.rdt.consumer.planner import TransferObject
     from ray.experimental.rdt.observe.explainer import Question
     from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
@@ -88,10 +87,10 @@ def _about_actor(producer: ActorHandle, transport: str, deadline: Deadline) -> Q
     offers = current_manager().explainer().offers(address, transport, None, deadline)
     is_user_defined = transport.upper() not in BUILT_IN_TRANSPORTS
     obj = TransferObject(transport, is_user_defined=is_user_defined)
-    return Question(f"transport {transport!r} from {producer}", address, offers, obj)
+    return Question(f"transport {transport!r} from {producer} to {to}", address, offers, obj)
 
 
-def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
+def _about_object(ref: ray.ObjectRef, to: str, deadline: Deadline) -> Question | None:
     """Return the question about an object, None if it is not an RDT object."""
     from ray.experimental.rdt.common import descriptor
     from ray.experimental.rdt.consumer.planner import TransferObject
@@ -108,7 +107,7 @@ def _about_object(ref: ray.ObjectRef, deadline: Deadline) -> Question | None:
     explainer = current_manager().explainer()
     offers = explainer.offers_or_why_not(head.address, head.transport, devices or ["cpu"], deadline)
     return Question(
-        f"RDT object {ref.hex()} of {head.nbytes} bytes, transport {head.transport!r}",
+        f"RDT object {ref.hex()} of {head.nbytes} bytes, transport {head.transport!r} to {to}",
         head.address,
         offers,
         TransferObject.of(envelope),

@@ -78,7 +78,6 @@ class RDTManager:
         return len(self.consumer.targets) > 0
 
     def stats(self) -> dict[str, int]:
-        """Return the counters of ``ray.experimental.rdt.stats``."""
         parts = self._parts.peek()
         of_session = {"hinted_bytes": 0, "exposed": 0, "streams": 0}
         return {
@@ -86,10 +85,6 @@ class RDTManager:
             **self.owner.stats(),
             **(of_session if parts is None else parts.stats()),
         }
-
-    def begin(self) -> None:
-        """Begin this process's session if it has none. May block: not for the io thread."""
-        self._parts.get()
 
     def begin_nixl(self) -> None:
         """Start nixl in the background, because that takes up to a second."""
@@ -115,7 +110,6 @@ class RDTManager:
         return cast("NixlTransport | None", parts and parts.producer.transports.peek("nixl"))
 
     def explainer(self) -> Explainer:
-        """Return the explainer of transport selection from and to this process."""
         return self._parts.get().explainer
 
     def groups(self) -> GroupService:

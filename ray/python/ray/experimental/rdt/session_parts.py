@@ -43,7 +43,6 @@ class SessionParts:
     explainer: Explainer
 
     def stats(self) -> dict[str, int]:
-        """Return the counters of this session."""
         return {
             "hinted_bytes": self.consumer.prefetcher.nbytes,
             "exposed": self.server.exposed,

@@ -26,7 +26,6 @@ class Deadline:
         return max(0.0, self.at - time.monotonic())
 
     def has_passed(self) -> bool:
-        """Tell whether no time is left."""
         return time.monotonic() >= self.at
 
     def later(self, by_s: float) -> Deadline:

@@ -38,10 +38,9 @@ class Once(Generic[_T]):
             Exception: ``make`` failed.
         """
         with self._changed:
-            while self._is_being_made:
-                if deadline is not None and deadline.has_passed():
-                    raise StillBeingMade("another thread has not finished in time")
-                self._changed.wait(None if deadline is None else deadline.left_s())
+            left_s = None if deadline is None else deadline.left_s()
+            if not self._changed.wait_for(lambda: not self._is_being_made, left_s):
+                raise StillBeingMade("another thread has not finished in time")
             if self._made:
                 return self._made[0]
             self._is_being_made = True

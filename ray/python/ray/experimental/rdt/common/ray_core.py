@@ -53,12 +53,10 @@ def node_ip_address() -> str:
 
 
 def cluster_and_job() -> Any:
-    """Return the ids of the cluster and of the job."""
     return ray._private.worker.global_worker.current_cluster_and_job
 
 
 def worker_id() -> bytes:
-    """Return the id of this process."""
     return bytes(ray._private.worker.global_worker.worker_id)
 
 
@@ -89,7 +87,6 @@ def actor_handle(actor_id: Any) -> Any:
 
 
 def actor_is_asyncio() -> bool:
-    """Tell whether this process runs an async actor."""
     return bool(_core_worker().current_actor_is_asyncio())
 
 
@@ -105,7 +102,6 @@ def actor_state(actor_id: str) -> str:
 
 
 def task_id() -> bytes:
-    """Return the id of this thread's task."""
     return bytes(ray._private.worker.global_worker.current_task_id.binary())
 
 
@@ -115,7 +111,6 @@ def task_function_name() -> str:
 
 
 def task_is_canceled() -> bool:
-    """Tell whether this thread's task is canceled."""
     return bool(_core_worker().is_canceled())
 
 
@@ -251,7 +246,6 @@ def kv_delete(key: bytes, namespace: bytes, timeout_s: float | None = None) -> b
 
 
 def kv_keys(prefix: bytes, namespace: bytes) -> list[bytes]:
-    """Return the keys with a prefix."""
     return list(_gcs().internal_kv_keys(prefix, namespace))
 
 

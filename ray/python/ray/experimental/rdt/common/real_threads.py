@@ -195,7 +195,6 @@ class Thread:
         self._ended.wait(timeout)
 
     def is_current(self) -> bool:
-        """Tell whether this is the running thread."""
         return bool(self._ident == _get_ident())
 
     def _run_named(self) -> None:

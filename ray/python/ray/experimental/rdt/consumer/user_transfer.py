@@ -80,7 +80,6 @@ class UserTransfer:
         return tensors if self._targets is None else fill(self._targets, tensors)
 
     def abandon(self) -> None:
-        """Tell the producer that nothing is read any more."""
         self._producer.done()
 
 

@@ -185,7 +185,7 @@ def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
     if records.reserve(record):
         return record
     holder = records.read(name)
-    if holder is None or not records.is_any_alive(holder.actor_ids):
+    if holder is None or not holder.may_live():
         records.remove(name)
         if records.reserve(record):
             return record

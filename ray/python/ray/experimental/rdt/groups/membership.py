@@ -95,7 +95,6 @@ class Membership:
             return self._groups.pop(group_id, None)
 
     def get(self, group_id: str) -> Group | None:
-        """Return the group with this id, None if this process is not in it."""
         with self._lock:
             return self._groups.get(group_id)
 
@@ -106,7 +105,6 @@ class Membership:
             return next((g for g in groups if g.has(agent_id)), None)
 
     def all(self) -> list[Group]:
-        """Return all groups of this process."""
         with self._lock:
             return list(self._groups.values())
 
@@ -121,5 +119,4 @@ _membership = Membership()
 
 
 def membership() -> Membership:
-    """Return the membership of this process."""
     return _membership

@@ -39,7 +39,6 @@ class RDTGroup(BaseGroup):
 
     @classmethod
     def backend(cls) -> str:
-        """See BaseGroup."""
         return entered_groups.BACKEND
 
     @classmethod
@@ -48,12 +47,10 @@ class RDTGroup(BaseGroup):
         return True
 
     def destroy_group(self) -> None:
-        """See BaseGroup."""
         for each in (self._of_all, *self._pairs):
             each.end(self._transport.end_group)
 
     def allreduce(self, tensor: _Tensors, allreduce_options: Any = types.AllReduceOptions) -> None:
-        """See BaseGroup."""
         from torch.distributed import AllreduceOptions
 
         options = AllreduceOptions()
@@ -77,11 +74,9 @@ class RDTGroup(BaseGroup):
         tensor: _Tensors,
         allgather_options: Any = types.AllGatherOptions,
     ) -> None:
-        """See BaseGroup."""
         self._of_all.get().allgather([_list(tensor_list)], [_only(tensor)]).wait()
 
     def broadcast(self, tensor: _Tensors, broadcast_options: Any = types.BroadcastOptions) -> None:
-        """See BaseGroup."""
         from torch.distributed import BroadcastOptions
 
         options = BroadcastOptions()
@@ -109,11 +104,9 @@ class RDTGroup(BaseGroup):
                 output.copy_(scratch)
 
     def send(self, tensor: _Tensors, send_options: types.SendOptions) -> None:
-        """See BaseGroup."""
         self._exchange("send", tensor, send_options.dst_rank)
 
     def recv(self, tensor: _Tensors, recv_options: types.RecvOptions) -> None:
-        """See BaseGroup."""
         self._exchange("recv", tensor, recv_options.src_rank)
 
     def _reduce(self, tensor: torch.Tensor, root: int, operation: types.ReduceOp) -> None:

@@ -5,7 +5,7 @@ A name belongs to one Ray namespace, as the names of actors do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ray.experimental.rdt.common import ray_core
@@ -37,16 +37,17 @@ class Record:
 
     @property
     def is_ready(self) -> bool:
-        """Tell whether the group has been created."""
         return bool(self.members)
 
+    def may_live(self) -> bool:
+        """Tell whether any of the actors is alive, or will be, as far as Ray knows."""
+        return any(ray_core.actor_state(each) not in ("DEAD", "") for each in self.actor_ids)
+
     def encode(self) -> bytes:
-        """Return the record's bytes."""
         return protocol.pack(vars(self))
 
     @classmethod
     def decode(cls, data: bytes) -> Record:
-        """Reverse ``encode``."""
         body = protocol.unpack(data)
         members = tuple(map(Member.of, body["members"]))
         actor_ids, handles = tuple(body["actor_ids"]), tuple(body["handles"])
@@ -59,7 +60,6 @@ def reserve(record: Record) -> bool:
 
 
 def publish(record: Record) -> None:
-    """Publish the record of a group that is ready."""
     ray_core.kv_put(_key(record.name), record.encode(), _NAMESPACE)
 
 
@@ -80,11 +80,6 @@ def ready() -> Iterator[Record]:
         data = ray_core.kv_get(key, _NAMESPACE)
         if data and (record := Record.decode(data)).is_ready:
             yield record
-
-
-def is_any_alive(actor_ids: Sequence[str]) -> bool:
-    """Tell whether any of these actors is alive, or will be, as far as Ray knows."""
-    return any(ray_core.actor_state(actor_id) not in ("DEAD", "") for actor_id in actor_ids)
 
 
 def _prefix() -> bytes:

@@ -4,14 +4,8 @@ Any process that knows the members' agents can create a group. Members answer on
 threads, so that a busy actor can leave a group. A handler never waits for another handler, so
 groups that are created at the same time do not block each other.
 
-Requests (``rpc/protocol.py``):
-
-* ``rdt.group.join`` {id, name, backend, rank, members}: the member adds the group.
-* ``rdt.group.connect`` {id, timeout_s, creator}: sent after all have joined. The member
-  connects to all others on a thread of its own and then reports.
-* ``rdt.group.report`` {id, rank, error}: a member tells the creator that it is connected, or its
-  error.
-* ``rdt.group.leave`` {id, reason}: the member removes the group; its transfers fail.
+The creator sends ``rdt.group.join`` to all members, then ``rdt.group.connect``. Each member
+connects to all others on a thread of its own and then answers with ``rdt.group.report``.
 """
 
 from __future__ import annotations
@@ -75,18 +69,17 @@ class _Forming:
         Raises:
             MemberFailed: A member failed, or has not reported by the deadline.
         """
+        ranks = set(range(len(self.members)))
         with self.changed:
-            while True:
-                for rank, error in self.reports.items():
-                    if error:
-                        raise MemberFailed(rank, error)
-                missing = set(range(len(self.members))) - set(self.reports)
-                if not missing:
-                    return
-                left = deadline.left_s()
-                if left <= 0:
-                    raise MemberFailed(min(missing), "it was not connected in time")
-                self.changed.wait(min(left, 0.2))
+            self.changed.wait_for(
+                lambda: any(self.reports.values()) or ranks == set(self.reports), deadline.left_s()
+            )
+            for rank, error in self.reports.items():
+                if error:
+                    raise MemberFailed(rank, error)
+            missing = ranks - set(self.reports)
+        if missing:
+            raise MemberFailed(min(missing), "it was not connected in time")
 
 
 class GroupService:

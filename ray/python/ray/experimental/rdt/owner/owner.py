@@ -145,11 +145,7 @@ class Owner:
         return returned
 
     def open_stream(
-        self,
-        transport: str,
-        num_returns: Any,
-        objects_per_yield: int | None,
-        retry_exceptions: Any,
+        self, transport: str, num_returns: Any, objects_per_yield: int | None, retry_exceptions: Any
     ) -> Stream | DynamicCall:
         """Prepare a call of a generator: ``num_returns`` is "streaming" or "dynamic".
 
@@ -240,7 +236,6 @@ class Owner:
             return self._directory.find(key)
 
     def stats(self) -> dict[str, int]:
-        """Return the owner's part of ``ray.experimental.rdt.stats``."""
         return {
             "directory_rows": len(self._directory),
             "held_arguments": len(self._pins),

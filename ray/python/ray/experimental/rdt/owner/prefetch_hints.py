@@ -34,11 +34,8 @@ class HintSender:
         if address == location.address:
             return
         if address is not None:
-            body = {
-                "key": location.key,
-                "address": location.address,
-                "regions": location.regions,
-            }
+            regions = list(location.regions)
+            body = protocol.Hint(key=location.key, address=location.address, regions=regions)
             self._session.send_oneway(address, protocol.HINT, body, idempotent=False)
         elif time.monotonic() - asked >= _LOOK_UP_AGAIN_S:
             self._addresses[actor_id] = (None, time.monotonic())

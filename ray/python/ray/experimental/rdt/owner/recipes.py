@@ -88,7 +88,6 @@ class Recipe:
         return self.unavailable_reason or ("" if self.retries else "all its retries are used up")
 
     def runs_on(self, actor: str) -> bool:
-        """Tell whether it is a call of this actor's method."""
         return bool(actor) and self.actor == actor
 
     def use_retry(self) -> int:

@@ -69,7 +69,6 @@ class DynamicCall:
         self.spec = DynamicSpec(transport.lower(), retried)
 
     def add_to(self, flat_arguments: list[Any]) -> list[Any]:
-        """Return the flattened arguments of the call with the spec as one more keyword."""
         return [*flat_arguments, STREAM_KEYWORD, self.spec]
 
     def attach(self, ref: Any, actor: Any = None) -> Any:

@@ -221,7 +221,6 @@ class Producer:
         self._services().session.agent.release(key)
 
     def stats(self) -> dict[str, int]:
-        """Return the producer's part of ``ray.experimental.rdt.stats``."""
         return {
             "stored_objects": len(self.store),
             "stored_bytes": self.store.nbytes,

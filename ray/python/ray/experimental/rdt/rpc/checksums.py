@@ -116,7 +116,6 @@ def expected(session: Session, address: bytes, key: bytes) -> Expected | None:
 
 
 def log_retry(session: Session, way: str, error: ChecksumMismatch) -> None:
-    """Log that an object is pulled once more."""
     session.log_once(
         f"RDT received wrong bytes over {way} ({error}) and pulls the object once more",
         logging.WARNING,

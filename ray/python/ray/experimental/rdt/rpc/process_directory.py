@@ -25,7 +25,6 @@ def find_actor(actor_id: bytes) -> bytes | None:
 
 
 def publish_worker(session: Session, worker_id: bytes) -> None:
-    """Publish the worker and the address of this process's agent."""
     key = _worker_key(session.agent.agent_id)
     ray_core.kv_put(key, worker_id + session.address, KV_NAMESPACE)
 

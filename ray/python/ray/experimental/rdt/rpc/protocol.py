@@ -239,7 +239,6 @@ class MalformedMessage(ValueError):
 
 
 def encode_request(op: str, body: Any) -> bytes:
-    """Return a request's bytes."""
     return op.encode() + b"\0" + pack(body)
 
 
@@ -265,12 +264,10 @@ def body_of(request: bytes) -> dict[str, Any]:
 
 
 def encode_answer(body: Any) -> bytes:
-    """Return the bytes of an answer."""
     return pack({"body": body})
 
 
 def encode_error(error: str, code: str) -> bytes:
-    """Return the bytes of an answer that reports an error."""
     return pack({"error": error, "code": code})
 
 

@@ -115,9 +115,7 @@ class Captured:
 
 
 def lay_out(
-    tensors: list[torch.Tensor],
-    is_parameter: list[bool] | None = None,
-    may_gather: bool = True,
+    tensors: list[torch.Tensor], is_parameter: list[bool] | None = None, may_gather: bool = True
 ) -> Captured:
     """Find the regions of tensors and the place of each tensor in its region.
 
