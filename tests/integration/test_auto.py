@@ -14,7 +14,7 @@ import ray
 from ray.experimental.rdt import explain
 from ray.experimental.rdt.transports import selection
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
-from ray.experimental.rdt.transports.nixl.consumer import Consumer
+from ray.experimental.rdt.transports.nixl.endpoint import Endpoint
 from tests.integration.peers import LARGE, Peer, count_up, ones, pulls, total
 from tests.support import needs_nixl
 
@@ -81,10 +81,10 @@ def test_a_producer_without_the_library_is_asked_once(spawn: Any, far: Any) -> N
 
 
 def fail_to_read(_: Peer, code: str, may_still_write: bool) -> None:
-    def read(self: Consumer, *_: Any) -> None:
+    def read(self: Endpoint, *_: Any) -> None:
         raise nixl_engine.NixlError("the cable is out", code, may_still_write=may_still_write)
 
-    Consumer.read = read  # type: ignore[method-assign]
+    Endpoint.read = read  # type: ignore[method-assign]
 
 
 def test_a_read_that_fails_goes_over_the_lanes(producer: Any, far: Any) -> None:

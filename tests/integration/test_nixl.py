@@ -36,7 +36,7 @@ def filled(peer, value):
 def reads(peer):
     """How many exposures of other processes this one has read over nixl."""
     transport = ray._private.worker.global_worker.rdt_manager.transport("nixl")
-    endpoint = transport._endpoint.peek()
+    endpoint = transport._endpoint
     return sum(len(remote.exposures) for remote in endpoint.remotes._known.values())
 
 
@@ -138,7 +138,7 @@ def test_where_the_library_is_missing_another_lane_serves_and_is_said_once(produ
 
 def has_engine():
     nixl = ray._private.worker.global_worker.rdt_manager._find_nixl()
-    return nixl is not None and nixl._endpoint.peek() is not None
+    return nixl is not None and nixl._endpoint is not None
 
 
 @ray.remote(num_cpus=0)

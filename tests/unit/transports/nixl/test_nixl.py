@@ -21,7 +21,7 @@ from ray.experimental.rdt.producer.transport_server import await_writers
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.serialization.layout import lay_out
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.nixl import consumer as nixl_consumer
+from ray.experimental.rdt.transports.nixl import endpoint as nixl_endpoint
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
 from ray.experimental.rdt.transports.nixl import transport as nixl_transport
 from ray.experimental.rdt.transports.nixl.engine import (
@@ -118,7 +118,7 @@ def test_a_consumer_registers_its_memory_while_it_lives(fabric, producer, consum
 
 
 def test_a_read_that_hangs_keeps_its_memory_until_it_ends(fabric, producer, consumer, monkeypatch):
-    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.05)
+    monkeypatch.setattr(nixl_endpoint, "_GRACE_S", 0.05)
     fabric.looks = None
     sent = pattern(100)
     exposed = expose(producer, sent)
@@ -152,7 +152,7 @@ def test_hosts_without_rdma_take_another_lane(fabric, producer, consumer, monkey
     class Strict:
         strict_transport = True
 
-    monkeypatch.setattr(nixl_consumer, "settings", lambda: Strict)
+    monkeypatch.setattr(nixl_endpoint, "settings", lambda: Strict)
     read(consumer, exposed, received)
     assert same(sent, received)
 
@@ -368,12 +368,12 @@ def test_a_program_that_reaches_for_nixl_reads_finished_memory(producer, consume
     def soon(gate):
         threading.Timer(0.2, gate.set).start()
 
-    monkeypatch.setattr(nixl_tensor_transport, "_transport", lambda: producer)
+    monkeypatch.setattr(nixl_tensor_transport, "nixl_transport", lambda: producer)
     launch(sent, 5, gates[0])
     soon(gates[0])
     described = NixlTensorTransport().extract_tensor_transport_metadata("object", [sent])
     assert sent.tolist() == [5] * 4
-    monkeypatch.setattr(nixl_tensor_transport, "_transport", lambda: consumer)
+    monkeypatch.setattr(nixl_tensor_transport, "nixl_transport", lambda: consumer)
     launch(target, 1, gates[1])
     soon(gates[1])
     NixlTensorTransport().recv_multiple_tensors("object", described, None, [target])
@@ -399,7 +399,7 @@ def test_device_memory_is_read_in_few_requests(fabric, producer, consumer):
     read(consumer, expose(producer, sent), received)
     calls = [call for engine in fabric.engines.values() for call, _ in engine.log]
     assert calls.count("post") == 1
-    assert nixl_consumer._DEVICE_BATCH_NBYTES >= 256 << 20
+    assert nixl_endpoint._DEVICE_BATCH_NBYTES >= 256 << 20
 
 
 def test_small_tensors_of_a_device_are_one_registration(fabric, producer):
@@ -452,14 +452,14 @@ def test_a_read_whose_task_is_cancelled_ends(fabric, producer, consumer, monkeyp
         if len(asked) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(nixl_consumer, "raise_if_cancelled", cancelled_at_the_second_look)
-    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.3)
+    monkeypatch.setattr(nixl_endpoint, "raise_if_cancelled", cancelled_at_the_second_look)
+    monkeypatch.setattr(nixl_endpoint, "_GRACE_S", 0.3)
     sent = pattern(100)
     exposed = expose(producer, sent)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt) as cancelled:
         read(consumer, exposed, blanks(sent))
-    assert len(consumer._consumer._hung) == 1  # its memory is kept
+    assert len(consumer._endpoint._hung) == 1  # its memory is kept
     assert cancelled.value.__cause__ is None
     assert time.monotonic() - started < 5
     assert len(asked) == 2  # not while it settles

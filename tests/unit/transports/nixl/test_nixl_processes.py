@@ -16,7 +16,7 @@ import torch
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.nixl import consumer as nixl_consumer
+from ray.experimental.rdt.transports.nixl import endpoint as nixl_endpoint
 from ray.experimental.rdt.transports.nixl.engine import NixlError, open_engine
 from ray.experimental.rdt.transports.nixl.plan import Spans
 from ray.experimental.rdt.transports.nixl.transport import NixlTransport
@@ -206,7 +206,7 @@ def test_a_dead_producer_is_noticed_at_once(consumer):
 
 
 def test_a_stopped_producer_costs_the_deadline_and_no_memory(monkeypatch):
-    monkeypatch.setattr(nixl_consumer, "_GRACE_S", 0.1)
+    monkeypatch.setattr(nixl_endpoint, "_GRACE_S", 0.1)
     producer, consumer = Producer(TCP), make(TCP)
     sizes = (MB,)
     exposed = producer.ask("put", "object", sizes, 1)
@@ -217,10 +217,10 @@ def test_a_stopped_producer_costs_the_deadline_and_no_memory(monkeypatch):
         with pytest.raises(TimeoutError):
             read(consumer, exposed, sizes, 0.3)
         assert time.monotonic() - began < 5
-        assert len(consumer._consumer._hung) == 1
+        assert len(consumer._endpoint._hung) == 1
     finally:
         producer.signal(signal.SIGCONT)
-    while consumer._consumer._hung:
+    while consumer._endpoint._hung:
         assert same(read(consumer, exposed, sizes), pattern(sizes, 1))
     assert producer.process.is_alive()
     producer.kill()

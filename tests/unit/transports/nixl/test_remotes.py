@@ -12,7 +12,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl import remotes as nixl_remotes
 from ray.experimental.rdt.transports.nixl.engine import NixlError
-from ray.experimental.rdt.transports.nixl.remotes import Exposure, Remotes
+from ray.experimental.rdt.transports.nixl.remotes import Remotes
 from tests.unit.transports.nixl.nixl_fakes import Fabric
 
 
@@ -28,7 +28,7 @@ def remotes(engine):
 
 def exposure(agent="peer", number=1, version=0):
     blob = pickle.dumps((agent, "DRAM", []))
-    return Exposure(agent, number, version, [blob])
+    return {"agent": agent, "number": number, "version": version, "metadata": [blob]}
 
 
 def soon():

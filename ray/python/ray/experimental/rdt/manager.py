@@ -93,7 +93,7 @@ class RDTManager:
     def _begin_nixl(self) -> None:
         """Runs on: an rdt-nixl-begin thread."""
         try:
-            cast("NixlTransport", self.transport("nixl")).begin()
+            cast("NixlTransport", self.transport("nixl")).endpoint()
         except Exception:  # reported when an object would use it, or Ray is shutting down
             logger.debug("RDT could not start nixl ahead of time", exc_info=True)
 

@@ -71,11 +71,11 @@ class NixlTensorTransport(TensorTransportManager):
             TransportUnavailable: nixl cannot be started. If it is not installed, the error is also
                 an ImportError.
         """
-        return nixl_transport().engine.agent
+        return nixl_transport().endpoint().engine.agent
 
     def select_backend(self) -> str:
         """Return the nixl backend of the agent: "UCX" or "LIBFABRIC"."""
-        return nixl_transport().engine.backend
+        return nixl_transport().endpoint().engine.backend
 
     # Ray's weight transfer benchmark and its tests read these attributes of Ray's class.
 

@@ -19,13 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ray.experimental.rdt.accelerators.events import Event
+from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
 
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.events import Event
+Buffers = Sequence["torch.Tensor"]
+Events = Sequence[Event]
+
+#: A description that both sides understand, carried between them in msgpack.
+Route = dict[str, Any]
 
 
 class TransportUnavailable(TransferFailed):
@@ -37,6 +43,21 @@ class TransportUnavailable(TransferFailed):
     """
 
     code = "unavailable"
+
+
+def check_clear_allowed(limit: str) -> None:
+    """Check that this process may send bytes unencrypted.
+
+    Args:
+        limit: What the library that would send them cannot do.
+
+    Raises:
+        TransportUnavailable: Ray uses TLS, and ``RAY_RDT_ALLOW_CLEAR_TCP=1`` is not set.
+    """
+    if not settings().clear_tcp:
+        raise TransportUnavailable(
+            f"RAY_USE_TLS=1 is set, and {limit}; RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
+        )
 
 
 @dataclass(frozen=True)
@@ -112,16 +133,12 @@ class Shipment(NamedTuple):
     has_regions: bool
 
 
-#: A description that both sides understand, carried between them in msgpack.
-Route = dict[str, Any]
-
-
 class OneSided(Protocol):
     """A transport whose consumers read memory that the producer has exposed."""
 
     capabilities: Capabilities
 
-    def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
+    def expose(self, buffers: Buffers) -> Route:
         """Describe flat uint8 ``buffers`` so that ``read`` in another process can reach them.
 
         Runs on: producer, an ``rdt-expose`` thread, at an object's first pull over this transport.
@@ -132,12 +149,7 @@ class OneSided(Protocol):
         """
 
     def read(
-        self,
-        peer: Peer,
-        exposed: Route,
-        buffers: Sequence[torch.Tensor],
-        deadline: Deadline,
-        after: Sequence[Event] = (),
+        self, peer: Peer, exposed: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
         """Fill flat uint8 ``buffers``, which match the exposed ones one to one.
 
@@ -168,12 +180,7 @@ class Lending(Protocol):
     capabilities: Capabilities
 
     def lend(
-        self,
-        peer_id: bytes,
-        asked: Route,
-        buffers: Sequence[torch.Tensor],
-        events: Sequence[Event],
-        deadline: Deadline,
+        self, peer_id: bytes, asked: Route, buffers: Buffers, events: Events, deadline: Deadline
     ) -> Route:
         """Keep flat buffers for a consumer, and describe them for ``Borrowing.take``.
 
@@ -230,7 +237,7 @@ class TwoSided(Protocol):
             TransportUnavailable: There is no route to this peer.
         """
 
-    def send(self, route: Route, buffers: Sequence[torch.Tensor], deadline: Deadline) -> None:
+    def send(self, route: Route, buffers: Buffers, deadline: Deadline) -> None:
         """Send flat uint8 ``buffers`` along ``route``.
 
         Runs on: producer, an ``rdt-send`` thread; returns when the buffers may change again. A send
@@ -238,11 +245,7 @@ class TwoSided(Protocol):
         """
 
     def receive(
-        self,
-        route: Route,
-        buffers: Sequence[torch.Tensor],
-        deadline: Deadline,
-        after: Sequence[Event] = (),
+        self, route: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
         """Fill flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
 

@@ -1,7 +1,7 @@
 """gloo: CPU tensors over torch's gloo process groups, TCP between the nodes' Ray addresses.
 
 Gloo does not authenticate peers and does not encrypt. If Ray uses TLS, gloo is refused unless
- ``RAY_RDT_ALLOW_CLEAR_TCP`` is not set.
+``RAY_RDT_ALLOW_CLEAR_TCP=1``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from array import array
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,21 +16,20 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt._agent import read_memory
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
-from ray.experimental.rdt.transports.base import Capabilities
-from ray.experimental.rdt.transports.process_group.backend import (
-    CONSUMER,
-    MAX_TAG,
-    PRODUCER,
+from ray.experimental.rdt.transports.base import (
     Buffers,
+    Capabilities,
+    Events,
+    TransportUnavailable,
+    check_clear_allowed,
 )
+from ray.experimental.rdt.transports.process_group.backend import CONSUMER, MAX_TAG, PRODUCER
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 
@@ -50,20 +48,16 @@ class GlooBackend:
         self._lock = threading.Lock()
         self._device: Any = None
 
-    def unavailable_reason(self) -> str:
-        """See ``Backend``."""
-        if not settings().clear_tcp:
-            return (
-                "RAY_USE_TLS=1 is set, and gloo does not encrypt; "
-                "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
-            )
+    def check_available(self) -> None:
+        check_clear_allowed("gloo does not encrypt")
         try:
             import torch.distributed
         except ImportError as error:
-            return f"gloo needs torch, which this process cannot import: {error}"
+            raise TransportUnavailable(
+                f"gloo needs torch, which this process cannot import: {error}"
+            ) from error
         if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-            return "this build of torch has no gloo"
-        return ""
+            raise TransportUnavailable("this build of torch has no gloo")
 
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
@@ -102,7 +96,7 @@ class GlooBackend:
         """See ``Backend``."""
         work.wait(timedelta(seconds=timeout_s))
 
-    def transfer_context(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+    def transfer_context(self, after: Events) -> AbstractContextManager[None]:
         """See ``Backend``."""
         return contextlib.nullcontext()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,14 @@ from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
-from ray.experimental.rdt.transports.base import Capabilities, TransportUnavailable
-from ray.experimental.rdt.transports.process_group.backend import PRODUCER, Buffers
+from ray.experimental.rdt.transports.base import (
+    Buffers,
+    Capabilities,
+    Events,
+    TransportUnavailable,
+    check_clear_allowed,
+)
+from ray.experimental.rdt.transports.process_group.backend import PRODUCER
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:
@@ -65,22 +71,18 @@ class NcclBackend:
         self._lock = threading.Lock()
         self._idle_streams: list[Any] = []
 
-    def unavailable_reason(self) -> str:
-        """See ``Backend``."""
-        if not settings().clear_tcp:
-            return (
-                "RAY_USE_TLS=1 is set, and nccl does not encrypt between nodes; "
-                "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
-            )
+    def check_available(self) -> None:
+        check_clear_allowed("nccl does not encrypt between nodes")
         try:
             import torch.distributed
         except ImportError as error:
-            return f"nccl needs torch, which this process cannot import: {error}"
+            raise TransportUnavailable(
+                f"nccl needs torch, which this process cannot import: {error}"
+            ) from error
         if not torch.cuda.is_available():
-            return "nccl needs an NVIDIA GPU, and this process has none"
+            raise TransportUnavailable("nccl needs an NVIDIA GPU, and this process has none")
         if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
-            return "this build of torch has no NCCL"
-        return ""
+            raise TransportUnavailable("this build of torch has no NCCL")
 
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
@@ -153,7 +155,7 @@ class NcclBackend:
         work.wait(timeout_s)
 
     @contextlib.contextmanager
-    def transfer_context(self, after: Sequence[Event]) -> Iterator[None]:
+    def transfer_context(self, after: Events) -> Iterator[None]:
         """See ``Backend``. Each transfer has a stream of its own while it runs.
 
         Its operations wait for the other end. On a stream that others use, the default one for

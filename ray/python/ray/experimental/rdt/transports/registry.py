@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.once import Once
@@ -83,21 +83,12 @@ class Transports:
             return None
         return cast(UserTransport, self.get(name))
 
-    def _maker(self, name: str) -> Callable[[], Transport]:
-        if name in _FACTORIES:
-            return functools.partial(self._make, name)
-        return cast("Callable[[], Transport]", self._maker_of_users(name))
-
-    def _make(self, name: str) -> Transport:
-        module, factory = _FACTORIES[name]
+    def _maker(self, name: str) -> Callable[[], Any]:
         try:
-            make = getattr(importlib.import_module(module), factory)
-        except ImportError as error:
-            raise TransportUnavailable(f"transport {name!r} cannot be loaded: {error}") from error
-        return cast(Transport, make(self._session))
-
-    def _maker_of_users(self, name: str) -> Callable[[], UserTransport]:
-        try:
+            if name in _FACTORIES:
+                module, factory = _FACTORIES[name]
+                make = getattr(importlib.import_module(module), factory)
+                return functools.partial(make, self._session)
             entry = registered.find(name.upper())
         except ImportError as error:
             raise TransportUnavailable(f"transport {name!r} cannot be loaded: {error}") from error
@@ -106,7 +97,9 @@ class Transports:
                 f"transport {name!r} is not known here; "
                 "ray.experimental.register_tensor_transport makes it known"
             )
-        return functools.partial(UserTransport, self._session, entry)
+        return cast(
+            "Callable[[], Transport]", functools.partial(UserTransport, self._session, entry)
+        )
 
     def made(self) -> list[Transport]:
         """Return the transports that were created."""

@@ -18,19 +18,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators import writers
+from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
+from ray.experimental.rdt.transports.base import (
+    Buffers,
+    Capabilities,
+    Events,
+    Peer,
+    Route,
+    TransportUnavailable,
+    check_clear_allowed,
+)
 from ray.experimental.rdt.transports.calls import call
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
-from ray.experimental.rdt.transports.nixl.consumer import Consumer
-from ray.experimental.rdt.transports.nixl.endpoint import LazyEndpoint
+from ray.experimental.rdt.transports.nixl.endpoint import Endpoint
 from ray.experimental.rdt.transports.nixl.engine import NixlEngine, NixlError
 from ray.experimental.rdt.transports.nixl.plan import KINDS, spans_of
 from ray.experimental.rdt.transports.nixl.registration import Lease
@@ -38,7 +46,6 @@ from ray.experimental.rdt.transports.nixl.registration import Lease
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 
@@ -62,21 +69,32 @@ class NixlTransport:
         session: Session | None = None,
         open_engine: Callable[[], NixlEngine] = nixl_engine.open_engine,
     ):
-        if not settings().clear_tcp:
-            raise TransportUnavailable(
-                "RAY_USE_TLS=1 is set, and nixl does not encrypt; "
-                "RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
-            )
+        check_clear_allowed("nixl does not encrypt")
         if open_engine is nixl_engine.open_engine:
             nixl_engine.check_installed()
-        self._endpoint = LazyEndpoint(open_engine)
-        self._consumer = Consumer(self._endpoint)
+        self._open_engine = open_engine
+        self._lock = threading.Lock()
+        self._endpoint: Endpoint | None = None
+        self._is_closed = False
         self._stream: torch.cuda.Stream | None = None
         self._awaits_devices = False
         self._exposed: dict[int, Lease] = {}
         self._numbers = itertools.count(1)
 
-    def expose(self, buffers: Sequence[torch.Tensor]) -> Route:
+    def endpoint(self) -> Endpoint:
+        """Return this process's agent; start it if it is not running.
+
+        Raises:
+            TransportUnavailable: nixl cannot be started, or was closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise TransportUnavailable("nixl has been closed in this process")
+            if self._endpoint is None:
+                self._endpoint = Endpoint(self._open_engine())
+            return self._endpoint
+
+    def expose(self, buffers: Buffers) -> Route:
         """See ``OneSided``. Blocks as ``check_writers`` does.
 
         Raises:
@@ -85,7 +103,7 @@ class NixlTransport:
         spans = spans_of(buffers)
         if not spans.nbytes:
             return {"spans": spans.encode()}
-        endpoint = self._endpoint.get()
+        endpoint = self.endpoint()
         self.check_writers(buffers)
         number = next(self._numbers)
         try:
@@ -100,12 +118,7 @@ class NixlTransport:
         return described
 
     def read(
-        self,
-        peer: Peer,
-        exposed: Route,
-        buffers: Sequence[torch.Tensor],
-        deadline: Deadline,
-        after: Sequence[Event] = (),
+        self, peer: Peer, exposed: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
         """See ``OneSided``.
 
@@ -117,30 +130,29 @@ class NixlTransport:
             TimeoutError: Not all bytes arrived by the deadline, or a GPU still used the buffers.
             NixlError: The transfer failed; its ``code`` is "peer_lost" if the connection broke.
         """
-        self._consumer.read(exposed, buffers, deadline, after)
+        if "agent" in exposed or any(buffer.numel() for buffer in buffers):
+            self.endpoint().read(exposed, buffers, deadline, after)
 
     def withdraw(self, exposed: Route) -> None:
         """See ``OneSided``."""
-        ended = self._exposed.pop(exposed.get("number", 0), None)
-        endpoint = self._endpoint.peek()
-        if ended is None or endpoint is None:
-            return
-        endpoint.registrations.release(ended)
+        ended, endpoint = self._exposed.pop(exposed.get("number", 0), None), self._endpoint
+        if ended is not None and endpoint is not None:
+            endpoint.registrations.release(ended)
 
     def register_memory(self, tensor: torch.Tensor) -> None:
         """Register a tensor's storage until as many calls of ``deregister_memory``."""
-        self._endpoint.get().registrations.pin(tensor)
+        self.endpoint().registrations.pin(tensor)
 
     def deregister_memory(self, tensor: torch.Tensor) -> None:
         """Undo one ``register_memory``. Raises ValueError if there is none to undo."""
-        self._endpoint.get().registrations.unpin(tensor)
+        self.endpoint().registrations.unpin(tensor)
 
-    def has_registered(self, buffers: Sequence[torch.Tensor]) -> bool:
+    def has_registered(self, buffers: Buffers) -> bool:
         """Return whether any of this memory is registered by ``register_memory``."""
-        endpoint = self._endpoint.peek()
+        endpoint = self._endpoint
         return endpoint is not None and endpoint.registrations.has_pinned(spans_of(buffers))
 
-    def check_writers(self, buffers: Sequence[torch.Tensor]) -> None:
+    def check_writers(self, buffers: Buffers) -> None:
         """Wait for the buffers' devices after ``set_cuda_stream(None)``.
 
         Blocks for half the fetch timeout at most.
@@ -172,20 +184,15 @@ class NixlTransport:
         self._awaits_devices = stream is None
         writers.name_stream(stream)
 
-    def begin(self) -> None:
-        """Start the agent if it is not running. Raises TransportUnavailable."""
-        self._endpoint.get()
-
-    @property
-    def engine(self) -> NixlEngine:
-        """This process's agent; started if it is not running. Raises TransportUnavailable."""
-        return self._endpoint.get().engine
-
     def close(self) -> None:
         """See ``OneSided``."""
         writers.name_stream(None)
         self._exposed.clear()
-        self._endpoint.close()
+        with self._lock:
+            endpoint, self._endpoint = self._endpoint, None
+            self._is_closed = True
+        if endpoint is not None:
+            endpoint.engine.close()
 
 
 def _await_device(device: torch.device, deadline: Deadline) -> None:
