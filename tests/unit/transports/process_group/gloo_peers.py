@@ -19,6 +19,7 @@ from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.gloo import GlooTransport
+from ray.experimental.rdt.transports.process_group.link import Link
 from ray.experimental.rdt.transports.process_group.transport import serve_links
 
 _NOISE_NBYTES = (1 << 20) - 3  # shares no period with segments and slots
@@ -178,6 +179,11 @@ def pattern(sizes, seed: int) -> list[torch.Tensor]:
         whole, rest = divmod(nbytes, part.numel())
         buffers.append(torch.cat([part] * whole + [part[:rest]]))
     return buffers
+
+
+def open_links(node: Node) -> list[Link]:
+    """The open links of a node."""
+    return list(node.transport._links._by_id.values())
 
 
 def blanks(sizes) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from ray.experimental.rdt.transports.process_group.link import (
     TransferTimedOut,
 )
 from tests.support import wait_until
-from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern, same
+from tests.unit.transports.process_group.gloo_peers import Node, blanks, open_links, pattern, same
 
 KB, MB = 1 << 10, 1 << 20
 
@@ -88,13 +88,13 @@ def test_one_link_serves_many_transfers(nodes):
     consumer, producer = nodes()
     for seed in range(5):
         round_trip(consumer, producer, [100 * KB], seed=seed)
-    assert len(consumer.transport._links.all()) == len(producer.transport._links.all()) == 1
+    assert len(open_links(consumer)) == len(open_links(producer)) == 1
 
 
 def test_link_is_made_once_when_many_ask(nodes):
     consumer, producer = nodes()
     run_all([lambda i=i: round_trip(consumer, producer, [KB], f"o{i}", i) for i in range(8)])
-    assert len(consumer.transport._links.all()) == 1
+    assert len(open_links(consumer)) == 1
 
 
 def test_both_directions_at_once(nodes):
@@ -109,9 +109,9 @@ def test_refusal_reaches_the_consumer_and_keeps_the_link(nodes):
     producer.objects["x"] = [torch.empty(4, dtype=torch.uint8, device="meta")]
     with pytest.raises(TransferRefused, match="CPU tensors only"):
         consumer.fetch(producer.peer, "x", blanks([4]))
-    links = consumer.transport._links.all()
+    links = open_links(consumer)
     round_trip(consumer, producer, [4])
-    assert consumer.transport._links.all() == links
+    assert open_links(consumer) == links
 
 
 def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
@@ -121,7 +121,7 @@ def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
         consumer.fetch(producer.peer, "x", [torch.empty(4, dtype=torch.uint8, device="meta")])
     assert isinstance(refused.value, TransportUnavailable)
     assert not refused.value.retryable
-    wait_until(lambda: not consumer.transport._links.all(), "the producer must not send for long")
+    wait_until(lambda: not open_links(consumer), "the producer must not send for long")
     round_trip(consumer, producer, [4])
 
 
@@ -129,9 +129,9 @@ def test_route_that_the_producer_refused_gives_the_link_back(nodes):
     consumer, producer = nodes()
     route = consumer.transport.route(producer.peer, Deadline.after(20))
     consumer.transport.abandon(route, may_send=False)
-    assert [link.leased_until for link in consumer.transport._links.all()] == [None]
+    assert [link.leased_until for link in open_links(consumer)] == [None]
     round_trip(consumer, producer, [4])
-    assert [link.id for link in consumer.transport._links.all()] == [route["link"]]
+    assert [link.id for link in open_links(consumer)] == [route["link"]]
 
 
 def test_route_that_is_given_up_ends_the_send(nodes):
@@ -152,7 +152,7 @@ def test_route_whose_link_is_gone_can_be_given_up(nodes, may_send):
     route = consumer.transport.route(producer.peer, Deadline.after(20))
     consumer.transport._find(route).close("the connection broke")
     consumer.transport.abandon(route, may_send)
-    assert not consumer.transport._links.all()
+    assert not open_links(consumer)
 
 
 def test_other_sizes_are_an_error_and_nobody_dies(nodes):
@@ -310,12 +310,12 @@ def group_of(nodes, group_id="g1", name="group"):
 def test_group_has_all_its_links_before_the_first_transfer(nodes):
     members = nodes(4)
     group_of(members)
-    assert [len(n.transport._links.all()) for n in members] == [6] * 4
+    assert [len(open_links(n)) for n in members] == [6] * 4
     for consumer in members:
         for producer in members:
             if consumer is not producer:
                 round_trip(consumer, producer, [KB])
-    assert [len(n.transport._links.all()) for n in members] == [6] * 4
+    assert [len(open_links(n)) for n in members] == [6] * 4
 
 
 def test_destroyed_group_fails_its_transfers_and_leaves_others(nodes):
@@ -336,7 +336,7 @@ def test_destroyed_group_fails_its_transfers_and_leaves_others(nodes):
     b.send_delay_s = 0.0
     round_trip(a, c, [KB])
     round_trip(a, b, [KB])  # as a pair
-    assert sorted(link.scope for link in a.transport._links.all()) == ["", "g2", "g2"]
+    assert sorted(link.scope for link in open_links(a)) == ["", "g2", "g2"]
 
 
 def test_connect_names_the_member_that_cannot_be_reached(nodes):

@@ -15,7 +15,7 @@ import pytest
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.process_group.link import TransferFailed
-from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern, same
+from tests.unit.transports.process_group.gloo_peers import Node, blanks, open_links, pattern, same
 
 KB, MB = 1 << 10, 1 << 20
 
@@ -36,7 +36,7 @@ def worker(pipe):
             elif name == "fetch_all":
                 pipe.send(list(pool.map(lambda job: fetch(node, *job), args)))
             elif name == "links":
-                pipe.send(len(node.transport._links.all()))
+                pipe.send(len(open_links(node)))
     node.close()
     os._exit(0)
 
@@ -154,7 +154,7 @@ def test_death_of_the_consumer_frees_the_producer(workers, node):
     job = (node.peer.address, node.peer.agent_id, "x", [512 * MB], 1, 0)
     consumer.pipe.send(("fetch_all", [job]))
     end = Deadline.after(20)
-    while not node.transport._links.all() and not end.has_passed():
+    while not open_links(node) and not end.has_passed():
         time.sleep(0.001)
     time.sleep(0.05)
     os.kill(consumer.pid, signal.SIGKILL)
@@ -164,9 +164,9 @@ def test_death_of_the_consumer_frees_the_producer(workers, node):
         time.sleep(0.01)
     assert node.send_errors
     assert time.monotonic() - started < 1.5
-    while node.transport._links.all() and time.monotonic() - started < 10:
+    while open_links(node) and time.monotonic() - started < 10:
         time.sleep(0.01)
-    assert not node.transport._links.all()
+    assert not open_links(node)
 
 
 def test_stopped_producer_costs_its_consumer_the_deadline_only(workers, node):

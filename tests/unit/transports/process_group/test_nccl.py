@@ -18,7 +18,7 @@ from ray.experimental.rdt.transports.nccl import NcclBackend
 from ray.experimental.rdt.transports.process_group.link import TransferRefused
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 from tests.fake_device import TYPE, Event, Stream, accelerator, launch, on_host
-from tests.unit.transports.process_group.gloo_peers import Node, pattern
+from tests.unit.transports.process_group.gloo_peers import Node, open_links, pattern
 from tests.unit.transports.process_group.test_gloo import run_all
 
 KB, MB = 1 << 10, 1 << 20
@@ -85,8 +85,8 @@ class Backend(NcclBackend):
         self.gloo = GlooBackend("127.0.0.1")
         self.pool_stream = Stream()
 
-    def unavailable_reason(self):
-        return ""
+    def check_available(self):
+        pass
 
     def make(self, store, rank, size, timeout_s, has_collectives):
         inner = self.gloo.make(store, rank, size, timeout_s, has_collectives)
@@ -171,7 +171,7 @@ def test_device_buffers_arrive(nodes, sizes):
 
 def test_a_link_carries_one_transfer_at_a_time(nodes):
     run_all([lambda i=i: round_trip(*nodes, [KB, MB], f"o{i}", i) for i in range(6)])
-    links = nodes[0].transport._links.all()
+    links = open_links(nodes[0])
     assert 1 <= len(links) <= 4
 
 
@@ -319,7 +319,8 @@ def test_tls_without_permission_is_refused(monkeypatch):
     settings.cache_clear()
     monkeypatch.setenv("RAY_USE_TLS", "1")
     try:
-        assert "TLS" in NcclBackend(accelerator, DEVICE).unavailable_reason()
+        with pytest.raises(TransportUnavailable, match="TLS"):
+            NcclBackend(accelerator, DEVICE).check_available()
     finally:
         monkeypatch.undo()
         settings.cache_clear()
@@ -327,4 +328,5 @@ def test_tls_without_permission_is_refused(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so():
-    assert "NVIDIA GPU" in NcclBackend(accelerator, DEVICE).unavailable_reason()
+    with pytest.raises(TransportUnavailable, match="NVIDIA GPU"):
+        NcclBackend(accelerator, DEVICE).check_available()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ray.experimental.rdt.transports.process_group import packing
-from ray.experimental.rdt.transports.process_group.packing import Direct, Header, Packed, plan
+from ray.experimental.rdt.transports.process_group.packing import Header, Message, plan
 
 KB, MB = 1 << 10, 1 << 20
 
@@ -25,8 +25,8 @@ sizes = st.lists(
 
 
 def covered(message, sizes):
-    if isinstance(message, Direct):
-        return [(message.index, message.start, message.stop)]
+    if not message.is_packed:
+        return [(message.first, message.start, message.start + message.nbytes)]
     return [(i, 0, sizes[i]) for i in range(message.first, message.last) if sizes[i]]
 
 
@@ -46,8 +46,8 @@ def test_every_byte_moves_once_and_in_order(sizes):
 @given(sizes)
 def test_messages_keep_their_limits(sizes):
     for message in plan(sizes):
-        if isinstance(message, Direct):
-            assert 0 < message.stop - message.start <= packing.SEGMENT_NBYTES
+        if not message.is_packed:
+            assert 0 < message.nbytes <= packing.SEGMENT_NBYTES
         else:
             members = sizes[message.first : message.last]
             assert sum(members) == message.nbytes <= packing.SLOT_NBYTES
@@ -59,7 +59,8 @@ def test_small_buffers_share_messages():
 
 
 def test_lone_small_buffer_goes_straight():
-    assert list(plan([0, MB, 5, MB, 0])) == [Direct(1, 0, MB), Direct(2, 0, 5), Direct(3, 0, MB)]
+    expected = [Message(1, 2, 0, MB), Message(2, 3, 0, 5), Message(3, 4, 0, MB)]
+    assert list(plan([0, MB, 5, MB, 0])) == expected
 
 
 def test_nothing_needs_no_message():
@@ -67,7 +68,8 @@ def test_nothing_needs_no_message():
 
 
 def test_mixed_runs():
-    assert list(plan([1, 2, MB, 3, 4])) == [Packed(0, 2, 3), Direct(2, 0, MB), Packed(3, 5, 7)]
+    expected = [Message(0, 2, 0, 3), Message(2, 3, 0, MB), Message(3, 5, 0, 7)]
+    assert list(plan([1, 2, MB, 3, 4])) == expected
 
 
 @given(sizes, st.integers(1, 2**31 - 1))

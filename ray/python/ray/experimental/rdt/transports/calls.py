@@ -22,21 +22,25 @@ class Call:
     Args:
         method: The name of the method, for messages.
         thread_name: The name of the thread that runs it.
+
+    Attributes:
+        ended: Set at its end.
+        lock: Held while it ends.
+        error: The error that ended it, None without one.
     """
 
     def __init__(self, method: str, thread_name: str = "rdt-user"):
         self._method = method
         self._thread_name = thread_name
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
         self._result: Any = None
+        self.ended = threading.Event()
+        self.lock = threading.Lock()
         self.error: BaseException | None = None
 
     def start(self, action: Callable[[], Any]) -> None:
         """Run the code, unless the call has already ended."""
-        if self._ended.is_set():
-            return
-        threading.Thread(target=self._run, args=(action,), name=self._thread_name).start()
+        if not self.ended.is_set():
+            threading.Thread(target=self._run, args=(action,), name=self._thread_name).start()
 
     def _run(self, action: Callable[[], Any]) -> None:
         """Runs on: a thread of its own."""
@@ -49,17 +53,23 @@ class Call:
 
     def end(self, result: Any = None, error: BaseException | None = None) -> None:
         """Give the waiting thread its result. Only the first call counts."""
-        with self._lock:
-            if not self._ended.is_set():
+        with self.lock:
+            if not self.ended.is_set():
                 self._result, self.error = result, error
-                self._ended.set()
+                self.ended.set()
+
+    def ends_by(self, deadline: Deadline) -> bool:
+        """Wait for the end; return False if the deadline passes before."""
+        while not self.ended.wait(min(SLICE_S, deadline.left_s())):
+            if deadline.has_passed():
+                return False
+            raise_if_cancelled()
+        return True
 
     def wait(self, deadline: Deadline) -> Any:
         """Return the result, or raise the error. Raises TimeoutError at the deadline."""
-        while not self._ended.wait(min(SLICE_S, deadline.left_s())):
-            if deadline.has_passed():
-                raise TimeoutError(f"the transport's own {self._method} did not return in time")
-            raise_if_cancelled()
+        if not self.ends_by(deadline):
+            raise TimeoutError(f"the transport's own {self._method} did not return in time")
         if self.error is not None:
             raise self.error
         return self._result
@@ -71,4 +81,7 @@ def call(
     """Run code on a thread of its own. Raises TimeoutError at the deadline."""
     made = Call(method, thread_name)
     made.start(action)
-    return made.wait(deadline)
+    try:
+        return made.wait(deadline)
+    finally:
+        made.error = None  # its traceback refers to this frame

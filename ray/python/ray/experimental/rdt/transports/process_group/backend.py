@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ray.experimental.rdt.transports.base import Capabilities
+from ray.experimental.rdt.transports.base import Buffers, Capabilities, Events
 
 if TYPE_CHECKING:
     import torch
-
-    from ray.experimental.rdt.accelerators.events import Event
 
 #: Ranks in a link's process group.
 CONSUMER, PRODUCER = 0, 1
 
 MAX_TAG = 2**31 - 1  # gloo takes a C int
-
-Buffers = Sequence["torch.Tensor"]
 
 
 class Backend(Protocol):
@@ -28,8 +23,8 @@ class Backend(Protocol):
     #: Whether tags keep transfers apart, so that one link can carry many at once.
     has_tags: bool
 
-    def unavailable_reason(self) -> str:
-        """Return why this process cannot use the backend, "" if it can."""
+    def check_available(self) -> None:
+        """Raise TransportUnavailable, with the reason, if this process cannot use the backend."""
 
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
@@ -56,7 +51,7 @@ class Backend(Protocol):
     def wait(self, work: Any, timeout_s: float) -> None:
         """Wait for a send or receive, without the GIL. Raises on failure and timeout."""
 
-    def transfer_context(self, after: Sequence[Event]) -> AbstractContextManager[None]:
+    def transfer_context(self, after: Events) -> AbstractContextManager[None]:
         """Return a context for the transfer's thread that orders the work of devices.
 
         Args:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.rpc import protocol
-from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
+from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.process_group.backend import CONSUMER, PRODUCER, Backend
 from ray.experimental.rdt.transports.process_group.link import Link
 from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE_S, Links
@@ -51,12 +51,6 @@ class Connector:
         self._check_open = check_open
         self.links = Links(backend, self._connect, check_open)
         self.pending = PendingGroups(self._publish)
-
-    def check_available(self) -> None:
-        """Raise TransportUnavailable, with the reason, if this process cannot use the backend."""
-        reason = self._backend.unavailable_reason()
-        if reason:
-            raise TransportUnavailable(reason)
 
     def make_group(
         self, name: str, rank: int, size: int, timeout_s: float, has_collectives: bool
@@ -108,7 +102,7 @@ class Connector:
 
         A thread of its own makes the link, so that requests of other peers need not wait.
         """
-        self.check_available()
+        self._backend.check_available()
         self._check_open(body["scope"])
         peer = Peer(body["address"], peer_id)
         self.pending.begin(body["link"], (peer,), body["scope"])

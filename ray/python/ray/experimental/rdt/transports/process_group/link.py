@@ -15,34 +15,28 @@ from __future__ import annotations
 import itertools
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed, TransferTimedOut
-from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
+from ray.experimental.rdt.transports.base import Buffers, Events, Peer, TransportUnavailable
+from ray.experimental.rdt.transports.calls import Call
 from ray.experimental.rdt.transports.process_group import packing
 from ray.experimental.rdt.transports.process_group.backend import (
     CONSUMER,
     MAX_TAG,
     PRODUCER,
     Backend,
-    Buffers,
 )
-from ray.experimental.rdt.transports.process_group.packing import Direct, Header, Message, Packed
+from ray.experimental.rdt.transports.process_group.packing import Header
 
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.events import Event
-
 _HANDSHAKE_TAG = 0
-_SLICE_S = 0.2
 _HEADER_SLACK_S = 1.0
 #: How long each end waits for the other's reason once a connection has broken. The consumer waits
 #: longer, because it reports the failure.
@@ -67,21 +61,25 @@ class TransferRefused(TransportUnavailable):
 
 
 class _InFlight(NamedTuple):
-    """A posted message, its time limit, and the action on its completion."""
+    """A posted message.
+
+    Attributes:
+        work: The operation of the backend.
+        timeout_s: Its time limit.
+        memory: The memory that the message is sent from or received in.
+        packed: Buffers to copy the received message into.
+    """
 
     work: Any
     timeout_s: float
-    arrived: Callable[[], None]
+    memory: torch.Tensor
+    packed: Buffers = ()
 
 
-class _Transfer:
-    """The state of one transfer that its thread and its caller share."""
+class _Transfer(Call):
+    """One transfer, on a thread of its own, which its link can stop."""
 
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-        self._stopping: TransferFailed | None = None
-        self._lock = threading.Lock()
+    _stopping: TransferFailed | None = None
 
     def stop(self, error: TransferFailed) -> None:
         """Ask the transfer's thread to end after the messages in flight."""
@@ -91,19 +89,6 @@ class _Transfer:
         """Raise the error of ``stop`` if there is one."""
         if self._stopping is not None:
             raise self._stopping
-
-    def step(self, write: Callable[[], None]) -> None:
-        """Write into the caller's memory, unless the caller has been told of the end."""
-        with self._lock:
-            self.check()
-            write()
-
-    def finish(self, error: BaseException | None) -> None:
-        """Report the end. Only the first report counts."""
-        with self._lock:
-            if not self.done.is_set():
-                self.error = error
-                self.done.set()
 
 
 class Link:
@@ -135,7 +120,7 @@ class Link:
         self.peer = peer
         self.scope = scope
         self.leased_until: Deadline | None = None  # guarded by the transport
-        self._other = 1 - rank
+        self._rank = rank
         self._backend = backend
         self._group = group
         self._store = store
@@ -183,9 +168,7 @@ class Link:
         """
         self._run(lambda running: self._send(running, tag, buffers, deadline), deadline)
 
-    def receive(
-        self, tag: int, buffers: Buffers, deadline: Deadline, after: Sequence[Event] = ()
-    ) -> None:
+    def receive(self, tag: int, buffers: Buffers, deadline: Deadline, after: Events = ()) -> None:
         """Receive one transfer. Runs on: consumer; blocks until all bytes are in place.
 
         Buffers on devices are written after the events in ``after``.
@@ -211,18 +194,9 @@ class Link:
             header, buffers = Header.refusing(tag, refusal), ()
         message = self._backend.empty(packing.HEADER_NBYTES)
         message.copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
-        header_sent = self._post(message, header.tag)
-
-        def post(message: Message, slot: torch.Tensor | None) -> Any:
-            if isinstance(message, Packed):
-                assert slot is not None
-                self._backend.pack(buffers[message.first : message.last], slot)
-                return self._post(slot, header.tag)
-            return self._post(_part(buffers, message), header.tag)
-
         # Messages follow the header at once: after a wait this thread may get the GIL late.
-        begun = _InFlight(header_sent, deadline.left_s() + _HEADER_SLACK_S, lambda: None)
-        self._stream(running, buffers, post, lambda message, slot: None, begun)
+        timeout_s = deadline.left_s() + _HEADER_SLACK_S
+        self._stream(running, tag, buffers, _InFlight(self._post(message, tag), timeout_s, message))
 
     def _receive(self, running: _Transfer, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Runs on: consumer, the transfer's thread."""
@@ -235,42 +209,43 @@ class Link:
         if header != expected:
             raise TransferFailed(f"expected {expected}, the producer sends {header}")
 
-        def post(message: Message, slot: torch.Tensor | None) -> Any:
-            return self._post(slot if slot is not None else _part(buffers, message), tag)
+        self._stream(running, tag, buffers)
 
-        def arrived(message: Message, slot: torch.Tensor | None) -> None:
-            if isinstance(message, Packed):
-                assert slot is not None
-                self._backend.unpack(slot, buffers[message.first : message.last])
+    def _stream(self, running: _Transfer, tag: int, buffers: Buffers, *begun: _InFlight) -> None:
+        """Move all messages of a plan in order, ``WINDOW`` at once, after those in ``begun``.
 
-        self._stream(running, buffers, post, arrived)
-
-    def _stream(
-        self,
-        running: _Transfer,
-        buffers: Buffers,
-        post: Callable[[Message, torch.Tensor | None], Any],
-        arrived: Callable[[Message, torch.Tensor | None], None],
-        *begun: _InFlight,
-    ) -> None:
-        """Move all messages of a plan in order, ``WINDOW`` at once, after those in ``begun``."""
+        Packed messages take turns on the slots. So many are in flight at most, in order, that the
+        next slot is always free.
+        """
         messages = list(packing.plan([b.numel() for b in buffers]))
-        slots = _Slots(self._backend, messages)
+        count = min(sum(message.is_packed for message in messages), packing.WINDOW)
+        slots = itertools.cycle([self._backend.empty(packing.SLOT_NBYTES) for _ in range(count)])
         window = deque(begun)
 
         def retire() -> None:
             first = window.popleft()
             self._backend.wait(first.work, first.timeout_s)
-            running.step(first.arrived)
+            with running.lock:  # nothing is written after the caller was told of the end
+                running.check()
+                if first.packed:
+                    self._backend.unpack(first.memory, first.packed)
 
         for message in messages:
             if len(window) == packing.WINDOW:
                 retire()
             running.check()
-            slot = slots.take(message)
-            work = post(message, slot)
-            then = partial(arrived, message, slot)
-            window.append(_InFlight(work, settings().peer_timeout_s, then))
+            packed: Buffers = ()
+            if not message.is_packed:
+                stop = message.start + message.nbytes
+                memory = buffers[message.first][message.start : stop]
+            else:
+                memory = next(slots)[: message.nbytes]
+                packed = buffers[message.first : message.last]
+                if self._rank == PRODUCER:
+                    self._backend.pack(packed, memory)
+                    packed = ()
+            work = self._post(memory, tag)
+            window.append(_InFlight(work, settings().peer_timeout_s, memory, packed))
         while window:
             retire()
 
@@ -278,25 +253,31 @@ class Link:
         group = self._group
         if group is None:
             raise LinkClosed(self._closed)
-        if self._other == CONSUMER:
+        if self._rank == PRODUCER:
             return self._backend.send(group, tensor, tag)
         return self._backend.receive(group, tensor, tag)
 
     # Running and closing.
 
     def _run(
-        self, transfer: Callable[[_Transfer], None], deadline: Deadline, after: Sequence[Event] = ()
+        self, transfer: Callable[[_Transfer], None], deadline: Deadline, after: Events = ()
     ) -> None:
-        """Run a transfer on a thread of its own and waits for it, interruptibly."""
-        running = _Transfer()
+        """Run a transfer on a thread of its own and wait for it, interruptibly."""
+
+        def work() -> None:
+            """Runs on: the transfer's thread."""
+            with context:
+                transfer(running)
+
+        name = self._backend.capabilities.name
+        running = _Transfer(name, f"rdt-{name}")
         with self._lock:
             if self._closed:
                 raise LinkClosed(self._closed)
             self._transfers.add(running)
-        name = f"rdt-{self._backend.capabilities.name}"
         try:
-            arguments = (transfer, running, self._backend.transfer_context(after))
-            threading.Thread(target=_work, args=arguments, name=name).start()
+            context = self._backend.transfer_context(after)
+            running.start(work)
             self._await(running, deadline)
         except TransferRefused:
             raise
@@ -304,21 +285,19 @@ class Link:
             self.close(f"{type(error).__name__}: {error}")
             raise
         finally:
+            running.error = None  # its traceback refers to this frame
             with self._lock:
                 self._transfers.discard(running)
 
     def _await(self, running: _Transfer, deadline: Deadline) -> None:
-        while not running.done.wait(min(_SLICE_S, deadline.left_s())):
-            if deadline.has_passed():
-                raise TransferTimedOut(
-                    f"not all bytes came over {self._backend.capabilities.name} in time"
-                )
-            raise_if_cancelled()
+        if not running.ends_by(deadline):
+            name = self._backend.capabilities.name
+            raise TransferTimedOut(f"not all bytes came over {name} in time")
         if isinstance(running.error, TransferFailed):
             raise running.error
         if running.error is not None:
             # The other end often closes a link before its reason arrives.
-            if self._ended.wait(_REASON_S[1 - self._other]):
+            if self._ended.wait(_REASON_S[self._rank]):
                 raise LinkClosed(self._closed) from running.error
             raise LinkClosed(_in_short(running.error)) from running.error
 
@@ -349,57 +328,17 @@ class Link:
             running.stop(error)
         deadline = Deadline.after(grace_s)
         for running in transfers:
-            running.done.wait(deadline.left_s())
+            running.ended.wait(deadline.left_s())
         group, self._group = self._group, None
         try:
             self._backend.kill(group)
             for running in transfers:
-                running.finish(error)
+                running.end(error=error)
         finally:
             self._killed.set()
         self._on_close(self, reason)
 
 
-class _Slots:
-    """The staging slots of one transfer, if it needs any, used in turn.
-
-    At most ``WINDOW`` messages are in flight, in order, so the next slot is always free.
-    """
-
-    def __init__(self, backend: Backend, messages: Iterable[Message]):
-        packed = [m.nbytes for m in messages if isinstance(m, Packed)]
-        count = min(len(packed), packing.WINDOW)
-        self._memory = backend.empty(count * packing.SLOT_NBYTES) if packed else None
-        self._turns = itertools.cycle(range(count)) if count else None
-
-    def take(self, message: Message) -> torch.Tensor | None:
-        """Return the memory for this message, None if it needs none."""
-        if isinstance(message, Direct):
-            return None
-        assert self._memory is not None
-        assert self._turns is not None
-        start = next(self._turns) * packing.SLOT_NBYTES
-        return self._memory[start : start + message.nbytes]
-
-
-def _part(buffers: Buffers, message: Message) -> torch.Tensor:
-    assert isinstance(message, Direct)
-    return buffers[message.index][message.start : message.stop]
-
-
 def _in_short(error: BaseException) -> str:
     """Return a torch error without its source file and its advice."""
     return re.sub(r"^\[[^]]*\] ", "", str(error)).split(". ")[0]
-
-
-def _work(
-    transfer: Callable[[_Transfer], None], running: _Transfer, context: AbstractContextManager[None]
-) -> None:
-    """Runs on: the transfer's thread."""
-    try:
-        with context:
-            transfer(running)
-    except BaseException as error:  # stored for the caller, who waits for it
-        running.finish(error)
-    else:
-        running.finish(None)

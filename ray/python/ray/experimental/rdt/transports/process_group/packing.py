@@ -12,6 +12,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SMALL_NBYTES = 256 << 10  # buffers below this are packed
 SLOT_NBYTES = 1 << 20  # bytes of small buffers in one message
@@ -24,25 +25,25 @@ _MAGIC = b"RDT1"
 _REASON_NBYTES = HEADER_NBYTES - _HEADER.size - 1
 
 
-@dataclass(frozen=True)
-class Direct:
-    """Bytes ``start`` to ``stop`` of the buffer at ``index``."""
+class Message(NamedTuple):
+    """One part of a large buffer, or small buffers one after the other.
 
-    index: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Packed:
-    """The buffers ``first`` to ``last`` (exclusive), one after the other, ``nbytes`` in all."""
+    Attributes:
+        first: The index of its first buffer.
+        last: The index after its last buffer.
+        start: Its first byte in the first buffer.
+        nbytes: Its size.
+    """
 
     first: int
     last: int
+    start: int
     nbytes: int
 
-
-Message = Direct | Packed
+    @property
+    def is_packed(self) -> bool:
+        """Tell whether it goes through a staging slot."""
+        return self.last - self.first > 1
 
 
 def plan(sizes: Sequence[int]) -> Iterator[Message]:
@@ -56,23 +57,15 @@ def plan(sizes: Sequence[int]) -> Iterator[Message]:
         if is_small:
             run += size
         else:
-            yield from _segments(index, size)
+            for start in range(0, size, SEGMENT_NBYTES):
+                yield Message(index, index + 1, start, min(SEGMENT_NBYTES, size - start))
             first = index + 1
     yield from _packed(sizes, first, len(sizes), run)
 
 
 def _packed(sizes: Sequence[int], first: int, last: int, nbytes: int) -> Iterator[Message]:
-    if nbytes == 0:
-        return
-    if nbytes == sizes[first]:
-        yield Direct(first, 0, nbytes)
-    else:
-        yield Packed(first, last, nbytes)
-
-
-def _segments(index: int, size: int) -> Iterator[Message]:
-    for start in range(0, size, SEGMENT_NBYTES):
-        yield Direct(index, start, min(start + SEGMENT_NBYTES, size))
+    if nbytes:
+        yield Message(first, first + 1 if nbytes == sizes[first] else last, 0, nbytes)
 
 
 @dataclass(frozen=True)

@@ -161,11 +161,6 @@ class Links:
 
     # Links by ID, at both ends.
 
-    def all(self) -> list[Link]:
-        """Return the open links."""
-        with self._changed:
-            return list(self._by_id.values())
-
     def find(self, link_id: str) -> Link | None:
         """Return an open link."""
         with self._changed:
@@ -186,27 +181,26 @@ class Links:
 
     def close_scope(self, scope: str, reason: str) -> None:
         """Close the links of a collective group. Blocks briefly."""
-        _close([link for link in self.all() if link.scope == scope], reason)
-        self._forget(lambda key: key[0] == scope)
+        _close(self._drop(lambda key: key[0] == scope), reason)
 
     def close_peer(self, peer_id: bytes, reason: str) -> None:
         """Close the links with a lost peer. Does not block."""
-        self._forget(lambda key: key[1] == peer_id)
-        links = [link for link in self.all() if link.peer.agent_id == peer_id]
+        links = self._drop(lambda key: key[1] == peer_id)
         if links:
             self._close_soon(links, reason)
 
     def close_all(self, reason: str) -> None:
         """Close all links. Blocks briefly."""
-        self._forget(lambda key: True)
-        _close(self.all(), reason)
+        _close(self._drop(lambda key: True), reason)
 
-    def _forget(self, is_over: Callable[[tuple[str, bytes]], bool]) -> None:
-        """Drop links under construction and failures; the next transfer connects again."""
+    def _drop(self, is_over: Callable[[tuple[str, bytes]], bool]) -> list[Link]:
+        """Drop links under construction and failures; return the open links to close."""
         with self._changed:
             for key in [key for key in self._by_peer if is_over(key)]:
                 del self._by_peer[key]
             self._changed.notify_all()
+            links = list(self._by_id.values())
+        return [link for link in links if is_over((link.scope, link.peer.agent_id))]
 
     def _close_soon(self, links: list[Link], reason: str) -> None:
         name = f"rdt-{self._name}-close"

@@ -158,33 +158,25 @@ class PendingGroups:
             group = self._groups.get(name)
         return group if group is not None and group.has_peer(peer_id) else None
 
-    def fail_scope(self, scope: str, reason: str) -> None:
-        """Fail the groups of a collective group that is destroyed."""
+    def fail(
+        self, reason: str, is_meant: Callable[[Rendezvous], bool] = lambda group: True
+    ) -> None:
+        """Fail all groups, or those that are meant."""
         with self._changed:
-            failed = {name: group for name, group in self._groups.items() if group.scope == scope}
-            for name, group in failed.items():
-                if not group.is_link:  # the thread that makes a link ends its own entry
-                    del self._groups[name]
-        for group in failed.values():
+            failed = [group for group in self._groups.values() if is_meant(group)]
+        for group in failed:
             group.fail(reason)
 
-    def fail_peer(self, peer_id: bytes, reason: str) -> None:
-        """Fail the groups that a lost peer takes part in."""
-        for group in self.all():
-            if group.has_peer(peer_id):
-                group.fail(reason)
-
-    def fail_all(self, reason: str) -> None:
-        """Fail all groups."""
-        for group in self.all():
-            group.fail(reason)
+    def fail_scope(self, scope: str, reason: str) -> None:
+        """Fail the groups of a collective group that is destroyed, and drop them."""
+        self.fail(reason, lambda group: group.scope == scope)
+        with self._changed:  # the thread that makes a link ends its own entry
+            groups = self._groups.items()
+            self._groups = {name: g for name, g in groups if g.scope != scope or g.is_link}
 
     def wait_until_none_connects(self, timeout_s: float) -> None:
         """Wait until no thread makes a link: Python must not end while one is in torch."""
         with self._changed:
-            self._changed.wait_for(lambda: not any(g.is_link for g in self.all()), timeout_s)
-
-    def all(self) -> list[Rendezvous]:
-        """Return the groups under construction."""
-        with self._changed:
-            return list(self._groups.values())
+            self._changed.wait_for(
+                lambda: not any(group.is_link for group in self._groups.values()), timeout_s
+            )

@@ -7,14 +7,20 @@ group, which are made and closed with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Group, Membership, membership
 from ray.experimental.rdt.rpc import protocol
-from ray.experimental.rdt.transports.base import Peer, Route, TransportUnavailable
-from ray.experimental.rdt.transports.process_group.backend import Backend, Buffers
+from ray.experimental.rdt.transports.base import (
+    Buffers,
+    Events,
+    Peer,
+    Route,
+    TransportUnavailable,
+)
+from ray.experimental.rdt.transports.process_group.backend import Backend
 from ray.experimental.rdt.transports.process_group.connector import Connector
 from ray.experimental.rdt.transports.process_group.link import Link, LinkClosed
 from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE_S
@@ -22,7 +28,6 @@ from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE
 if TYPE_CHECKING:
     import torch
 
-    from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.rpc.session import Session
 
 _CLOSE_WAIT_S = 2.0  # for links under construction when Ray is shut down
@@ -51,8 +56,8 @@ class ProcessGroupTransport:
         session.on_peer_lost(self._on_peer_lost)
 
     def check_available(self) -> None:
-        """Raise TransportUnavailable, with the reason, if this process cannot use the backend."""
-        self.connector.check_available()
+        """See ``TwoSided.check_available``."""
+        self._backend.check_available()
 
     # Transfers.
 
@@ -68,7 +73,7 @@ class ProcessGroupTransport:
         self._find(route).send(route["tag"], buffers, deadline)
 
     def receive(
-        self, route: Route, buffers: Buffers, deadline: Deadline, after: Sequence[Event] = ()
+        self, route: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
         """See ``TwoSided.receive``."""
         link = self._find(route)
@@ -142,7 +147,7 @@ class ProcessGroupTransport:
     def close(self) -> None:
         """See ``TwoSided.close``."""
         self._is_closed = True
-        self._pending.fail_all("Ray was shut down")
+        self._pending.fail("Ray was shut down")
         self._links.close_all("Ray was shut down")
         self._pending.wait_until_none_connects(_CLOSE_WAIT_S)
 
@@ -155,7 +160,7 @@ class ProcessGroupTransport:
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread, which must not wait."""
         self._links.close_peer(peer_id, "the connection to its agent broke")
-        self._pending.fail_peer(peer_id, "the other process is gone")
+        self._pending.fail("the other process is gone", lambda group: group.has_peer(peer_id))
 
 
 def serve_links(session: Session, transport: Callable[[str], ProcessGroupTransport]) -> None:
@@ -166,11 +171,12 @@ def serve_links(session: Session, transport: Callable[[str], ProcessGroupTranspo
         transport: Returns this process's transport by name; the first request makes it.
     """
 
-    def connector(body: dict[str, Any]) -> Connector:
-        return transport(body["transport"]).connector
+    def serve(op: str, answer: Callable[[Connector, bytes, Any], dict[str, Any]]) -> None:
+        def on_request(peer_id: bytes, body: Any) -> dict[str, Any]:
+            return answer(transport(body["transport"]).connector, peer_id, body)
 
-    session.serve(protocol.LINK_OPEN, lambda peer_id, body: connector(body).on_open(peer_id, body))
-    session.serve(protocol.LINK_SET, lambda peer_id, body: connector(body).on_set(peer_id, body))
-    session.serve(
-        protocol.LINK_CLOSE, lambda peer_id, body: connector(body).on_close(peer_id, body)
-    )
+        session.serve(op, on_request)
+
+    serve(protocol.LINK_OPEN, Connector.on_open)
+    serve(protocol.LINK_SET, Connector.on_set)
+    serve(protocol.LINK_CLOSE, Connector.on_close)
