@@ -37,7 +37,7 @@ def reads(peer):
     """How many exposures of other processes this one has read over nixl."""
     transport = ray._private.worker.global_worker.rdt_manager.transport("nixl")
     endpoint = transport._endpoint
-    return sum(len(remote.exposures) for remote in endpoint.remotes._known.values())
+    return sum(len(remote.exposures) for remote in endpoint._remotes._known.values())
 
 
 def test_an_object_goes_from_actor_to_actor_over_nixl(producer, consumer):

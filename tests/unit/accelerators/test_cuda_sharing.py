@@ -16,7 +16,7 @@ from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
 from ray.experimental.rdt.accelerators.cuda_calls import CudaError
 from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
-from ray.experimental.rdt.accelerators.sharing import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import CannotShare
 
 DEVICE = torch.device("cuda", 1)
 START, NBYTES = 0x7F0000000000, 20 << 20

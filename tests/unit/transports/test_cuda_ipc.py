@@ -15,15 +15,14 @@ from functools import partial
 import pytest
 import torch
 
-from ray.experimental.rdt.accelerators.shared_memory import MemoryLost, SharedMemory
-from ray.experimental.rdt.accelerators.sharing import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import CannotShare, MemoryLost, SharedMemory
 from ray.experimental.rdt.common import processes
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.processes import Process
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.cuda_ipc import layouts, loans, reads
+from ray.experimental.rdt.transports.cuda_ipc import loans, reads
 from ray.experimental.rdt.transports.cuda_ipc.loans import Loans
 from ray.experimental.rdt.transports.cuda_ipc.transport import CudaIpcTransport, DeviceIpcTransport
 from tests.fake_device import TYPE, Sharing, accelerator, launch, on_host
@@ -131,7 +130,7 @@ def test_object_that_goes_while_it_is_read_is_unmapped_after_that(sides, monkeyp
         target=read, args=(sides, exposed, target), kwargs={"timeout_s": 20, "after": [taken]}
     )
     reading.start()
-    (mapped,) = consumer.transport._reads._objects[producer.peer.agent_id].values()
+    (mapped,) = consumer.transport._reads._objects.values()
     wait_until(lambda: mapped.readers == 1, "it is read")
     producer.transport.withdraw(exposed)
     wait_until(lambda: mapped.is_ended, "the consumer hears of it")
@@ -239,7 +238,7 @@ def test_process_of_another_container_is_not_taken_for_one_that_has_ended(
 ):
     """Its number means another process here, or none: its loans would end at once."""
     (tmp_path / "pid").touch()
-    monkeypatch.setattr(layouts, "_PID_NAMESPACE", tmp_path / "pid")
+    monkeypatch.setattr(processes, "_PID_NAMESPACE", tmp_path / "pid")
     exposed = sides[0].transport.expose([bytes_on(TYPE)])
     elsewhere = Side(monkeypatch, 2000)
     with pytest.raises(TransportUnavailable, match="in another container"):
@@ -548,7 +547,7 @@ def test_process_that_is_looked_at_while_its_loan_ends_has_not_ended(other_proce
         return look(process)
 
     monkeypatch.setattr(Process, "has_ended", look_late)
-    kept.on_peer_lost(b"peer")
+    kept.end_expired()
     assert len(kept) == 1
 
 
@@ -566,11 +565,10 @@ def test_lost_connection_ends_no_loan_while_the_consumer_lives(other_process):
     kept = Loans()
     kept.add("first", b"peer", other_process.pid, ["memory"], Deadline.after(60))
     kept.confirm("first")
-    kept.on_peer_lost(b"peer")
     kept.end_expired()
     assert len(kept) == 1
     other_process.kill()
-    wait_until(lambda: kept.on_peer_lost(b"peer") or not len(kept), "the loan ends")
+    wait_until(lambda: kept.end_expired() or not len(kept), "the loan ends")
 
 
 def test_end_of_the_consumer_that_no_connection_tells_of(other_process):

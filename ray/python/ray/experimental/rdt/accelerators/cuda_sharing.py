@@ -25,7 +25,7 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
 from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
 from ray.experimental.rdt.accelerators.device_failures import is_device_failure
 from ray.experimental.rdt.accelerators.events import Event
-from ray.experimental.rdt.accelerators.sharing import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import CannotShare
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:

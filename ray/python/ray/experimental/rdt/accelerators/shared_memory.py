@@ -12,19 +12,64 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ray.experimental.rdt._tensors import tensor_over
-from ray.experimental.rdt.accelerators.sharing import CannotShare, Sharing
+from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.once import Once
 from ray.experimental.rdt.common.processes import Process
 
 if TYPE_CHECKING:
-    from typing import Any
-
     import torch
+
+
+class CannotShare(RuntimeError):
+    """Memory that another process cannot open; says why."""
+
+
+class Sharing(Protocol):
+    """The calls of a vendor's driver that share device memory with other processes of the host."""
+
+    #: The number of the device type in DLPack.
+    dlpack_type: int
+
+    def identity(self, device: torch.device) -> str:
+        """Return an ID of a device that is the same in all processes that can see it."""
+
+    def unreachable_reason(self, device: torch.device, identity: str) -> str:
+        """Return why ``device`` cannot map memory of another device, "" if it probably can."""
+
+    def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
+        """Return the allocation that contains an address: handle, first address, bytes.
+
+        Raises:
+            CannotShare: other processes cannot open it.
+        """
+
+    def map(self, handle: bytes, device: torch.device) -> int:
+        """Map an allocation of another process for ``device``; return its first address.
+
+        Raises:
+            CannotShare: it cannot be opened.
+        """
+
+    def unmap(self, address: int, device: torch.device) -> None:
+        """Undo ``map``. May block until work over the memory has ended; holds no GIL."""
+
+    def export_event(self, event: Event) -> tuple[bytes, Any]:
+        """Return an event that another process can wait for; it is reached after ``event``.
+
+        Returns:
+            Its handle, and an object to keep for as long as the other process uses it.
+
+        Raises:
+            CannotShare: events cannot be shared.
+        """
+
+    def import_event(self, handle: bytes, device: torch.device) -> Event:
+        """Return an event of another process. Raises CannotShare."""
 
 
 class Segment(NamedTuple):
@@ -72,6 +117,20 @@ class Layout:
     segments: list[Segment]
     indices: array[int]
     offsets: array[int]
+
+    def encode(self) -> dict[str, Any]:
+        """Return the layout for another process."""
+        return {
+            "segments": [list(segment) for segment in self.segments],
+            "indices": self.indices.tobytes(),
+            "offsets": self.offsets.tobytes(),
+        }
+
+    @classmethod
+    def decode(cls, encoded: dict[str, Any]) -> Layout:
+        """Return the layout that ``encode`` described."""
+        segments = [Segment(*fields) for fields in encoded["segments"]]
+        return cls(segments, array("I", encoded["indices"]), array("Q", encoded["offsets"]))
 
 
 @dataclass

@@ -9,6 +9,17 @@ from select import POLLIN
 
 from ray.experimental.rdt.common.real_threads import poll
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = Path("/proc/self/ns/pid")
+
+
+def pid_domain() -> str:
+    """Return an ID of the processes that know each other by the same pids.
+
+    It names the running kernel and the PID namespace.
+    """
+    return f"{_BOOT_ID.read_text().strip()}/{_PID_NAMESPACE.stat().st_ino}"
+
 
 class Process:
     """A process of this host. A later process with the same pid is not confused with it.

@@ -9,9 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ray.experimental.rdt.accelerators.base import Accelerator
 from ray.experimental.rdt.accelerators.events import Event, have_ended
-from ray.experimental.rdt.accelerators.shared_memory import Layout, Mapping, SharedMemory
-from ray.experimental.rdt.accelerators.sharing import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import (
+    CannotShare,
+    Layout,
+    Mapping,
+    SharedMemory,
+)
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.real_threads import Empty, SimpleQueue
 from ray.experimental.rdt.rpc import protocol
@@ -47,16 +52,18 @@ class Import:
 class Imports:
     """The imported memory of one process. Thread-safe.
 
-    Args:
+    Attributes:
         session: Carries requests to producers.
         name: The name of the transport.
+        accelerator: The devices.
         memory: The shared memory of this process.
     """
 
-    def __init__(self, session: Session, name: str, memory: SharedMemory):
-        self._session = session
-        self._name = name
-        self._memory = memory
+    def __init__(self, session: Session, name: str, accelerator: Accelerator, memory: SharedMemory):
+        self.session = session
+        self.name = name
+        self.accelerator = accelerator
+        self.memory = memory
         self._lock = threading.Lock()
         self._is_closed = False
         self._count = 0
@@ -80,7 +87,7 @@ class Imports:
         """
         for index in sorted({layout.indices[i] for i in indices} - starts.keys()):
             try:
-                mapping = self._memory.map(layout.segments[index], device)
+                mapping = self.memory.map(layout.segments[index], device)
             except CannotShare as error:
                 raise TransportUnavailable(
                     f"the producer's memory cannot be opened: {error}"
@@ -90,15 +97,18 @@ class Imports:
 
     def keep(self, imported: Import) -> None:
         """Tell the producer that its memory is used beyond the deadline."""
-        op = protocol.of_transport(protocol.MEMORY_KEEP, self._name)
-        self._session.send_oneway(imported.peer.address, op, {"loan": imported.loan})
+        self._tell(protocol.MEMORY_KEEP, imported)
+
+    def _tell(self, request: str, imported: Import) -> None:
+        op = protocol.of_transport(request, self.name)
+        self.session.send_oneway(imported.peer.address, op, {"loan": imported.loan})
 
     def expect_release(self) -> None:
         """Keep the unmapping thread running until one more import is released."""
         with self._lock:
             self._count += 1
             if self._thread is None:
-                name = f"rdt-{self._name}-close"
+                name = f"rdt-{self.name}-close"
                 self._thread = threading.Thread(target=self._unmap_unused, name=name)
                 self._thread.start()
 
@@ -150,8 +160,7 @@ class Imports:
             logger.warning("RDT could not unmap device memory", exc_info=True)
         imported.mappings.clear()
         if not self._is_closed:
-            op = protocol.of_transport(protocol.MEMORY_CLOSE, self._name)
-            self._session.send_oneway(imported.peer.address, op, {"loan": imported.loan})
+            self._tell(protocol.MEMORY_CLOSE, imported)
         with self._lock:
             self._count -= 1
         return True

@@ -8,7 +8,7 @@ both are on one host, and the kernel reports the end of a process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class _Loan:
     consumer: bytes
     kept: Sequence[Any]
     until: Deadline | None
+
+    def is_over(self, ended_consumers: Collection[bytes]) -> bool:
+        """Tell whether it ends without a word of the consumer."""
+        has_expired = self.until is not None and self.until.has_passed()
+        return has_expired or self.consumer in ended_consumers
 
 
 class Loans:
@@ -80,25 +85,12 @@ class Loans:
         with self._lock:
             processes = list(self._processes.items())
         ended = {consumer for consumer, process in processes if process.has_ended()}
-        self._drop(lambda loan: loan.consumer in ended)
-        self._drop(lambda loan: loan.until is not None and loan.until.has_passed())
         with self._lock:
+            over = [name for name, loan in self._loans.items() if loan.is_over(ended)]
+            dropped = [self._loans.pop(name) for name in over]
+            consumers = {loan.consumer for loan in self._loans.values()}
+            self._processes = {c: p for c, p in self._processes.items() if c in consumers}
             self._ended_early = {
                 name: until for name, until in self._ended_early.items() if not until.has_passed()
             }
-
-    def on_peer_lost(self, peer_id: bytes) -> None:
-        """End the loans of a consumer if its process has ended. Runs on: the reaper thread."""
-        with self._lock:
-            process = self._processes.get(peer_id)
-        if process is not None and process.has_ended():
-            self._drop(lambda loan: loan.consumer == peer_id)
-
-    def _drop(self, is_over: Callable[[_Loan], bool]) -> None:
-        with self._lock:
-            over = [name for name, loan in self._loans.items() if is_over(loan)]
-            dropped = [self._loans.pop(name) for name in over]
-            consumers = {loan.consumer for loan in self._loans.values()}
-            for consumer in [each for each in self._processes if each not in consumers]:
-                del self._processes[consumer]
         dropped.clear()  # memory is freed without the lock

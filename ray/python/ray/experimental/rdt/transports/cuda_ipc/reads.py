@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.accelerators.base import Accelerator
 from ray.experimental.rdt.accelerators.events import Event, have_ended
-from ray.experimental.rdt.accelerators.shared_memory import Layout, SharedMemory
+from ray.experimental.rdt.accelerators.shared_memory import Layout
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import note_still_writing
 from ray.experimental.rdt.rpc import protocol
-from ray.experimental.rdt.rpc.session import CallError, Session
-from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.cuda_ipc import layouts
+from ray.experimental.rdt.rpc.session import CallError
+from ray.experimental.rdt.transports.base import Buffers, Events, Peer, TransportUnavailable
 from ray.experimental.rdt.transports.cuda_ipc.imports import Import, Imports
 
 if TYPE_CHECKING:
@@ -26,15 +24,13 @@ if TYPE_CHECKING:
 #: How long a failed read waits for its copies.
 _GRACE_S = 5.0
 
-Buffers = Sequence["torch.Tensor"]
-
 
 @dataclass
 class _MappedObject:
     """An object of a producer that is mapped here, for all reads until the object is freed.
 
     Attributes:
-        exposure: The producer's number for it.
+        key: The producer's agent, and its number for the object.
         imported: Its memory.
         layout: Where its buffers lie.
         starts: For each device of this process, the addresses at which its segments are mapped.
@@ -42,7 +38,7 @@ class _MappedObject:
         is_ended: Whether the last of them releases it.
     """
 
-    exposure: int
+    key: tuple[bytes, int]
     imported: Import
     layout: Layout
     starts: defaultdict[torch.device, dict[int, int]] = field(
@@ -56,38 +52,19 @@ class Reads:
     """The reads of one process. Thread-safe.
 
     Args:
-        session: Carries requests to producers and from them.
-        name: The name of the transport.
-        accelerator: The devices.
-        memory: The shared memory of this process.
         imports: The memory of producers that this process has mapped.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        name: str,
-        accelerator: Accelerator,
-        memory: SharedMemory,
-        imports: Imports,
-    ):
-        self._session = session
-        self._name = name
-        self._accelerator = accelerator
-        self._memory = memory
+    def __init__(self, imports: Imports):
         self._imports = imports
+        self._session = imports.session
         self._lock = threading.Lock()
-        # By the producer's agent and its exposure.
-        self._objects: defaultdict[bytes, dict[int, _MappedObject]] = defaultdict(dict)
-        session.serve(protocol.of_transport(protocol.MEMORY_GONE, name), self._on_gone)
+        self._objects: dict[tuple[bytes, int], _MappedObject] = {}
+        op = protocol.of_transport(protocol.MEMORY_GONE, imports.name)
+        self._session.serve(op, self._on_gone)
 
     def read(
-        self,
-        peer: Peer,
-        exposure: int,
-        buffers: Buffers,
-        deadline: Deadline,
-        after: Sequence[Event],
+        self, peer: Peer, exposure: int, buffers: Buffers, deadline: Deadline, after: Events
     ) -> None:
         """See ``OneSided``. Memory stays mapped until the last copy from it has ended."""
         mapped = self._acquire(peer, exposure, deadline)
@@ -102,31 +79,26 @@ class Reads:
         finally:
             self._release(mapped, copies, deadline)
 
-    def forget(self, producer: bytes, exposure: int | None = None) -> None:
-        """Unmap one object of a producer, or all, once no read uses it."""
+    def forget(self, producer: bytes | None = None) -> None:
+        """Unmap the objects of a producer, None for all, once no read uses them."""
         with self._lock:
-            of_producer = self._objects.get(producer, {})
-            numbers = list(of_producer) if exposure is None else [exposure]
-            ended = [of_producer.pop(number) for number in numbers if number in of_producer]
-            if not of_producer:
-                self._objects.pop(producer, None)
+            keys = [key for key in self._objects if producer in (None, key[0])]
+        self._forget(keys)
+
+    def _forget(self, keys: Iterable[tuple[bytes, int]]) -> None:
+        with self._lock:
+            ended = [self._objects.pop(key) for key in keys if key in self._objects]
             for mapped in ended:
                 mapped.is_ended = True
             unused = [mapped.imported for mapped in ended if not mapped.readers]
         for imported in unused:
             self._imports.release(imported)
 
-    def forget_all(self) -> None:
-        """Unmap the objects of all producers once no read uses them."""
-        with self._lock:
-            producers = list(self._objects)
-        for producer in producers:
-            self.forget(producer)
-
     def _acquire(self, peer: Peer, exposure: int, deadline: Deadline) -> _MappedObject:
         """Return the object for one more read. The first read asks the producer for its layout."""
+        key = peer.agent_id, exposure
         with self._lock:
-            known = self._objects.get(peer.agent_id, {}).get(exposure)
+            known = self._objects.get(key)
             if known is not None:
                 known.readers += 1
                 return known
@@ -139,7 +111,7 @@ class Reads:
             timeout_s=deadline.left_s(),
         )
         try:
-            op = protocol.of_transport(protocol.MEMORY_SHARE, self._name)
+            op = protocol.of_transport(protocol.MEMORY_SHARE, self._imports.name)
             answer = self._session.call(peer.address, op, body, deadline.left_s())
         except BaseException as error:  # also Ctrl-C: the producer may have begun the loan
             self._imports.release(imported)
@@ -147,11 +119,10 @@ class Reads:
                 raise TransportUnavailable(str(error)) from error
             raise
         self._imports.keep(imported)
-        mapped = _MappedObject(exposure, imported, layouts.decode(answer), readers=1)
+        mapped = _MappedObject(key, imported, Layout.decode(answer), readers=1)
         with self._lock:
             # Of two threads that asked at once, one keeps its own for this read alone.
-            kept = self._objects[peer.agent_id].setdefault(exposure, mapped)
-            mapped.is_ended = kept is not mapped
+            mapped.is_ended = self._objects.setdefault(key, mapped) is not mapped
         return mapped
 
     def _release(self, mapped: _MappedObject, copies: Sequence[Event], deadline: Deadline) -> None:
@@ -164,9 +135,8 @@ class Reads:
             mapped.readers -= 1
             mapped.imported.events += pending
             mapped.is_ended = mapped.is_ended or deadline.has_passed()
-            of_producer = self._objects.get(mapped.imported.peer.agent_id, {})
-            if mapped.is_ended and of_producer.get(mapped.exposure) is mapped:
-                del of_producer[mapped.exposure]
+            if mapped.is_ended and self._objects.get(mapped.key) is mapped:
+                del self._objects[mapped.key]
             is_last = mapped.is_ended and not mapped.readers
         if is_last:
             self._imports.release(mapped.imported)
@@ -177,10 +147,10 @@ class Reads:
         copies: list[Event],
         buffers: Buffers,
         deadline: Deadline,
-        after: Sequence[Event],
+        after: Events,
     ) -> None:
         """Copy an object into buffers; add each copy to ``copies`` when it is started."""
-        layout, copied = mapped.layout, []
+        memory, layout, copied = self._imports.memory, mapped.layout, []
         for device in {buffer.device for buffer in buffers}:
             local = [i for i, b in enumerate(buffers) if b.device == device and b.numel()]
             starts = mapped.starts[device]
@@ -188,16 +158,16 @@ class Reads:
             pairs = []
             for i in local:
                 address = starts[layout.indices[i]] + layout.offsets[i]
-                memory = self._memory.tensor(address, buffers[i].numel(), device, mapped.imported)
-                pairs.append((buffers[i], memory))
+                source = memory.tensor(address, buffers[i].numel(), device, mapped.imported)
+                pairs.append((buffers[i], source))
             copied += pairs
             if pairs:
-                copies.append(self._accelerator.copy(pairs, device, after))
+                copies.append(self._imports.accelerator.copy(pairs, device, after))
         for copy in copies:
             copy.wait(deadline.left_s())
-        self._memory.check_owners([memory for _, memory in copied])
+        memory.check_owners([source for _, source in copied])
 
     def _on_gone(self, peer_id: bytes, body: protocol.MemoryGone) -> dict[str, Any]:
         """Runs on: consumer, an rdt-call thread."""
-        self.forget(peer_id, body["exposure"])
+        self._forget([(peer_id, body["exposure"])])
         return {}

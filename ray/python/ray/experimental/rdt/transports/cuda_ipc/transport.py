@@ -22,20 +22,24 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators.events import Event
-from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
-from ray.experimental.rdt.accelerators.sharing import CannotShare
+from ray.experimental.rdt.accelerators.shared_memory import CannotShare, SharedMemory
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.common.processes import pid_domain
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
-from ray.experimental.rdt.transports.base import Capabilities, Peer, Route, TransportUnavailable
-from ray.experimental.rdt.transports.cuda_ipc import layouts
+from ray.experimental.rdt.transports.base import (
+    Buffers,
+    Capabilities,
+    Events,
+    Peer,
+    Route,
+    TransportUnavailable,
+)
 from ray.experimental.rdt.transports.cuda_ipc.borrowing import Borrowing
 from ray.experimental.rdt.transports.cuda_ipc.imports import Imports
 from ray.experimental.rdt.transports.cuda_ipc.loans import Loans
@@ -48,8 +52,6 @@ logger = logging.getLogger("ray.rdt")
 
 #: How long ``close`` waits for memory to be unmapped.
 _CLOSE_S = 2.0
-
-Buffers = Sequence["torch.Tensor"]
 
 #: Memory on loan from this process, also by sessions that have ended.
 _loans: WeakKeyDictionary[SharedMemory, Loans] = WeakKeyDictionary()
@@ -76,22 +78,19 @@ class DeviceIpcTransport:
             name, frozenset({device_type}), two_sided=False, lends=True
         )
         accelerator = accelerators.of(device_type)
-        if accelerator is None or accelerator.unavailable_reason() or accelerator.sharing is None:
-            reason = (
-                accelerator.unavailable_reason() if accelerator is not None else "no such device"
-            )
+        reason = "no such device" if accelerator is None else accelerator.unavailable_reason()
+        if reason or accelerator is None or accelerator.sharing is None:
             raise TransportUnavailable(f"{name} cannot be used: {reason or 'nothing to share'}")
-        self._accelerator = accelerator
         self._memory: SharedMemory = accelerator.sharing
-        self._domain = layouts.sharing_domain()
+        self._domain = pid_domain()
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._exposed: dict[int, Buffers] = {}
         # By exposure, the agents of the consumers that have it mapped, and their addresses.
         self._consumers: defaultdict[int, dict[bytes, bytes]] = defaultdict(dict)
         self._loans = _loans.setdefault(self._memory, Loans())
-        self._imports = Imports(session, name, self._memory)
-        self._reads = Reads(session, name, accelerator, self._memory, self._imports)
+        self._imports = Imports(session, name, accelerator, self._memory)
+        self._reads = Reads(self._imports)
         session.serve(protocol.of_transport(protocol.MEMORY_SHARE, name), self._on_share)
         session.serve(protocol.of_transport(protocol.MEMORY_KEEP, name), self._on_keep)
         session.serve(protocol.of_transport(protocol.MEMORY_CLOSE, name), self._on_close)
@@ -119,12 +118,7 @@ class DeviceIpcTransport:
             self._session.send_oneway(address, op, protocol.MemoryGone(exposure=number))
 
     def lend(
-        self,
-        peer_id: bytes,
-        asked: Route,
-        buffers: Buffers,
-        events: Sequence[Event],
-        deadline: Deadline,
+        self, peer_id: bytes, asked: Route, buffers: Buffers, events: Events, deadline: Deadline
     ) -> Route:
         """See ``Lending``."""
         if asked["place"] != self._domain:
@@ -146,21 +140,19 @@ class DeviceIpcTransport:
 
     def _on_share(self, peer_id: bytes, body: protocol.MemoryShare) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
+        number, loan = body["exposure"], body["loan"]
         with self._lock:
-            buffers = self._exposed.get(body["exposure"])
-        if buffers is None:
-            raise _not_exposed()
-        deadline = Deadline.after(float(body["timeout_s"]))
-        described = self._describe(buffers)
-        self._loans.add(body["loan"], peer_id, body["pid"], buffers, deadline)
-        with self._lock:
-            is_exposed = body["exposure"] in self._exposed
-            if is_exposed:
-                self._consumers[body["exposure"]][peer_id] = body["address"]
-        if not is_exposed:
-            self._loans.end(body["loan"])
-            raise _not_exposed()
-        return described
+            buffers = self._exposed.get(number)
+        if buffers is not None:
+            described = self._describe(buffers)
+            deadline = Deadline.after(float(body["timeout_s"]))
+            self._loans.add(loan, peer_id, body["pid"], buffers, deadline)
+            with self._lock:
+                if number in self._exposed:
+                    self._consumers[number][peer_id] = body["address"]
+                    return described
+            self._loans.end(loan)
+        raise CallError("the object is not exposed here any more", "not_found")
 
     def _on_keep(self, peer_id: bytes, body: protocol.MemoryLoan) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
@@ -178,20 +170,14 @@ class DeviceIpcTransport:
 
     def _describe(self, buffers: Buffers) -> Route:
         try:
-            layout = self._memory.describe(buffers)
+            return self._memory.describe(buffers).encode()
         except CannotShare as error:
             raise TransportUnavailable(f"this memory cannot be shared: {error}") from error
-        return layouts.encode(layout)
 
     # Consumer.
 
     def read(
-        self,
-        peer: Peer,
-        exposed: Route,
-        buffers: Buffers,
-        deadline: Deadline,
-        after: Sequence[Event] = (),
+        self, peer: Peer, exposed: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
         """See ``OneSided``. Memory stays mapped until the last copy from it has ended."""
         if exposed["place"] != self._domain:
@@ -204,7 +190,7 @@ class DeviceIpcTransport:
 
     def borrow(self, device: torch.device) -> Borrowing:
         """See ``Lending``."""
-        return Borrowing(self._accelerator, self._memory, self._imports, self._domain, device)
+        return Borrowing(self._imports, self._domain, device)
 
     # Ends.
 
@@ -213,7 +199,7 @@ class DeviceIpcTransport:
 
         Memory that was mapped for copies is unmapped, if that does not take long.
         """
-        self._reads.forget_all()
+        self._reads.forget()
         self._imports.wait(_CLOSE_S)
         self._imports.close()
         with self._lock:
@@ -222,7 +208,7 @@ class DeviceIpcTransport:
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread."""
-        self._loans.on_peer_lost(peer_id)
+        self._loans.end_expired()
         self._reads.forget(peer_id)
         self._log_lost_memory()
 
@@ -239,10 +225,6 @@ class DeviceIpcTransport:
                 "these tensors.",
                 *(pid, self._name),
             )
-
-
-def _not_exposed() -> CallError:
-    return CallError("the object is not exposed here any more", "not_found")
 
 
 class CudaIpcTransport(DeviceIpcTransport):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.processes import pid_domain
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.plan import Batch
 
@@ -92,11 +93,9 @@ def choose_backend(plugins: Sequence[str], sysfs: Path = Path("/sys/class")) -> 
     return "LIBFABRIC" if has_efa and "LIBFABRIC" in plugins else "UCX"
 
 
-def find_reach(sysfs: Path = Path("/sys/class"), proc: Path = Path("/proc")) -> str:
+def find_reach(sysfs: Path = Path("/sys/class")) -> str:
     """Return an ID of the processes that can read each other, with RDMA if there is a device."""
-    boot_id = (proc / "sys/kernel/random/boot_id").read_text().strip()
-    processes = (proc / "self/ns/pid").stat().st_ino
-    return f"{boot_id}/{processes}" + (" rdma" if has_rdma(sysfs) else "")
+    return pid_domain() + (" rdma" if has_rdma(sysfs) else "")
 
 
 def has_rdma(sysfs: Path = Path("/sys/class")) -> bool:
