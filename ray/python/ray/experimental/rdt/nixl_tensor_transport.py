@@ -56,12 +56,10 @@ class NixlTensorTransport(TensorTransportManager):
         self._live: dict[str, tuple[list[torch.Tensor], dict[str, Any]]] = {}
 
     def tensor_transport_backend(self) -> str:
-        """See ``TensorTransportManager``."""
         return "NIXL"
 
     @staticmethod
     def is_one_sided() -> bool:
-        """See ``TensorTransportManager``."""
         return True
 
     def get_nixl_agent(self) -> Any:
@@ -144,7 +142,6 @@ class NixlTensorTransport(TensorTransportManager):
         tensor_transport_meta: TensorTransportMetadata,
         tensors: list[torch.Tensor],
     ) -> None:
-        """See ``TensorTransportManager``."""
         _, exposed = self._live.pop(obj_id, ([], {}))
         if exposed:
             nixl_transport().withdraw(exposed)

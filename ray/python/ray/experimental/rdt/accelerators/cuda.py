@@ -46,7 +46,6 @@ class CudaAccelerator:
         self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
     def unavailable_reason(self) -> str:
-        """See ``Accelerator``."""
         try:
             import torch
         except ImportError as error:
@@ -54,7 +53,6 @@ class CudaAccelerator:
         return "" if torch.cuda.is_available() else "this process has no NVIDIA GPU"
 
     def current_device(self) -> torch.device:
-        """See ``Accelerator``."""
         import torch
 
         return torch.device("cuda", torch.cuda.current_device())
@@ -100,7 +98,6 @@ class CudaAccelerator:
 
     @contextlib.contextmanager
     def on(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        """See ``Accelerator``."""
         import torch
 
         with relaxed(), torch.cuda.device(stream.device), torch.cuda.stream(stream):
@@ -111,7 +108,6 @@ class CudaAccelerator:
         return relaxed()
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        """See ``Accelerator``."""
         import torch
 
         with relaxed():
@@ -145,7 +141,6 @@ class CudaAccelerator:
         device: torch.device,
         after: Sequence[Event] = (),
     ) -> Event:
-        """See ``Accelerator``."""
         import torch
 
         event = CudaEvent(torch.cuda.Event(), device, list(pairs))

@@ -37,12 +37,10 @@ class CudaEvent:
         self._kept = kept
 
     def is_reached(self) -> bool:
-        """See ``Event``."""
         with relaxed():
             return self._look()
 
     def wait(self, timeout_s: float) -> None:
-        """See ``Event``."""
         start, pause = time.monotonic(), _FIRST_PAUSE_S
         with relaxed():
             while not self._look():
@@ -62,7 +60,6 @@ class CudaEvent:
         return is_reached
 
     def make_stream_wait(self) -> None:
-        """See ``Event``."""
         import torch
 
         torch.cuda.current_stream(self.device).wait_event(self.event)

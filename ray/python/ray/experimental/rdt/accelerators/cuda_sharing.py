@@ -49,7 +49,6 @@ class CudaSharing:
         self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
     def identity(self, device: torch.device) -> str:
-        """See ``Sharing``."""
         import torch
 
         return str(torch.cuda.get_device_properties(device).uuid)
@@ -67,7 +66,6 @@ class CudaSharing:
         return ""
 
     def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
-        """See ``Sharing``."""
         runtime, driver = _modules()
         with relaxed(), current(device.index):
             reason = _why_not(driver, address)
@@ -84,7 +82,6 @@ class CudaSharing:
         return ctypes.string_at(handle.getPtr(), _HANDLE_NBYTES), int(start), int(nbytes)
 
     def map(self, handle: bytes, device: torch.device) -> int:
-        """See ``Sharing``."""
         runtime, _ = _modules()
         # The one attribute of this type, "reserved", is not in every version of cuda-bindings.
         opened = runtime.cudaIpcMemHandle_t()
@@ -98,7 +95,6 @@ class CudaSharing:
                 raise _refusal(error) from error
 
     def unmap(self, address: int, device: torch.device) -> None:
-        """See ``Sharing``."""
         runtime, _ = _modules()
         with relaxed(), current(device.index):
             checked("cudaIpcCloseMemHandle", runtime.cudaIpcCloseMemHandle(address))
@@ -124,7 +120,6 @@ class CudaSharing:
                 raise _refusal(error) from error
 
     def import_event(self, handle: bytes, device: torch.device) -> Event:
-        """See ``Sharing``."""
         import torch
 
         with relaxed(), torch.cuda.device(device):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class GlooBackend:
-    """Gloo process groups. All groups of a process share one gloo device and its socket thread.
+    """A ``Backend`` of gloo process groups, which share one gloo device and its socket thread.
 
     Args:
         host: The address of this node that others reach.
@@ -62,7 +62,6 @@ class GlooBackend:
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
     ) -> Any:
-        """See ``Backend``."""
         from torch.distributed import ProcessGroupGloo
 
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -85,29 +84,23 @@ class GlooBackend:
             self.wait(group.recv([self.empty(1)], other, MAX_TAG), 0.001)
 
     def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
-        """See ``Backend``."""
         return group.send([tensor], CONSUMER, tag)
 
     def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Any:
-        """See ``Backend``."""
         return group.recv([tensor], PRODUCER, tag)
 
     def wait(self, work: Any, timeout_s: float) -> None:
-        """See ``Backend``."""
         work.wait(timedelta(seconds=timeout_s))
 
     def transfer_context(self, after: Events) -> AbstractContextManager[None]:
-        """See ``Backend``."""
         return contextlib.nullcontext()
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """See ``Backend``."""
         import torch
 
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def unsupported_reason(self, buffers: Buffers) -> str:
-        """See ``Backend``."""
         others = {str(b.device) for b in buffers if b.device.type != "cpu"}
         return f"gloo carries CPU tensors only, not those on {sorted(others)}" if others else ""
 
@@ -120,7 +113,6 @@ class GlooBackend:
         read_memory(addresses, array("Q", [buffer.numel() for buffer in buffers]), slot.data_ptr())
 
     def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
-        """See ``Backend``."""
         at = slot.data_ptr()
         for buffer in buffers:
             ctypes.memmove(buffer.data_ptr(), at, buffer.numel())

@@ -55,7 +55,7 @@ _environment_lock = threading.Lock()
 
 
 class NcclBackend:
-    """NCCL process groups on the first GPU that the process sees.
+    """A ``Backend`` of NCCL process groups on the first GPU that the process sees.
 
     Args:
         accelerator: The streams and memory of the GPU.
@@ -126,11 +126,9 @@ class NcclBackend:
             group.abort()
 
     def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Event:
-        """See ``Backend``."""
         return self._broadcast(group, tensor)
 
     def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Event:
-        """See ``Backend``."""
         return self._broadcast(group, tensor)
 
     def _broadcast(self, group: Any, tensor: torch.Tensor) -> Event:
@@ -175,18 +173,15 @@ class NcclBackend:
             self._idle_streams.append(stream)
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        """See ``Backend``."""
         return self._accelerator.empty(nbytes, self._device)
 
     def unsupported_reason(self, buffers: Buffers) -> str:
-        """See ``Backend``."""
         others = {str(b.device) for b in buffers} - {str(self._device)}
         return (
             f"nccl links are on {self._device}, the tensors on {sorted(others)}" if others else ""
         )
 
     def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
-        """See ``Backend``."""
         import torch
 
         torch.cat(list(buffers), out=slot)

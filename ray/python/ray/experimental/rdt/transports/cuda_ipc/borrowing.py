@@ -37,7 +37,6 @@ class Borrowing:
         }
 
     def take(self, peer: Peer, lent: Route, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """See ``base.Borrowing``."""
         self._is_over = True
         imported = Import(peer, self.asked["loan"])
         try:
@@ -47,7 +46,6 @@ class Borrowing:
             raise
 
     def abandon(self, peer: Peer) -> None:
-        """See ``base.Borrowing``."""
         if not self._is_over:
             self._is_over = True
             self._imports.release(Import(peer, self.asked["loan"]))

@@ -120,7 +120,6 @@ class DeviceIpcTransport:
     def lend(
         self, peer_id: bytes, asked: Route, buffers: Buffers, events: Events, deadline: Deadline
     ) -> Route:
-        """See ``Lending``."""
         if asked["place"] != self._domain:
             raise TransportUnavailable("the consumer is on another host or in another container")
         self._check_devices(buffers)
@@ -189,7 +188,6 @@ class DeviceIpcTransport:
         self._reads.read(peer, exposed["exposure"], buffers, deadline, after)
 
     def borrow(self, device: torch.device) -> Borrowing:
-        """See ``Lending``."""
         return Borrowing(self._imports, self._domain, device)
 
     # Ends.

@@ -67,7 +67,6 @@ class Endpoint:
         self._hung: list[_Hung] = []
 
     def read(self, exposed: Route, buffers: Buffers, deadline: Deadline, after: Events) -> None:
-        """See ``NixlTransport.read``."""
         local, remote = spans_of(buffers), Spans.decode(exposed["spans"])
         self._check_reachable(exposed["reach"], local, remote)
         self._release_ended()

@@ -134,7 +134,6 @@ class NixlTransport:
             self.endpoint().read(exposed, buffers, deadline, after)
 
     def withdraw(self, exposed: Route) -> None:
-        """See ``OneSided``."""
         ended, endpoint = self._exposed.pop(exposed.get("number", 0), None), self._endpoint
         if ended is not None and endpoint is not None:
             endpoint.registrations.release(ended)
@@ -185,7 +184,6 @@ class NixlTransport:
         writers.name_stream(stream)
 
     def close(self) -> None:
-        """See ``OneSided``."""
         writers.name_stream(None)
         self._exposed.clear()
         with self._lock:

@@ -32,20 +32,18 @@ class _PeerLinks:
         links: Those that transfers may use.
         connecting: How many are under construction.
         failed_until: No attempt to connect is made before this.
-        failure: The reason for that.
-        cause: The error behind it.
+        failure: The error of the last attempt.
     """
 
     links: list[Link] = field(default_factory=list)
     connecting: int = 0
-    failed_until: Deadline | None = None
-    failure: str = ""
-    cause: Exception | None = None
+    failed_until: Deadline = Deadline(0)
+    failure: Exception | None = None
 
     @property
     def has_failed(self) -> bool:
         """Return whether an attempt to connect failed a moment ago."""
-        return self.failed_until is not None and not self.failed_until.has_passed()
+        return not self.failed_until.has_passed()
 
 
 class Links:
@@ -90,7 +88,10 @@ class Links:
                 if link is not None:
                     return link
                 if of_peer.has_failed:
-                    raise TransportUnavailable(of_peer.failure) from of_peer.cause
+                    failure = of_peer.failure
+                    raise TransportUnavailable(
+                        f"no {self._name} connection: {failure}"
+                    ) from failure
                 left = deadline.left_s()
                 if left <= 0:
                     raise TransportUnavailable("the connection was not made in time")
@@ -152,8 +153,7 @@ class Links:
             if link is not None and is_wanted:
                 of_peer.links.append(link)
             elif failure is not None:
-                of_peer.failure = f"no {self._name} connection: {failure}"
-                of_peer.cause = failure
+                of_peer.failure = failure
                 of_peer.failed_until = Deadline.after(_FAILURE_KEPT_S)
             self._changed.notify_all()
         if link is not None and not is_wanted:

@@ -34,7 +34,7 @@ _CLOSE_WAIT_S = 2.0  # for links under construction when Ray is shut down
 
 
 class ProcessGroupTransport:
-    """A transport over process groups of one backend.
+    """A ``TwoSided`` transport over process groups of one backend.
 
     Args:
         backend: The kind of process group.
@@ -62,20 +62,17 @@ class ProcessGroupTransport:
     # Transfers.
 
     def route(self, peer: Peer, deadline: Deadline) -> Route:
-        """See ``TwoSided.route``."""
         self.check_available()
         group = self._groups.find_common(self.capabilities.name, peer.agent_id)
         link = self._links.acquire(peer, group.id if group is not None else "", deadline)
         return {"link": link.id, "tag": link.next_tag()}
 
     def send(self, route: Route, buffers: Buffers, deadline: Deadline) -> None:
-        """See ``TwoSided.send``."""
         self._find(route).send(route["tag"], buffers, deadline)
 
     def receive(
         self, route: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
-        """See ``TwoSided.receive``."""
         link = self._find(route)
         try:
             link.receive(route["tag"], buffers, deadline, after)
@@ -83,7 +80,6 @@ class ProcessGroupTransport:
             self._links.release(link)
 
     def abandon(self, route: Route, may_send: bool) -> None:
-        """See ``TwoSided.abandon``."""
         link = self._links.find(route["link"])
         if link is None:
             return
@@ -145,7 +141,6 @@ class ProcessGroupTransport:
     # Ends.
 
     def close(self) -> None:
-        """See ``TwoSided.close``."""
         self._is_closed = True
         self._pending.fail("Ray was shut down")
         self._links.close_all("Ray was shut down")

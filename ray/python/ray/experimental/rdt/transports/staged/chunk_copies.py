@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.base import Accelerator
 from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.transports.base import TransportUnavailable
+from ray.experimental.rdt.transports.base import Buffers, Events, TransportUnavailable
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +25,11 @@ _SMALL_NBYTES = 256 << 10
 
 Pairs = list[tuple["torch.Tensor", "torch.Tensor"]]
 
+#: A part of the chunk, and the pieces that are copied from or to it at once.
+_Run = tuple["torch.Tensor", list["torch.Tensor"]]
 
-@dataclass
-class _Plan:
+
+class _Plan(NamedTuple):
     """The copies of a chunk to or from one device.
 
     Attributes:
@@ -37,9 +38,9 @@ class _Plan:
         packed: Parts of that memory, and the pieces.
     """
 
-    direct: Pairs = field(default_factory=list)
-    runs: Pairs = field(default_factory=list)
-    packed: Pairs = field(default_factory=list)
+    direct: Pairs
+    runs: Pairs
+    packed: Pairs
 
 
 class ChunkCopies:
@@ -53,16 +54,8 @@ class ChunkCopies:
         self._lock = threading.Lock()
         self._streams: dict[torch.device, Any] = {}
 
-    def to_host(
-        self, memory: torch.Tensor, pieces: Sequence[torch.Tensor], begun: list[Event]
-    ) -> None:
-        """Copy finished pieces on devices to a chunk.
-
-        Args:
-            memory: The chunk, as long as all pieces.
-            pieces: In their order.
-            begun: Gets an event for each copy.
-        """
+    def to_host(self, memory: torch.Tensor, pieces: Buffers, begun: list[Event]) -> None:
+        """Copy finished pieces on devices to a chunk of their size; add events to ``begun``."""
         for device, plan in self._plans(memory, pieces):
             copy = accelerator_of(device).copy
             if plan.direct:
@@ -72,20 +65,9 @@ class ChunkCopies:
                 begun.append(copy(plan.runs, device, begun[-1:]))
 
     def to_devices(
-        self,
-        memory: torch.Tensor,
-        pieces: Sequence[torch.Tensor],
-        after: Sequence[Event],
-        begun: list[Event],
+        self, memory: torch.Tensor, pieces: Buffers, after: Events, begun: list[Event]
     ) -> None:
-        """Copy a chunk to pieces on devices, after some events.
-
-        Args:
-            memory: The chunk, as long as all pieces.
-            pieces: In their order.
-            after: The events.
-            begun: Gets an event for each copy.
-        """
+        """Copy a chunk to pieces on devices after some events; add events to ``begun``."""
         for device, plan in self._plans(memory, pieces):
             copy = accelerator_of(device).copy
             if plan.direct:
@@ -94,36 +76,25 @@ class ChunkCopies:
                 begun.append(copy(_reversed(plan.runs), device))
                 begun.append(copy(_reversed(plan.packed), device, [begun[-1], *after]))
 
-    def _plans(
-        self, memory: torch.Tensor, pieces: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[torch.device, _Plan]]:
-        plans: dict[torch.device, _Plan] = {}
-        runs: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
-        for part, run in _runs(memory, pieces):
-            plan = plans.setdefault(run[0].device, _Plan())
-            if len(run) == 1:
-                plan.direct.append((part, run[0]))
-            else:
-                runs.append((part, run))
-        for device, plan in plans.items():
-            self._pack(plan, [(part, run) for part, run in runs if run[0].device == device])
-            yield device, plan
+    def _plans(self, memory: torch.Tensor, pieces: Buffers) -> Iterator[tuple[torch.device, _Plan]]:
+        runs = list(_runs(memory, pieces))
+        for device in dict.fromkeys(run[0].device for _, run in runs):
+            yield device, self._plan(device, [each for each in runs if each[1][0].device == device])
 
-    def _pack(self, plan: _Plan, runs: list[tuple[torch.Tensor, list[torch.Tensor]]]) -> None:
-        """Add runs of small pieces; if the device has no memory for packing, one by one."""
-        if not runs:
-            return
-        scratch = self._scratch(runs[0][1][0].device, sum(part.numel() for part, _ in runs))
-        at = 0
-        for part, run in runs:
-            parts = scratch[at : at + part.numel()] if scratch is not None else part
-            pairs = list(zip(cut(parts, [piece.numel() for piece in run]), run))
-            if scratch is None:
-                plan.direct += pairs
-                continue
-            plan.packed += pairs
-            plan.runs.append((part, parts))
-            at += part.numel()
+    def _plan(self, device: torch.device, runs: list[_Run]) -> _Plan:
+        """Plan runs of one device. If it has no memory for packing, small pieces go one by one."""
+        direct = [(part, run[0]) for part, run in runs if len(run) == 1]
+        small = [(part, run) for part, run in runs if len(run) > 1]
+        parts = [part for part, _ in small]
+        sizes = [part.numel() for part in parts]
+        scratch = self._scratch(device, sum(sizes)) if small else None
+        packed_in = parts if scratch is None else cut(scratch, sizes)
+        pairs: Pairs = []
+        for memory, (_, run) in zip(packed_in, small):
+            pairs += zip(cut(memory, [piece.numel() for piece in run]), run)
+        if scratch is None:
+            return _Plan(direct + pairs, [], [])
+        return _Plan(direct, list(zip(parts, packed_in)), pairs)
 
     def _scratch(self, device: torch.device, nbytes: int) -> torch.Tensor | None:
         import torch
@@ -141,7 +112,7 @@ class ChunkCopies:
             return None
 
 
-def pieces_of(buffers: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[torch.Tensor]:
+def pieces_of(buffers: Buffers, start: int, stop: int) -> Iterator[torch.Tensor]:
     """Yield the pieces of bytes ``start`` to ``stop`` of the concatenated buffers."""
     starts = [0, *itertools.accumulate(buffer.numel() for buffer in buffers)]
     for index in range(bisect_right(starts, start) - 1, len(buffers)):
@@ -153,9 +124,7 @@ def pieces_of(buffers: Sequence[torch.Tensor], start: int, stop: int) -> Iterato
             yield piece
 
 
-def _runs(
-    memory: torch.Tensor, pieces: Sequence[torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+def _runs(memory: torch.Tensor, pieces: Buffers) -> Iterator[_Run]:
     """Yield the pieces of each copy, with their part of the chunk."""
     keys = (
         (piece.device, None if piece.numel() < _SMALL_NBYTES else index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ray.experimental.rdt.common.failures import note_still_writing
 from ray.experimental.rdt.common.once import StillBeingMade
 from ray.experimental.rdt.rpc import checksums, protocol
 from ray.experimental.rdt.rpc.session import Session, boot_id_of
-from ray.experimental.rdt.transports.base import Peer
+from ray.experimental.rdt.transports.base import Buffers, Events, Peer
 from ray.experimental.rdt.transports.staged.chunk_copies import (
     ChunkCopies,
     accelerator_of,
@@ -34,8 +34,6 @@ _COPIES = 2  # chunks that a read copies to its devices at once
 
 #: How long a failed read waits for devices that still write.
 _GRACE_S = 5.0
-
-Buffers = Sequence["torch.Tensor"]
 
 
 class Reader:
@@ -57,14 +55,8 @@ class Reader:
         self._unmapped: set[bytes] = set()
 
     def read(
-        self,
-        peer: Peer,
-        exposure: int,
-        buffers: Buffers,
-        deadline: Deadline,
-        after: Sequence[Event],
+        self, peer: Peer, exposure: int, buffers: Buffers, deadline: Deadline, after: Events
     ) -> None:
-        """See ``OneSided.read``."""
         reading = _Reading(self, peer, exposure, buffers, deadline, after)
         try:
             reading.run()
@@ -128,7 +120,7 @@ class _Reading:
     exposure: int
     buffers: Buffers
     deadline: Deadline
-    after: Sequence[Event]
+    after: Events
     chunks: deque[_Chunk] = field(default_factory=deque)
 
     def run(self) -> None:
@@ -179,8 +171,14 @@ class _Reading:
         Returns:
             The bytes for devices, and the pieces there that they belong to.
         """
+        import torch
+
         away = [piece for piece in pieces if not piece.is_cpu]
-        memory = _host_memory_for(away)
+        if away:
+            nbytes = sum(piece.numel() for piece in away)
+            memory = accelerator_of(away[0].device).pinned(nbytes)
+        else:
+            memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         parts = iter(cut(memory, [piece.numel() for piece in away]))
         landed = [piece if piece.is_cpu else next(parts) for piece in pieces]
         pull = checksums.Pull(
@@ -212,12 +210,3 @@ class _Reading:
 
     def _free(self, chunk: _Chunk) -> None:
         self.reader.session.agent.free(self.peer.address, chunk.key)
-
-
-def _host_memory_for(away: Buffers) -> torch.Tensor:
-    """Return host memory for pieces on devices, which the agent writes and devices read."""
-    import torch
-
-    if not away:
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
-    return accelerator_of(away[0].device).pinned(sum(piece.numel() for piece in away))

@@ -163,11 +163,7 @@ class Mappings:
         self._known: dict[tuple[bytes, str], Once[tuple[torch.Tensor, memoryview]]] = {}
 
     def open(
-        self,
-        owner: bytes,
-        described: dict[str, Any],
-        accelerator: Accelerator,
-        deadline: Deadline | None = None,
+        self, owner: bytes, described: dict[str, Any], accelerator: Accelerator, deadline: Deadline
     ) -> Mapped:
         """Return the slot that a producer described.
 

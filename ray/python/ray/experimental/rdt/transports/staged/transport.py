@@ -26,8 +26,8 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.base import Accelerator
@@ -38,7 +38,7 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
-from ray.experimental.rdt.transports.base import Capabilities, Peer, Route
+from ray.experimental.rdt.transports.base import Buffers, Capabilities, Events, Peer, Route
 from ray.experimental.rdt.transports.staged import reading as staged_reading
 from ray.experimental.rdt.transports.staged.chunk_copies import (
     ChunkCopies,
@@ -62,21 +62,6 @@ _SLOT_WAIT_S = 0.1
 #: it could not say so.
 _READER_SLACK_S = 5.0
 
-Buffers = Sequence["torch.Tensor"]
-
-
-@dataclass
-class _Exposed:
-    """One object's buffers.
-
-    Attributes:
-        buffers: They share the storages of the user's tensors.
-        chunks: The agent's keys for copies that readers may still pull.
-    """
-
-    buffers: Buffers
-    chunks: set[bytes] = field(default_factory=set)
-
 
 @dataclass(frozen=True)
 class _Chunk:
@@ -88,7 +73,7 @@ class _Chunk:
         key: Its key at the agent.
         reader: The agent of the consumer that asked for it.
         until: When the consumer has certainly timed out.
-        exposed: The object.
+        exposure: The number of the object.
     """
 
     memory: torch.Tensor
@@ -96,7 +81,7 @@ class _Chunk:
     key: bytes
     reader: bytes
     until: Deadline
-    exposed: _Exposed
+    exposure: int
 
 
 class StagedTransport:
@@ -112,7 +97,7 @@ class StagedTransport:
         self._session = session
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._exposed: dict[int, _Exposed] = {}
+        self._exposed: dict[int, Buffers] = {}
         self._chunks: dict[int, _Chunk] = {}
         # The store's own tokens are above 0.
         self._tokens = itertools.count(-1, -1)
@@ -131,19 +116,16 @@ class StagedTransport:
     # Producer.
 
     def expose(self, buffers: Buffers) -> Route:
-        """See ``OneSided``."""
         with self._lock:
             number = next(self._numbers)
-            self._exposed[number] = _Exposed(buffers)
+            self._exposed[number] = buffers
         return {"exposure": number}
 
     def withdraw(self, exposed: Route) -> None:
-        """See ``OneSided``."""
+        number = exposed["exposure"]
         with self._lock:
-            ended = self._exposed.pop(exposed["exposure"], None)
-            keys = list(ended.chunks) if ended is not None else []
-        for key in keys:
-            self._session.agent.release(key)
+            self._exposed.pop(number, None)
+        self._release(lambda chunk: chunk.exposure == number)
 
     def close(self) -> None:
         """See ``OneSided``. The agent, which ends after this, reads the chunks until then."""
@@ -153,11 +135,11 @@ class StagedTransport:
     def _on_chunk(self, peer_id: bytes, body: protocol.StagedChunk) -> dict[str, Any]:
         """Runs on: producer, an rdt-staged thread."""
         with self._lock:
-            exposed = self._exposed.get(body["exposure"])
-        if exposed is None:
+            buffers = self._exposed.get(body["exposure"])
+        if buffers is None:
             raise CallError("the object is not exposed here any more", "not_found")
         start, stop, deadline = body["start"], body["stop"], Deadline.after(body["timeout_s"])
-        pieces = list(pieces_of(exposed.buffers, start, stop))
+        pieces = list(pieces_of(buffers, start, stop))
         accelerator = accelerator_of(pieces[0].device)
         slot = self._take_slot(accelerator, deadline)
         if slot is None:
@@ -165,17 +147,15 @@ class StagedTransport:
         else:
             place, memory = slot.describe(), slot.memory[: stop - start]
         self._fill(memory, slot, pieces, deadline)
-        until = deadline.later(_READER_SLACK_S)
-        chunk = _Chunk(memory, slot, os.urandom(16), peer_id, until, exposed)
+        key, until = os.urandom(16), deadline.later(_READER_SLACK_S)
         with self._lock:
             token = next(self._tokens)
-            self._chunks[token] = chunk
-            exposed.chunks.add(chunk.key)
+            self._chunks[token] = _Chunk(memory, slot, key, peer_id, until, body["exposure"])
         where = array("Q", [memory.data_ptr()]), array("Q", [memory.numel()])
-        self._session.agent.register(chunk.key, *where, token)
+        self._session.agent.register(key, *where, token)
         if self._session.is_asker_lost():
-            self._session.agent.release(chunk.key)
-        return {"key": chunk.key, "slot": place}
+            self._session.agent.release(key)
+        return {"key": key, "slot": place}
 
     def _take_slot(self, accelerator: Accelerator, deadline: Deadline) -> Slot | None:
         """Return a free slot for devices of a kind, None if there is none."""
@@ -215,11 +195,9 @@ class StagedTransport:
     def _on_released(self, tokens: list[int]) -> None:
         """Runs on: producer, the reaper thread."""
         with self._lock:
-            ended = [chunk for token in tokens if (chunk := self._chunks.pop(token, None))]
-            for chunk in ended:
-                chunk.exposed.chunks.discard(chunk.key)
+            ended = [self._chunks.pop(token, None) for token in tokens]
         for chunk in ended:
-            if chunk.slot is not None:
+            if chunk is not None and chunk.slot is not None:
                 chunk.slot.give_back()
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
@@ -231,13 +209,10 @@ class StagedTransport:
         """Runs on: producer, the reaper thread."""
         self._release(lambda chunk: chunk.until.has_passed())
         with self._lock:
-            written, self._written = self._written, []
-        for slot, begun in written:
-            if have_ended(begun, 0):
-                slot.give_back()
-            else:
-                with self._lock:
-                    self._written.append((slot, begun))
+            ended = [slot for slot, begun in self._written if have_ended(begun, 0)]
+            self._written = [entry for entry in self._written if entry[0] not in ended]
+        for slot in ended:
+            slot.give_back()
 
     def _release(self, is_over: Callable[[_Chunk], bool]) -> None:
         with self._lock:
@@ -248,12 +223,6 @@ class StagedTransport:
     # Consumer.
 
     def read(
-        self,
-        peer: Peer,
-        exposed: Route,
-        buffers: Buffers,
-        deadline: Deadline,
-        after: Sequence[Event] = (),
+        self, peer: Peer, exposed: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
     ) -> None:
-        """See ``OneSided``."""
         self._reader.read(peer, exposed["exposure"], buffers, deadline, after)

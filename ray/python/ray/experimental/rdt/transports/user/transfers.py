@@ -92,6 +92,7 @@ class Transfers:
                 del self._running[transfer_id]
                 if transfer.error is not None and not isinstance(transfer.error, TransferEnded):
                     self._remember_end(transfer_id, _reason(transfer.error))
+                transfer.error = None  # its traceback refers to the frame that waited
 
     def report_failure(self, peer: bytes, transfer_id: str, error: BaseException) -> None:
         """End the other side's part of a transfer that failed here."""
@@ -135,10 +136,10 @@ class Transfers:
                 if not reason:
                     self._remember_end(transfer_id, "")
                 return {"reason": reason}
-        if transfer.peer_id != peer_id:
-            return {"reason": ""}
-        transfer.end(error=TransferEnded(str(body["reason"])))
-        error = transfer.error
+            if transfer.peer_id != peer_id:
+                return {"reason": ""}
+            transfer.end(error=TransferEnded(str(body["reason"])))
+            error = transfer.error
         return {"reason": "" if isinstance(error, TransferEnded) else _reason(error)}
 
     def _remember_end(self, transfer_id: str, reason: str) -> None:
