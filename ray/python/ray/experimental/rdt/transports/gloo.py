@@ -11,11 +11,12 @@ import ctypes
 from array import array
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt._agent import read_memory
 from ray.experimental.rdt.common import ray_core
-from ray.experimental.rdt.common import real_threads as threading
+from ray.experimental.rdt.common.once import Once
 from ray.experimental.rdt.groups.membership import Membership
 from ray.experimental.rdt.transports.base import (
     Buffers,
@@ -45,8 +46,7 @@ class GlooBackend:
 
     def __init__(self, host: str):
         self._host = host
-        self._lock = threading.Lock()
-        self._device: Any = None
+        self._device: Once[Any] = Once()
 
     def check_available(self) -> None:
         check_clear_allowed("gloo does not encrypt")
@@ -66,7 +66,8 @@ class GlooBackend:
 
         options: Any = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timedelta(seconds=timeout_s)
-        options._devices = [self._shared_device()]
+        create = partial(ProcessGroupGloo.create_device, hostname=self._host)
+        options._devices = [self._device.get(create)]
         if not has_collectives:
             options._threads = 0  # send and receive need none
         return ProcessGroupGloo(store, rank, size, options)
@@ -117,14 +118,6 @@ class GlooBackend:
         for buffer in buffers:
             ctypes.memmove(buffer.data_ptr(), at, buffer.numel())
             at += buffer.numel()
-
-    def _shared_device(self) -> Any:
-        from torch.distributed import ProcessGroupGloo
-
-        with self._lock:
-            if self._device is None:
-                self._device = ProcessGroupGloo.create_device(hostname=self._host)
-            return self._device
 
 
 class GlooTransport(ProcessGroupTransport):

@@ -8,13 +8,12 @@ consumer's last tensor over it is gone, or the consumer's process has ended; see
 
 The vendor's calls are in ``accelerators.cuda_sharing``. Not run on a GPU so far.
 
-Requests (``rpc/protocol.py``):
+Requests of ``rpc/protocol.py``:
 
-* ``rdt.memory.share/<name>`` {exposure, loan, pid, address, timeout_s}: answers with the layout of
-  the buffers.
-* ``rdt.memory.gone/<name>`` {exposure}: the object was freed; the consumer unmaps it.
-* ``rdt.memory.keep/<name>`` {loan}: the consumer uses the memory from now on, without a deadline.
-* ``rdt.memory.close/<name>`` {loan}: the consumer has unmapped it.
+* ``MEMORY_SHARE`` is answered with the layout of the buffers.
+* ``MEMORY_GONE``: the object was freed; the consumer unmaps it.
+* ``MEMORY_KEEP``: the consumer uses the memory from now on, without a deadline.
+* ``MEMORY_CLOSE``: the consumer has unmapped it.
 """
 
 from __future__ import annotations
@@ -102,9 +101,8 @@ class DeviceIpcTransport:
     def expose(self, buffers: Buffers) -> Route:
         """See ``OneSided``. Nothing is shared before a consumer of this host asks."""
         self._check_devices(buffers)
-        with self._lock:
-            number = next(self._numbers)
-            self._exposed[number] = buffers
+        number = next(self._numbers)
+        self._exposed[number] = buffers
         return {"exposure": number, "place": self._domain}
 
     def withdraw(self, exposed: Route) -> None:
@@ -140,8 +138,7 @@ class DeviceIpcTransport:
     def _on_share(self, peer_id: bytes, body: protocol.MemoryShare) -> dict[str, Any]:
         """Runs on: producer, an rdt-call thread."""
         number, loan = body["exposure"], body["loan"]
-        with self._lock:
-            buffers = self._exposed.get(number)
+        buffers = self._exposed.get(number)
         if buffers is not None:
             described = self._describe(buffers)
             deadline = Deadline.after(float(body["timeout_s"]))

@@ -43,7 +43,7 @@ _HOST = KINDS.index("DRAM")
 FindSegment = Callable[["torch.Tensor"], "tuple[int, int] | None"]
 
 
-@dataclass(order=True)
+@dataclass(eq=False)
 class Registration:
     """One storage in host memory or one segment of device memory, registered whole.
 
@@ -57,33 +57,27 @@ class Registration:
     """
 
     row: tuple[int, int, int]
-    kind: int = field(compare=False)
-    handle: Any = field(compare=False)
-    storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = field(
-        default_factory=dict, compare=False
-    )
-    pins: dict[int, int] = field(default_factory=dict, compare=False)
-    leases: int = field(default=0, compare=False)
+    kind: int
+    handle: Any
+    storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = field(default_factory=dict)
+    pins: dict[int, int] = field(default_factory=dict)
+    leases: int = 0
 
     @property
     def is_valid(self) -> bool:
         """Return whether the registered storages still exist."""
         return any(
-            (storage := ref()) is not None and (storage.data_ptr(), storage.nbytes()) == known
-            for known, ref in self._extents()
+            (storage := ref()) is not None
+            and (storage.data_ptr(), storage.nbytes()) == (address, nbytes)
+            for address, (ref, nbytes) in list(self.storages.items())  # one may die meanwhile
         )
 
     def has_pinned(self, start: int, end: int) -> bool:
         """Return whether a user has registered the storage that these bytes lie in."""
         return any(
             address in self.pins and address <= start and end <= address + nbytes
-            for (address, nbytes), _ in self._extents()
+            for address, (_, nbytes) in list(self.storages.items())  # one may die meanwhile
         )
-
-    def _extents(self) -> list[tuple[tuple[int, int], weakref.ref[torch.UntypedStorage]]]:
-        # A copy: a storage may die meanwhile.
-        storages = list(self.storages.items())
-        return [((address, nbytes), ref) for address, (ref, nbytes) in storages]
 
 
 @dataclass
@@ -236,21 +230,17 @@ class Registrations:
             row[2] = next(self._regions)
         else:
             row[:2] = _around(row[:2].tolist(), self._find_segment(tensor))
-        registration = self._take_ended(kind, tuple(row.tolist()))
-        if registration is None:
+        known = kind, tuple(row.tolist())
+        kept = [each for each in self._ended if (each.kind, each.row) == known]
+        if kept:  # by a lease
+            registration = kept[0]
+            self._ended.remove(registration)
+        else:
             handle = self._engine.register(KINDS[kind], row[np.newaxis])
             registration = Registration(tuple(row.tolist()), kind, handle)
         self._add_storage(registration, tensor)
-        insort(self._found, registration)
+        insort(self._found, registration, key=lambda each: each.row)
         return registration
-
-    def _take_ended(self, kind: int, row: tuple[int, int, int]) -> Registration | None:
-        """Return the registration of the same memory that a lease has kept."""
-        for registration in self._ended:
-            if (registration.kind, registration.row) == (kind, row):
-                self._ended.remove(registration)
-                return registration
-        return None
 
     def _add_storage(self, registration: Registration, tensor: torch.Tensor) -> None:
         """Keep a registration while a tensor's storage lives."""

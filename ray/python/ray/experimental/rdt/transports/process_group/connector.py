@@ -1,11 +1,10 @@
 """Connecting two processes by a link, at both ends.
 
-Requests (``rpc/protocol.py``):
+Requests of ``rpc/protocol.py``:
 
-* ``LINK_OPEN`` {transport, link, scope, address}: the producer joins a new link.
-* ``LINK_SET`` {transport, link, key, value}: a rank has set a key of the rendezvous.
-* ``LINK_CLOSE`` {transport, link, reason}: the other end has closed a link, or dropped one
-  under construction.
+* ``LINK_OPEN``: the producer joins a new link.
+* ``LINK_SET``: a rank has set a key of the rendezvous.
+* ``LINK_CLOSE``: the other end has closed a link, or dropped one under construction.
 """
 
 from __future__ import annotations

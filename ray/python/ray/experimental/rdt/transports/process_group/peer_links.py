@@ -37,7 +37,7 @@ class _PeerLinks:
 
     links: list[Link] = field(default_factory=list)
     connecting: int = 0
-    failed_until: Deadline = Deadline(0)
+    failed_until: Deadline = field(default_factory=lambda: Deadline(0))
     failure: Exception | None = None
 
     @property
@@ -88,14 +88,11 @@ class Links:
                 if link is not None:
                     return link
                 if of_peer.has_failed:
-                    failure = of_peer.failure
-                    raise TransportUnavailable(
-                        f"no {self._name} connection: {failure}"
-                    ) from failure
-                left = deadline.left_s()
-                if left <= 0:
+                    reason = f"no {self._name} connection: {of_peer.failure}"
+                    raise TransportUnavailable(reason) from of_peer.failure
+                if deadline.has_passed():
                     raise TransportUnavailable("the connection was not made in time")
-                self._changed.wait(min(_SLICE_S, left))
+                self._changed.wait(min(_SLICE_S, deadline.left_s()))
                 raise_if_cancelled()
 
     def release(self, link: Link) -> None:

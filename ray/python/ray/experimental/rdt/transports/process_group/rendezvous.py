@@ -73,10 +73,9 @@ class Rendezvous:
             while not self.has(keys):
                 if self._failure:
                     raise TransportUnavailable(self._failure)
-                left = deadline.left_s()
-                if left <= 0:
+                if deadline.has_passed():
                     raise TransportUnavailable("the other processes did not join in time")
-                self._changed.wait(left)
+                self._changed.wait(deadline.left_s())
             return [self._values[key] for key in keys]
 
     def fail(self, reason: str) -> None:

@@ -39,13 +39,9 @@ _GRACE_S = 5.0
 class Reader:
     """The state that the reads of one process share. Thread-safe.
 
-    Args:
+    Attributes:
         session: Requests the chunks; its agent pulls those that cannot be mapped.
         copies: Copies between devices and chunks.
-
-    Attributes:
-        session: The same.
-        copies: The same.
     """
 
     def __init__(self, session: Session, copies: ChunkCopies):

@@ -12,12 +12,9 @@ through other pinned memory, which only the agent reads.
 
 No transport that users name: the last way of tensors on devices, see ``device_lanes``.
 
-Request (``rpc/protocol.py``):
-
-* ``rdt.staged.chunk`` {exposure, start, stop, timeout_s}: copies bytes ``start`` to ``stop`` of the
-  exposed buffers, taken one after the other, and answers with the key to pull them by, and the slot
-  they are in, if any. The consumer frees the key at the producer's agent when it has them; the
-  producer itself does so soon after ``timeout_s``.
+Request: ``STAGED_CHUNK`` of ``rpc/protocol.py``. The answer is the key to pull the bytes by, and
+the slot they are in, if any. The consumer frees the key at the producer's agent when it has them;
+the producer itself does so soon after the timeout.
 """
 
 from __future__ import annotations
@@ -116,26 +113,22 @@ class StagedTransport:
     # Producer.
 
     def expose(self, buffers: Buffers) -> Route:
-        with self._lock:
-            number = next(self._numbers)
-            self._exposed[number] = buffers
+        number = next(self._numbers)
+        self._exposed[number] = buffers
         return {"exposure": number}
 
     def withdraw(self, exposed: Route) -> None:
         number = exposed["exposure"]
-        with self._lock:
-            self._exposed.pop(number, None)
+        self._exposed.pop(number, None)
         self._release(lambda chunk: chunk.exposure == number)
 
     def close(self) -> None:
         """See ``OneSided``. The agent, which ends after this, reads the chunks until then."""
-        with self._lock:
-            self._exposed.clear()
+        self._exposed.clear()
 
     def _on_chunk(self, peer_id: bytes, body: protocol.StagedChunk) -> dict[str, Any]:
         """Runs on: producer, an rdt-staged thread."""
-        with self._lock:
-            buffers = self._exposed.get(body["exposure"])
+        buffers = self._exposed.get(body["exposure"])
         if buffers is None:
             raise CallError("the object is not exposed here any more", "not_found")
         start, stop, deadline = body["start"], body["stop"], Deadline.after(body["timeout_s"])

@@ -4,8 +4,8 @@ A process receives at most one object at a time over a transport, and sends at m
 takes the lock for receiving before it asks its producer, which takes the lock for sending. A
 transfer that has both goes on, so transfers cannot wait for each other in a circle.
 
-Request (``rpc/protocol.py``): ``rdt.user.end/<NAME>`` {transfer, reason}: the other side has
-failed. The answer has the reason for which this side had failed before, "" for none.
+Request: ``USER_END`` of ``rpc/protocol.py``. The answer has the reason for which this side had
+failed before, "" for none.
 """
 
 from __future__ import annotations
