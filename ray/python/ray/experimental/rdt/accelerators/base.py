@@ -23,20 +23,13 @@ if TYPE_CHECKING:
 class Accelerator(Protocol):
     """One kind of device."""
 
-    @property
-    def device_type(self) -> str:
-        """The name of the device type in torch."""
-
-    @property
-    def transports(self) -> Sequence[str]:
-        """The transports between two processes that both have such devices, best first.
-
-        If none works, the bytes go through host memory.
-        """
-
-    @property
-    def sharing(self) -> SharedMemory | None:
-        """The shared memory of such devices; None if processes cannot share it."""
+    #: The name of the device type in torch.
+    device_type: str
+    #: The transports between two processes that both have such devices, best first. If none works,
+    #: the bytes go through host memory.
+    transports: tuple[str, ...]
+    #: The shared memory of such devices; None if processes cannot share it.
+    sharing: SharedMemory | None
 
     def unavailable_reason(self) -> str:
         """Return why this process has no such device, "" if it has one."""
@@ -66,13 +59,10 @@ class Accelerator(Protocol):
         """Return flat uint8 host memory that devices copy from and to at full speed."""
 
     def pin(self, memory: torch.Tensor) -> Callable[[], None]:
-        """Pin host memory that is mapped here.
+        """Pin host memory that is mapped here. Raises RuntimeError, with the reason, if it cannot.
 
         Returns:
             A function that unpins it, to be called before the memory is unmapped.
-
-        Raises:
-            RuntimeError: it cannot be pinned; says why.
         """
 
     def copy(

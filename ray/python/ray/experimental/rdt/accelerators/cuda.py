@@ -6,7 +6,8 @@ thread would end the capture with an error. NVIDIA's package cuda-bindings, whic
 wheels install, has that call and makes the private streams. Without it streams come from torch's
 pool, and users have to capture in the mode "thread_local".
 
-Not run on a GPU so far: written from the documentation of torch and CUDA.
+Not run on a GPU so far, as the other ``cuda_`` modules: written from the documentation and sources
+of torch, CUDA and cuda-bindings.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class CudaAccelerator:
     """See ``Accelerator``."""
 
     device_type = "cuda"
-    transports = ("cuda_ipc", "nixl", "nccl")
+    transports: tuple[str, ...] = ("cuda_ipc", "nixl", "nccl")
 
     def __init__(self) -> None:
-        self.sharing = SharedMemory(CudaSharing(self.new_stream))
+        self.sharing: SharedMemory | None = SharedMemory(CudaSharing(self.new_stream))
         self._side_streams: SideStreams[torch.cuda.Stream] = SideStreams()
 
     def unavailable_reason(self) -> str:
@@ -104,7 +105,6 @@ class CudaAccelerator:
             yield
 
     def capture_safe(self) -> contextlib.AbstractContextManager[None]:
-        """See ``Accelerator``. A graph that another thread captures goes on."""
         return relaxed()
 
     def empty(self, nbytes: int, device: torch.device) -> torch.Tensor:

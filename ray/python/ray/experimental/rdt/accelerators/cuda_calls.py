@@ -2,8 +2,6 @@
 
 torch's CUDA wheels install that package. Its calls return an error code first. They release the
 GIL.
-
-Not run on a GPU so far: written from the documentation and sources of both.
 """
 
 from __future__ import annotations
@@ -16,11 +14,7 @@ from typing import Any
 
 
 class CudaError(RuntimeError):
-    """A call of CUDA failed.
-
-    Attributes:
-        result: Its code, as the runtime numbers it.
-    """
+    """A call of CUDA failed, with code ``result`` as the runtime numbers it."""
 
     def __init__(self, call: str, result: Any):
         super().__init__(f"{call} failed: {getattr(result, 'name', result)}")

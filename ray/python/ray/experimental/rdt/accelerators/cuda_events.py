@@ -1,7 +1,4 @@
-"""Events of NVIDIA GPUs, through torch.
-
-Not run on a GPU so far: written from the documentation of torch and CUDA.
-"""
+"""Events of NVIDIA GPUs, through torch."""
 
 from __future__ import annotations
 

@@ -4,8 +4,6 @@ The calls are those of CUDA's driver and runtime, so memory of any library can b
 allocated by ``cudaMalloc``: torch's, cupy's, jax's. Memory of ``cudaMallocAsync`` pools and of the
 virtual memory calls, on which torch builds its expandable segments, has no such handle;
 the error names it.
-
-Not run on a GPU so far: written from the documentation of CUDA and cuda-bindings.
 """
 
 from __future__ import annotations
@@ -36,11 +34,7 @@ _DLPACK_CUDA = 2
 
 
 class CudaSharing:
-    """See ``Sharing``.
-
-    Args:
-        new_stream: Makes a private stream of a GPU.
-    """
+    """See ``Sharing``. ``new_stream`` makes a private stream of a GPU."""
 
     dlpack_type = _DLPACK_CUDA
 

@@ -70,8 +70,7 @@ def capture_safe(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]:
     """Let torch copy into tensors in the context; wait for devices at its end.
 
-    Raises:
-        TimeoutError: a device does not finish them.
+    Raises TimeoutError if a device does not finish them.
     """
     written = [tensor for tensor in tensors if not tensor.is_cpu]
     with capture_safe(written):
@@ -82,11 +81,7 @@ def copying(tensors: Iterable[torch.Tensor], timeout_s: float) -> Iterator[None]
 
 
 def register(accelerator: Accelerator) -> None:
-    """Add a kind of device whose tensors RDT carries, in this process.
-
-    Raises:
-        ValueError: the device type is known already.
-    """
+    """Add a kind of device to this process. Raises ValueError if its type is known already."""
     with _lock:
         if accelerator.device_type in _made or accelerator.device_type in _FACTORIES:
             raise ValueError(f"RDT knows devices of type {accelerator.device_type!r} already")

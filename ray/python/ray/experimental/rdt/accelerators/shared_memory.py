@@ -44,15 +44,13 @@ class Sharing(Protocol):
     def export(self, address: int, device: torch.device) -> tuple[bytes, int, int]:
         """Return the allocation that contains an address: handle, first address, bytes.
 
-        Raises:
-            CannotShare: other processes cannot open it.
+        Raises CannotShare if other processes cannot open it.
         """
 
     def map(self, handle: bytes, device: torch.device) -> int:
         """Map an allocation of another process for ``device``; return its first address.
 
-        Raises:
-            CannotShare: it cannot be opened.
+        Raises CannotShare if it cannot be opened.
         """
 
     def unmap(self, address: int, device: torch.device) -> None:
@@ -61,11 +59,8 @@ class Sharing(Protocol):
     def export_event(self, event: Event) -> tuple[bytes, Any]:
         """Return an event that another process can wait for; it is reached after ``event``.
 
-        Returns:
-            Its handle, and an object to keep for as long as the other process uses it.
-
-        Raises:
-            CannotShare: events cannot be shared.
+        With its handle comes an object to keep for as long as the other process uses it. Raises
+        CannotShare.
         """
 
     def import_event(self, handle: bytes, device: torch.device) -> Event:
@@ -146,11 +141,7 @@ class _Mapped:
 
 
 class Mapping:
-    """One use of a mapped segment.
-
-    Attributes:
-        address: Its first address in this process.
-    """
+    """One use of a mapped segment, whose first address in this process is ``address``."""
 
     def __init__(self, address: int, end: Callable[[], None] | None):
         self.address = address
@@ -164,11 +155,7 @@ class Mapping:
 
 
 class SharedMemory:
-    """One process's shared memory of one kind of device. Thread-safe.
-
-    Attributes:
-        driver: The vendor's calls.
-    """
+    """One process's shared memory of one kind of device, by the vendor's driver. Thread-safe."""
 
     def __init__(self, driver: Sharing):
         self.driver = driver
@@ -183,8 +170,7 @@ class SharedMemory:
     def describe(self, buffers: Sequence[torch.Tensor]) -> Layout:
         """Return the places of flat buffers, for another process. Each segment is exported once.
 
-        Raises:
-            CannotShare: other processes cannot open one of them.
+        Raises CannotShare if other processes cannot open one of them.
         """
         indices = array("I", bytes(4 * len(buffers)))
         offsets = array("Q", bytes(8 * len(buffers)))
@@ -234,8 +220,7 @@ class SharedMemory:
     def map(self, segment: Segment, device: torch.device) -> Mapping:
         """Map a segment for a device of this process, or use the existing mapping.
 
-        Raises:
-            CannotShare: it cannot be opened.
+        Raises CannotShare if it cannot be opened.
         """
         if segment.owner == self._owner:
             return Mapping(segment.address, None)

@@ -41,7 +41,7 @@ class SideStreams(Generic[_Stream]):
         self, key: Hashable, make: Callable[[], _Stream], event: Event,
         begin: Callable[[_Stream], None],
     ) -> Event:  # fmt: skip
-        """Give work to a stream that no other thread uses meanwhile.
+        """Give work to a stream that no other thread uses meanwhile. Returns ``event``.
 
         Args:
             key: The device and direction.
@@ -49,9 +49,6 @@ class SideStreams(Generic[_Stream]):
             event: Recorded by ``begin`` behind the work, also when it fails. It is kept until the
                 work has ended and the stream is used again, so it can hold memory of the work's.
             begin: Gives the work to the stream.
-
-        Returns:
-            ``event``.
         """
         slot = self._take(key) or _Slot(make())
         try:

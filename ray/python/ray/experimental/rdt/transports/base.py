@@ -46,14 +46,7 @@ class TransportUnavailable(TransferFailed):
 
 
 def check_clear_allowed(limit: str) -> None:
-    """Check that this process may send bytes unencrypted.
-
-    Args:
-        limit: What the library that would send them cannot do.
-
-    Raises:
-        TransportUnavailable: Ray uses TLS, and ``RAY_RDT_ALLOW_CLEAR_TCP=1`` is not set.
-    """
+    """Raise TransportUnavailable, with the library's ``limit``, if all bytes must be encrypted."""
     if not settings().clear_tcp:
         raise TransportUnavailable(
             f"RAY_USE_TLS=1 is set, and {limit}; RAY_RDT_ALLOW_CLEAR_TCP=1 allows it"
@@ -153,11 +146,10 @@ class OneSided(Protocol):
     ) -> None:
         """Fill flat uint8 ``buffers``, which match the exposed ones one to one.
 
-        Buffers on devices may be written after the events in ``after``.
-
-        Runs on: consumer, the fetching thread; may block until ``deadline`` (``time.monotonic``).
-        Returns only once all bytes are in place; after an error none is written any more, unless
-        it is a ``TransferFailed`` with ``may_still_write``.
+        Runs on: consumer, the fetching thread; may block until ``deadline``. Returns only once all
+        bytes are in place. Buffers on devices may be written after the events in ``after``. After
+        an error none is written any more, unless it is a ``TransferFailed`` with
+        ``may_still_write``.
 
         Raises:
             TransportUnavailable: nothing was sent, another lane may be tried.
@@ -202,14 +194,11 @@ class Borrowing(Protocol):
     asked: Route
 
     def take(self, peer: Peer, lent: Route, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Return tensors over the producer's memory, which is kept until the last of them has died.
+        """Return tensors of ``sizes`` bytes over the producer's memory.
+
+        The memory is kept until the last of them has died.
 
         Runs on: consumer, the fetching thread. Its current stream waits for pending writes.
-
-        Args:
-            peer: The producer.
-            lent: The result of ``lend``.
-            sizes: The bytes of each buffer.
 
         Raises:
             TransportUnavailable: The memory cannot be opened here.
@@ -249,9 +238,7 @@ class TwoSided(Protocol):
     ) -> None:
         """Fill flat uint8 ``buffers``, which match the sent ones one to one, along ``route``.
 
-        Buffers on devices may be written after the events in ``after``.
-
-        Runs on: consumer, the fetching thread. After an error none is written any more.
+        As ``OneSided.read``, but after an error no byte is written any more.
         """
 
     def abandon(self, route: Route, may_send: bool) -> None:
@@ -262,10 +249,8 @@ class TwoSided(Protocol):
 
         Args:
             route: The result of ``route``.
-            may_send: Whether the producer may have been told to send along it. False where it was
-                not asked or has refused: the connection serves the next transfer. True where it was
-                asked and its answer is not known: the connection is closed, which ends its
-                ``send``.
+            may_send: Whether the producer was asked to send along it and has not refused. If so,
+                the connection is closed, which ends its ``send``. Else it serves the next transfer.
         """
 
     def close(self) -> None:

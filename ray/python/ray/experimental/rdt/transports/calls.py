@@ -17,11 +17,7 @@ SLICE_S = 0.25
 
 
 class Call:
-    """One call that a thread waits for. Ends once.
-
-    Args:
-        method: The name of the method, for messages.
-        thread_name: The name of the thread that runs it.
+    """One call of ``method`` that a thread waits for. Ends once.
 
     Attributes:
         ended: Set at its end.

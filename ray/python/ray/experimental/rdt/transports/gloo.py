@@ -121,13 +121,7 @@ class GlooBackend:
 
 
 class GlooTransport(ProcessGroupTransport):
-    """The transport that users name "gloo".
-
-    Args:
-        session: What peers are asked through.
-        host: The address of this node that others reach; the node's Ray address by default.
-        groups: The collective groups of this process.
-    """
+    """The transport that users name "gloo". ``host`` is the node's Ray address by default."""
 
     def __init__(self, session: Session, host: str | None = None, groups: Membership | None = None):
         super().__init__(GlooBackend(host or ray_core.node_ip_address()), session, groups)

@@ -55,12 +55,7 @@ _environment_lock = threading.Lock()
 
 
 class NcclBackend:
-    """A ``Backend`` of NCCL process groups on the first GPU that the process sees.
-
-    Args:
-        accelerator: The streams and memory of the GPU.
-        device: The GPU.
-    """
+    """A ``Backend`` of NCCL process groups on ``device``, the first GPU that the process sees."""
 
     capabilities = Capabilities("nccl", frozenset({"cuda"}), two_sided=True)
     has_tags = False
@@ -93,9 +88,6 @@ class NcclBackend:
         long as it runs; nothing else of the environment changes, and process groups of the user's
         keep what the user has set. (With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` or
         ``TORCH_NCCL_DESYNC_DEBUG=1`` torch does not heed the first.)
-
-        Raises:
-            TransportUnavailable: two ranks are on one GPU, which NCCL does not support.
         """
         from torch.distributed import ProcessGroupNCCL
 
@@ -126,12 +118,6 @@ class NcclBackend:
             group.abort()
 
     def send(self, group: Any, tensor: torch.Tensor, tag: int) -> Event:
-        return self._broadcast(group, tensor)
-
-    def receive(self, group: Any, tensor: torch.Tensor, tag: int) -> Event:
-        return self._broadcast(group, tensor)
-
-    def _broadcast(self, group: Any, tensor: torch.Tensor) -> Event:
         """Queue a broadcast from the producer on the transfer's stream (see ``transfer_context``).
 
         A synchronous broadcast, since torch runs point-to-point operations and asynchronous
@@ -147,6 +133,8 @@ class NcclBackend:
         if work is not None:  # torch before 2.8, which uses its own stream all the same
             work.wait()
         return self._accelerator.record(self._device)
+
+    receive = send
 
     def wait(self, work: Event, timeout_s: float) -> None:
         """See ``Backend``. After a timeout of torch's wait, its watchdog would end the process."""
@@ -214,12 +202,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 class NcclTransport(ProcessGroupTransport):
-    """The transport that users name "nccl".
-
-    Args:
-        session: What peers are asked through.
-        groups: The collective groups of this process.
-    """
+    """The transport that users name "nccl"."""
 
     def __init__(self, session: Session, groups: Membership | None = None):
         import torch

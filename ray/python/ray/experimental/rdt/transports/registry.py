@@ -28,11 +28,7 @@ _FACTORIES = {
 
 
 class Transports:
-    """The transports of one session. Each is created at its first use.
-
-    Args:
-        session: Sends the requests of the transports.
-    """
+    """The transports of one session. Each is created at its first use."""
 
     def __init__(self, session: Session):
         self._session = session
@@ -56,8 +52,7 @@ class Transports:
     def usable(self, name: str, device_type: str) -> Transport:
         """Return the transport of this name if this process can use it for such memory.
 
-        Raises:
-            TransportUnavailable: It cannot.
+        Raises TransportUnavailable if it cannot.
         """
         transport = self.get(name)
         capabilities = transport.capabilities

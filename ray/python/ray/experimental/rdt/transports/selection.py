@@ -94,11 +94,7 @@ class Pair(NamedTuple):
 
 
 class AutoTransportPolicy:
-    """Remembers for one session which automatic attempts failed.
-
-    Args:
-        session: The session of this process.
-    """
+    """Remembers for one session which automatic attempts failed."""
 
     def __init__(self, session: Session):
         self._session = session

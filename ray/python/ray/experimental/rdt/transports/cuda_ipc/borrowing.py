@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 class Borrowing:
-    """See ``base.Borrowing``.
-
-    Args:
-        imports: The memory of producers that this process has mapped.
-        domain: See ``pid_domain``.
-        device: The device that will use the memory.
-    """
+    """See ``base.Borrowing``. ``domain`` is this process's ``pid_domain``."""
 
     def __init__(self, imports: Imports, domain: str, device: torch.device):
         self._imports = imports
@@ -77,11 +71,7 @@ class Borrowing:
 class _Lease:
     """Borrowed memory, kept until the last tensor over it is gone.
 
-    Attributes:
-        imports: The memory of producers that this process has mapped.
-        imported: The memory.
-        device: The device of the tensors.
-        events: Events of the producer that streams here wait for.
+    ``events`` are the producer's, which streams here wait for.
     """
 
     imports: Imports

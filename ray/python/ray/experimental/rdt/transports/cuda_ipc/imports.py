@@ -50,14 +50,7 @@ class Import:
 
 
 class Imports:
-    """The imported memory of one process. Thread-safe.
-
-    Attributes:
-        session: Carries requests to producers.
-        name: The name of the transport.
-        accelerator: The devices.
-        memory: The shared memory of this process.
-    """
+    """The imported memory of one process, for transport ``name``. Thread-safe."""
 
     def __init__(self, session: Session, name: str, accelerator: Accelerator, memory: SharedMemory):
         self.session = session
@@ -80,10 +73,7 @@ class Imports:
     ) -> None:
         """Map the segments of some buffers, and add to ``starts`` the address of each.
 
-        Segments in ``starts`` are mapped already.
-
-        Raises:
-            TransportUnavailable: A segment cannot be mapped.
+        Segments in ``starts`` are mapped already. Raises TransportUnavailable if one cannot be.
         """
         for index in sorted({layout.indices[i] for i in indices} - starts.keys()):
             try:

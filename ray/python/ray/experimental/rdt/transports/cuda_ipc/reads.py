@@ -49,11 +49,7 @@ class _MappedObject:
 
 
 class Reads:
-    """The reads of one process. Thread-safe.
-
-    Args:
-        imports: The memory of producers that this process has mapped.
-    """
+    """The reads of one process. Thread-safe."""
 
     def __init__(self, imports: Imports):
         self._imports = imports

@@ -59,14 +59,8 @@ _loans: WeakKeyDictionary[SharedMemory, Loans] = WeakKeyDictionary()
 class DeviceIpcTransport:
     """Copies or loans of device memory within one host, for one type of device. Thread-safe.
 
-    See ``base.OneSided`` and ``base.Lending``.
-
-    Args:
-        session: Brings the requests.
-        device_type: The type of the devices.
-
-    Raises:
-        TransportUnavailable: This process has no such device.
+    See ``base.OneSided`` and ``base.Lending``. Raises TransportUnavailable if this process has no
+    such device.
     """
 
     def __init__(self, session: Session, device_type: str):

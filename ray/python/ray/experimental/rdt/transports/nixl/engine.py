@@ -60,10 +60,7 @@ def check_installed() -> None:
 
 
 def open_engine(options: Mapping[str, str] = MappingProxyType({})) -> NixlEngine:
-    """Make this process's nixl agent.
-
-    Args:
-        options: For the backend, as nixl's ``create_backend`` takes them.
+    """Make this process's nixl agent, with options as nixl's ``create_backend`` takes them.
 
     Raises:
         TransportUnavailable: nixl is missing, not a version that this is written for, or finds no
@@ -115,11 +112,6 @@ def has_rdma_both(reach: str, other: str) -> bool:
 
 class NixlEngine:
     """The process's nixl agent. Thread-safe.
-
-    Args:
-        api: The module ``nixl._api``.
-        name: The agent's name.
-        options: For the backend.
 
     Attributes:
         name: The globally unique name of the agent.

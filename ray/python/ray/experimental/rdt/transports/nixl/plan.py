@@ -136,13 +136,13 @@ def plan(
 
     Args:
         local: Where the bytes go.
-        remote: Where they are; matches ``local`` one to one.
+        remote: Where they are.
         host_nbytes: What one request may carry between host memory.
         device_nbytes: The same where either side is in device memory.
         batch_rows: How many spans a request may have.
 
     Raises:
-        ValueError: the two do not match.
+        ValueError: ``local`` and ``remote`` do not match one to one.
     """
     import numpy as np
 

@@ -25,11 +25,7 @@ _Place = tuple[list[int], _Parts]
 
 
 class FreeList:
-    """The free parts of a memory range. Not thread-safe.
-
-    Args:
-        nbytes: The size of the whole.
-    """
+    """The free parts of a memory range. Not thread-safe."""
 
     def __init__(self, nbytes: int):
         self._free = [(0, nbytes)] if nbytes else []
@@ -83,15 +79,7 @@ class Copies:
 
 
 class MemoryPool:
-    """A memory range that is handed out in parts. Thread-safe.
-
-    Args:
-        nbytes: Its size.
-        device: Where it is.
-
-    Attributes:
-        memory: All of it, as flat uint8.
-    """
+    """A memory range that is handed out in parts: ``memory``, flat uint8. Thread-safe."""
 
     def __init__(self, nbytes: int, device: torch.device | str):
         import torch

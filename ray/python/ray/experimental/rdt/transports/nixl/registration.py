@@ -108,12 +108,7 @@ class Lease:
 
 
 class Registrations:
-    """All registrations of one engine. Thread-safe.
-
-    Args:
-        engine: The process's nixl agent; when it closes, all registrations end with it.
-        find_segment: Where device memory was allocated.
-    """
+    """All registrations of one engine. Thread-safe. They end when the engine closes."""
 
     def __init__(self, engine: NixlEngine, find_segment: FindSegment):
         self._engine = engine
@@ -125,11 +120,7 @@ class Registrations:
         self._ended: list[Registration] = []  # the storages are gone, leases still use it
 
     def pin(self, tensor: torch.Tensor) -> None:
-        """Register a tensor's storage until as many calls of ``unpin``.
-
-        Raises:
-            NixlError: nixl cannot register it.
-        """
+        """Register a tensor's storage until as many calls of ``unpin``. Raises NixlError."""
         with self._lock:
             self._sweep()
             known = self._find(tensor) or self._register(tensor)
@@ -138,11 +129,7 @@ class Registrations:
             known.pins[address] = known.pins.get(address, 0) + 1
 
     def unpin(self, tensor: torch.Tensor) -> None:
-        """Undo one ``pin``.
-
-        Raises:
-            ValueError: there is none to undo.
-        """
+        """Undo one ``pin``. Raises ValueError if there is none to undo."""
         with self._lock:
             self._sweep()
             known = self._find(tensor)
@@ -166,16 +153,9 @@ class Registrations:
             )
 
     def acquire(self, spans: Spans, buffers: Sequence[torch.Tensor]) -> Lease:
-        """Register the memory of buffers where it is not registered yet.
+        """Register the memory of buffers where it is not registered yet. Raises NixlError.
 
         Runs on: any thread. The memory must stay until ``release``.
-
-        Args:
-            spans: The buffers' memory.
-            buffers: The buffers.
-
-        Raises:
-            NixlError: nixl cannot register it.
         """
         import numpy as np
 

@@ -52,9 +52,8 @@ if TYPE_CHECKING:
 class NixlTransport:
     """The transport that users name "nixl". Thread-safe. See ``base.OneSided``.
 
-    Args:
-        session: Unused: nixl's agents talk to each other.
-        open_engine: Makes a nixl agent, at first use.
+    ``open_engine`` makes a nixl agent, at first use. The session is unused: nixl's agents talk to
+    each other.
 
     Raises:
         TransportUnavailable: nixl is not installed, or Ray is told to use TLS.
@@ -95,11 +94,7 @@ class NixlTransport:
             return self._endpoint
 
     def expose(self, buffers: Buffers) -> Route:
-        """See ``OneSided``. Blocks as ``check_writers`` does.
-
-        Raises:
-            ValueError: a buffer is on another device than the stream given to ``set_cuda_stream``.
-        """
+        """See ``OneSided``. Blocks and raises as ``check_writers`` does."""
         spans = spans_of(buffers)
         if not spans.nbytes:
             return {"spans": spans.encode()}
@@ -194,11 +189,7 @@ class NixlTransport:
 
 
 def _await_device(device: torch.device, deadline: Deadline) -> None:
-    """Wait for all streams of a GPU. CUDA has no such wait with a deadline.
-
-    So a thread ``rdt-nixl-sync`` waits. It is abandoned at the deadline, and ends when the GPU has
-    done its work.
-    """
+    """Wait for all streams of a GPU. CUDA has no such wait with a deadline, so a thread waits."""
     import torch
 
     synchronize = partial(torch.cuda.synchronize, device)

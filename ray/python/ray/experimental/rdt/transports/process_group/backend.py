@@ -29,12 +29,11 @@ class Backend(Protocol):
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
     ) -> Any:
-        """Make a process group. Blocks without the GIL until all ranks are connected.
+        """Make a process group of ``size`` ranks. Blocks without the GIL until all are connected.
 
         Args:
             store: The store for the rendezvous of its ranks.
             rank: This process's rank.
-            size: How many ranks there are.
             timeout_s: How long to wait for the other ranks, and for each operation.
             has_collectives: Whether it runs more than send and receive.
         """
@@ -52,11 +51,7 @@ class Backend(Protocol):
         """Wait for a send or receive, without the GIL. Raises on failure and timeout."""
 
     def transfer_context(self, after: Events) -> AbstractContextManager[None]:
-        """Return a context for the transfer's thread that orders the work of devices.
-
-        Args:
-            after: The transfer runs after these events.
-        """
+        """Return a context for the transfer's thread, whose work runs after the events."""
 
     def empty(self, nbytes: int) -> torch.Tensor:
         """Return memory for messages."""

@@ -34,14 +34,7 @@ _OPEN_TIMEOUT_S = 30.0  # the producer may have to import torch first
 class Connector:
     """Factory of the links and process groups of one process over one backend. Thread-safe.
 
-    Args:
-        backend: The kind of process group.
-        session: Carries requests to peers.
-        check_open: Raises TransportUnavailable if no link may be made in a scope.
-
-    Attributes:
-        links: The links of this process.
-        pending: The process groups under construction.
+    ``check_open`` raises TransportUnavailable if no link may be made in a scope.
     """
 
     def __init__(self, backend: Backend, session: Session, check_open: Callable[[str], None]):
@@ -54,17 +47,12 @@ class Connector:
     def make_group(
         self, name: str, rank: int, size: int, timeout_s: float, has_collectives: bool
     ) -> tuple[Any, Any]:
-        """Join a process group.
+        """Join a process group. See ``Backend.make``.
 
-        Runs on: any thread but an rdt-call one; blocks until all ranks have joined, without the
-        GIL.
+        Runs on: any thread but an rdt-call one; blocks until all ranks have joined.
 
         Args:
             name: The ID of a collective group, or the name of a pair of its members.
-            rank: This process's rank.
-            size: How many ranks there are.
-            timeout_s: How long to wait for the other ranks.
-            has_collectives: Whether it runs more than send and receive.
 
         Returns:
             The process group, and the store that has to live as long.

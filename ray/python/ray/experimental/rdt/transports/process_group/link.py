@@ -61,13 +61,9 @@ class TransferRefused(TransportUnavailable):
 
 
 class _InFlight(NamedTuple):
-    """A posted message.
+    """A posted message: the backend's work, its time limit and memory.
 
-    Attributes:
-        work: The operation of the backend.
-        timeout_s: Its time limit.
-        memory: The memory that the message is sent from or received in.
-        packed: Buffers to copy the received message into.
+    ``packed`` are buffers to copy the received message into.
     """
 
     work: Any
@@ -96,11 +92,8 @@ class Link:
 
     Args:
         link_id: The same at both ends.
-        peer: The process at the other end.
         scope: The id of the collective group it belongs to, "" for none.
         rank: ``CONSUMER`` or ``PRODUCER``.
-        backend: Its kind.
-        group: The process group.
         store: Its store, kept alive here: torch does not keep a store written in Python.
         on_close: Called once, with the link and the reason, after it has closed.
     """
@@ -148,8 +141,7 @@ class Link:
     def handshake(self, timeout_s: float) -> None:
         """Move one byte to check that both ends are connected. Runs on: both, any thread.
 
-        Raises:
-            TransferFailed: The byte did not arrive. The link is closed.
+        After a TransferFailed the link is closed.
         """
 
         def move(running: _Transfer) -> None:
@@ -161,17 +153,13 @@ class Link:
     def send(self, tag: int, buffers: Buffers, deadline: Deadline) -> None:
         """Send one transfer. Runs on: producer; blocks until the buffers may change again.
 
-        Buffers that the backend cannot carry are refused, and the consumer gets the reason.
-
-        Raises:
-            TransferFailed: The transfer failed. The link is closed.
+        Buffers that the backend cannot carry are refused, and the consumer gets the reason. After a
+        TransferFailed the link is closed.
         """
         self._run(lambda running: self._send(running, tag, buffers, deadline), deadline)
 
     def receive(self, tag: int, buffers: Buffers, deadline: Deadline, after: Events = ()) -> None:
         """Receive one transfer. Runs on: consumer; blocks until all bytes are in place.
-
-        Buffers on devices are written after the events in ``after``.
 
         Raises:
             TransferRefused: The producer refused these buffers, or the backend cannot write them.
@@ -307,12 +295,8 @@ class Link:
         When it returns, no more bytes are written. This holds for later callers too, which may be
         about to report the failure to the user.
 
-        Runs on: any thread but a transfer's own; blocks for up to ``grace_s`` and a little, or for
-        as long as another thread that is closing the link.
-
-        Args:
-            reason: The reason, for error messages.
-            grace_s: How long messages in flight may take to end.
+        Runs on: any thread but a transfer's own; blocks for up to ``grace_s``, which messages in
+        flight may take to end, and a little, or for as long as another thread closes the link.
         """
         with self._lock:
             is_first = not self._closed

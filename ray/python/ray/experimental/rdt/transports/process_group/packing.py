@@ -28,11 +28,7 @@ _REASON_NBYTES = HEADER_NBYTES - _HEADER.size - 1
 class Message(NamedTuple):
     """One part of a large buffer, or small buffers one after the other.
 
-    Attributes:
-        first: The index of its first buffer.
-        last: The index after its last buffer.
-        start: Its first byte in the first buffer.
-        nbytes: Its size.
+    It carries the buffers ``first`` to ``last`` (exclusive), from byte ``start`` of the first one.
     """
 
     first: int

@@ -50,7 +50,6 @@ class Links:
     """The links of one process over one backend. Thread-safe.
 
     Args:
-        backend: The kind of process group.
         connect: Makes a link from a peer in a scope; blocks.
         check_open: Raises TransportUnavailable if no link may be made in a scope.
     """
@@ -75,10 +74,8 @@ class Links:
     def acquire(self, peer: Peer, scope: str, deadline: Deadline) -> Link:
         """Lease a link from a peer for one transfer; connect if there is none.
 
-        Runs on: consumer, any thread; blocks. Threads that ask at once share one connection.
-
-        Raises:
-            TransportUnavailable: The peer cannot be reached in time.
+        Runs on: consumer, any thread; blocks. Threads that ask at once share one connection. Raises
+        TransportUnavailable if the peer cannot be reached in time.
         """
         with self._changed:
             while True:

@@ -8,6 +8,7 @@ looks up the names of its clients), and a rank that fails reports this to the ot
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -17,39 +18,33 @@ from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
 
 
+@dataclass(eq=False)
 class Rendezvous:
     """One rank's copy of the keys of a process group under construction. Thread-safe.
 
-    Args:
+    Attributes:
         publish: Sends a key and its value to the other ranks; must not block.
         peers: The other processes that take part.
         scope: The ID of the collective group that it belongs to, "" for none.
         is_link: Whether it becomes a link. The others run the operations of a collective group.
     """
 
-    def __init__(
-        self,
-        publish: Callable[[str, bytes], None],
-        peers: tuple[Peer, ...],
-        scope: str,
-        is_link: bool,
-    ):
-        self._publish = publish
-        self._peers = peers
-        self.scope = scope
-        self.is_link = is_link
-        self._changed = threading.Condition()
-        self._values: dict[str, bytes] = {}
-        self._failure = ""
+    publish: Callable[[str, bytes], None]
+    peers: tuple[Peer, ...]
+    scope: str
+    is_link: bool
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _values: dict[str, bytes] = field(default_factory=dict)
+    _failure: str = ""
 
     def has_peer(self, peer_id: bytes) -> bool:
         """Tell whether a process takes part."""
-        return any(peer.agent_id == peer_id for peer in self._peers)
+        return any(peer.agent_id == peer_id for peer in self.peers)
 
     def set(self, key: str, value: bytes) -> None:
         """Store a key in all ranks."""
         self.put(key, value)
-        self._publish(key, value)
+        self.publish(key, value)
 
     def put(self, key: str, value: bytes) -> None:
         """Store a key that another rank has set."""
@@ -65,8 +60,7 @@ class Rendezvous:
     def wait(self, keys: list[str], timeout_s: float) -> list[bytes]:
         """Return the values of these keys once all are set.
 
-        Raises:
-            TransportUnavailable: A rank failed, or the time has passed.
+        Raises TransportUnavailable if a rank failed, or the time has passed.
         """
         deadline = Deadline.after(timeout_s)
         with self._changed:
@@ -116,8 +110,7 @@ def as_store(rendezvous: Rendezvous, timeout_s: float) -> Any:
 class PendingGroups:
     """The process groups under construction in this process, by name. Thread-safe.
 
-    Args:
-        publish: Sends a key to the peers of a group: peers, name, key and value. Must not block.
+    ``publish`` sends a key to the peers of a group: peers, name, key and value. Must not block.
     """
 
     def __init__(self, publish: Callable[[tuple[Peer, ...], str, str, bytes], None]):
@@ -140,11 +133,7 @@ class PendingGroups:
             self._changed.notify_all()
 
     def store(self, name: str, timeout_s: float) -> Any:
-        """Return the torch store of a group.
-
-        Raises:
-            TransportUnavailable: There is no group of this name.
-        """
+        """Return the torch store of a group. Raises TransportUnavailable if there is none."""
         with self._changed:
             group = self._groups.get(name)
         if group is None:

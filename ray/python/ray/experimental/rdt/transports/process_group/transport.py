@@ -36,11 +36,6 @@ _CLOSE_WAIT_S = 2.0  # for links under construction when Ray is shut down
 class ProcessGroupTransport:
     """A ``TwoSided`` transport over process groups of one backend.
 
-    Args:
-        backend: The kind of process group.
-        session: Carries requests to peers.
-        groups: The collective groups of this process.
-
     Attributes:
         connector: Makes its links; answers the requests of peers for them.
     """
@@ -56,7 +51,6 @@ class ProcessGroupTransport:
         session.on_peer_lost(self._on_peer_lost)
 
     def check_available(self) -> None:
-        """See ``TwoSided.check_available``."""
         self._backend.check_available()
 
     # Transfers.
@@ -159,12 +153,7 @@ class ProcessGroupTransport:
 
 
 def serve_links(session: Session, transport: Callable[[str], ProcessGroupTransport]) -> None:
-    """Let peers make links to this process, from the begin of its session.
-
-    Args:
-        session: Brings the requests.
-        transport: Returns this process's transport by name; the first request makes it.
-    """
+    """Let peers make links to this process. The first request makes the transport that it names."""
 
     def serve(op: str, answer: Callable[[Connector, bytes, Any], dict[str, Any]]) -> None:
         def on_request(peer_id: bytes, body: Any) -> dict[str, Any]:

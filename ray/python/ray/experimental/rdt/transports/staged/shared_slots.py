@@ -39,15 +39,7 @@ class SlotLost(TransferFailed):
 
 
 class Slot:
-    """One slot at its producer.
-
-    Args:
-        slots: The slots that it belongs to.
-        nbytes: Its size.
-        accelerator: The kind of devices that copy into it.
-
-    Attributes:
-        memory: Its bytes.
+    """One slot at its producer, with ``memory``, its bytes.
 
     Raises:
         OSError: there is no such memory here.
@@ -79,13 +71,7 @@ class Slot:
 
 
 class Slots:
-    """The slots of one producer, made on demand. Thread-safe.
-
-    Args:
-        limit: How many there are at most.
-        nbytes: The size of each.
-        accelerator: The kind of devices that copy into them.
-    """
+    """Up to ``limit`` slots of one producer, made on demand. Thread-safe."""
 
     def __init__(self, limit: int, nbytes: int, accelerator: Accelerator):
         self._limit = limit
@@ -98,10 +84,8 @@ class Slots:
     def take(self, timeout_s: float) -> Slot | None:
         """Return a free slot; None if there is none in time, or no slot can be made.
 
-        Runs on: producer, a thread that may block.
-
-        Raises:
-            OSError, RuntimeError: A slot cannot be made, see ``Slot``. No later call tries again.
+        Runs on: producer, a thread that may block. Raises as ``Slot`` where one cannot be made. No
+        later call tries again.
         """
         deadline = Deadline.after(timeout_s)
         slot = None
@@ -136,11 +120,7 @@ class Slots:
 
 @dataclass(frozen=True)
 class Mapped:
-    """One use of a producer's slot at a consumer.
-
-    Attributes:
-        memory: Its bytes.
-    """
+    """One use of a producer's slot at a consumer, with ``memory``, its bytes."""
 
     memory: torch.Tensor
     _uses: memoryview
@@ -165,18 +145,12 @@ class Mappings:
     def open(
         self, owner: bytes, described: dict[str, Any], accelerator: Accelerator, deadline: Deadline
     ) -> Mapped:
-        """Return the slot that a producer described.
+        """Return the slot that ``owner``, the producer's agent, described.
 
         Runs on: consumer, the fetching thread.
 
-        Args:
-            owner: The producer's agent, for ``forget``.
-            described: See ``Slot.describe``.
-            accelerator: The kind of devices that copy out of it.
-            deadline: The end of the wait for another thread that opens it.
-
         Raises:
-            StillBeingMade: The deadline passed.
+            StillBeingMade: Another thread was still opening it at the deadline.
             OSError: This process may not open it.
             RuntimeError: It does not exist, or the devices cannot use it.
         """

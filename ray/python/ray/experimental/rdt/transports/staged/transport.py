@@ -62,11 +62,9 @@ _READER_SLACK_S = 5.0
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A copy in host memory, kept while the agent serves it.
+    """A copy in host memory, in a slot or not, kept while the agent serves it.
 
     Attributes:
-        memory: The copy.
-        slot: The slot that it lies in, if any.
         key: Its key at the agent.
         reader: The agent of the consumer that asked for it.
         until: When the consumer has certainly timed out.
@@ -82,11 +80,7 @@ class _Chunk:
 
 
 class StagedTransport:
-    """See ``base.OneSided``. Thread-safe.
-
-    Args:
-        session: Carries the requests; its agent serves and pulls the chunks.
-    """
+    """See ``base.OneSided``. Thread-safe. The agent serves and pulls the chunks."""
 
     capabilities = Capabilities("staged", frozenset(), two_sided=False)
 

@@ -111,12 +111,9 @@ def refresh(name: str) -> None:
     """Publish a transport of this process again if its class is now pickled differently.
 
     After ``register``, a user may have told cloudpickle to pickle the module of the class by value.
-    So the first call or put that names the transport checks once more.
+    So the first call or put that names the transport checks once more. The name is in upper case.
 
     Runs on: the thread that makes the call or put.
-
-    Args:
-        name: In upper case.
     """
     entry, published = _registered.get(name), _published.pop(name, None)
     if entry is None or published is None or (record := _record_of(entry)) == published:
@@ -125,12 +122,9 @@ def refresh(name: str) -> None:
 
 
 def find(name: str) -> RegisteredTransport | None:
-    """Return a transport that a process of the job registered. Asks the GCS at most once.
+    """Return a transport that a process of the job registered, by its name in upper case.
 
-    Runs on: any thread.
-
-    Args:
-        name: In upper case.
+    Asks the GCS at most once. Runs on: any thread.
 
     Raises:
         ImportError: its class needs a module that this process cannot import.

@@ -39,10 +39,9 @@ class TransferEnded(TransferFailed):
 class Transfer(Call):
     """The part that the user's code of this process has in one transfer.
 
-    Args:
-        transfer_id: The same on both sides.
+    Attributes:
+        id: The same on both sides.
         peer_id: The agent of the other side.
-        method: The name of the method, for messages.
     """
 
     def __init__(self, transfer_id: str, peer_id: bytes, method: str):
@@ -53,10 +52,6 @@ class Transfer(Call):
 
 class Transfers:
     """The transfers of one process over one transport. Thread-safe.
-
-    Args:
-        session: Carries requests to peers and from them.
-        name: The name of the transport, in upper case.
 
     Attributes:
         receiving: Held while an object is received.

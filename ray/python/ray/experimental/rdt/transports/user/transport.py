@@ -59,15 +59,7 @@ Ask = Callable[[str, Route], Route]
 
 
 class UserTransport:
-    """The use that one process makes of a user's transport.
-
-    Args:
-        session: Carries requests to peers and from them.
-        entry: The registration of the transport.
-
-    Attributes:
-        manager: This process's instance of the user's class.
-    """
+    """The use that one process makes of a user's transport, with ``manager``, the user's object."""
 
     def __init__(self, session: Session, entry: RegisteredTransport):
         self._session = session
@@ -191,11 +183,8 @@ class UserTransport:
         may still write after the deadline.
 
         Args:
-            peer: The producer.
-            shipment: The description that came with the value.
             targets: Tensors to receive into, None for new ones.
             ask: Asks the peer's process to hold the object, or to send it.
-            deadline: When the caller gives up.
 
         Raises:
             TransportUnavailable: One of the processes cannot use the transport.
