@@ -23,7 +23,7 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.transports.conformance import actions
-from ray.experimental.rdt.transports.conformance.actions import HUGE, LARGE, LIMIT_S
+from ray.experimental.rdt.transports.conformance.actions import HUGE, LARGE, LIMIT_S, must_raise
 
 #: The errors that a pull from a process that ends meanwhile may raise.
 _LOST = (ObjectLostError, RayActorError, RayTaskError)
@@ -234,12 +234,8 @@ def double_free(stage: Stage) -> None:
     for _ in range(2):
         ray_core.manager().queue_or_free_object_primary_copy(ref.hex())
     _await(lambda: stage.stored(stage.producer) <= before + 1, "the object is not freed")
-    try:
+    with must_raise(RayError, "a freed object can still be fetched"):
         stage.run(stage.consumer, actions.total, ref)
-    except RayError:
-        pass
-    else:
-        raise AssertionError("a freed object can still be fetched")
     del ref
     assert stage.run(stage.consumer, actions.total, kept) == LARGE
     del kept
@@ -264,12 +260,8 @@ def peer_dies(stage: Stage) -> None:
         with suppress(*_LOST):
             assert ray.get(result, timeout=LIMIT_S) == count
     # Before the transfer: an error at once. After it: received tensors stay.
-    try:
+    with must_raise(_LOST, "an object of a dead process can still be fetched"):
         stage.run(stage.consumer, actions.total, kept)
-    except _LOST:
-        pass
-    else:
-        raise AssertionError("an object of a dead process can still be fetched")
     assert stage.run(stage.consumer, actions.total_of_kept) == LARGE
     # The others continue, and objects that the dead process read are freed.
     assert stage.run(stage.consumer, actions.total, theirs) == LARGE

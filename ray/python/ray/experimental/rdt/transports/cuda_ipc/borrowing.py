@@ -59,10 +59,12 @@ class Borrowing:
         self._imports.keep(imported)
         self._imports.expect_release()
         lease = _Lease(self._imports, imported, device, events)
-        tensors = [self._imports.accelerator.empty(0, device) for _ in sizes]
-        for i in filled:
-            address = starts[layout.indices[i]] + layout.offsets[i]
-            tensors[i] = memory.tensor(address, sizes[i], device, lease)
+        tensors = []
+        for nbytes, index, offset in zip(sizes, layout.indices, layout.offsets):
+            if nbytes:
+                tensors.append(memory.tensor(starts[index] + offset, nbytes, device, lease))
+            else:
+                tensors.append(self._imports.accelerator.empty(0, device))
         memory.check_owners(tensors)
         return tensors
 

@@ -81,11 +81,7 @@ class NixlTransport:
         self._numbers = itertools.count(1)
 
     def endpoint(self) -> Endpoint:
-        """Return this process's agent; start it if it is not running.
-
-        Raises:
-            TransportUnavailable: nixl cannot be started, or was closed.
-        """
+        """Return this process's agent. The first call starts it. Raises TransportUnavailable."""
         with self._lock:
             if self._is_closed:
                 raise TransportUnavailable("nixl has been closed in this process")
