@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -112,6 +114,25 @@ def test_refusal_reaches_the_consumer_and_keeps_the_link(nodes):
     links = open_links(consumer)
     round_trip(consumer, producer, [4])
     assert open_links(consumer) == links
+
+
+def test_a_failed_transfer_keeps_no_buffer(nodes):
+    consumer, producer = nodes()
+    producer.objects["x"] = [torch.empty(4, dtype=torch.uint8, device="meta")]
+
+    def fetch(buffers):
+        with pytest.raises(TransferRefused):
+            consumer.fetch(producer.peer, "x", buffers)
+
+    buffers = blanks([4])
+    kept = weakref.ref(buffers[0])
+    gc.disable()
+    try:
+        fetch(buffers)
+        del buffers
+        wait_until(lambda: kept() is None, "the buffer is freed without the collector")
+    finally:
+        gc.enable()
 
 
 def test_refusal_of_the_consumer_closes_the_link_and_is_not_tried_again(nodes):
