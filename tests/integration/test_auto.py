@@ -37,8 +37,8 @@ def far(spawn: Any) -> Any:
 def by_nixl(_: Peer) -> int:
     """How many exposures of other processes this one has read."""
     transport = ray._private.worker.global_worker.rdt_manager.transport("nixl")
-    endpoint = transport._endpoint.peek()
-    known = endpoint.remotes._known.values() if endpoint is not None else ()
+    endpoint = transport._endpoint
+    known = endpoint._remotes._known.values() if endpoint is not None else ()
     return sum(len(remote.exposures) for remote in known)
 
 
