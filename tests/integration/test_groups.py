@@ -41,7 +41,7 @@ def link_scopes(peer: Any) -> list[str]:
     """Runs on: an actor. The names of the groups that its gloo links belong to."""
     transport = ray._private.worker.global_worker.rdt_manager.transport("gloo")
     names = {group.id: group.name for group in membership().all()}
-    return sorted(names[link.scope] for link in transport._links.all() if link.scope)
+    return sorted(names[link.scope] for link in transport._links._by_id.values() if link.scope)
 
 
 def scopes(*actors: Any) -> list[list[str]]:

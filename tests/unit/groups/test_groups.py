@@ -48,7 +48,7 @@ def form(creator, nodes, group_id="1", name="one", timeout_s=20):
 def assert_nothing_left(nodes):
     assert [n.groups.all() for n in nodes] == [[]] * len(nodes)
     end = Deadline.after(5)
-    while any(n.transport._links.all() or n.transport._pending.all() for n in nodes):
+    while any(n.transport._links._by_id or n.transport._pending._groups for n in nodes):
         assert not end.has_passed()
         time.sleep(0.01)
 
@@ -56,15 +56,15 @@ def assert_nothing_left(nodes):
 def test_all_are_connected_when_it_returns(nodes):
     creator, *members = nodes(5)
     form(creator, members)
-    assert [len(n.transport._links.all()) for n in members] == [6] * 4
-    assert not creator.transport._links.all()
+    assert [len(n.transport._links._by_id) for n in members] == [6] * 4
+    assert not creator.transport._links._by_id
     assert [n.groups.get("1").rank for n in members] == [0, 1, 2, 3]
 
 
 def test_creator_can_be_a_member(nodes):
     members = nodes(3)
     form(members[1], members)
-    assert [len(n.transport._links.all()) for n in members] == [4] * 3
+    assert [len(n.transport._links._by_id) for n in members] == [4] * 3
 
 
 def test_group_of_one(nodes):
@@ -91,7 +91,7 @@ def test_overlapping_groups_end_one_by_one(nodes):
     buffers = blanks([1000])
     a.fetch(b.peer, "x", buffers)
     assert same(buffers, b.objects["x"])
-    assert {link.scope for link in a.transport._links.all()} == {"2"}
+    assert {link.scope for link in a.transport._links._by_id.values()} == {"2"}
 
 
 def test_many_groups_at_once_do_not_wait_for_each_other(nodes):
