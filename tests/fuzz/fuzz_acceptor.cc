@@ -33,7 +33,7 @@ struct Served {
   Served() : memory(300'000, kTreasure), agent(kSecret, Options()) {
     FillRandom(key.data(), key.size());
     Span span{reinterpret_cast<uint64_t>(memory.data()), memory.size()};
-    agent.Register(key, {span}, 1);
+    agent.regions().Register(key, {span}, 1);
     address = *ParseAddress(agent.address());
   }
 

@@ -124,7 +124,7 @@ int Producer::Main(size_t nbytes, LaneSet lanes) {
   auto agent = MakeAgent(lanes);
   Memory memory(nbytes);
   memory.FillRandom(1);
-  agent->Register(KeyOf(1), memory.Cut(7, 1), 1);
+  agent->regions().Register(KeyOf(1), memory.Cut(7, 1), 1);
   const Bytes &address = agent->address();
   if (write(1, address.data(), address.size()) < 0) return 1;
   char until_closed;

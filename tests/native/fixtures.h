@@ -43,11 +43,24 @@ class Memory {
 // The parts of an Acceptor and a Connector, without an agent. The test starts the
 // loop.
 struct Bench {
-  Bench() { self.agent.fill(5); }
+  Bench() { self.agent.fill(5), address = DescribeThisProcess(self.agent); }
   Loop loop{"test"};
   EventQueue events;
   Log log{&events};
+  Counters counters;
+  CopyPool copies{1};
+  Settings settings = TestSettings();
   Identity self{.secret = "secret", .lanes = kAllLanes};
+  Address address;
+  Context context{.loop = &loop,
+                  .copies = &copies,
+                  .huge_pages = nullptr,
+                  .events = &events,
+                  .log = &log,
+                  .counters = &counters,
+                  .settings = &settings,
+                  .identity = &self,
+                  .self = &address};
 };
 
 // Waits, fails the test if it takes long, and gives the result.

@@ -82,7 +82,7 @@ class Caller {
 struct Served {
   Served() : memory(kObjectBytes), agent(MakeAgent()) {
     memory.FillRandom(1);
-    agent->Register(KeyOf(1), memory.Whole(), 1);
+    agent->regions().Register(KeyOf(1), memory.Whole(), 1);
   }
   Memory memory;
   std::unique_ptr<Agent> agent;
@@ -164,21 +164,19 @@ TEST("acceptor: many TCP connections do not block a Unix connection") {
 Status ConnectDropped(int drops) {
   Bench bench;
   auto &loop = bench.loop;
-  const Identity &self = bench.self;
-  Acceptor acceptor(
-      &loop, self, &bench.log, [](const std::shared_ptr<Channel> &, const PeerInfo &) {});
-  Fd listener = ListenUnix(self.agent);
+  Acceptor acceptor(bench.context,
+                    [](const std::shared_ptr<Channel> &, const PeerInfo &) {});
+  Fd listener = ListenUnix(bench.self.agent);
   Loop::Id watch = loop.Watch(listener.get(), EPOLLIN, [&](uint32_t) {
     if (--drops >= 0) return AcceptOne(listener.get()).Reset();
     loop.Unwatch(watch);
-    acceptor.ListenOn(std::move(listener), true, 5);
+    acceptor.ListenOn(std::move(listener), true);
   });
   std::promise<Status> result;
   Connector connector(
-      &loop,
-      self,
-      DescribeThisProcess(self.agent),
-      {.over_unix = true},
+      bench.context,
+      bench.address,
+      Purpose::kControl,
       [&](const Status &status, std::shared_ptr<Channel> channel, const PeerInfo &) {
         if (channel) channel->Close();
         result.set_value(status);

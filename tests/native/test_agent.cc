@@ -79,7 +79,8 @@ TEST("agent: a free releases the region there, after the pulls under way") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   Memory memory(1000);
-  for (uint8_t i = 0; i < 100; ++i) producer->Register(KeyOf(i), memory.Whole(), i);
+  for (uint8_t i = 0; i < 100; ++i)
+    producer->regions().Register(KeyOf(i), memory.Whole(), i);
   for (uint8_t i = 0; i < 100; ++i)
     consumer->Notify(producer->address(), Notice::kFree, KeyOf(i));
   size_t released = 0;
@@ -89,7 +90,7 @@ TEST("agent: a free releases the region there, after the pulls under way") {
   }));
   PullTicket late = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
   CHECK(Outcome(late.pull.get()).code == Code::kNotFound);
-  producer->Register(KeyOf(1), memory.Whole(), 7);
+  producer->regions().Register(KeyOf(1), memory.Whole(), 7);
   producer->Notify(producer->address(), Notice::kFree, KeyOf(1));
   CHECK(AwaitEvent(producer.get(), Event::Kind::kReleased));
 }
@@ -98,7 +99,8 @@ TEST("agent: the frees of a burst arrive, also those before the agent's end") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   Memory memory(1000);
-  for (uint8_t i = 0; i < 100; ++i) producer->Register(KeyOf(i), memory.Whole(), i);
+  for (uint8_t i = 0; i < 100; ++i)
+    producer->regions().Register(KeyOf(i), memory.Whole(), i);
   PullTicket first = consumer->StartPull(producer->address(), KeyOf(0), memory.Whole());
   CHECK(Outcome(first.pull.get()).ok());
   for (uint8_t i = 0; i < 100; ++i) {
@@ -157,7 +159,7 @@ TEST("agent: garbage on its sockets is dropped and everyone else served") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent(0b1000);
   source.FillRandom(1);
-  producer->Register(KeyOf(1), source.Whole(), 1);
+  producer->regions().Register(KeyOf(1), source.Whole(), 1);
   Address address = Parse(*producer);
   std::minstd_rand random(1);
   for (int i = 0; i < 200; ++i) {
@@ -187,7 +189,7 @@ TEST("agent: many silent connections do not block a client with the secret") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   Memory memory(8);
-  producer->Register(KeyOf(1), memory.Whole(), 1);
+  producer->regions().Register(KeyOf(1), memory.Whole(), 1);
   std::vector<Fd> silent;
   for (int i = 0; i < 200; ++i) silent.push_back(ConnectUnix(Parse(*producer).agent));
   PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
@@ -214,7 +216,7 @@ TEST("agent: a peer on another network namespace is reached over TCP") {
   auto consumer = MakeAgent();
   Memory destination(2 << 20);
   source.FillRandom(1);
-  producer->Register(KeyOf(1), source.Whole(), 1);
+  producer->regions().Register(KeyOf(1), source.Whole(), 1);
   Address far = Parse(*producer);
   far.net_namespace += 1;
   PullTicket ticket = consumer->StartPull(Pack(far), KeyOf(1), destination.Whole());
@@ -242,7 +244,7 @@ TEST("agent: stop fails what waits and brings every token back") {
   auto producer = MakeAgent();
   auto consumer = MakeAgent();
   Memory memory(100);
-  producer->Register(KeyOf(1), memory.Whole(), 5);
+  producer->regions().Register(KeyOf(1), memory.Whole(), 5);
   CallTicket call = consumer->StartCall(producer->address(), {});
   CHECK(AwaitEvent(producer.get(), Event::Kind::kCall));
   consumer->Stop();
@@ -271,8 +273,8 @@ TEST("agent: two agents pull from each other at the same time") {
   auto a = MakeAgent();
   auto b = MakeAgent();
   source.FillRandom(1);
-  a->Register(KeyOf(1), source.Whole(), 1);
-  b->Register(KeyOf(1), source.Whole(), 1);
+  a->regions().Register(KeyOf(1), source.Whole(), 1);
+  b->regions().Register(KeyOf(1), source.Whole(), 1);
   for (int i = 0; i < 50; ++i) {
     Memory to_a(source.size());
     Memory to_b(source.size());

@@ -95,13 +95,13 @@ TEST("checksum: on every lane what lands has the producer's checksum") {
         Memory source(nbytes);
         Memory destination(nbytes);
         source.FillRandom(3);
-        CHECK(producer->Register(KeyOf(9), source.Cut(cuts, 1), 1));
+        CHECK(producer->regions().Register(KeyOf(9), source.Cut(cuts, 1), 1));
         PullTicket ticket = consumer->StartPull(
             producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2), true);
         CHECK_EQ(Outcome(ticket.pull.get()).text, "");
         CHECK_EQ(ticket.pull->checksum(), ChecksumOf(source.Whole()));
         CHECK_EQ(AskedSum(consumer.get(), *producer), ChecksumOf(source.Whole()));
-        CHECK(producer->Release(KeyOf(9)));
+        CHECK(producer->regions().Release(KeyOf(9)));
         CHECK(AwaitEvent(producer.get(), Event::Kind::kReleased));
       }
     }
@@ -114,7 +114,7 @@ TEST("checksum: a producer computes it once for concurrent requests") {
   Memory source(20 * kMiB);
   source.FillRandom(3);
   uint64_t expected = ChecksumOf(source.Whole());
-  producer->Register(KeyOf(9), source.Whole(), 1);
+  producer->regions().Register(KeyOf(9), source.Whole(), 1);
   std::vector<CallTicket> tickets;
   for (int i = 0; i < 20; ++i)
     tickets.push_back(consumer->StartChecksum(producer->address(), KeyOf(9)));

@@ -93,7 +93,7 @@ TEST("fallback: an object in too many pieces for cma takes another lane") {
   for (size_t i = 0; i < kPieces; ++i) {
     pieces.push_back({reinterpret_cast<uint64_t>(source.data() + i), 1});
   }
-  producer->Register(KeyOf(1), pieces, 1);
+  producer->regions().Register(KeyOf(1), pieces, 1);
   PullTicket ticket =
       consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
   CHECK_EQ(Outcome(ticket.pull.get()).text, "");
@@ -103,18 +103,17 @@ TEST("fallback: an object in too many pieces for cma takes another lane") {
 
 TEST("fallback: a connection that breaks before the grant is made a few times more") {
   Bench bench;
-  auto &[loop, events, log, identity] = bench;
-  Address address = DescribeThisProcess(identity.agent);
+  auto &loop = bench.loop;
   std::atomic<int> entered{0};
-  Acceptor acceptor(
-      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerInfo &) {
-        ++entered;
-        channel->Close();
-      });
-  acceptor.ListenOn(ListenUnix(identity.agent), true, 5);
+  Acceptor acceptor(bench.context,
+                    [&](std::shared_ptr<Channel> channel, const PeerInfo &) {
+                      ++entered;
+                      channel->Close();
+                    });
+  acceptor.ListenOn(ListenUnix(bench.self.agent), true);
   loop.Start();
   auto consumer = MakeAgent();
-  PullTicket ticket = consumer->StartPull(Pack(address), KeyOf(1), {});
+  PullTicket ticket = consumer->StartPull(Pack(bench.address), KeyOf(1), {});
   CHECK(Outcome(ticket.pull.get()).code == Code::kPeerLost);
   CHECK_EQ(entered.load(), 5);
   loop.Stop();
@@ -227,20 +226,19 @@ class Clerk : public Channel::Handler {
 
 TEST("fallback: a free that is lost with its connection is sent again, and then not") {
   Bench bench;
-  auto &[loop, events, log, identity] = bench;
-  Address address = DescribeThisProcess(identity.agent);
+  auto &loop = bench.loop;
   Clerk clerk;
   std::atomic<int> entered{0};
-  Acceptor acceptor(
-      &loop, identity, &log, [&](std::shared_ptr<Channel> channel, const PeerInfo &) {
-        if (++entered == 1) return channel->Close();
-        clerk.channel = std::move(channel);
-        clerk.channel->set_handler(&clerk);
-      });
-  acceptor.ListenOn(ListenUnix(identity.agent), true, 5);
+  Acceptor acceptor(bench.context,
+                    [&](std::shared_ptr<Channel> channel, const PeerInfo &) {
+                      if (++entered == 1) return channel->Close();
+                      clerk.channel = std::move(channel);
+                      clerk.channel->set_handler(&clerk);
+                    });
+  acceptor.ListenOn(ListenUnix(bench.self.agent), true);
   loop.Start();
   auto owner = MakeAgent();
-  owner->Notify(Pack(address), Notice::kFree, KeyOf(1));
+  owner->Notify(Pack(bench.address), Notice::kFree, KeyOf(1));
   CHECK(Await([&] { return clerk.frees == 1; }, 10));
   std::this_thread::sleep_for(std::chrono::milliseconds(200));  // the answer arrives
   loop.Post([&] { clerk.channel->Close(); });
@@ -305,16 +303,22 @@ TEST("fallback: without a way to watch its connection a pull says so") {
   }));
 }
 
+std::vector<LaneKind> UsableLanes(const LaneReasons &reasons) {
+  std::vector<LaneKind> usable;
+  for (size_t i = 0; i < kLaneCount; ++i) {
+    if (reasons[i] == "ok") usable.push_back(static_cast<LaneKind>(i));
+  }
+  return usable;
+}
+
 TEST("fallback: the choice of lanes follows the facts") {
-  LaneInputs near{
-      .mine = kAllLanes, .theirs = kAllLanes, .is_unix = true, .has_tcp = true};
+  LaneInputs near{.mine = kAllLanes, .theirs = kAllLanes, .is_unix = true};
   CHECK(UsableLanes(EvaluateLanes(near)) ==
         (std::vector{LaneKind::kCma, LaneKind::kShm, LaneKind::kTcp}));
   near.cma_probe_error = "not permitted";
   CHECK_EQ(EvaluateLanes(near)[1], "not permitted");
-  LaneInputs far{.mine = kAllLanes, .theirs = kAllLanes, .has_tcp = true};
+  LaneInputs far{.mine = kAllLanes, .theirs = kAllLanes};
   CHECK(UsableLanes(EvaluateLanes(far)) == std::vector{LaneKind::kTcp});
-  far.has_tcp = false;
   far.no_tcp_reason = "TLS is required";
   CHECK(UsableLanes(EvaluateLanes(far)).empty());
   CHECK_EQ(EvaluateLanes(far)[3], "TLS is required");

@@ -82,12 +82,12 @@ void PullOften(const SmallPages &source, const SmallPages &target, LaneKind lane
   auto producer = MakeAgent();
   auto consumer = MakeAgent(LaneBit(lane));
   for (unsigned pull = 1; pull <= limits::kPullsBeforeCollapse; ++pull) {
-    producer->Register(KeyOf(1), source.Whole(), pull);
+    producer->regions().Register(KeyOf(1), source.Whole(), pull);
     PullTicket ticket =
         consumer->StartPull(producer->address(), KeyOf(1), target.Whole());
     CHECK(Outcome(ticket.pull.get()).ok());
     CHECK_EQ(ticket.pull->lane(), static_cast<int>(lane));
-    producer->Release(KeyOf(1));
+    producer->regions().Release(KeyOf(1));
     if (pull > 1) continue;
     CHECK_EQ(source.HugeBytes(), 0u);
     CHECK_EQ(target.HugeBytes(), 0u);
@@ -133,7 +133,7 @@ TEST("huge pages: memory that is gone when its turn comes does no harm") {
   auto consumer = MakeAgent();
   Memory source(kPage), target(kPage);
   source.FillRandom(1);
-  agent->Register(KeyOf(1), source.Whole(), 1);
+  agent->regions().Register(KeyOf(1), source.Whole(), 1);
   PullTicket ticket = consumer->StartPull(agent->address(), KeyOf(1), target.Whole());
   CHECK(Outcome(ticket.pull.get()).ok());
   CHECK(target == source);

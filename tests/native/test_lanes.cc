@@ -33,14 +33,14 @@ void RoundTrip(
   Memory source(nbytes);
   Memory destination(nbytes);
   source.FillRandom(3);
-  CHECK(producer->Register(KeyOf(9), source.Cut(cuts, 1), 1));
+  CHECK(producer->regions().Register(KeyOf(9), source.Cut(cuts, 1), 1));
   PullTicket ticket = consumer->StartPull(
       producer->address(), KeyOf(9), destination.Cut(cuts / 2 + 1, 2));
   Status status = Outcome(ticket.pull.get());
   CHECK_EQ(status.text, "");
   CHECK(source == destination);
   CHECK_EQ(ticket.pull->lane(), static_cast<int>(lane));
-  CHECK(producer->Release(KeyOf(9)));
+  CHECK(producer->regions().Release(KeyOf(9)));
   CHECK(AwaitEvent(producer, Event::Kind::kReleased));
 }
 
@@ -77,7 +77,7 @@ TEST("lanes: the lengths must agree") {
     auto producer = MakeAgent();
     auto consumer = MakeAgent(one.lanes);
     Memory destination(100001);
-    producer->Register(KeyOf(1), source.Whole(), 1);
+    producer->regions().Register(KeyOf(1), source.Whole(), 1);
     PullTicket ticket =
         consumer->StartPull(producer->address(), KeyOf(1), destination.Whole());
     CHECK(Outcome(ticket.pull.get()).code == Code::kSizeMismatch);
@@ -116,7 +116,7 @@ TEST("lanes: no lane in common is a refusal, not a hang") {
   auto producer = MakeAgent(0b0100);
   auto consumer = MakeAgent(0b1000);
   Memory memory(10);
-  producer->Register(KeyOf(1), memory.Whole(), 1);
+  producer->regions().Register(KeyOf(1), memory.Whole(), 1);
   PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
   CHECK(Outcome(ticket.pull.get()).code == Code::kRefused);
 }
@@ -127,7 +127,7 @@ TEST("lanes: cancel stops all writing at once") {
     auto producer = MakeAgent();
     auto consumer = MakeAgent(one.lanes);
     source.FillRandom(1);
-    producer->Register(KeyOf(1), source.Cut(100, 1), 1);
+    producer->regions().Register(KeyOf(1), source.Cut(100, 1), 1);
     // Allocated once: new pages for each round are slow under a sanitizer.
     Memory destination(source.size());
     Memory after(source.size());
@@ -262,28 +262,27 @@ class Hasty : public Channel::Handler {
 };
 
 TEST("lanes: a producer that sends over tcp before it is asked fails the pull") {
-  Loop loop("test");
-  CopyPool copies(1);
-  Identity self{.secret = "secret", .lanes = kAllLanes};
-  Address address = DescribeThisProcess(self.agent);
+  Bench bench;
+  auto &loop = bench.loop;
+  Address address = bench.address;
   address.ip = "127.0.0.1";
   Fd listener = ListenTcp(address.ip, &address.port);
   std::vector<std::unique_ptr<Hasty>> ends;
   loop.Watch(listener.get(), EPOLLIN, [&](uint32_t) {
-    ends.push_back(std::make_unique<Hasty>(&loop, self, AcceptOne(listener.get())));
+    ends.push_back(std::make_unique<Hasty>(&loop, bench.self, AcceptOne(listener.get())));
   });
   Memory memory(1);
   std::atomic<int64_t> live{0};
   std::promise<Status> result;
-  TcpLane lane(&loop, &copies, self, address, {});
+  TcpLane lane(bench.context, address);
   lane.Start(std::make_shared<Pull>(1, KeyOf(1), SpanList(memory.Whole()), &live),
              {.total = 1},
              [&](const Status &status) { result.set_value(status); });
-  copies.Start();
+  bench.copies.Start();
   loop.Start();
   Status status = result.get_future().get();
   loop.Stop();
-  copies.Stop();
+  bench.copies.Stop();
   CHECK(status.code == Code::kIo);
   CHECK_EQ(ends.size(), 1u);  // the next would be no better
 }
@@ -296,7 +295,7 @@ TEST("lanes: thousands of pulls at once") {
     auto producer = MakeAgent();
     auto consumer = MakeAgent(one.lanes);
     source.FillRandom(1);
-    producer->Register(KeyOf(1), source.Cut(3, 1), 1);
+    producer->regions().Register(KeyOf(1), source.Cut(3, 1), 1);
     Memory destination(kPulls * kBytes);
     std::vector<PullTicket> tickets;
     for (size_t i = 0; i < kPulls; ++i) {

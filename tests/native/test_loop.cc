@@ -55,17 +55,17 @@ TEST("loop: a channel that cannot be watched ends after its start") {
 
 TEST("loop: a socket that cannot be watched is reported, and watched later") {
   Bench bench;
-  auto &[loop, events, log, self] = bench;
-  Acceptor acceptor(
-      &loop, self, &log, [](const std::shared_ptr<Channel> &, const PeerInfo &) {});
+  auto &loop = bench.loop;
+  Acceptor acceptor(bench.context,
+                    [](const std::shared_ptr<Channel> &, const PeerInfo &) {});
   Fd fd = Unwatchable();
   int number = fd.get();
-  acceptor.ListenOn(std::move(fd), true, 5);
-  CHECK_EQ(events.Next(0).size(), 1u);
-  Fd listener = ListenUnix(self.agent);
+  acceptor.ListenOn(std::move(fd), true);
+  CHECK_EQ(bench.events.Next(0).size(), 1u);
+  Fd listener = ListenUnix(bench.self.agent);
   CHECK_EQ(dup2(listener.get(), number), number);  // now it can
   loop.Start();
-  Fd caller = ConnectUnix(self.agent);
+  Fd caller = ConnectUnix(bench.self.agent);
   Bytes no_frame(sizeof(FrameHeader));
   send(caller.get(), no_frame.data(), no_frame.size(), MSG_NOSIGNAL);
   bool is_answered = Await([&] { return IsHungUp(caller.get()); });

@@ -55,18 +55,18 @@ TEST("read memory: what is not there fails the pull on every lane, and nothing e
     Torn torn(nbytes);
     Memory whole(nbytes);
     auto producer = MakeAgent();
-    producer->Register(KeyOf(1), torn.spans(), 1);
+    producer->regions().Register(KeyOf(1), torn.spans(), 1);
     CHECK(Pulled(producer.get(), producer.get(), nbytes).code == Code::kIo);
     for (LaneSet lanes : kLanes) {
       auto consumer = MakeAgent(lanes);
       CHECK(!Pulled(producer.get(), consumer.get(), nbytes).ok());
       Outcome(consumer->StartChecksum(producer->address(), KeyOf(1)).call.get());
-      producer->Register(KeyOf(2), whole.Whole(), 2);
+      producer->regions().Register(KeyOf(2), whole.Whole(), 2);
       Memory destination(nbytes);
       PullTicket good =
           consumer->StartPull(producer->address(), KeyOf(2), destination.Whole());
       CHECK_EQ(Outcome(good.pull.get()).text, "");
-      producer->Release(KeyOf(2));
+      producer->regions().Release(KeyOf(2));
     }
   }
 }
@@ -76,11 +76,11 @@ TEST("read memory: a guard that has changed fails the pull on every lane") {
     Memory memory(nbytes);
     uint64_t words[2] = {7, 8};
     auto producer = MakeAgent();
-    producer->Register(KeyOf(1),
-                       memory.Whole(),
-                       1,
-                       {{reinterpret_cast<uint64_t>(&words[0]), 7},
-                        {reinterpret_cast<uint64_t>(&words[1]), 8}});
+    producer->regions().Register(KeyOf(1),
+                                 memory.Whole(),
+                                 1,
+                                 {{reinterpret_cast<uint64_t>(&words[0]), 7},
+                                  {reinterpret_cast<uint64_t>(&words[1]), 8}});
     for (uint64_t value : {8, 9}) {
       words[1] = value;
       Code expected = value == 8 ? Code::kOk : Code::kChanged;

@@ -16,64 +16,54 @@ class Acceptor::PendingConnection : public Channel::Handler {
   PendingConnection(Acceptor *acceptor,
                     Listener *listener,
                     std::shared_ptr<Channel> channel)
-      : acceptor_(acceptor),
-        listener_(listener),
-        channel_(std::move(channel)),
-        handshake_(Handshake::Server(acceptor->self_)) {
-    deadline_ = acceptor_->loop_->After(limits::kHandshakeTimeoutS, [this] {
+      : listener(listener),
+        channel(std::move(channel)),
+        acceptor_(acceptor),
+        handshake_(Handshake::Server(*acceptor->context_.identity)) {
+    deadline_ = acceptor_->context_.loop->After(limits::kHandshakeTimeoutS, [this] {
       acceptor_->Drop(this, {Code::kAuth, "the handshake timed out"});
     });
-    channel_->Start(this);
+    this->channel->Start(this);
   }
 
-  ~PendingConnection() override { acceptor_->loop_->CancelTimer(deadline_); }
+  ~PendingConnection() override { acceptor_->context_.loop->CancelTimer(deadline_); }
 
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override {
     attached->Reset();
     Bytes answer = handshake_.OnFrame(header, payload);
-    if (!answer.empty()) channel_->Send(std::move(answer));
+    if (!answer.empty()) channel->Send(std::move(answer));
     if (handshake_.state() == Handshake::State::kDone)
-      return acceptor_->OnHandshakeDone(this);
+      return acceptor_->OnHandshakeDone(this, handshake_.peer());
     if (handshake_.state() == Handshake::State::kFailed)
       acceptor_->Drop(this, handshake_.status());
   }
 
   void OnClosed(const Status &why) override { acceptor_->Drop(this, why); }
 
-  Listener *listener() const { return listener_; }
-  std::shared_ptr<Channel> channel() const { return channel_; }
-  const PeerInfo &peer() const { return handshake_.peer(); }
+  Listener *const listener;
+  const std::shared_ptr<Channel> channel;
 
  private:
   Acceptor *const acceptor_;
-  Listener *const listener_;
-  const std::shared_ptr<Channel> channel_;
   Handshake handshake_;
   Loop::Id deadline_;
 };
 
-Acceptor::Acceptor(Loop *loop,
-                   const Identity &self,
-                   Log *log,
-                   OnAuthenticated on_authenticated)
-    : loop_(loop),
-      self_(self),
-      log_(log),
-      on_authenticated_(std::move(on_authenticated)) {}
+Acceptor::Acceptor(const Context &context, OnAuthenticated on_authenticated)
+    : context_(context), on_authenticated_(std::move(on_authenticated)) {}
 
 Acceptor::~Acceptor() {
-  for (Listener &listener : listeners_) loop_->Unwatch(listener.watch);
-  for (Loop::Id pause : pauses_) loop_->CancelTimer(pause);
+  for (Listener &listener : listeners_) context_.loop->Unwatch(listener.watch);
+  for (Loop::Id pause : pauses_) context_.loop->CancelTimer(pause);
 }
 
-void Acceptor::ListenOn(Fd listener, bool is_unix, double peer_timeout_s) {
-  listeners_.push_back(
-      {.fd = std::move(listener), .is_unix = is_unix, .peer_timeout_s = peer_timeout_s});
+void Acceptor::ListenOn(Fd listener, bool is_unix) {
+  listeners_.push_back({.fd = std::move(listener), .is_unix = is_unix});
   Open(&listeners_.back());
 }
 
 void Acceptor::Open(Listener *listener) {
-  listener->watch = loop_->Watch(
+  listener->watch = context_.loop->Watch(
       listener->fd.get(), EPOLLIN, [this, listener](uint32_t) { Accept(listener); });
   if (listener->watch == 0) PauseAccepting(listener, errno);
 }
@@ -85,50 +75,44 @@ void Acceptor::Accept(Listener *listener) {
     return;  // otherwise the client has closed the connection
   }
   if (listener->is_unix && PeerCredentials(fd.get()).uid != geteuid()) {
-    return log_->Warning("acceptor", "RDT refused a connection from another user");
+    return context_.log->Warning("acceptor",
+                                 "RDT refused a connection from another user");
   }
-  if (!listener->is_unix) TuneTcp(fd.get(), listener->peer_timeout_s);
+  if (!listener->is_unix) TuneTcp(fd.get(), context_.settings->peer_timeout_s);
   auto &pending = listener->pending;
   if (pending.size() == limits::kMaxUnauthenticated) {
     Drop(pending.front().get(), {Code::kRefused, "too many unauthenticated connections"});
   }
-  auto channel = std::make_shared<Channel>(loop_, std::move(fd));
+  auto channel = std::make_shared<Channel>(context_.loop, std::move(fd));
   pending.push_back(
       std::make_unique<PendingConnection>(this, listener, std::move(channel)));
 }
 
-size_t Acceptor::unauthenticated() const {
-  size_t count = 0;
-  for (const Listener &listener : listeners_) count += listener.pending.size();
-  return count;
-}
-
 void Acceptor::PauseAccepting(Listener *listener, int shortage) {
-  log_->Warning("acceptor",
-                WithErrno("RDT cannot accept connections at the moment", shortage));
-  loop_->Unwatch(listener->watch);
-  pauses_.push_back(loop_->After(limits::kAcceptPauseS, [this, listener] {
+  context_.log->Warning(
+      "acceptor", WithErrno("RDT cannot accept connections at the moment", shortage));
+  context_.loop->Unwatch(listener->watch);
+  pauses_.push_back(context_.loop->After(limits::kAcceptPauseS, [this, listener] {
     pauses_.pop_front();
     Open(listener);
   }));
 }
 
-void Acceptor::OnHandshakeDone(PendingConnection *pending) {
-  std::shared_ptr<Channel> channel = pending->channel();
-  PeerInfo peer = pending->peer();
+void Acceptor::OnHandshakeDone(PendingConnection *pending, PeerInfo peer) {
+  std::shared_ptr<Channel> channel = pending->channel;
   Remove(pending);
   channel->set_max_frame(limits::kMaxFrame);
   on_authenticated_(std::move(channel), peer);
 }
 
 void Acceptor::Drop(PendingConnection *pending, const Status &why) {
-  log_->Warning("acceptor", "RDT dropped an incoming connection: " + why.text);
-  pending->channel()->Close();
+  context_.log->Warning("acceptor", "RDT dropped an incoming connection: " + why.text);
+  pending->channel->Close();
   Remove(pending);
 }
 
 void Acceptor::Remove(PendingConnection *pending) {
-  pending->listener()->pending.remove_if(
+  pending->listener->pending.remove_if(
       [pending](const auto &one) { return one.get() == pending; });
 }
 

@@ -4,11 +4,10 @@
 #include <functional>
 #include <list>
 #include <memory>
-#include <string>
+#include <utility>
 
-#include "ray/rdt/auth.h"
 #include "ray/rdt/channel.h"
-#include "ray/rdt/events.h"
+#include "ray/rdt/context.h"
 
 namespace ray::rdt {
 
@@ -17,11 +16,10 @@ class Acceptor {
  public:
   using OnAuthenticated = std::function<void(std::shared_ptr<Channel>, const PeerInfo &)>;
 
-  Acceptor(Loop *loop, const Identity &self, Log *log, OnAuthenticated on_authenticated);
+  Acceptor(const Context &context, OnAuthenticated on_authenticated);
   ~Acceptor();
 
-  void ListenOn(Fd listener, bool is_unix, double peer_timeout_s);
-  size_t unauthenticated() const;
+  void ListenOn(Fd listener, bool is_unix);
 
  private:
   class PendingConnection;
@@ -29,7 +27,6 @@ class Acceptor {
   struct Listener {
     Fd fd;
     bool is_unix;
-    double peer_timeout_s;
     Loop::Id watch = 0;
     std::list<std::unique_ptr<PendingConnection>> pending;  // oldest first
   };
@@ -37,13 +34,11 @@ class Acceptor {
   void Open(Listener *listener);
   void Accept(Listener *listener);
   void PauseAccepting(Listener *listener, int shortage);
-  void OnHandshakeDone(PendingConnection *pending);
+  void OnHandshakeDone(PendingConnection *pending, PeerInfo peer);
   void Drop(PendingConnection *pending, const Status &why);
   void Remove(PendingConnection *pending);
 
-  Loop *const loop_;
-  const Identity self_;
-  Log *const log_;
+  const Context context_;
   const OnAuthenticated on_authenticated_;
   std::list<Listener> listeners_;
   std::list<Loop::Id> pauses_;

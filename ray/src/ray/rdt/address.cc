@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <charconv>
 #include <fstream>
 
 namespace ray::rdt {
@@ -11,10 +12,6 @@ namespace {
 uint64_t InodeOf(const char *path) {
   struct stat status{};
   return stat(path, &status) == 0 ? status.st_ino : 0;
-}
-
-uint8_t HexDigit(char c) {
-  return static_cast<uint8_t>(c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
 }
 
 // A UUID in text, once per boot.
@@ -26,7 +23,7 @@ std::array<uint8_t, 16> ReadBootId() {
   std::erase(text, '-');
   if (text.size() != 2 * id.size()) return id;
   for (size_t i = 0; i < id.size(); ++i) {
-    id[i] = static_cast<uint8_t>(HexDigit(text[2 * i]) << 4 | HexDigit(text[2 * i + 1]));
+    std::from_chars(&text[2 * i], &text[2 * i] + 2, id[i], 16);
   }
   return id;
 }
@@ -57,8 +54,8 @@ Address DescribeThisProcess(const AgentId &agent) {
 std::optional<Address> ParseAddress(ByteView bytes) {
   Address other;
   Decoder start(bytes);
-  start(other.magic);
-  start(other.version);
+  start.Take(other.magic);
+  start.Take(other.version);
   if (!start.is_ok() || other.magic != kMagic) return std::nullopt;
   if (other.version != kProtocolVersion) return other;
   return Unpack<Address>(bytes);

@@ -21,10 +21,9 @@ struct Address {
   uint32_t uid = 0;
   std::string ip;
   uint16_t port = 0;  // 0: does not listen on TCP
-  template <class A>
-  void Fields(A &a) {
-    a(magic), a(version), a(agent), a(boot), a(net_namespace), a(pid_namespace);
-    a(pid), a(uid), a(ip), a(port);
+  auto Fields() {
+    return std::tie(
+        magic, version, agent, boot, net_namespace, pid_namespace, pid, uid, ip, port);
   }
 
   // True if `other`'s abstract Unix socket is reachable from here.

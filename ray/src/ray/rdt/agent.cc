@@ -12,21 +12,13 @@ namespace ray::rdt {
 namespace {
 
 Identity MakeIdentity(std::string secret, LaneSet lanes, Probe *probe) {
-  Identity identity;
+  Identity identity{.secret = std::move(secret),
+                    .lanes = lanes,
+                    .probe_address = reinterpret_cast<uint64_t>(probe->data())};
   FillRandom(identity.agent.data(), identity.agent.size());
-  FillRandom(probe->data(), probe->size());
-  identity.secret = std::move(secret);
-  identity.lanes = lanes;
-  identity.probe = *probe;
-  identity.probe_address = reinterpret_cast<uint64_t>(probe->data());
+  FillRandom(identity.probe.data(), identity.probe.size());
+  *probe = identity.probe;
   return identity;
-}
-
-SpanList CheckedSpans(const std::vector<Span> &spans) {
-  uint64_t total = 0;
-  if (!TotalOf(spans, &total))
-    throw std::invalid_argument("spans overflow the address space");
-  return SpanList(spans);
 }
 
 Address Parsed(ByteView bytes) {
@@ -62,10 +54,17 @@ Agent::Agent(std::string secret, const Settings &settings)
       copies_(settings.copy_threads),
       huge_pages_(&copies_),
       service_(context_, &regions_) {
-  Open();
+  acceptor_ = std::make_unique<Acceptor>(
+      context_, [this](std::shared_ptr<Channel> channel, const PeerInfo &peer) {
+        service_.AddConnection(std::move(channel), peer);
+      });
+  acceptor_->ListenOn(ListenUnix(identity_.agent), true);
+  self_.ip = settings_.bind_ip;
+  if (settings_.clear_tcp) {
+    acceptor_->ListenOn(ListenTcp(settings_.bind_ip, &self_.port), false);
+  }
   address_bytes_ = Pack(self_);
-  auto self = std::make_shared<SelfPeer>(context_, &regions_, &service_);
-  peers_[identity_.agent] = std::move(self);
+  peers_[identity_.agent] = std::make_shared<SelfPeer>(context_, &regions_, &service_);
   loop_.After(limits::kTickS, [this] { TickAll(); });
   copies_.Start();
   loop_.Start();
@@ -73,35 +72,8 @@ Agent::Agent(std::string secret, const Settings &settings)
 
 Agent::~Agent() { Stop(); }
 
-// Clear-text TCP that may not be used is not listened on either.
-void Agent::Open() {
-  acceptor_ = std::make_unique<Acceptor>(
-      &loop_,
-      identity_,
-      &log_,
-      [this](std::shared_ptr<Channel> channel, const PeerInfo &peer) {
-        service_.AddConnection(std::move(channel), peer);
-      });
-  acceptor_->ListenOn(ListenUnix(identity_.agent), true, settings_.peer_timeout_s);
-  self_.ip = settings_.bind_ip;
-  if (settings_.clear_tcp) {
-    acceptor_->ListenOn(
-        ListenTcp(settings_.bind_ip, &self_.port), false, settings_.peer_timeout_s);
-  }
-}
-
-bool Agent::Register(const Key &key,
-                     const std::vector<Span> &spans,
-                     int64_t token,
-                     std::vector<Guard> guards) {
-  CheckedSpans(spans);
-  return regions_.Register(key, spans, token, std::move(guards));
-}
-
-bool Agent::Release(const Key &key) { return regions_.Release(key); }
-
 void Agent::Notify(ByteView address, Notice notice, const Key &key) {
-  WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
+  WithPeer(Parsed(address), [&](const std::shared_ptr<Peer> &peer) {
     if (peer->Queue(notice, key)) loop_.Post([peer] { peer->SendNotices(); });
   });
 }
@@ -110,18 +82,18 @@ PullTicket Agent::StartPull(ByteView address,
                             const Key &key,
                             const std::vector<Span> &destination,
                             bool with_checksum) {
-  PullTicket ticket;
-  SpanList spans = CheckedSpans(destination);
-  Status status = WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-    ticket = {
-        std::make_shared<Pull>(
-            FreshPullId(), key, std::move(spans), &counters_.pulls_live, with_checksum),
-        peer};
-    loop_.Post([peer, pull = ticket.pull] { peer->Submit(pull); });
+  Address producer = Parsed(address);
+  auto pull = std::make_shared<Pull>(FreshPullId(),
+                                     key,
+                                     CheckedSpans(destination),
+                                     &counters_.pulls_live,
+                                     with_checksum);
+  PullTicket ticket{.pull = pull};
+  Status status = WithPeer(producer, [&](const std::shared_ptr<Peer> &peer) {
+    ticket.peer = peer;
+    loop_.Post([peer, pull] { peer->Submit(pull); });
   });
-  if (status.ok()) return ticket;
-  ticket.pull = std::make_shared<Pull>(0, key, SpanList(), &counters_.pulls_live);
-  ticket.pull->Fail(status);
+  if (!status.ok()) pull->End(status);
   return ticket;
 }
 
@@ -136,42 +108,36 @@ void Agent::RecordPull(const std::vector<Span> &spans) {
   loop_.Post([this, memory] { huge_pages_.RecordPull(memory, nullptr); });
 }
 
-CallTicket Agent::StartCall(ByteView address, Bytes payload, bool is_idempotent) {
-  return StartRequest(address, FrameType::kCall, std::move(payload), is_idempotent);
+CallTicket Agent::StartCall(ByteView address,
+                            Bytes payload,
+                            bool is_idempotent,
+                            FrameType kind) {
+  Address server = Parsed(address);
+  auto call =
+      std::make_shared<Call>(next_call_++, kind, is_idempotent, &counters_.calls_live);
+  CallTicket ticket{.call = call};
+  if (payload.size() > limits::kMaxCallPayload) {
+    call->End({Code::kRefused, kTooLong});
+    return ticket;
+  }
+  Status status = WithPeer(server, [&](const std::shared_ptr<Peer> &peer) {
+    ticket.peer = peer;
+    loop_.Post([peer, call, payload = std::move(payload)]() mutable {
+      peer->Submit(call, std::move(payload));
+    });
+  });
+  if (!status.ok()) call->End(status);
+  return ticket;
 }
 
 CallTicket Agent::StartChecksum(ByteView address, const Key &key) {
-  return StartRequest(
-      address, FrameType::kChecksum, Pack(ChecksumRequest{.key = key}), true);
-}
-
-CallTicket Agent::StartRequest(ByteView address,
-                               FrameType kind,
-                               Bytes payload,
-                               bool is_idempotent) {
-  CallTicket ticket;
-  bool is_too_long = payload.size() > limits::kMaxCallPayload;
-  Status status =
-      is_too_long
-          ? Status{Code::kRefused, kTooLong}
-          : WithPeer(address, [&](const std::shared_ptr<Peer> &peer) {
-              ticket = {std::make_shared<Call>(
-                            next_call_++, kind, is_idempotent, &counters_.calls_live),
-                        peer};
-              loop_.Post(
-                  [peer, call = ticket.call, payload = std::move(payload)]() mutable {
-                    peer->Submit(call, std::move(payload));
-                  });
-            });
-  if (status.ok()) return ticket;
-  ticket.call = std::make_shared<Call>(0, kind, is_idempotent, &counters_.calls_live);
-  ticket.call->Fail(status);
-  return ticket;
+  return StartCall(
+      address, Pack(ChecksumRequest{.key = key}), true, FrameType::kChecksum);
 }
 
 void Agent::Cancel(const CallTicket &ticket) {
   if (ticket.call->is_settled()) return;
-  ticket.call->Fail({Code::kCancelled, "the call was cancelled"});
+  ticket.call->End({Code::kCancelled, "the call was cancelled"});
   loop_.Post([peer = ticket.peer, id = ticket.call->id] { peer->ForgetCall(id); });
 }
 
@@ -187,8 +153,9 @@ void Agent::Reply(uint64_t call, Bytes payload, bool is_error) {
 
 LaneReasons Agent::Explain(ByteView address) {
   LaneReasons reasons;
-  Status status = WithPeer(
-      address, [&](const std::shared_ptr<Peer> &peer) { reasons = peer->Reasons(); });
+  Status status = WithPeer(Parsed(address), [&](const std::shared_ptr<Peer> &peer) {
+    reasons = peer->Reasons();
+  });
   if (!status.ok()) reasons.fill(status.text);
   return reasons;
 }
@@ -196,8 +163,8 @@ LaneReasons Agent::Explain(ByteView address) {
 std::map<std::string, int64_t> Agent::Stats() const {
   std::map<std::string, int64_t> stats = {
       {"regions", regions_.size()},
-      {"pinned", service_.pinned()},
-      {"pinned_bytes", service_.pinned_bytes()},
+      {"pinned", service_.pins().size()},
+      {"pinned_bytes", service_.pins().nbytes()},
       {"pulls_live", counters_.pulls_live},
       {"calls_live", counters_.calls_live},
       {"connections", counters_.connections},
@@ -225,7 +192,10 @@ void Agent::Stop() {
   // Tasks posted before is_stopped_ was set run before this one.
   std::promise<void> closed;
   loop_.Post([this, &closed] {
-    CloseAll();
+    acceptor_.reset();
+    service_.Shutdown();
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto &[id, peer] : peers_) peer->Shutdown(Stopped());
     closed.set_value();
   });
   closed.get_future().wait();
@@ -233,13 +203,6 @@ void Agent::Stop() {
   copies_.Stop();
   regions_.ReleaseAll();
   events_.Push({.kind = Event::Kind::kStopped});
-}
-
-void Agent::CloseAll() {
-  acceptor_.reset();
-  service_.Shutdown();
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (auto &[id, peer] : peers_) peer->Shutdown(Stopped());
 }
 
 void Agent::TickAll() {
@@ -253,23 +216,16 @@ void Agent::TickAll() {
   });
 }
 
-std::shared_ptr<Peer> Agent::PeerLocked(const Address &address) {
-  std::shared_ptr<Peer> &peer = peers_[address.agent];
-  if (!peer) {
-    peer = std::make_shared<RemotePeer>(context_, address);
-  }
-  return peer;
-}
-
 // Under the lock, so that tasks that `use` posts run before the one that Stop posts.
-Status Agent::WithPeer(ByteView bytes, const UsePeer &use) {
-  Address address = Parsed(bytes);
+Status Agent::WithPeer(const Address &address, const UsePeer &use) {
   if (address.version != kProtocolVersion) {
-    return {Code::kVersion, VersionMismatchText(kProtocolVersion, address.version)};
+    return {Code::kVersion, VersionMismatchText(address.version)};
   }
   std::lock_guard<std::mutex> lock(mutex_);
   if (is_stopped_) return Stopped();
-  use(PeerLocked(address));
+  std::shared_ptr<Peer> &peer = peers_[address.agent];
+  if (!peer) peer = std::make_shared<RemotePeer>(context_, address);
+  use(peer);
   return {};
 }
 

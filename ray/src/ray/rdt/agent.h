@@ -38,23 +38,9 @@ class Agent {
   const Bytes &address() const { return address_bytes_; }
   const AgentId &id() const { return identity_.agent; }
 
-  // The caller keeps the memory and its guards alive until a kReleased event returns the
-  // token. False if the key is in use.
-  bool Register(const Key &key,
-                const std::vector<Span> &spans,
-                int64_t token,
-                std::vector<Guard> guards = {});
-  bool Release(const Key &key);
+  RegionTable &regions() { return regions_; }
   // Queues a notice about an object for the agent at an address.
   void Notify(ByteView address, Notice notice, const Key &key);
-  size_t CountOwned(const AgentId &owner) const { return regions_.CountOwned(owner); }
-  size_t ReleaseOwned(const AgentId &owner) { return regions_.ReleaseOwned(owner); }
-  std::vector<Key> Unowned(const std::vector<Key> &keys) const {
-    return regions_.Unowned(keys);
-  }
-  size_t ReleaseUnowned(const std::vector<Key> &keys) {
-    return regions_.ReleaseUnowned(keys);
-  }
 
   PullTicket StartPull(ByteView address,
                        const Key &key,
@@ -65,7 +51,10 @@ class Agent {
   // Counts a transfer of this memory that was made without the agent.
   void RecordPull(const std::vector<Span> &spans);
 
-  CallTicket StartCall(ByteView address, Bytes payload, bool is_idempotent = false);
+  CallTicket StartCall(ByteView address,
+                       Bytes payload,
+                       bool is_idempotent = false,
+                       FrameType kind = FrameType::kCall);
   // Requests an object's checksum. The reply is a ChecksumReply.
   CallTicket StartChecksum(ByteView address, const Key &key);
   void Cancel(const CallTicket &ticket);
@@ -82,15 +71,8 @@ class Agent {
  private:
   using UsePeer = std::function<void(const std::shared_ptr<Peer> &peer)>;
 
-  void Open();
   void TickAll();
-  void CloseAll();
-  CallTicket StartRequest(ByteView address,
-                          FrameType kind,
-                          Bytes payload,
-                          bool is_idempotent);
-  std::shared_ptr<Peer> PeerLocked(const Address &address);
-  Status WithPeer(ByteView address, const UsePeer &use);
+  Status WithPeer(const Address &address, const UsePeer &use);
 
   const Settings settings_;
   EventQueue events_;
@@ -118,8 +100,8 @@ class Agent {
   std::unique_ptr<Acceptor> acceptor_;
   mutable std::mutex mutex_;
   bool is_stopped_ = false;                         // guarded by mutex_
-  uint64_t next_call_ = 1;                          // guarded by mutex_
   std::map<AgentId, std::shared_ptr<Peer>> peers_;  // guarded by mutex_
+  std::atomic<uint64_t> next_call_{1};
   std::mutex stop_mutex_;  // held during Stop, so that a second caller waits
 };
 

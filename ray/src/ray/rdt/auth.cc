@@ -17,22 +17,13 @@ constexpr char kBadProof[] =
 
 void Append(Bytes *to, ByteView more) { to->insert(to->end(), more.begin(), more.end()); }
 
-// The fields that the MAC covers besides the transcript.
-Bytes ProofExtra(const Proof &proof) {
-  Bytes extra;
-  Encoder encode(&extra);
-  encode(proof.lanes);
-  return extra;
+// The fields that the server's MAC covers besides the transcript.
+Bytes WelcomeExtra(uint32_t client_lanes, const Welcome &welcome) {
+  return PackFields(client_lanes, welcome.lanes, welcome.probe_address, welcome.probe);
 }
 
-Bytes WelcomeExtra(uint32_t client_lanes, const Welcome &welcome) {
-  Bytes extra;
-  Encoder encode(&extra);
-  encode(client_lanes);
-  encode(welcome.lanes);
-  encode(welcome.probe_address);
-  encode(welcome.probe);
-  return extra;
+bool EqualConstantTime(const Mac &a, const Mac &b) {
+  return sodium_memcmp(a.data(), b.data(), a.size()) == 0;
 }
 
 }  // namespace
@@ -61,21 +52,17 @@ Mac HmacSha256(const std::string &secret, const std::vector<ByteView> &parts) {
   return mac;
 }
 
-bool EqualConstantTime(const Mac &a, const Mac &b) {
-  return sodium_memcmp(a.data(), b.data(), a.size()) == 0;
-}
-
 Handshake Handshake::Client(const Identity &self,
                             Purpose purpose,
                             const AgentId &expected) {
-  Handshake client(self, true);
+  Handshake client(self);
   client.peer_.purpose = purpose;
   client.expected_ = expected;
   client.awaited_ = FrameType::kChallenge;
   return client;
 }
 
-Handshake Handshake::Server(const Identity &self) { return Handshake(self, false); }
+Handshake Handshake::Server(const Identity &self) { return Handshake(self); }
 
 Bytes Handshake::FirstFrame() {
   Hello hello{.agent = self_.agent, .nonce = {}, .purpose = peer_.purpose};
@@ -85,7 +72,9 @@ Bytes Handshake::FirstFrame() {
 }
 
 Bytes Handshake::OnFrame(const FrameHeader &header, ByteView payload) {
-  if (header.version != kProtocolVersion) return FailVersion(header.version);
+  if (header.version != kProtocolVersion) {
+    return Fail(Code::kVersion, VersionMismatchText(header.version));
+  }
   if (header.type == FrameType::kError) return OnError(payload);
   if (header.type != awaited_) return Fail(Code::kAuth, "a frame out of order");
   switch (header.type) {
@@ -124,8 +113,8 @@ Bytes Handshake::OnChallenge(ByteView payload) {
   }
   peer_.agent = challenge->agent;
   Append(&transcript_, payload);
-  Proof proof{.lanes = self_.lanes, .mac = {}};
-  proof.mac = ComputeMac(kClientRole, ProofExtra(proof));
+  Proof proof{.lanes = self_.lanes,
+              .mac = ComputeMac(kClientRole, PackFields(self_.lanes))};
   awaited_ = FrameType::kWelcome;
   return EncodeFrame(FrameType::kProof, 0, proof);
 }
@@ -133,14 +122,12 @@ Bytes Handshake::OnChallenge(ByteView payload) {
 Bytes Handshake::OnProof(ByteView payload) {
   auto proof = Unpack<Proof>(payload);
   if (!proof) return Fail(Code::kAuth, "a malformed PROOF");
-  if (!EqualConstantTime(proof->mac, ComputeMac(kClientRole, ProofExtra(*proof)))) {
+  if (!EqualConstantTime(proof->mac, ComputeMac(kClientRole, PackFields(proof->lanes)))) {
     return Fail(Code::kAuth, kBadProof);
   }
   peer_.lanes = proof->lanes;
-  Welcome welcome{.lanes = self_.lanes,
-                  .probe_address = self_.probe_address,
-                  .probe = self_.probe,
-                  .mac = {}};
+  Welcome welcome{
+      .lanes = self_.lanes, .probe_address = self_.probe_address, .probe = self_.probe};
   welcome.mac = ComputeMac(kServerRole, WelcomeExtra(proof->lanes, welcome));
   state_ = State::kDone;
   return EncodeFrame(FrameType::kWelcome, 0, welcome);
@@ -165,18 +152,15 @@ Bytes Handshake::Fail(Code code, const std::string &text) {
   return EncodeFrame(FrameType::kError, 0, error);
 }
 
-Bytes Handshake::FailVersion(uint16_t theirs) {
-  return Fail(Code::kVersion, VersionMismatchText(kProtocolVersion, theirs));
-}
-
 Bytes Handshake::OnError(ByteView payload) {
   auto error = Unpack<Error>(payload);
   state_ = State::kFailed;
-  status_ = {Code::kAuth, "the peer ended the handshake with a malformed ERROR"};
-  if (!error) return {};
-  status_ = {CodeFromWire(error->code), "the peer answered: " + error->text};
-  if (error->version != kProtocolVersion) {
-    status_ = {Code::kVersion, VersionMismatchText(kProtocolVersion, error->version)};
+  if (!error) {
+    status_ = {Code::kAuth, "the peer ended the handshake with a malformed ERROR"};
+  } else if (error->version != kProtocolVersion) {
+    status_ = {Code::kVersion, VersionMismatchText(error->version)};
+  } else {
+    status_ = {CodeFromWire(error->code), "the peer answered: " + error->text};
   }
   return {};
 }

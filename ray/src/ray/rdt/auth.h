@@ -8,7 +8,6 @@
 // Runs on: any one thread per object.
 #pragma once
 
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +18,6 @@ namespace ray::rdt {
 
 void FillRandom(void *to, size_t nbytes);  // getrandom(2); throws if it fails
 Mac HmacSha256(const std::string &secret, const std::vector<ByteView> &parts);
-bool EqualConstantTime(const Mac &a, const Mac &b);
 
 // One side's input to every handshake.
 struct Identity {
@@ -58,19 +56,17 @@ class Handshake {
   const PeerInfo &peer() const { return peer_; }
 
  private:
-  Handshake(const Identity &self, bool is_client) : self_(self), is_client_(is_client) {}
+  explicit Handshake(const Identity &self) : self_(self) {}
 
   Bytes OnHello(ByteView payload);
   Bytes OnChallenge(ByteView payload);
   Bytes OnProof(ByteView payload);
   Bytes OnWelcome(ByteView payload);
   Bytes Fail(Code code, const std::string &text);
-  Bytes FailVersion(uint16_t theirs);
   Bytes OnError(ByteView payload);
   Mac ComputeMac(const char *role, const Bytes &extra) const;
 
   Identity self_;
-  bool is_client_;
   FrameType awaited_ = FrameType::kHello;
   State state_ = State::kRunning;
   Status status_;

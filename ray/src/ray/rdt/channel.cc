@@ -1,19 +1,11 @@
 #include "ray/rdt/channel.h"
 
 #include <sys/epoll.h>
-#include <sys/socket.h>
 
 #include <algorithm>
 #include <cerrno>
 
-#include "ray/rdt/limits.h"
-
 namespace ray::rdt {
-namespace {
-
-constexpr size_t kHeaderBytes = sizeof(FrameHeader);
-
-}  // namespace
 
 void Channel::Start(Handler *handler) {
   handler_ = handler;
@@ -54,18 +46,12 @@ Fd Channel::Release() {
 
 void Channel::OnReady(uint32_t events) {
   if (events & EPOLLOUT) Flush();
-  if (fd_ && (events & ~EPOLLOUT)) Receive();
-}
-
-void Channel::Receive() {
-  for (int i = 0; i < limits::kReadsPerTurn && fd_; ++i) {
-    if (!ReceiveOnce()) return;
-    Dispatch();
-  }
+  if (!(events & ~EPOLLOUT)) return;
+  for (int i = 0; i < limits::kReadsPerTurn && fd_ && Receive(); ++i) Dispatch();
 }
 
 // False if no bytes are available or the channel failed.
-bool Channel::ReceiveOnce() {
+bool Channel::Receive() {
   ReserveInput(NextReadBytes());
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
   iovec piece{in_.data() + end_, in_.size() - end_};

@@ -50,8 +50,7 @@ class Channel : public std::enable_shared_from_this<Channel> {
   };
 
   void OnReady(uint32_t events);
-  void Receive();
-  bool ReceiveOnce();
+  bool Receive();
   size_t NextReadBytes() const;
   void ReserveInput(size_t nbytes);
   void Dispatch();

@@ -8,36 +8,31 @@
 namespace ray::rdt {
 namespace {
 
-uint64_t Crc(const void *data, uint64_t nbytes) {
+// Continues from the CRC of the bytes before these; 0 at the first.
+uint64_t Crc(const void *data, uint64_t nbytes, uint64_t before) {
   // The first call selects the code for this CPU, and must not run on two threads.
   [[maybe_unused]] static const uint64_t of_nothing =
       aws_checksums_crc64nvme(nullptr, 0, 0);
   return aws_checksums_crc64nvme(
-      static_cast<const uint8_t *>(data), static_cast<int>(nbytes), 0);
+      static_cast<const uint8_t *>(data), static_cast<int>(nbytes), before);
 }
 
-uint64_t ChecksumOfOneBlock(const SpanList &memory, Range block) {
-  uint64_t number = block.offset / kChecksumBlock;
-  std::vector<iovec> pieces;
-  if (memory.Slice(block, &pieces) == block.nbytes && pieces.size() == 1) {
-    return ChecksumOfBlock(pieces[0].iov_base, block.nbytes, number);
-  }
-  std::vector<char> gathered(block.nbytes);
-  memory.CopyOut(block, gathered.data());
-  return ChecksumOfBlock(gathered.data(), gathered.size(), number);
-}
+uint64_t Factor(uint64_t number) { return 2 * number + 1; }
 
 }  // namespace
 
 uint64_t ChecksumOfBlock(const void *data, uint64_t nbytes, uint64_t number) {
-  return Crc(data, nbytes) * (2 * number + 1);
+  return Crc(data, nbytes, 0) * Factor(number);
 }
 
 uint64_t Checksum(const SpanList &memory, Range range) {
   uint64_t sum = 0;
   while (range.nbytes > 0) {
     Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
-    sum += ChecksumOfOneBlock(memory, block);
+    uint64_t crc = 0;
+    memory.ForEachPiece(
+        block, [&crc](const void *data, size_t nbytes) { crc = Crc(data, nbytes, crc); });
+    sum += crc * Factor(block.offset / kChecksumBlock);
     range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
   }
   return sum;

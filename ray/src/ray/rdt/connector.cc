@@ -9,64 +9,63 @@
 
 namespace ray::rdt {
 
-Connector::Connector(Loop *loop,
-                     const Identity &self,
+Connector::Connector(const Context &context,
                      const Address &address,
-                     const ConnectOptions &options,
+                     Purpose purpose,
                      OnResult on_result)
-    : loop_(loop),
-      self_(self),
+    : context_(context),
       address_(address),
-      options_(options),
+      purpose_(purpose),
+      is_unix_(purpose == Purpose::kControl && context.self->SharesHostWith(address)),
       handshake_(NewHandshake()),
       on_result_(std::move(on_result)) {
-  deadline_ = loop_->After(options_.connect_timeout_s, [this] {
+  deadline_ = context_.loop->After(context_.settings->connect_timeout_s, [this] {
     if (shortage_ != 0) return Finish({Code::kIo, WithErrno("connect", shortage_)});
     Finish({Code::kUnreachable, "no connection within the timeout"});
   });
-  retry_ = loop_->After(0, [this] { Connect(); });
+  RetryAfter(0);
 }
 
 Connector::~Connector() {
-  loop_->CancelTimer(deadline_);
-  loop_->CancelTimer(retry_);
-  if (connecting_) loop_->Unwatch(watch_);
+  context_.loop->CancelTimer(deadline_);
+  context_.loop->CancelTimer(retry_);
+  if (connecting_) context_.loop->Unwatch(watch_);
   if (channel_) channel_->Close();
 }
 
+void Connector::RetryAfter(double seconds) {
+  retry_ = context_.loop->After(seconds, [this] { Connect(); });
+}
+
 void Connector::Connect() {
-  connecting_ = options_.over_unix ? ConnectUnix(address_.agent)
-                                   : ConnectTcp(address_.ip, address_.port);
+  connecting_ =
+      is_unix_ ? ConnectUnix(address_.agent) : ConnectTcp(address_.ip, address_.port);
   shortage_ = !connecting_ && IsShortage(errno) ? errno : 0;
   // EAGAIN: the backlog of a Unix socket is full.
   if (!connecting_ && (shortage_ != 0 || errno == EAGAIN)) {
-    retry_ = loop_->After(limits::kConnectRetryS, [this] { Connect(); });
-    return;
+    return RetryAfter(limits::kConnectRetryS);
   }
   if (!connecting_) return Finish({Code::kUnreachable, WithErrno("connect", errno)});
-  watch_ = loop_->Watch(connecting_.get(), EPOLLOUT, [this](uint32_t) { OnWritable(); });
+  watch_ = context_.loop->Watch(
+      connecting_.get(), EPOLLOUT, [this](uint32_t) { OnWritable(); });
   if (watch_ != 0) return;
   shortage_ = errno;
   connecting_.Reset();
-  retry_ = loop_->After(limits::kConnectRetryS, [this] { Connect(); });
+  RetryAfter(limits::kConnectRetryS);
 }
 
 void Connector::OnWritable() {
-  loop_->Unwatch(watch_);
+  context_.loop->Unwatch(watch_);
   int error = SocketError(connecting_.get());
   if (error != 0) return Finish({Code::kUnreachable, WithErrno("connect", error)});
-  if (!options_.over_unix) TuneTcp(connecting_.get(), options_.peer_timeout_s);
-  StartHandshake();
-}
-
-void Connector::StartHandshake() {
-  channel_ = std::make_shared<Channel>(loop_, std::move(connecting_));
+  if (!is_unix_) TuneTcp(connecting_.get(), context_.settings->peer_timeout_s);
+  channel_ = std::make_shared<Channel>(context_.loop, std::move(connecting_));
   channel_->Start(this);
   channel_->Send(handshake_.FirstFrame());
 }
 
 Handshake Connector::NewHandshake() const {
-  return Handshake::Client(self_, options_.purpose, address_.agent);
+  return Handshake::Client(*context_.identity, purpose_, address_.agent);
 }
 
 void Connector::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
@@ -82,9 +81,7 @@ void Connector::OnClosed(const Status &why) {
   if (++broken_handshakes_ < limits::kMaxHandshakes) {
     channel_.reset();
     handshake_ = NewHandshake();
-    retry_ = loop_->After(limits::kConnectRetryS * (1 << (broken_handshakes_ - 1)),
-                          [this] { Connect(); });
-    return;
+    return RetryAfter(limits::kConnectRetryS * (1 << (broken_handshakes_ - 1)));
   }
   Finish({Code::kUnreachable, "the handshake did not finish: " + why.text});
 }
@@ -93,8 +90,8 @@ void Connector::OnClosed(const Status &why) {
 void Connector::Finish(Status status) {
   std::shared_ptr<Channel> channel = std::move(channel_);
   OnResult on_result = std::move(on_result_);
-  loop_->CancelTimer(deadline_);
-  loop_->CancelTimer(retry_);
+  context_.loop->CancelTimer(deadline_);
+  context_.loop->CancelTimer(retry_);
   if (channel && !status.ok()) {
     channel->Close();
     channel.reset();

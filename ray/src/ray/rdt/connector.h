@@ -3,21 +3,11 @@
 
 #include <functional>
 #include <memory>
-#include <string>
 
-#include "ray/rdt/address.h"
-#include "ray/rdt/auth.h"
 #include "ray/rdt/channel.h"
+#include "ray/rdt/context.h"
 
 namespace ray::rdt {
-
-// Options of a connection, besides the address.
-struct ConnectOptions {
-  Purpose purpose = Purpose::kControl;
-  bool over_unix = false;
-  double connect_timeout_s = 10;
-  double peer_timeout_s = 30;
-};
 
 // Runs on: the loop that it is given. Reports exactly once, never from the constructor.
 // Destroying the object before the report cancels the attempt.
@@ -27,26 +17,26 @@ class Connector : private Channel::Handler {
   using OnResult = std::function<void(
       const Status &status, std::shared_ptr<Channel> channel, const PeerInfo &peer)>;
 
-  Connector(Loop *loop,
-            const Identity &self,
+  // Control connections to a process of this host use its Unix socket, others TCP.
+  Connector(const Context &context,
             const Address &address,
-            const ConnectOptions &options,
+            Purpose purpose,
             OnResult on_result);
   ~Connector() override;
 
  private:
   void Connect();
   void OnWritable();
-  void StartHandshake();
+  void RetryAfter(double seconds);
   Handshake NewHandshake() const;
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
   void OnClosed(const Status &why) override;
   void Finish(Status status);
 
-  Loop *const loop_;
-  const Identity self_;
+  const Context context_;
   const Address address_;
-  const ConnectOptions options_;
+  const Purpose purpose_;
+  const bool is_unix_;
   Handshake handshake_;
   OnResult on_result_;
   Fd connecting_;

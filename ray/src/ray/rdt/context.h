@@ -1,12 +1,14 @@
 // Settings and services that the parts of one agent share.
 #pragma once
 
+#include <array>
+#include <atomic>
+#include <cstdint>
 #include <string>
 
 #include "ray/rdt/address.h"
 #include "ray/rdt/auth.h"
 #include "ray/rdt/copy_pool.h"
-#include "ray/rdt/counters.h"
 #include "ray/rdt/events.h"
 #include "ray/rdt/huge_pages.h"
 #include "ray/rdt/lanes/lane_kind.h"
@@ -23,6 +25,25 @@ struct Settings {
   double connect_timeout_s = 10;
   double peer_timeout_s = 30;
   bool clear_tcp = true;  // false: no connection may cross the network unencrypted
+};
+
+struct LaneCounters {
+  std::atomic<uint64_t> pulls{0};     // completed, as consumer
+  std::atomic<uint64_t> bytes_in{0};  // of those
+};
+
+// Numbers for Agent::Stats. Written on any thread.
+struct Counters {
+  std::atomic<uint64_t> bytes_granted{0};  // as producer, on all lanes
+  std::array<LaneCounters, kLaneCount> lanes;
+  std::atomic<int64_t> pulls_live{0};  // started here and not settled
+  std::atomic<int64_t> calls_live{0};
+  std::atomic<int64_t> connections{0};  // authenticated, for control, both directions
+
+  void CountPull(LaneKind lane, uint64_t nbytes) {
+    ++lanes[static_cast<size_t>(lane)].pulls;
+    lanes[static_cast<size_t>(lane)].bytes_in += nbytes;
+  }
 };
 
 // Owned by the agent, which outlives its peers.

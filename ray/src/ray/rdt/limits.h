@@ -17,11 +17,9 @@ inline constexpr uint64_t kMiB = 1 << 20;
 
 // Payload bytes of a frame. Bounds the memory that one peer can make this process take.
 inline constexpr uint64_t kMaxFrame = 64 * kMiB;
-// Payload bytes of a frame before the peer is authenticated. Handshake messages are
-// smaller.
+// The same before the peer is authenticated. Handshake messages are smaller.
 inline constexpr uint64_t kMaxFrameBeforeAuth = 512;
-// Bytes of a call or reply: a frame, less the byte that tells whether a reply is an
-// error.
+// Bytes of a call or reply. A reply's first byte tells whether it is an error.
 inline constexpr uint64_t kMaxCallPayload = kMaxFrame - 1;
 
 // ---- connections ----
@@ -46,8 +44,7 @@ inline constexpr int kMaxHandshakes = 8;
 // TCP keepalive probes that go unanswered before the connection is closed. The interval
 // follows from the setting peer_timeout_s.
 inline constexpr int kKeepaliveProbes = 3;
-// Descriptors above this number stay open in forked children. A flag for each is
-// preallocated, because a forked child may neither lock nor allocate.
+// Descriptors from this number on stay open in forked children (fd.cc).
 inline constexpr int kMaxTrackedFd = 1 << 16;
 
 // ---- retries ----
@@ -102,8 +99,7 @@ inline constexpr uint64_t kMaxAttachedAccepted = 1 * kMiB;
 
 // ---- shm lane ----
 
-// Bytes of a slot, and slots of a ring: enough for both sides to copy while frames
-// travel.
+// Bytes of a slot, and slots of a ring: both sides can copy while frames travel.
 inline constexpr uint64_t kSlotBytes = 1 * kMiB;
 inline constexpr size_t kSlots = 8;
 // Bytes of a ring that a producer accepts. Bounds what a consumer can make it write.

@@ -94,17 +94,12 @@ Loop::Id Loop::After(double seconds, Task task) {
   auto delay =
       std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
   Id id = next_id_++;
-  Clock::time_point due = Clock::now() + delay;
-  timers_[{due, id}] = std::move(task);
-  timer_due_[id] = due;
+  timers_[{Clock::now() + delay, id}] = std::move(task);
   return id;
 }
 
 void Loop::CancelTimer(Id timer) {
-  auto found = timer_due_.find(timer);
-  if (found == timer_due_.end()) return;
-  timers_.erase({found->second, timer});
-  timer_due_.erase(found);
+  std::erase_if(timers_, [timer](const auto &one) { return one.first.second == timer; });
 }
 
 void Loop::Run() {
@@ -129,11 +124,7 @@ void Loop::RunPosted() {
 void Loop::RunTimers() {
   Clock::time_point now = Clock::now();
   while (!timers_.empty() && timers_.begin()->first.first <= now) {
-    auto first = timers_.begin();
-    Task task = std::move(first->second);
-    timer_due_.erase(first->first.second);
-    timers_.erase(first);
-    task();
+    timers_.extract(timers_.begin()).mapped()();
   }
 }
 
@@ -143,7 +134,8 @@ void Loop::WaitForEvents() {
   for (int i = 0; i < count; ++i) {
     Id id = ready[i].data.u64;  // a copy: the kernel's struct is packed
     if (id == kWakeId) {
-      DrainWake();
+      eventfd_t ignored;
+      eventfd_read(wake_.get(), &ignored);
       continue;
     }
     auto found = watched_.find(id);
@@ -162,11 +154,6 @@ int Loop::TimeoutMs() {
   auto left = timers_.begin()->first.first - Clock::now();
   auto ms = std::chrono::ceil<std::chrono::milliseconds>(left).count();
   return static_cast<int>(std::clamp<int64_t>(ms, 0, 60'000));
-}
-
-void Loop::DrainWake() {
-  eventfd_t ignored;
-  eventfd_read(wake_.get(), &ignored);
 }
 
 }  // namespace ray::rdt

@@ -61,7 +61,6 @@ class Loop {
   void RunTimers();
   void WaitForEvents();
   int TimeoutMs();
-  void DrainWake();
 
   const std::string name_;
   Fd epoll_;
@@ -73,7 +72,6 @@ class Loop {
   Id next_id_ = 1;
   std::unordered_map<Id, Watched> watched_;
   std::map<std::pair<Clock::time_point, Id>, Task> timers_;
-  std::unordered_map<Id, Clock::time_point> timer_due_;
   std::thread thread_;
 };
 

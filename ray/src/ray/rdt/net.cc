@@ -5,7 +5,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -71,14 +70,6 @@ Fd ConnectTo(SocketAddress name) {
   return result == 0 || errno == EINPROGRESS ? std::move(fd) : Fd();
 }
 
-uint16_t BoundPort(int fd) {
-  SocketAddress name;
-  name.length = sizeof(name.storage);
-  getsockname(fd, name.get(), &name.length);
-  // The port lies at the same place in both families.
-  return ntohs(reinterpret_cast<sockaddr_in *>(name.get())->sin_port);
-}
-
 void SetOption(int fd, int level, int option, int value) {
   setsockopt(fd, level, option, &value, sizeof(value));
 }
@@ -101,7 +92,9 @@ Fd ListenTcp(const std::string &ip, uint16_t *port) {
         EINVAL, std::generic_category(), "not a numeric address: " + ip);
   }
   Fd fd = Listen(name, "listen on " + ip);
-  *port = BoundPort(fd.get());
+  getsockname(fd.get(), name.get(), &name.length);
+  // The port lies at the same place in both families.
+  *port = ntohs(reinterpret_cast<sockaddr_in *>(name.get())->sin_port);
   return fd;
 }
 
@@ -138,11 +131,11 @@ int SocketError(int fd) {
   return error;
 }
 
-Credentials PeerCredentials(int unix_fd) {
-  ucred credentials{};
+ucred PeerCredentials(int unix_fd) {
+  ucred credentials{.pid = 0, .uid = static_cast<uid_t>(-1)};
   socklen_t length = sizeof(credentials);
-  if (getsockopt(unix_fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length) != 0) return {};
-  return {credentials.pid, credentials.uid};
+  getsockopt(unix_fd, SOL_SOCKET, SO_PEERCRED, &credentials, &length);
+  return credentials;
 }
 
 Fd OpenPidFd(pid_t pid) { return Fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0))); }

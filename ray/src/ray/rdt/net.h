@@ -1,6 +1,8 @@
 // Socket calls, with the options of all RDT connections.
 #pragma once
 
+#include <sys/socket.h>
+
 #include <string>
 
 #include "ray/rdt/address.h"
@@ -26,11 +28,8 @@ void TuneTcp(int fd, double peer_timeout_s);
 // The result of a connect that was in progress; 0 if connected.
 int SocketError(int fd);
 
-struct Credentials {
-  pid_t pid = 0;  // in our pid namespace; 0 if it cannot be seen from here
-  uid_t uid = static_cast<uid_t>(-1);
-};
-Credentials PeerCredentials(int unix_fd);
+// `pid` is in our pid namespace; 0 if it cannot be seen from here.
+ucred PeerCredentials(int unix_fd);
 
 // Becomes readable when the process exits. Empty if the kernel does not support it.
 Fd OpenPidFd(pid_t pid);

@@ -32,7 +32,7 @@ void PeerCalls::Send(uint64_t id, PendingCall *pending) {
 void PeerCalls::FailUncertain() {
   std::erase_if(calls_, [this](const auto &entry) {
     if (entry.second.state != State::kUncertain) return false;
-    entry.second.call->Fail(link_->WithAddress(
+    entry.second.call->End(link_->WithAddress(
         {Code::kBroken, "the connection broke before the reply arrived"}));
     return true;
   });
@@ -50,7 +50,7 @@ void PeerCalls::OnLost(const Status &why, PeerLink::Loss loss) {
   for (auto it = calls_.begin(); it != calls_.end();) {
     auto here = it++;
     if (MayRetry(&here->second, loss)) continue;
-    here->second.call->Fail(why);
+    here->second.call->End(why);
     calls_.erase(here);
   }
 }
@@ -72,7 +72,7 @@ bool PeerCalls::MayRetry(PendingCall *pending, PeerLink::Loss loss) {
 void PeerCalls::FailAll(const Status &why) {
   for (auto &[id, pending] : std::exchange(calls_, {})) {
     bool is_loss = pending.tries > 1 && why.code == Code::kUnreachable;
-    pending.call->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
+    pending.call->End(is_loss ? Status{Code::kPeerLost, why.text} : why);
   }
 }
 

@@ -9,21 +9,16 @@
 
 namespace ray::rdt {
 
-PeerLanes::PeerLanes(const Context &context, const PeerLink *link, LaneReport *report)
-    : context_(context), link_(link), report_(report) {}
-
 void PeerLanes::Open() {
   bool is_unix = link_->is_unix();
-  std::string no_tcp_reason = link_->NoTcpReason();
   LaneReasons reasons = EvaluateLanes(
       {.mine = context_.settings->lanes,
        .theirs = link_->info().lanes,
        .is_unix = is_unix,
        .cma_probe_error = is_unix ? ProbeCma(link_->pid(), link_->info()) : "",
-       .has_tcp = no_tcp_reason.empty(),
-       .no_tcp_reason = no_tcp_reason});
-  for (LaneKind kind : UsableLanes(reasons)) {
-    lanes_[static_cast<size_t>(kind)] = MakeLane(kind);
+       .no_tcp_reason = link_->NoTcpReason()});
+  for (size_t i = 0; i < kLaneCount; ++i) {
+    if (reasons[i] == "ok") lanes_[i] = MakeLane(static_cast<LaneKind>(i));
   }
   report_->Set(reasons);
   LogOnce(reasons);
@@ -63,23 +58,12 @@ void PeerLanes::LogOnce(const LaneReasons &reasons) {
 }
 
 std::unique_ptr<Lane> PeerLanes::MakeLane(LaneKind kind) const {
-  switch (kind) {
-  case LaneKind::kCma:
+  if (kind == LaneKind::kCma)
     return std::make_unique<CmaLane>(context_.copies, link_->pid());
-  case LaneKind::kShm:
+  if (kind == LaneKind::kShm)
     return std::make_unique<ShmLane>(context_.loop, context_.copies, link_->channel());
-  case LaneKind::kTcp:
-    return std::make_unique<TcpLane>(
-        context_.loop,
-        context_.copies,
-        *context_.identity,
-        link_->address(),
-        TcpOptions{.max_streams = context_.settings->tcp_streams,
-                   .connect_timeout_s = context_.settings->connect_timeout_s,
-                   .peer_timeout_s = context_.settings->peer_timeout_s});
-  case LaneKind::kInproc:
-    break;
-  }
+  if (kind == LaneKind::kTcp)
+    return std::make_unique<TcpLane>(context_, link_->address());
   return nullptr;  // a remote peer is never this process
 }
 

@@ -6,7 +6,7 @@
 
 #include "ray/rdt/context.h"
 #include "ray/rdt/lanes/lane.h"
-#include "ray/rdt/lanes/lane_report.h"
+#include "ray/rdt/peer.h"
 #include "ray/rdt/peer_link.h"
 
 namespace ray::rdt {
@@ -14,7 +14,8 @@ namespace ray::rdt {
 // Runs on: the agent's loop.
 class PeerLanes {
  public:
-  PeerLanes(const Context &context, const PeerLink *link, LaneReport *report);
+  PeerLanes(const Context &context, const PeerLink *link, LaneReport *report)
+      : context_(context), link_(link), report_(report) {}
 
   // Evaluates which lanes the new connection allows, and logs that once for each peer.
   void Open();

@@ -7,24 +7,16 @@
 
 namespace ray::rdt {
 
-PeerLink::PeerLink(const Context &context, const Address &address, Handler *handler)
-    : context_(context), address_(address), handler_(handler) {}
-
 void PeerLink::Connect() {
   if (state_ != State::kDisconnected) return;
   if (!is_unix() && !NoTcpReason().empty()) {
     return handler_->OnUnreachable(WithAddress({Code::kRefused, NoTcpReason()}));
   }
-  ConnectOptions options{.purpose = Purpose::kControl,
-                         .over_unix = is_unix(),
-                         .connect_timeout_s = context_.settings->connect_timeout_s,
-                         .peer_timeout_s = context_.settings->peer_timeout_s};
   state_ = State::kConnecting;
   connector_ = std::make_unique<Connector>(
-      context_.loop,
-      *context_.identity,
+      context_,
       address_,
-      options,
+      Purpose::kControl,
       [this](const Status &status,
              std::shared_ptr<Channel> channel,
              const PeerInfo &info) { OnResult(status, std::move(channel), info); });
@@ -56,7 +48,7 @@ void PeerLink::IdentifyProcess() {
   pidfd_ = OpenPidFd(pid_);
   if (!pidfd_) return;
   pidfd_watch_ = context_.loop->Watch(pidfd_.get(), EPOLLIN, [this](uint32_t) {
-    Lose({Code::kPeerLost, "the peer's process exited"});
+    Lose("the peer's process exited", Loss::kExited);
   });
 }
 
@@ -67,13 +59,11 @@ bool PeerLink::IsSameProcess() const {
   return !HasExited() && ProbeCma(pid_, info_).empty() && !IsHungUp(channel_->fd());
 }
 
-void PeerLink::Lose(const Status &why) { Lose(why, Loss::kBroken); }
-
-void PeerLink::Lose(const Status &why, Loss loss) {
+void PeerLink::Lose(const std::string &why, Loss loss) {
   if (HasExited()) loss = Loss::kExited;
   Close();
   context_.events->Push({.kind = Event::Kind::kLost, .agent = address_.agent});
-  handler_->OnLost(WithAddress({Code::kPeerLost, why.text}), loss);
+  handler_->OnLost(WithAddress({Code::kPeerLost, why}), loss);
 }
 
 void PeerLink::CheckSilence() {
@@ -81,8 +71,7 @@ void PeerLink::CheckSilence() {
   double silent_s = std::chrono::duration<double>(Clock::now() - last_heard_).count();
   if (silent_s > context_.settings->peer_timeout_s) {
     std::string seconds = std::to_string(static_cast<int>(silent_s));
-    return Lose({Code::kPeerLost, "the peer has not answered for " + seconds + " s"},
-                Loss::kSilent);
+    return Lose("the peer has not answered for " + seconds + " s", Loss::kSilent);
   }
   if (silent_s > context_.settings->peer_timeout_s / 3) {
     Send(EncodeFrame(FrameType::kPing, 0));
@@ -107,7 +96,7 @@ void PeerLink::Close() {
 void PeerLink::OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) {
   last_heard_ = Clock::now();
   if (header.version != kProtocolVersion || !handler_->OnPeerFrame(header, payload)) {
-    Lose({Code::kPeerLost, "the peer sent a malformed or unknown frame"});
+    Lose("the peer sent a malformed or unknown frame", Loss::kBroken);
   }
 }
 

@@ -42,7 +42,8 @@ class PeerLink : private Channel::Handler {
     virtual bool is_waiting() const = 0;
   };
 
-  PeerLink(const Context &context, const Address &address, Handler *handler);
+  PeerLink(const Context &context, const Address &address, Handler *handler)
+      : context_(context), address_(address), handler_(handler) {}
   ~PeerLink() override { Close(); }
 
   State state() const { return state_; }
@@ -55,7 +56,7 @@ class PeerLink : private Channel::Handler {
 
   // The next four require a connection.
   void Send(Bytes frame) { channel_->Send(std::move(frame)); }
-  void Lose(const Status &why);
+  void Lose(const std::string &why, Loss loss);
   // Sends a PING to a silent peer that owes an answer, and later gives it up.
   void CheckSilence();
 
@@ -80,9 +81,8 @@ class PeerLink : private Channel::Handler {
                 const PeerInfo &info);
   void IdentifyProcess();
   bool HasExited() const;
-  void Lose(const Status &why, Loss loss);
   void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
-  void OnClosed(const Status &why) override { Lose(why); }
+  void OnClosed(const Status &why) override { Lose(why.text, Loss::kBroken); }
 
   const Context context_;
   const Address address_;

@@ -56,7 +56,7 @@ void PeerNotices::OnUnreachable(const Status &why) {
 void PeerNotices::OnLost(PeerLink::Loss loss) {
   if (loss == PeerLink::Loss::kExited) return DropAll();
   for (auto &[ping, notices] : std::exchange(unconfirmed_, {})) {
-    queue_->PutBack(std::move(notices));
+    queue_->PutBack(notices);
   }
 }
 

@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "ray/rdt/context.h"
-#include "ray/rdt/notice_queue.h"
+#include "ray/rdt/peer.h"
 #include "ray/rdt/peer_link.h"
 
 namespace ray::rdt {

@@ -8,9 +8,6 @@
 
 namespace ray::rdt {
 
-PeerPulls::PeerPulls(const Context &context, PeerLink *link, PeerLanes *lanes)
-    : context_(context), link_(link), lanes_(lanes) {}
-
 void PeerPulls::Add(std::shared_ptr<Pull> pull) {
   link_->StartSilenceClock();
   uint64_t id = pull->id;
@@ -77,16 +74,14 @@ bool PeerPulls::OnGrant(uint64_t id, const std::optional<Grant> &grant) {
 bool PeerPulls::TakeAttached(uint64_t id, const Grant &grant) {
   if (grant.attached.size() != grant.total) return false;
   Pull &pull = *pulls_.at(id).pull;
+  auto copy = [&](Range part) {
+    pull.destination.CopyIn(part, grant.attached.data() + part.offset);
+    return Status{};
+  };
   Range range;
-  uint64_t attempt = pull.attempt(), sum = 0;
-  while (pull.TakeRange(attempt, grant.total, &range) && pull.BeginWrite(attempt)) {
-    auto copy = [&](Range part) {
-      pull.destination.CopyIn(part, grant.attached.data() + part.offset);
-      return Status{};
-    };
-    pull.Fill(range, copy, &sum);
-    pull.EndWrite();
-    pull.CompleteRange(attempt, range, std::exchange(sum, 0));
+  bool is_whole = false;
+  while (pull.TakeRange(pull.attempt(), grant.total, &range)) {
+    pull.Receive(pull.attempt(), range, copy, &is_whole);
   }
   Finish(id, {});
   return true;
@@ -122,14 +117,17 @@ bool PeerPulls::OnRefuse(uint64_t id, const std::optional<Refuse> &refuse) {
 void PeerPulls::OnLaneReport(uint64_t id, uint64_t attempt, const Status &status) {
   auto found = pulls_.find(id);
   if (found == pulls_.end() || found->second.pull->attempt() != attempt) return;
-  const PendingPull &pending = found->second;
+  PendingPull &pending = found->second;
   bool read_memory = pending.lane == LaneKind::kCma;
   if (read_memory && status.ok() && !link_->IsSameProcess()) {
-    return link_->Lose({Code::kPeerLost, "the peer exited during the pull"});
+    return link_->Lose("the peer exited during the pull", PeerLink::Loss::kBroken);
   }
   // A data connection may break before the control connection does.
-  if (status.code == Code::kIo && pending.tries < limits::kMaxTries)
-    return RequestAgain(id);
+  if (status.code == Code::kIo && pending.tries < limits::kMaxTries) {
+    link_->Send(EncodeFrame(FrameType::kAbort, id));
+    MayRetry(&pending);
+    return Send(id, &pending);
+  }
   if (status.code != Code::kRefused) return Finish(id, status);
   if (lanes_->Find(pending.lane)) lanes_->Disable(pending.lane, status.text);
   TryNextLane(id);
@@ -143,23 +141,14 @@ void PeerPulls::TryNextLane(uint64_t id) {
   Send(id, &pending);
 }
 
-void PeerPulls::RequestAgain(uint64_t id) {
-  PendingPull &pending = pulls_.at(id);
-  link_->Send(EncodeFrame(FrameType::kAbort, id));
-  MayRetry(&pending);
-  Send(id, &pending);
-}
-
 void PeerPulls::Finish(uint64_t id, const Status &status) {
   auto node = pulls_.extract(id);
   PendingPull &pending = node.mapped();
   if (status.ok()) {
     context_.counters->CountPull(pending.lane, pending.pull->destination.total());
-    pending.pull->Complete();
     context_.huge_pages->RecordPull(pending.pull->destination, nullptr);
-  } else {
-    pending.pull->Fail(status);
   }
+  pending.pull->End(status);
   if (pending.state != State::kQueued) link_->Send(EncodeFrame(FrameType::kDone, id));
 }
 
@@ -172,7 +161,7 @@ void PeerPulls::OnLost(const Status &why, PeerLink::Loss loss) {
       pending.tries = std::max(pending.tries, limits::kMaxTries - 1);
     }
     if (loss != PeerLink::Loss::kExited && MayRetry(&pending)) continue;
-    pending.pull->Fail(why);
+    pending.pull->End(why);
     pulls_.erase(here);
   }
 }
@@ -190,7 +179,7 @@ bool PeerPulls::MayRetry(PendingPull *pending) {
 void PeerPulls::FailAll(const Status &why) {
   for (auto &[id, pending] : std::exchange(pulls_, {})) {
     bool is_loss = pending.tries > 1 && why.code == Code::kUnreachable;
-    pending.pull->Fail(is_loss ? Status{Code::kPeerLost, why.text} : why);
+    pending.pull->End(is_loss ? Status{Code::kPeerLost, why.text} : why);
   }
 }
 

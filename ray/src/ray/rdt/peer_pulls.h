@@ -33,7 +33,8 @@ namespace ray::rdt {
 // Runs on: the agent's loop.
 class PeerPulls {
  public:
-  PeerPulls(const Context &context, PeerLink *link, PeerLanes *lanes);
+  PeerPulls(const Context &context, PeerLink *link, PeerLanes *lanes)
+      : context_(context), link_(link), lanes_(lanes) {}
 
   // Requests the pull if there is a connection.
   void Add(std::shared_ptr<Pull> pull);
@@ -62,7 +63,6 @@ class PeerPulls {
   void StartLane(uint64_t id, const Grant &grant);
   void OnLaneReport(uint64_t id, uint64_t attempt, const Status &status);
   void TryNextLane(uint64_t id);
-  void RequestAgain(uint64_t id);
   void Finish(uint64_t id, const Status &status);
   static bool MayRetry(PendingPull *pending);
 

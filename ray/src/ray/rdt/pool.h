@@ -6,10 +6,8 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <list>
 #include <map>
-#include <memory>
 #include <mutex>
 
 #include "ray/rdt/loop.h"

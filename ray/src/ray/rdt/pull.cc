@@ -1,10 +1,69 @@
 #include "ray/rdt/pull.h"
 
+#include <poll.h>
+#include <sys/eventfd.h>
+
 #include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <system_error>
 
 #include "ray/rdt/limits.h"
 
 namespace ray::rdt {
+
+bool Completion::is_settled() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return settled_.has_value();
+}
+
+void Completion::End(const Status &status) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  SettleLocked(status);
+}
+
+Status Completion::status() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return settled_.value_or(Status{});
+}
+
+int Completion::EventFd() {
+  int event = TryEventFd();
+  if (event < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+  return event;
+}
+
+int Completion::TryEventFd() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!event_) event_ = Fd(eventfd(settled_ ? 1 : 0, EFD_CLOEXEC | EFD_NONBLOCK));
+  return event_.get();
+}
+
+bool Completion::Wait(double timeout_s) {
+  if (is_settled()) return true;
+  pollfd one{.fd = TryEventFd(), .events = POLLIN, .revents = 0};
+  if (one.fd < 0) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [this] {
+      return settled_.has_value();
+    });
+  }
+  timespec timeout{};
+  double seconds = std::floor(timeout_s);
+  timeout.tv_sec = static_cast<time_t>(seconds);
+  timeout.tv_nsec = static_cast<long>((timeout_s - seconds) * 1e9);
+  ppoll(&one, 1, &timeout, nullptr);
+  return is_settled();
+}
+
+void Completion::SettleLocked(const Status &status) {
+  if (settled_) return;
+  settled_ = status;
+  --*live_;
+  changed_.notify_all();
+  if (event_) eventfd_write(event_.get(), 1);
+}
 
 uint64_t Pull::attempt() const {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -56,9 +115,21 @@ void Pull::EndWrite() {
   if (ending_) SettleLocked(*ending_);
 }
 
-Status Pull::Fill(Range range,
-                  const std::function<Status(Range part)> &copy,
-                  uint64_t *sum) const {
+Status Pull::Receive(uint64_t attempt,
+                     Range range,
+                     const CopyRange &copy,
+                     bool *is_whole) {
+  *is_whole = false;
+  if (!BeginWrite(attempt)) return {};
+  uint64_t sum = 0;
+  Status status = Fill(range, copy, &sum);
+  EndWrite();
+  if (status.ok()) *is_whole = CompleteRange(attempt, range, sum);
+  return status;
+}
+
+// With a checksum, copies block by block: each is in the cache then.
+Status Pull::Fill(Range range, const CopyRange &copy, uint64_t *sum) const {
   if (!with_checksum) return copy(range);
   while (range.nbytes > 0) {
     Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
@@ -87,8 +158,7 @@ void Pull::Resume() {
 void Pull::Restart() {
   std::unique_lock<std::mutex> lock(mutex_);
   EndAttemptLocked(&lock);
-  next_ = received_ = 0;
-  sum_ = 0;
+  next_ = received_ = sum_ = 0;
   returned_.clear();
   taken_.clear();
 }
@@ -126,17 +196,11 @@ void Pull::End(const Status &status) {
 }
 
 void Call::Answer(bool is_error, Bytes payload) {
-  if (is_error)
-    return Fail({Code::kRefused, std::string(payload.begin(), payload.end())});
+  if (is_error) return End({Code::kRefused, std::string(payload.begin(), payload.end())});
   std::lock_guard<std::mutex> lock(mutex_);
   if (settled_) return;
   reply_ = std::move(payload);
   SettleLocked({});
-}
-
-void Call::Fail(const Status &status) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  SettleLocked(status);
 }
 
 Bytes Call::TakeReply() {

@@ -1,25 +1,69 @@
-// One transfer of an object to this process: its destination, which ranges are missing,
-// and how many threads write at the moment.
+// Results that callers wait for: of transfers to this process, and of calls.
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <functional>
 #include <map>
+#include <mutex>
+#include <optional>
 
 #include "ray/rdt/checksum.h"
-#include "ray/rdt/completion.h"
+#include "ray/rdt/fd.h"
 #include "ray/rdt/lanes/lane_kind.h"
 #include "ray/rdt/spans.h"
+#include "ray/rdt/status.h"
 #include "ray/rdt/wire.h"
 
 namespace ray::rdt {
 
+// Runs on: any thread. Settles exactly once. `live` counts those that have not settled.
+class Completion {
+ public:
+  explicit Completion(std::atomic<int64_t> *live) : live_(live) { ++*live_; }
+  virtual ~Completion() = default;
+
+  bool is_settled() const;
+  // Settles, unless it has settled before.
+  virtual void End(const Status &status);
+  // Ok until settled.
+  Status status() const;
+  // Becomes readable when the completion settles. Created at the first call, so that
+  // thousands of pulls do not need thousands of descriptors.
+  int EventFd();
+  // True if settled within timeout_s. Returns early when a signal arrives, unless no
+  // descriptor is left.
+  bool Wait(double timeout_s);
+
+ protected:
+  // Caller holds mutex_.
+  void SettleLocked(const Status &status);
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;  // for waits on native threads
+  std::optional<Status> settled_;    // guarded by mutex_
+
+ private:
+  int TryEventFd();  // -1 with errno set
+
+  std::atomic<int64_t> *const live_;
+  Fd event_;  // guarded by mutex_
+};
+
+// Copies one range into a pull's destination.
+using CopyRange = std::function<Status(Range range)>;
+
+// One transfer of an object: its destination, which ranges are missing, and how many
+// threads write at the moment.
+//
 // Runs on: any thread. The caller owns the destination memory and may free it once the
 // pull has settled: then no thread writes to it.
 //
-// A lane calls TakeRange; BeginWrite and EndWrite around each write to the destination;
-// then CompleteRange, or ReturnRange if the bytes will not arrive.
+// A lane calls TakeRange and then Receive. A lane whose bytes arrive in parts calls
+// BeginWrite and EndWrite around each write to the destination; then CompleteRange, or
+// ReturnRange if the bytes will not arrive.
 //
 // Each start of a lane with the pull is an attempt. Calls of an earlier attempt have no
 // effect: its ranges are fetched again.
@@ -50,14 +94,11 @@ class Pull : public Completion {
   // to.
   bool BeginWrite(uint64_t attempt);
   void EndWrite();
-  // Call between BeginWrite and EndWrite. Fills the range with `copy`; with a checksum,
-  // block by block, and adds their contributions to `sum`.
-  Status Fill(Range range,
-              const std::function<Status(Range part)> &copy,
-              uint64_t *sum) const;
   // Counts the range as received, and adds its checksum. True for the one call that
   // completes the destination.
-  bool CompleteRange(uint64_t attempt, Range range, uint64_t sum = 0);
+  bool CompleteRange(uint64_t attempt, Range range, uint64_t sum);
+  // Copies and completes a range. The status is that of `copy`.
+  Status Receive(uint64_t attempt, Range range, const CopyRange &copy, bool *is_whole);
   // Ends the attempt once its writers have finished their chunks. The next attempt
   // fetches the missing ranges.
   void Resume();
@@ -74,18 +115,16 @@ class Pull : public Completion {
   // `workers`.
   uint64_t ChunkFor(int workers) const;
 
-  void Complete() { End({}); }
   // Settles once the last writer has finished. Only the first result counts.
-  void Fail(const Status &status) { End(status); }
-  // Fail with kCancelled, and wait until it settled.
+  void End(const Status &status) override;
+  // Ends with kCancelled, and waits until it settled.
   void Cancel();
 
   void set_lane(LaneKind lane) { lane_ = static_cast<int>(lane); }
   int lane() const { return lane_; }  // -1 until chosen
 
  private:
-  void End(const Status &status);
-
+  Status Fill(Range range, const CopyRange &copy, uint64_t *sum) const;
   void EndAttemptLocked(std::unique_lock<std::mutex> *lock);
 
   std::optional<Status> ending_;  // guarded by mutex_, as is all below
@@ -112,7 +151,6 @@ class Call : public Completion {
 
   // An error reply settles with kRefused and the payload as text.
   void Answer(bool is_error, Bytes payload);
-  void Fail(const Status &status);
   Bytes TakeReply();
 
  private:

@@ -20,20 +20,14 @@ bool IsForbidden(int error) {
   return error == EPERM || error == ENOSYS || error == EACCES;
 }
 
-Status FailedRead(pid_t pid, int error) {
-  std::string text = WithErrno("process_vm_readv from pid " + std::to_string(pid), error);
-  if (IsForbidden(error)) return {Code::kRefused, text};
-  return {error == ESRCH ? Code::kPeerLost : Code::kIo, text};
-}
-
-// Reads `range` of `from` with as many calls of `read` as necessary. Each returns the
-// number of bytes read, or -1 and errno. `slice` finds the destination of a range.
-template <typename Slice, typename ReadSome>
-int ReadAll(const SpanList &from, Range range, Slice slice, ReadSome read) {
+// Reads `range` of `from` to the same range of `to`, with as many calls of `read` as
+// necessary. Each returns the number of bytes read, or -1 and errno.
+template <typename ReadSome>
+int ReadAll(const SpanList &from, const SpanList &to, Range range, ReadSome read) {
   std::vector<iovec> local;
   std::vector<iovec> remote;
   while (range.nbytes > 0) {
-    slice(range, &local);
+    to.Slice(range, &local);
     from.Slice(range, &remote);
     ssize_t got = read(local, remote);
     if (got <= 0) return got == 0 ? EFAULT : errno;
@@ -67,37 +61,32 @@ auto AsFile(const Fd &file) {
   };
 }
 
-template <typename Slice>
-Status ReadOwn(const SpanList &from, Range range, Slice slice) {
+}  // namespace
+
+Status ReadMemory(pid_t pid, const SpanList &from, const SpanList &to, Range range) {
+  int error = ReadAll(from, to, range, Attached(pid));
+  if (error == 0) return {};
+  std::string text = WithErrno("process_vm_readv from pid " + std::to_string(pid), error);
+  if (IsForbidden(error)) return {Code::kRefused, text};
+  return {error == ESRCH ? Code::kPeerLost : Code::kIo, text};
+}
+
+Status ReadOwnMemory(const SpanList &from, const SpanList &to, Range range) {
   static std::atomic<bool> is_forbidden{false};
-  int error = is_forbidden ? EPERM : ReadAll(from, range, slice, Attached(getpid()));
+  int error = is_forbidden ? EPERM : ReadAll(from, to, range, Attached(getpid()));
   if (IsForbidden(error)) {
     is_forbidden = true;
     Fd file(open("/proc/self/mem", O_RDONLY | O_CLOEXEC));
-    error = ReadAll(from, range, slice, AsFile(file));
+    error = ReadAll(from, to, range, AsFile(file));
   }
   if (error == 0) return {};
   return {Code::kIo, WithErrno("the object's memory cannot be read", error)};
 }
 
-}  // namespace
-
-Status ReadMemory(pid_t pid, const SpanList &from, const SpanList &to, Range range) {
-  auto slice = [&to](Range rest, std::vector<iovec> *out) { to.Slice(rest, out); };
-  int error = ReadAll(from, range, slice, Attached(pid));
-  return error == 0 ? Status{} : FailedRead(pid, error);
-}
-
-Status ReadOwnMemory(const SpanList &from, const SpanList &to, Range range) {
-  return ReadOwn(
-      from, range, [&to](Range rest, std::vector<iovec> *out) { to.Slice(rest, out); });
-}
-
 Status ReadOwnMemory(const SpanList &from, Range range, void *to) {
-  uint64_t first = range.offset;
-  return ReadOwn(from, range, [to, first](Range rest, std::vector<iovec> *out) {
-    out->assign(1, {static_cast<char *>(to) + (rest.offset - first), rest.nbytes});
-  });
+  // A span whose byte at range.offset is the buffer's first.
+  uint64_t address = reinterpret_cast<uint64_t>(to) - range.offset;
+  return ReadOwnMemory(from, SpanList({{address, range.offset + range.nbytes}}), range);
 }
 
 }  // namespace ray::rdt

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <set>
-#include <utility>
 
 namespace ray::rdt {
 
@@ -21,11 +20,12 @@ bool RegionTable::Register(const Key &key,
                            const std::vector<Span> &spans,
                            int64_t token,
                            std::vector<Guard> guards) {
+  SpanList memory = CheckedSpans(spans);
   std::lock_guard<std::mutex> lock(mutex_);
   auto [at, is_new] = regions_.try_emplace(key);
   if (is_new) {
-    at->second.pin =
-        std::make_shared<const Region>(spans, std::move(guards), token, events_);
+    at->second.pin = std::make_shared<const Region>(
+        std::move(memory), std::move(guards), token, events_);
   }
   return is_new;
 }
@@ -99,6 +99,12 @@ Pin RegionTable::Find(const Key &key) const {
   return found == regions_.end() ? nullptr : found->second.pin;
 }
 
+Status RegionTable::FindIntact(const Key &key, Pin *pin) const {
+  *pin = Find(key);
+  if (!*pin) return {Code::kNotFound, "the producer has no such object (it was freed)"};
+  return (*pin)->Check();
+}
+
 size_t RegionTable::size() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return regions_.size();
@@ -117,6 +123,18 @@ void PinTable::Remove(const AgentId &consumer, uint64_t pull, const void *owner)
   if (found == pins_.end() || found->second.owner != owner) return;
   last = std::move(found->second.pin);
   pins_.erase(found);
+}
+
+void PinTable::RemoveAll(const AgentId &consumer, const void *owner) {
+  std::vector<Pin> last;  // dropped after the lock
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto at = pins_.lower_bound({consumer, 0});
+       at != pins_.end() && at->first.first == consumer;) {
+    auto here = at++;
+    if (here->second.owner != owner) continue;
+    last.push_back(std::move(here->second.pin));
+    pins_.erase(here);
+  }
 }
 
 Pin PinTable::Find(const AgentId &consumer, uint64_t pull) const {

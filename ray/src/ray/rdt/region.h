@@ -29,11 +29,11 @@ struct Guard {
 // on any thread, the token is returned.
 class Region {
  public:
-  Region(const std::vector<Span> &spans,
-         std::vector<Guard> guards,
-         int64_t token,
-         EventQueue *events)
-      : memory(spans), guards_(std::move(guards)), token_(token), events_(events) {}
+  Region(SpanList memory, std::vector<Guard> guards, int64_t token, EventQueue *events)
+      : memory(std::move(memory)),
+        guards_(std::move(guards)),
+        token_(token),
+        events_(events) {}
   ~Region() { events_->PushReleased(token_); }
   Region(const Region &) = delete;
   Region &operator=(const Region &) = delete;
@@ -58,7 +58,9 @@ class RegionTable {
  public:
   explicit RegionTable(EventQueue *events) : events_(events) {}
 
-  // False if the key is in use. Then no token is returned for the call.
+  // The caller keeps the memory and its guards alive until a kReleased event returns the
+  // token. False if the key is in use: then no token is returned. Throws
+  // std::invalid_argument if the spans overflow the address space.
   bool Register(const Key &key,
                 const std::vector<Span> &spans,
                 int64_t token,
@@ -75,6 +77,8 @@ class RegionTable {
   std::vector<Key> Unowned(const std::vector<Key> &keys) const;
   size_t ReleaseUnowned(const std::vector<Key> &keys);
   Pin Find(const Key &key) const;
+  // kNotFound, or the region's status.
+  Status FindIntact(const Key &key, Pin *pin) const;
   size_t size() const;
 
  private:
@@ -97,6 +101,7 @@ class PinTable {
   // the pull again, with the same id, before the loss was detected here.
   void Add(const AgentId &consumer, uint64_t pull, const void *owner, Pin pin);
   void Remove(const AgentId &consumer, uint64_t pull, const void *owner);
+  void RemoveAll(const AgentId &consumer, const void *owner);
   Pin Find(const AgentId &consumer, uint64_t pull) const;
   size_t size() const;
   // The pinned bytes. A region with several pins counts once.

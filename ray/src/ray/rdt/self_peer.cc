@@ -1,6 +1,7 @@
 #include "ray/rdt/self_peer.h"
 
-#include "ray/rdt/lanes/inproc.h"
+#include "ray/rdt/lanes/copy_job.h"
+#include "ray/rdt/read_memory.h"
 
 namespace ray::rdt {
 
@@ -13,30 +14,31 @@ SelfPeer::SelfPeer(const Context &context, RegionTable *regions, Service *servic
                                   .no_tcp_reason = "the peer is this process"}));
 }
 
+// The inproc lane. The copy holds the pin until the report.
 void SelfPeer::Submit(std::shared_ptr<Pull> pull) {
-  Pin source = regions_->Find(pull->key);
-  if (!source)
-    return pull->Fail(
-        {Code::kNotFound, "this process has no such object (it was freed)"});
-  if (Status intact = source->Check(); !intact.ok()) return pull->Fail(intact);
-  if (Status fit = pull->CheckTotal(source->memory.total()); !fit.ok())
-    return pull->Fail(fit);
+  Pin source;
+  Status status = regions_->FindIntact(pull->key, &source);
+  if (status.ok()) status = pull->CheckTotal(source->memory.total());
+  if (!status.ok()) return pull->End(status);
   pull->set_lane(LaneKind::kInproc);
-  pulls_[pull->id] = pull;
-  StartInprocCopy(context_.copies,
-                  pull,
-                  std::move(source),
-                  [this, id = pull->id](const Status &status) {
-                    context_.loop->Post([this, id, status] { OnCopied(id, status); });
-                  });
+  uint64_t id = pull->id;
+  pulls_[id] = pull;
+  CopyRange copy = [source, to = &pull->destination](Range range) {
+    return ReadOwnMemory(source->memory, *to, range);
+  };
+  StartCopyJob(context_.copies, std::move(pull), copy, [this, id](const Status &result) {
+    context_.loop->Post([this, id, result] { OnCopied(id, result); });
+  });
 }
 
 void SelfPeer::Submit(std::shared_ptr<Call> call, Bytes payload) {
   uint64_t id = call->id;
   FrameType kind = call->kind;
   calls_[id] = std::move(call);
-  auto answer = [this, id](bool is_error, Bytes answer) {
-    OnAnswer(id, is_error, std::move(answer));
+  auto answer = [this, id](bool is_error, Bytes reply) {
+    if (auto node = calls_.extract(id)) {
+      node.mapped()->Answer(is_error, std::move(reply));
+    }
   };
   if (kind == FrameType::kCall)
     return service_->ForwardCall(context_.self->agent, payload, answer);
@@ -50,8 +52,8 @@ void SelfPeer::SendNotices() {
 }
 
 void SelfPeer::Shutdown(const Status &why) {
-  for (auto &[id, pull] : pulls_) pull->Fail(why);
-  for (auto &[id, call] : calls_) call->Fail(why);
+  for (auto &[id, pull] : pulls_) pull->End(why);
+  for (auto &[id, call] : calls_) call->End(why);
   pulls_.clear();
   calls_.clear();
 }
@@ -59,14 +61,10 @@ void SelfPeer::Shutdown(const Status &why) {
 void SelfPeer::OnCopied(uint64_t id, const Status &status) {
   auto node = pulls_.extract(id);
   if (!node) return;
-  if (!status.ok()) return node.mapped()->Fail(status);
-  context_.counters->CountPull(LaneKind::kInproc, node.mapped()->destination.total());
-  node.mapped()->Complete();
-}
-
-void SelfPeer::OnAnswer(uint64_t id, bool is_error, Bytes payload) {
-  auto node = calls_.extract(id);
-  if (node) node.mapped()->Answer(is_error, std::move(payload));
+  Pull &pull = *node.mapped();
+  if (status.ok())
+    context_.counters->CountPull(LaneKind::kInproc, pull.destination.total());
+  pull.End(status);
 }
 
 }  // namespace ray::rdt

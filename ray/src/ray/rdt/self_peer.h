@@ -26,7 +26,6 @@ class SelfPeer : public Peer {
 
  private:
   void OnCopied(uint64_t id, const Status &status);
-  void OnAnswer(uint64_t id, bool is_error, Bytes payload);
 
   const Context context_;
   RegionTable *const regions_;

@@ -1,17 +1,59 @@
 #include "ray/rdt/service.h"
 
 #include <algorithm>
-#include <set>
+#include <atomic>
 #include <utility>
+#include <vector>
 
 #include "ray/rdt/address.h"
-#include "ray/rdt/checksum_job.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp_source.h"
 #include "ray/rdt/limits.h"
 #include "ray/rdt/read_memory.h"
 
 namespace ray::rdt {
+namespace {
+
+// Computes the checksum of a region on the copy threads, which share it.
+class ChecksumJob {
+ public:
+  explicit ChecksumJob(Pin pin) : pin_(std::move(pin)) {}
+
+  // Processes one chunk. True if there may be more.
+  bool Step() {
+    uint64_t total = pin_->memory.total();
+    uint64_t offset = next_.fetch_add(limits::kMaxChunk);
+    if (offset >= total) return false;
+    uint64_t nbytes = std::min(limits::kMaxChunk, total - offset);
+    sum_ += ChecksumOf({offset, nbytes});
+    if (done_.fetch_add(nbytes) + nbytes == total) pin_->checksum.Set(sum_);
+    return true;
+  }
+
+ private:
+  static_assert(limits::kMaxChunk % kChecksumBlock == 0);
+
+  // Blocks that cannot be read are left out: a pull of them fails with the reason.
+  uint64_t ChecksumOf(Range range) const {
+    uint64_t sum = 0;
+    std::vector<char> bytes(std::min(kChecksumBlock, range.nbytes));
+    while (range.nbytes > 0) {
+      Range block{range.offset, std::min(kChecksumBlock, range.nbytes)};
+      if (ReadOwnMemory(pin_->memory, block, bytes.data()).ok()) {
+        sum += ChecksumOfBlock(bytes.data(), block.nbytes, block.offset / kChecksumBlock);
+      }
+      range = {range.offset + block.nbytes, range.nbytes - block.nbytes};
+    }
+    return sum;
+  }
+
+  const Pin pin_;
+  std::atomic<uint64_t> next_{0};
+  std::atomic<uint64_t> done_{0};
+  std::atomic<uint64_t> sum_{0};
+};
+
+}  // namespace
 
 // The control connection of one consumer.
 class Service::Session : public Channel::Handler {
@@ -26,8 +68,7 @@ class Service::Session : public Channel::Handler {
 
   ~Session() override {
     channel_->Close();
-    for (auto &[id, granted] : pulls_) service_->pins_->Remove(agent_, id, this);
-    for (uint64_t call : calls_) service_->repliers_.erase(call);
+    service_->pins_->RemoveAll(agent_, this);
   }
 
   const AgentId &agent() const { return agent_; }
@@ -55,11 +96,12 @@ class Service::Session : public Channel::Handler {
     case FrameType::kPull:
       return OnPull(header.request, Unpack<PullRequest>(payload));
     case FrameType::kDone:
-      RecordPull(header.request);
-      Unpin(header.request);
-      return true;
+      if (Pin pin = service_->pins_->Find(agent_, header.request)) {
+        service_->context_.huge_pages->RecordPull(pin->memory, pin);
+      }
+      [[fallthrough]];
     case FrameType::kAbort:
-      Unpin(header.request);
+      service_->pins_->Remove(agent_, header.request, this);
       return true;
     case FrameType::kFree:
       return OnFree(Unpack<KeyList>(payload));
@@ -71,9 +113,11 @@ class Service::Session : public Channel::Handler {
     case FrameType::kChecksum:
       return OnChecksum(header.request, Unpack<ChecksumRequest>(payload));
     case FrameType::kRing:
-      return OnRing(Unpack<Ring>(payload), Fd(std::move(*attached)));
+      return shm_.OnRing(Unpack<Ring>(payload), Fd(std::move(*attached)));
     case FrameType::kFill:
-      return OnFill(header.request, Unpack<Fill>(payload));
+      return shm_.OnFill(header.request,
+                         Unpack<Fill>(payload),
+                         service_->pins_->Find(agent_, header.request));
     case FrameType::kPing:
       channel_->Send(EncodeFrame(FrameType::kPong, header.request));
       return true;
@@ -84,66 +128,40 @@ class Service::Session : public Channel::Handler {
 
   bool OnPull(uint64_t id, const std::optional<PullRequest> &request) {
     if (!request) return false;
-    Pin pin = service_->regions_->Find(request->key);
-    if (!pin) {
-      RefusePull(id, Code::kNotFound, "the producer has no such object (it was freed)");
-      return true;
-    }
-    if (Status status = pin->Check(); !status.ok()) {
-      RefusePull(id, status.code, status.text);
-      return true;
-    }
-    Grant grant{.total = pin->memory.total()};
-    if (grant.total > 0 &&
-        grant.total <= std::min(request->max_attached, limits::kMaxAttachedAccepted)) {
-      grant.attached.resize(grant.total);
-      Status status = ReadOwnMemory(pin->memory, {0, grant.total}, grant.attached.data());
-      if (!status.ok()) {
-        RefusePull(id, status.code, status.text);
-        return true;
-      }
-    } else if (request->with_spans && pin->memory.spans().size() > kMaxSpans) {
-      RefusePull(id, Code::kRefused, "the object has too many pieces for this lane");
-      return true;
+    Grant grant;
+    Status status = MakeGrant(id, *request, &grant);
+    if (status.ok()) {
+      service_->context_.counters->bytes_granted += grant.total;
+      channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
     } else {
-      if (request->with_spans) grant.spans = pin->memory.spans();
-      service_->pins_->Add(agent_, id, this, pin);
-      pulls_[id] = std::move(pin);
+      Refuse refuse{.code = static_cast<uint8_t>(status.code), .text = status.text};
+      channel_->Send(EncodeFrame(FrameType::kRefuse, id, refuse));
     }
-    service_->context_.counters->bytes_granted += grant.total;
-    channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
     return true;
   }
 
-  bool OnRing(const std::optional<Ring> &ring, Fd fd) {
-    return ring && shm_.OnRing(*ring, std::move(fd));
-  }
-
-  bool OnFill(uint64_t id, const std::optional<Fill> &fill) {
-    auto found = pulls_.find(id);
-    return fill &&
-           shm_.OnFill(id, *fill, found == pulls_.end() ? nullptr : found->second);
-  }
-
-  void RefusePull(uint64_t id, Code code, const std::string &text) {
-    Refuse refuse{.code = static_cast<uint8_t>(code), .text = text};
-    channel_->Send(EncodeFrame(FrameType::kRefuse, id, refuse));
-  }
-
-  void RecordPull(uint64_t id) {
-    auto found = pulls_.find(id);
-    if (found == pulls_.end()) return;
-    service_->context_.huge_pages->RecordPull(found->second->memory, found->second);
-  }
-
-  void Unpin(uint64_t id) {
-    if (pulls_.erase(id) > 0) service_->pins_->Remove(agent_, id, this);
+  // Attaches the bytes of a small object, and pins another.
+  Status MakeGrant(uint64_t id, const PullRequest &request, Grant *grant) {
+    Pin pin;
+    Status status = service_->regions_->FindIntact(request.key, &pin);
+    if (!status.ok()) return status;
+    grant->total = pin->memory.total();
+    uint64_t max_attached = std::min(request.max_attached, limits::kMaxAttachedAccepted);
+    if (grant->total > 0 && grant->total <= max_attached) {
+      grant->attached.resize(grant->total);
+      return ReadOwnMemory(pin->memory, {0, grant->total}, grant->attached.data());
+    }
+    if (request.with_spans && pin->memory.spans().size() > kMaxSpans) {
+      return {Code::kRefused, "the object has too many pieces for this lane"};
+    }
+    if (request.with_spans) grant->spans = pin->memory.spans();
+    service_->pins_->Add(agent_, id, this, std::move(pin));
+    return {};
   }
 
   bool OnOwn(const std::optional<KeyList> &own) {
-    if (!own) return false;
-    service_->regions_->SetOwner(own->keys, agent_);
-    return true;
+    if (own) service_->regions_->SetOwner(own->keys, agent_);
+    return own.has_value();
   }
 
   bool OnFree(const std::optional<KeyList> &free) {
@@ -157,15 +175,11 @@ class Service::Session : public Channel::Handler {
     return request.has_value();
   }
 
-  // The callback for the service's next call. The destructor removes it, so `this` is
-  // valid when it runs.
-  Replier ReplierFor(uint64_t id) {
-    uint64_t call = service_->next_call_;
-    calls_.insert(call);
-    return [this, id, call](bool is_error, Bytes answer) {
-      calls_.erase(call);
+  // Ignored once the connection has ended.
+  Replier ReplierFor(uint64_t id) const {
+    return [channel = channel_, id](bool is_error, Bytes answer) {
       answer.insert(answer.begin(), is_error ? 1 : 0);
-      channel_->Send(EncodeFrame(FrameType::kReply, id, ByteView(answer)));
+      channel->Send(EncodeFrame(FrameType::kReply, id, ByteView(answer)));
     };
   }
 
@@ -176,8 +190,6 @@ class Service::Session : public Channel::Handler {
   const std::shared_ptr<Channel> channel_;
   const AgentId agent_;
   ShmSource shm_;
-  std::map<uint64_t, Pin> pulls_;
-  std::set<uint64_t> calls_;  // keys of this session in repliers_
 };
 
 Service::Service(const Context &context, RegionTable *regions)
@@ -186,19 +198,16 @@ Service::Service(const Context &context, RegionTable *regions)
 Service::~Service() = default;
 
 void Service::AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &peer) {
-  if (peer.purpose == Purpose::kData)
-    return StartTcpSource(channel->Release(), peer.agent);
+  if (peer.purpose == Purpose::kData) {
+    Fd fd = channel->Release();
+    if (!fd) return;
+    Loop *loop = context_.copies->loop(next_source_++);
+    auto source = std::make_shared<TcpSource>(loop, std::move(fd), peer.agent, pins_);
+    return loop->Post([source] { source->Start(); });
+  }
   auto session = std::make_unique<Session>(this, std::move(channel), peer.agent);
   sessions_[session.get()] = std::move(session);
   ++context_.counters->connections;
-}
-
-// Moves a data connection to a copy thread.
-void Service::StartTcpSource(Fd fd, const AgentId &consumer) {
-  if (!fd) return;
-  Loop *loop = context_.copies->loop(next_source_++);
-  auto source = std::make_shared<TcpSource>(loop, std::move(fd), consumer, pins_);
-  loop->Post([source] { source->Start(); });
 }
 
 void Service::ForwardCall(const AgentId &from, ByteView payload, Replier reply) {
@@ -211,27 +220,21 @@ void Service::ForwardCall(const AgentId &from, ByteView payload, Replier reply) 
 }
 
 void Service::FindChecksum(const Key &key, Replier reply) {
-  uint64_t call = next_call_++;
-  repliers_[call] = std::move(reply);
-  Pin pin = regions_->Find(key);
-  Status status{Code::kNotFound, "the producer has no such object (it was freed)"};
-  if (pin) status = pin->Check();
-  if (!status.ok()) {
-    Reply(call, true, Bytes(status.text.begin(), status.text.end()));
-    return;
-  }
-  bool is_first = pin->checksum.Request([this, call](uint64_t sum) {
-    context_.loop->Post(
-        [this, call, sum] { Reply(call, false, Pack(ChecksumReply{.sum = sum})); });
-  });
-  if (is_first) StartChecksum(context_.copies, std::move(pin));
+  Pin pin;
+  Status status = regions_->FindIntact(key, &pin);
+  if (!status.ok()) return reply(true, Bytes(status.text.begin(), status.text.end()));
+  bool is_first = pin->checksum.Request(
+      [loop = context_.loop, reply = std::move(reply)](uint64_t sum) {
+        loop->Post([reply, sum] { reply(false, Pack(ChecksumReply{.sum = sum})); });
+      });
+  if (!is_first) return;
+  if (pin->memory.total() == 0) return pin->checksum.Set(0);
+  auto job = std::make_shared<ChecksumJob>(std::move(pin));
+  context_.copies->Add([job] { return job->Step(); }, context_.copies->threads());
 }
 
-bool Service::Reply(uint64_t call, bool is_error, Bytes payload) {
-  auto node = repliers_.extract(call);
-  if (!node) return false;
-  node.mapped()(is_error, std::move(payload));
-  return true;
+void Service::Reply(uint64_t call, bool is_error, Bytes payload) {
+  if (auto node = repliers_.extract(call)) node.mapped()(is_error, std::move(payload));
 }
 
 void Service::Shutdown() {

@@ -19,25 +19,22 @@ class Service {
   Service(const Context &context, RegionTable *regions);
   ~Service();
 
-  // Takes an authenticated connection, for control or data.
+  // Takes an authenticated connection. One for data moves to a copy thread.
   void AddConnection(std::shared_ptr<Channel> channel, const PeerInfo &peer);
 
   // Passes a call to the Python code; `reply` runs with its answer.
   void ForwardCall(const AgentId &from, ByteView payload, Replier reply);
   // Computes an object's checksum on the copy threads, unless it is known.
   void FindChecksum(const Key &key, Replier reply);
-  // False if the call was cancelled.
-  bool Reply(uint64_t call, bool is_error, Bytes payload);
+  void Reply(uint64_t call, bool is_error, Bytes payload);
 
-  size_t pinned() const { return pins_->size(); }
-  uint64_t pinned_bytes() const { return pins_->nbytes(); }
+  const PinTable &pins() const { return *pins_; }
   void Shutdown();
 
  private:
   class Session;
 
   void RemoveSession(Session *session);
-  void StartTcpSource(Fd fd, const AgentId &consumer);
 
   const Context context_;
   RegionTable *const regions_;

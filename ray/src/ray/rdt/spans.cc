@@ -2,25 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 namespace ray::rdt {
-namespace {
-
-// Calls piece(pointer, bytes already done, length) over all of `range`.
-template <typename Piece>
-void ForEachPiece(const SpanList &list, Range range, Piece piece) {
-  std::vector<iovec> pieces;
-  uint64_t done = 0;
-  while (done < range.nbytes) {
-    list.Slice({range.offset + done, range.nbytes - done}, &pieces);
-    for (const iovec &one : pieces) {
-      piece(one.iov_base, done, one.iov_len);
-      done += one.iov_len;
-    }
-  }
-}
-
-}  // namespace
 
 SpanList::SpanList(const std::vector<Span> &spans) {
   spans_.reserve(spans.size());
@@ -49,15 +33,11 @@ uint64_t SpanList::Slice(Range range, std::vector<iovec> *out) const {
   return covered;
 }
 
-void SpanList::CopyOut(Range range, void *to) const {
-  ForEachPiece(*this, range, [to](void *memory, uint64_t done, size_t nbytes) {
-    std::memcpy(static_cast<char *>(to) + done, memory, nbytes);
-  });
-}
-
 void SpanList::CopyIn(Range range, const void *from) const {
-  ForEachPiece(*this, range, [from](void *memory, uint64_t done, size_t nbytes) {
-    std::memcpy(memory, static_cast<const char *>(from) + done, nbytes);
+  const auto *next = static_cast<const char *>(from);
+  ForEachPiece(range, [&next](void *memory, size_t nbytes) {
+    std::memcpy(memory, next, nbytes);
+    next += nbytes;
   });
 }
 
@@ -69,6 +49,13 @@ bool TotalOf(const std::vector<Span> &spans, uint64_t *total) {
     if (__builtin_add_overflow(*total, span.nbytes, total)) return false;
   }
   return true;
+}
+
+SpanList CheckedSpans(const std::vector<Span> &spans) {
+  uint64_t total = 0;
+  if (!TotalOf(spans, &total))
+    throw std::invalid_argument("spans overflow the address space");
+  return SpanList(spans);
 }
 
 }  // namespace ray::rdt

@@ -36,8 +36,17 @@ class SpanList {
   // the range that they cover.
   uint64_t Slice(Range range, std::vector<iovec> *out) const;
 
-  // Copies the range to or from one buffer.
-  void CopyOut(Range range, void *to) const;
+  // Calls visit(pointer, length) for each piece of the range.
+  template <typename Visit>
+  void ForEachPiece(Range range, Visit visit) const {
+    std::vector<iovec> pieces;
+    while (range.nbytes > 0) {
+      uint64_t covered = Slice(range, &pieces);
+      for (const iovec &piece : pieces) visit(piece.iov_base, piece.iov_len);
+      range = {range.offset + covered, range.nbytes - covered};
+    }
+  }
+  // Copies one buffer to the range.
   void CopyIn(Range range, const void *from) const;
 
  private:
@@ -48,5 +57,8 @@ class SpanList {
 
 // The sum of the sizes. False if it overflows or a span exceeds the address space.
 bool TotalOf(const std::vector<Span> &spans, uint64_t *total);
+
+// The same list, but throws std::invalid_argument where TotalOf is false.
+SpanList CheckedSpans(const std::vector<Span> &spans);
 
 }  // namespace ray::rdt

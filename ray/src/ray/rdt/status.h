@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 
 namespace ray::rdt {
 
@@ -21,9 +20,8 @@ enum class Code : uint8_t {
   kRefused = 8,       // refused by the other side or by a setting
   kIo = 9,            // a system call failed
   kStopped = 10,      // this agent was stopped
-  kBroken =
-      11,  // the connection ended, its process did not; the call may have been served
-  kChanged = 12,  // the object's memory was freed, resized or moved
+  kBroken = 11,       // the connection ended; the call may have been served
+  kChanged = 12,      // the object's memory was freed, resized or moved
 };
 
 struct Status {

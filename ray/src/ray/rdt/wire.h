@@ -25,6 +25,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -79,7 +80,8 @@ struct FrameHeader {
   uint64_t length = 0;   // of the payload
   uint64_t request = 0;  // pull id or call id, chosen by the client
 };
-static_assert(sizeof(FrameHeader) == 24 && std::is_trivially_copyable_v<FrameHeader>);
+inline constexpr size_t kHeaderBytes = sizeof(FrameHeader);
+static_assert(kHeaderBytes == 24 && std::is_trivially_copyable_v<FrameHeader>);
 
 enum class Purpose : uint8_t { kControl = 1, kData = 2 };
 
@@ -89,38 +91,26 @@ struct Error {
   uint16_t version = kProtocolVersion;
   uint8_t code = 0;
   std::string text;
-  template <class A>
-  void Fields(A &a) {
-    a(version), a(code), a(text);
-  }
+  auto Fields() { return std::tie(version, code, text); }
 };
 
 struct Hello {
   AgentId agent{};
   Nonce nonce{};
   Purpose purpose = Purpose::kControl;
-  template <class A>
-  void Fields(A &a) {
-    a(agent), a(nonce), a(purpose);
-  }
+  auto Fields() { return std::tie(agent, nonce, purpose); }
 };
 
 struct Challenge {
   AgentId agent{};
   Nonce nonce{};
-  template <class A>
-  void Fields(A &a) {
-    a(agent), a(nonce);
-  }
+  auto Fields() { return std::tie(agent, nonce); }
 };
 
 struct Proof {
   uint32_t lanes = 0;  // the lanes that the client allows, a bit each
   Mac mac{};
-  template <class A>
-  void Fields(A &a) {
-    a(lanes), a(mac);
-  }
+  auto Fields() { return std::tie(lanes, mac); }
 };
 
 struct Welcome {
@@ -128,75 +118,51 @@ struct Welcome {
   uint64_t probe_address = 0;  // the address of `probe` in the server's memory
   Probe probe{};
   Mac mac{};
-  template <class A>
-  void Fields(A &a) {
-    a(lanes), a(probe_address), a(probe), a(mac);
-  }
+  auto Fields() { return std::tie(lanes, probe_address, probe, mac); }
 };
 
 struct PullRequest {
   Key key{};
   uint8_t with_spans = 0;     // the client reads the memory itself
   uint64_t max_attached = 0;  // an object up to this size is sent with the grant
-  template <class A>
-  void Fields(A &a) {
-    a(key), a(with_spans), a(max_attached);
-  }
+  auto Fields() { return std::tie(key, with_spans, max_attached); }
 };
 
 struct Grant {
   uint64_t total = 0;
   std::vector<Span> spans;  // empty unless asked for
   Bytes attached;           // all bytes of a small object, which is then not pinned
-  template <class A>
-  void Fields(A &a) {
-    a(total), a(spans), a(attached);
-  }
+  auto Fields() { return std::tie(total, spans, attached); }
 };
 
 struct Refuse {
   uint8_t code = 0;
   std::string text;
-  template <class A>
-  void Fields(A &a) {
-    a(code), a(text);
-  }
+  auto Fields() { return std::tie(code, text); }
 };
 
 // Requests the checksum of an object.
 struct ChecksumRequest {
   Key key{};
-  template <class A>
-  void Fields(A &a) {
-    a(key);
-  }
+  auto Fields() { return std::tie(key); }
 };
 
 // In the REPLY to SUM, after the byte that tells whether it is an error.
 struct ChecksumReply {
   uint64_t sum = 0;
-  template <class A>
-  void Fields(A &a) {
-    a(sum);
-  }
+  auto Fields() { return std::tie(sum); }
 };
 
 // FREE: the owner no longer needs the objects. OWN: the sender owns them.
 struct KeyList {
   std::vector<Key> keys;
-  template <class A>
-  void Fields(A &a) {
-    a(keys);
-  }
+  auto Fields() { return std::tie(keys); }
 };
 
 // This frame carries a memfd for the shm lane.
 struct Ring {
   uint64_t nbytes = 0;
-  template <class A>
-  void Fields(A &a) {
-    a(nbytes);
-  }
+  auto Fields() { return std::tie(nbytes); }
 };
 
 // Asks to copy a range of pull `request` to `position` in the ring.
@@ -204,19 +170,13 @@ struct Fill {
   uint64_t offset = 0;
   uint64_t nbytes = 0;
   uint64_t position = 0;
-  template <class A>
-  void Fields(A &a) {
-    a(offset), a(nbytes), a(position);
-  }
+  auto Fields() { return std::tie(offset, nbytes, position); }
 };
 
 struct Filled {
   uint64_t position = 0;
   uint8_t is_ok = 0;
-  template <class A>
-  void Fields(A &a) {
-    a(position), a(is_ok);
-  }
+  auto Fields() { return std::tie(position, is_ok); }
 };
 
 // Asks to send a range of pull `request`. The answer is a DATA header whose length is
@@ -224,38 +184,28 @@ struct Filled {
 struct Read {
   uint64_t offset = 0;
   uint64_t nbytes = 0;
-  template <class A>
-  void Fields(A &a) {
-    a(offset), a(nbytes);
-  }
+  auto Fields() { return std::tie(offset, nbytes); }
 };
 
-class Encoder {
- public:
-  explicit Encoder(Bytes *out) : out_(out) {}
-
-  template <class T>
-    requires std::is_trivially_copyable_v<T>
-  void operator()(const T &value) {
-    const auto *bytes = reinterpret_cast<const uint8_t *>(&value);
-    out_->insert(out_->end(), bytes, bytes + sizeof(T));
+// The field's bytes in memory. A string or vector follows its length.
+template <class T>
+void AppendField(const T &field, Bytes *out) {
+  if constexpr (std::is_trivially_copyable_v<T>) {
+    const auto *begin = reinterpret_cast<const uint8_t *>(&field);
+    out->insert(out->end(), begin, begin + sizeof(T));
+  } else {
+    AppendField(static_cast<uint32_t>(field.size()), out);
+    const auto *begin = reinterpret_cast<const uint8_t *>(field.data());
+    out->insert(out->end(), begin, begin + field.size() * sizeof(field[0]));
   }
-  template <class T>
-  void operator()(const std::vector<T> &items) {
-    List(items.data(), items.size());
-  }
-  void operator()(const std::string &text) { List(text.data(), text.size()); }
+}
 
- private:
-  template <class T>
-  void List(const T *items, size_t count) {
-    (*this)(static_cast<uint32_t>(count));
-    const auto *bytes = reinterpret_cast<const uint8_t *>(items);
-    out_->insert(out_->end(), bytes, bytes + count * sizeof(T));
-  }
-
-  Bytes *out_;
-};
+template <class... T>
+Bytes PackFields(const T &...fields) {
+  Bytes out;
+  (AppendField(fields, &out), ...);
+  return out;
+}
 
 // Never reads beyond its input: if a field does not fit, is_ok() is false from then on.
 class Decoder {
@@ -265,33 +215,26 @@ class Decoder {
   bool at_end() const { return in_.empty(); }
 
   template <class T>
-    requires std::is_trivially_copyable_v<T>
-  void operator()(T &value) {
-    Take(&value, 1);
+  void Take(T &field) {
+    if constexpr (std::is_trivially_copyable_v<T>) {
+      CopyTo(&field, sizeof(T));
+    } else {
+      uint32_t count = 0;
+      Take(count);
+      // Checked before memory is allocated for the items.
+      ok_ = ok_ && count <= in_.size() / sizeof(field[0]);
+      if (!ok_) return;
+      field.resize(count);
+      CopyTo(field.data(), count * sizeof(field[0]));
+    }
   }
-  template <class T>
-  void operator()(std::vector<T> &items) {
-    List(&items);
-  }
-  void operator()(std::string &text) { List(&text); }
 
  private:
-  template <class T>
-  void List(T *items) {
-    uint32_t count = 0;
-    (*this)(count);
-    // Checked before memory is allocated for the items.
-    ok_ = ok_ && count <= in_.size() / sizeof(typename T::value_type);
-    if (!ok_) return;
-    items->resize(count);
-    Take(items->data(), count);
-  }
-  template <class T>
-  void Take(T *to, size_t count) {
-    ok_ = ok_ && in_.size() >= count * sizeof(T);
-    if (!ok_ || count == 0) return;
-    std::memcpy(to, in_.data(), count * sizeof(T));
-    in_ = in_.subspan(count * sizeof(T));
+  void CopyTo(void *to, size_t nbytes) {
+    ok_ = ok_ && in_.size() >= nbytes;
+    if (!ok_ || nbytes == 0) return;
+    std::memcpy(to, in_.data(), nbytes);
+    in_ = in_.subspan(nbytes);
   }
 
   ByteView in_;
@@ -301,10 +244,8 @@ class Decoder {
 // The payload of a message.
 template <class M>
 Bytes Pack(M message) {
-  Bytes out;
-  Encoder encoder(&out);
-  message.Fields(encoder);
-  return out;
+  return std::apply([](auto &...fields) { return PackFields(fields...); },
+                    message.Fields());
 }
 
 // The message. Empty if the payload is not exactly one message.
@@ -312,23 +253,38 @@ template <class M>
 std::optional<M> Unpack(ByteView payload) {
   M message;
   Decoder decoder(payload);
-  message.Fields(decoder);
+  std::apply([&](auto &...fields) { (decoder.Take(fields), ...); }, message.Fields());
   if (!decoder.is_ok() || !decoder.at_end()) return std::nullopt;
   return message;
 }
 
 // A frame with its header.
-Bytes EncodeFrame(FrameType type, uint64_t request, ByteView payload = {});
+inline Bytes EncodeFrame(FrameType type, uint64_t request, ByteView payload = {}) {
+  FrameHeader header{.type = type, .length = payload.size(), .request = request};
+  Bytes frame(kHeaderBytes + payload.size());
+  std::memcpy(frame.data(), &header, kHeaderBytes);
+  if (!payload.empty()) {
+    std::memcpy(frame.data() + kHeaderBytes, payload.data(), payload.size());
+  }
+  return frame;
+}
 
 template <class M>
 Bytes EncodeFrame(FrameType type, uint64_t request, const M &message) {
   return EncodeFrame(type, request, ByteView(Pack(message)));
 }
 
-// `bytes` holds at least sizeof(FrameHeader).
-FrameHeader DecodeHeader(const uint8_t *bytes);
+// `bytes` holds at least kHeaderBytes.
+inline FrameHeader DecodeHeader(const uint8_t *bytes) {
+  FrameHeader header;
+  std::memcpy(&header, bytes, kHeaderBytes);
+  return header;
+}
 
-// "this side speaks version A, the other side version B".
-std::string VersionMismatchText(uint16_t mine, uint16_t theirs);
+inline std::string VersionMismatchText(uint16_t theirs) {
+  return "RDT protocol versions differ: this side speaks version " +
+         std::to_string(kProtocolVersion) + ", the other side version " +
+         std::to_string(theirs);
+}
 
 }  // namespace ray::rdt

@@ -52,6 +52,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         string &operator[](size_t lane)
 
     cdef cppclass SpanList:
+        SpanList()
         SpanList(const vector[Span] &spans) except +
         uint64_t total()
 
@@ -61,19 +62,17 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
 
     uint64_t Checksum(const SpanList &memory, Range range) except +
 
-    cdef cppclass NativePull "ray::rdt::Pull":
+    cdef cppclass Completion:
         bool is_settled()
         Status status()
         int EventFd() except +
         bool Wait(double timeout_s) except +
+
+    cdef cppclass NativePull "ray::rdt::Pull"(Completion):
         int lane()
         uint64_t checksum()
 
-    cdef cppclass NativeCall "ray::rdt::Call":
-        bool is_settled()
-        Status status()
-        int EventFd() except +
-        bool Wait(double timeout_s) except +
+    cdef cppclass NativeCall "ray::rdt::Call"(Completion):
         Bytes TakeReply()
 
     cdef cppclass PullTicket:
@@ -107,19 +106,22 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         kOwn "ray::rdt::Notice::kOwn"
         kFree "ray::rdt::Notice::kFree"
 
-    cdef cppclass NativeAgent "ray::rdt::Agent":
-        NativeAgent(string secret, const Settings &settings) except +
-        const Bytes &address()
-        const Key &id()
+    cdef cppclass RegionTable:
         bool Register(
             const Key &key, const vector[Span] &spans, int64_t token, vector[Guard] guards
         ) except +
         bool Release(const Key &key)
-        void Notify(ByteView address, Notice notice, const Key &key) except +
         size_t CountOwned(const Key &owner)
         size_t ReleaseOwned(const Key &owner)
         vector[Key] Unowned(const vector[Key] &keys)
         size_t ReleaseUnowned(const vector[Key] &keys)
+
+    cdef cppclass NativeAgent "ray::rdt::Agent":
+        NativeAgent(string secret, const Settings &settings) except +
+        const Bytes &address()
+        const Key &id()
+        RegionTable &regions()
+        void Notify(ByteView address, Notice notice, const Key &key) except +
         PullTicket StartPull(
             ByteView address, const Key &key, const vector[Span] &to, bool with_checksum) except +
         void Cancel(const PullTicket &ticket)

@@ -110,13 +110,13 @@ cdef class Agent:
         cdef vector[Guard] words
         if len(guards):
             words = _guards(guards)
-        if not self._native.Register(_key(key), _spans(addrs, lens), token, words):
+        if not self._native.regions().Register(_key(key), _spans(addrs, lens), token, words):
             raise ValueError("the key is already in use")
 
     def release(self, bytes key):
         """Stop serving `key`; pulls in flight continue. Return False if the key is unknown."""
         _check_process(self._pid)
-        return self._native.Release(_key(key))
+        return self._native.regions().Release(_key(key))
 
     def free(self, address, bytes key):
         """Ask the agent at `address` to release `key`.
@@ -142,22 +142,22 @@ cdef class Agent:
     def owned(self, bytes agent_id):
         """Return the number of keys of this agent that another process's agent owns."""
         _check_process(self._pid)
-        return self._native.CountOwned(_key(agent_id))
+        return self._native.regions().CountOwned(_key(agent_id))
 
     def release_owned(self, bytes agent_id):
         """Release all keys that another agent owns. Return their number."""
         _check_process(self._pid)
-        return self._native.ReleaseOwned(_key(agent_id))
+        return self._native.regions().ReleaseOwned(_key(agent_id))
 
     def unowned(self, keys):
         """Return those of the keys that are served here and have no owner."""
         _check_process(self._pid)
-        return [_id(key) for key in self._native.Unowned(_keys(keys))]
+        return [_id(key) for key in self._native.regions().Unowned(_keys(keys))]
 
     def release_unowned(self, keys):
         """Release those of the keys that have no owner. Return their number."""
         _check_process(self._pid)
-        return self._native.ReleaseUnowned(_keys(keys))
+        return self._native.regions().ReleaseUnowned(_keys(keys))
 
     def pull(self, address, bytes key, addrs, lens, bint with_checksum=False):
         """Start to fetch `key` from the agent at `address`.
@@ -291,14 +291,10 @@ cdef class Agent:
 
 def checksum(addrs, lens):
     """Return the checksum of memory of this process, taken as one run of bytes."""
-    cdef vector[Span] spans = _spans(addrs, lens)
-    cdef SpanList *memory = new SpanList(spans)
+    cdef SpanList memory = SpanList(_spans(addrs, lens))
     cdef uint64_t found = 0
-    try:
-        with nogil:
-            found = Checksum(deref(memory), _whole_range(memory))
-    finally:
-        del memory
+    with nogil:
+        found = Checksum(memory, _whole_range(memory))
     return found
 
 
@@ -310,19 +306,15 @@ def read_memory(addrs, lens, uint64_t to):
     Raises:
         AgentError: "io": some of the memory is not mapped.
     """
-    cdef vector[Span] spans = _spans(addrs, lens)
-    cdef SpanList *memory = new SpanList(spans)
+    cdef SpanList memory = SpanList(_spans(addrs, lens))
     cdef Status status
-    try:
-        with nogil:
-            status = ReadOwnMemory(deref(memory), _whole_range(memory), <void *><uintptr_t>to)
-    finally:
-        del memory
+    with nogil:
+        status = ReadOwnMemory(memory, _whole_range(memory), <void *><uintptr_t>to)
     if not status.ok():
         _raise_status(status)
 
 
-cdef Range _whole_range(const SpanList *memory) noexcept nogil:
+cdef Range _whole_range(const SpanList &memory) noexcept nogil:
     cdef Range whole
     whole.offset, whole.nbytes = 0, memory.total()
     return whole

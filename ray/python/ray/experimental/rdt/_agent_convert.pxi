@@ -93,12 +93,23 @@ cdef double _deadline(timeout_s):
     return float("inf") if timeout_s is None else time.monotonic() + timeout_s
 
 
-cdef _check_interrupts():
-    """Raise the exception of a pending signal or of the task's cancellation."""
-    PyErr_CheckSignals()
-    raise_if_cancelled()
-
-
 cdef double _slice_before(double deadline):
     """Return the seconds to wait now, 0 once the deadline has passed."""
     return max(0.0, min(_SLICE_S, deadline - time.monotonic()))
+
+
+cdef _wait(Completion *request, timeout_s, str timeout_text):
+    """Wait until the request has settled. Raise TimeoutError after timeout_s."""
+    cdef double deadline = _deadline(timeout_s)
+    cdef double left = _SLICE_S
+    cdef bool is_settled = False
+    while True:
+        left = _slice_before(deadline)
+        with nogil:
+            is_settled = request.Wait(left)
+        if is_settled:
+            return
+        PyErr_CheckSignals()
+        raise_if_cancelled()
+        if left == 0:
+            raise TimeoutError(timeout_text)

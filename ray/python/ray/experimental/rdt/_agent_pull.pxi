@@ -26,19 +26,8 @@ cdef class Pull:
             TimeoutError: It did not complete within timeout_s. The pull continues.
             AgentError: The pull failed.
         """
-        cdef double deadline = _deadline(timeout_s)
-        cdef double left = _SLICE_S
-        cdef bool is_settled = False
         _check_process(self._agent._pid)
-        while True:
-            left = _slice_before(deadline)
-            with nogil:
-                is_settled = deref(self._ticket.pull).Wait(left)
-            if is_settled:
-                break
-            _check_interrupts()
-            if left == 0:
-                raise TimeoutError("the pull did not complete within the timeout")
+        _wait(self._ticket.pull.get(), timeout_s, "the pull did not complete within the timeout")
         cdef Status status = deref(self._ticket.pull).status()
         if not status.ok():
             _raise_status(status, self.lane)
@@ -92,19 +81,8 @@ cdef class Call:
             AgentError: The call failed; "refused" with the payload as text if
                 the other side replied with an error.
         """
-        cdef double deadline = _deadline(timeout_s)
-        cdef double left = _SLICE_S
-        cdef bool is_settled = False
         _check_process(self._agent._pid)
-        while True:
-            left = _slice_before(deadline)
-            with nogil:
-                is_settled = deref(self._ticket.call).Wait(left)
-            if is_settled:
-                break
-            _check_interrupts()
-            if left == 0:
-                raise TimeoutError("there was no reply within the timeout")
+        _wait(self._ticket.call.get(), timeout_s, "there was no reply within the timeout")
         cdef Status status = deref(self._ticket.call).status()
         if not status.ok():
             _raise_status(status)

@@ -10,57 +10,42 @@ namespace {
 
 // Shared by the steps of one pull. The last step to end reports a failure, so that no
 // thread still copies when another lane starts.
-class CopyJob {
+class CopyJob : private LaneJob {
  public:
   CopyJob(std::shared_ptr<Pull> pull,
           CopyRange copy,
           Report report,
           int steps,
           uint64_t chunk)
-      : pull_(std::move(pull)),
-        attempt_(pull_->attempt()),
+      : LaneJob(std::move(pull), std::move(report), chunk),
         copy_(std::move(copy)),
-        report_(std::move(report)),
-        steps_(steps),
-        chunk_(chunk) {}
+        steps_(steps) {}
 
   // Copies one chunk. True if there may be more.
   bool Step() {
     Range range;
-    if (has_failed_ || !pull_->TakeRange(attempt_, chunk_, &range) ||
-        !pull_->BeginWrite(attempt_)) {
-      return LastStep();
+    bool is_whole = false;
+    if (has_failed_ || !TakeRange(&range)) return LastStep();
+    Status status = pull->Receive(attempt, range, copy_, &is_whole);
+    if (is_whole) ReportOnce({});
+    if (status.ok()) return true;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!has_failed_.exchange(true)) failure_ = status;
     }
-    uint64_t sum = 0;
-    Status status = pull_->Fill(range, copy_, &sum);
-    pull_->EndWrite();
-    if (!status.ok()) {
-      Remember(status);
-      return LastStep();
-    }
-    if (pull_->CompleteRange(attempt_, range, sum)) report_({});
-    return true;
+    return LastStep();
   }
 
  private:
-  void Remember(const Status &status) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!has_failed_.exchange(true)) failure_ = status;
-  }
-
   bool LastStep() {
     if (--steps_ > 0 || !has_failed_) return false;
     std::lock_guard<std::mutex> lock(mutex_);
-    report_(failure_);
+    ReportOnce(failure_);
     return false;
   }
 
-  const std::shared_ptr<Pull> pull_;
-  const uint64_t attempt_;
   const CopyRange copy_;
-  const Report report_;
   std::atomic<int> steps_;
-  const uint64_t chunk_;
   std::atomic<bool> has_failed_{false};
   std::mutex mutex_;
   Status failure_;  // guarded by mutex_

@@ -2,16 +2,12 @@
 // of this process.
 #pragma once
 
-#include <functional>
 #include <memory>
 
 #include "ray/rdt/copy_pool.h"
 #include "ray/rdt/lanes/lane.h"
 
 namespace ray::rdt {
-
-// Copies one range into the pull's destination.
-using CopyRange = std::function<Status(Range range)>;
 
 // Starts to copy all of `pull`; see Report. Runs on: any thread.
 void StartCopyJob(CopyPool *copies,

@@ -3,20 +3,15 @@
 namespace ray::rdt {
 namespace {
 
-// The reason why `lane` cannot be used, or "ok".
+// The reason why `lane` cannot be used. Empty if it can.
 std::string UnavailableReason(LaneKind lane, const LaneInputs &inputs) {
-  switch (lane) {
-  case LaneKind::kInproc:
-    return inputs.is_same_agent ? "ok" : "the peer is another process";
-  case LaneKind::kCma:
-    if (!inputs.is_unix) return "the peer is on another host or network namespace";
-    return inputs.cma_probe_error.empty() ? "ok" : inputs.cma_probe_error;
-  case LaneKind::kShm:
-    return inputs.is_unix ? "ok" : "the peer is on another host or network namespace";
-  case LaneKind::kTcp:
-    return inputs.has_tcp ? "ok" : inputs.no_tcp_reason;
-  }
-  return "unknown lane";
+  if (!HasLane(inputs.mine, lane)) return "forbidden by this process's settings";
+  if (!HasLane(inputs.theirs, lane)) return "forbidden by the peer's settings";
+  if (lane == LaneKind::kInproc)
+    return inputs.is_same_agent ? "" : "the peer is another process";
+  if (lane == LaneKind::kTcp) return inputs.no_tcp_reason;
+  if (!inputs.is_unix) return "the peer is on another host or network namespace";
+  return lane == LaneKind::kCma ? inputs.cma_probe_error : "";
 }
 
 }  // namespace
@@ -24,24 +19,10 @@ std::string UnavailableReason(LaneKind lane, const LaneInputs &inputs) {
 LaneReasons EvaluateLanes(const LaneInputs &inputs) {
   LaneReasons reasons;
   for (size_t i = 0; i < kLaneCount; ++i) {
-    LaneKind lane = static_cast<LaneKind>(i);
-    if (!HasLane(inputs.mine, lane)) {
-      reasons[i] = "forbidden by this process's settings";
-    } else if (!HasLane(inputs.theirs, lane)) {
-      reasons[i] = "forbidden by the peer's settings";
-    } else {
-      reasons[i] = UnavailableReason(lane, inputs);
-    }
+    reasons[i] = UnavailableReason(static_cast<LaneKind>(i), inputs);
+    if (reasons[i].empty()) reasons[i] = "ok";
   }
   return reasons;
-}
-
-std::vector<LaneKind> UsableLanes(const LaneReasons &reasons) {
-  std::vector<LaneKind> usable;
-  for (size_t i = 0; i < kLaneCount; ++i) {
-    if (reasons[i] == "ok") usable.push_back(static_cast<LaneKind>(i));
-  }
-  return usable;
 }
 
 }  // namespace ray::rdt

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 namespace ray::rdt {
 
@@ -30,15 +29,11 @@ struct LaneInputs {
   bool is_same_agent = false;
   bool is_unix = false;         // one host, one network namespace
   std::string cma_probe_error;  // empty: the peer's memory can be read
-  bool has_tcp = false;         // the peer listens, and unencrypted TCP is allowed
-  std::string no_tcp_reason;
+  std::string no_tcp_reason;    // empty: it listens, and unencrypted TCP is allowed
 };
 
 // For each lane "ok" or the reason why it cannot be used.
 using LaneReasons = std::array<std::string, kLaneCount>;
 LaneReasons EvaluateLanes(const LaneInputs &inputs);
-
-// The lanes that are "ok", in order of preference.
-std::vector<LaneKind> UsableLanes(const LaneReasons &reasons);
 
 }  // namespace ray::rdt

@@ -2,9 +2,6 @@
 
 #include <cerrno>
 
-#include "ray/rdt/lanes/copy_job.h"
-#include "ray/rdt/limits.h"
-
 namespace ray::rdt {
 namespace {
 
@@ -26,16 +23,13 @@ Bytes FilledFrame(uint64_t pull, uint64_t position, bool is_ok) {
 
 }  // namespace
 
-ShmLane::ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
-    : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
-
 void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report report) {
   if (!ring_ && refusal_.ok() && !OpenRing()) {
     refusal_ = {Code::kRefused, WithErrno("shared memory cannot be created", errno)};
   }
   if (!refusal_.ok()) return report(refusal_);
-  uint64_t attempt = pull->attempt();
-  jobs_.push_back(std::make_shared<Job>(std::move(pull), std::move(report), attempt));
+  jobs_.push_back(
+      std::make_shared<LaneJob>(std::move(pull), std::move(report), limits::kSlotBytes));
   Pump();
 }
 
@@ -48,16 +42,12 @@ bool ShmLane::OpenRing() {
   return true;
 }
 
-bool ShmLane::TakeFrom(const Job &job, Range *range) {
-  return job.pull->TakeRange(job.attempt, limits::kSlotBytes, range);
-}
-
 // Requests a range for each free slot, taking the pulls in turn.
 void ShmLane::Pump() {
   for (size_t i = 0; i < limits::kSlots && !jobs_.empty(); ++i) {
     Slot &slot = slots_[i];
     if (slot.job) continue;
-    while (!jobs_.empty() && !TakeFrom(*jobs_.front(), &slot.range)) jobs_.pop_front();
+    while (!jobs_.empty() && !jobs_.front()->TakeRange(&slot.range)) jobs_.pop_front();
     if (jobs_.empty()) return;
     slot.job = std::move(jobs_.front());
     jobs_.pop_front();
@@ -79,29 +69,24 @@ void ShmLane::OnFrame(const FrameHeader &header, ByteView payload) {
     slot.is_filled = true;
     return CopySlot(index);
   }
-  std::shared_ptr<Job> job = std::move(slot.job);
-  ReportOnce(job.get(),
-             {Code::kIo, "the producer no longer has the object, or cannot read it"});
+  std::exchange(slot.job, nullptr)
+      ->ReportOnce(
+          {Code::kIo, "the producer no longer has the object, or cannot read it"});
   Pump();
 }
 
 void ShmLane::CopySlot(size_t index) {
-  std::shared_ptr<Job> job = slots_[index].job;
+  std::shared_ptr<LaneJob> job = slots_[index].job;
   Range range = slots_[index].range;
   auto work =
       [loop = loop_, weak = std::weak_ptr(alive_), ring = ring_, job, range, index] {
         bool is_whole = false;
-        if (job->pull->BeginWrite(job->attempt)) {
-          uint64_t sum = 0;
-          auto copy = [&](Range part) {
-            uint64_t at = index * limits::kSlotBytes + (part.offset - range.offset);
-            job->pull->destination.CopyIn(part, ring->at(at));
-            return Status{};
-          };
-          job->pull->Fill(range, copy, &sum);
-          job->pull->EndWrite();
-          is_whole = job->pull->CompleteRange(job->attempt, range, sum);
-        }
+        auto copy = [&](Range part) {
+          uint64_t at = index * limits::kSlotBytes + (part.offset - range.offset);
+          job->pull->destination.CopyIn(part, ring->at(at));
+          return Status{};
+        };
+        job->pull->Receive(job->attempt, range, copy, &is_whole);
         loop->Post([weak, index, is_whole] {
           if (auto lane = weak.lock()) (*lane)->OnSlotCopied(index, is_whole);
         });
@@ -110,26 +95,20 @@ void ShmLane::CopySlot(size_t index) {
 }
 
 void ShmLane::OnSlotCopied(size_t index, bool is_whole) {
-  std::shared_ptr<Job> job = std::move(slots_[index].job);
-  slots_[index].is_filled = false;
-  if (is_whole) ReportOnce(job.get(), {});
+  Slot slot = std::exchange(slots_[index], {});
+  if (is_whole) slot.job->ReportOnce({});
   Pump();
 }
 
-void ShmLane::ReportOnce(Job *job, const Status &status) {
-  if (!std::exchange(job->is_reported, true)) job->report(status);
-}
-
-ShmSource::ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
-    : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
-
-bool ShmSource::OnRing(const Ring &ring, Fd fd) {
-  if (ring_ || !fd) return false;
-  ring_ = RingFile::Open(std::move(fd), ring.nbytes);
+bool ShmSource::OnRing(const std::optional<Ring> &ring, Fd fd) {
+  if (!ring || ring_ || !fd) return false;
+  ring_ = RingFile::Open(std::move(fd), ring->nbytes);
   return ring_ != nullptr;
 }
 
-bool ShmSource::OnFill(uint64_t pull, const Fill &fill, Pin pin) {
+bool ShmSource::OnFill(uint64_t pull, const std::optional<Fill> &frame, Pin pin) {
+  if (!frame) return false;
+  const Fill &fill = *frame;
   if (!ring_ || fill.nbytes > ring_->nbytes() ||
       fill.position > ring_->nbytes() - fill.nbytes) {
     return false;

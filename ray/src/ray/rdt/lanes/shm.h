@@ -19,30 +19,23 @@ namespace ray::rdt {
 // The consumer's half. Runs on: the agent's loop; copies on the copy threads.
 class ShmLane : public Lane {
  public:
-  ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
+  ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
+      : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
 
   void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
   void OnFrame(const FrameHeader &header, ByteView payload) override;
 
  private:
-  struct Job {
-    std::shared_ptr<Pull> pull;
-    Report report;
-    uint64_t attempt = 0;
-    bool is_reported = false;
-  };
   struct Slot {
-    std::shared_ptr<Job> job;  // empty: free
+    std::shared_ptr<LaneJob> job;  // empty: free
     Range range;
     bool is_filled = false;
   };
 
   bool OpenRing();
-  static bool TakeFrom(const Job &job, Range *range);
   void Pump();
   void CopySlot(size_t index);
   void OnSlotCopied(size_t index, bool is_whole);
-  static void ReportOnce(Job *job, const Status &status);
 
   Loop *const loop_;
   CopyPool *const copies_;
@@ -50,7 +43,7 @@ class ShmLane : public Lane {
   std::shared_ptr<RingMemory> ring_;
   Status refusal_;  // permanent: the peer disables the lane after the report
   std::vector<Slot> slots_{limits::kSlots};
-  std::deque<std::shared_ptr<Job>> jobs_;  // with bytes left to request; in turns
+  std::deque<std::shared_ptr<LaneJob>> jobs_;  // with bytes left to request; in turns
   // Tells a copy step whether the lane still exists.
   const std::shared_ptr<ShmLane *> alive_ = std::make_shared<ShmLane *>(this);
 };
@@ -59,13 +52,14 @@ class ShmLane : public Lane {
 // Runs on: the agent's loop; copies on the copy threads.
 class ShmSource {
  public:
-  ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel);
+  ShmSource(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
+      : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
 
-  // False if the descriptor is not a ring.
-  bool OnRing(const Ring &ring, Fd fd);
-  // False if the frame exceeds the ring or the region. For a pull that has ended (`pin`
-  // is empty) FILLED reports a failure.
-  bool OnFill(uint64_t pull, const Fill &fill, Pin pin);
+  // False if the frame is malformed or the descriptor is not a ring.
+  bool OnRing(const std::optional<Ring> &ring, Fd fd);
+  // False if the frame is malformed, or exceeds the ring or the region. For a pull that
+  // has ended (`pin` is empty) FILLED reports a failure.
+  bool OnFill(uint64_t pull, const std::optional<Fill> &frame, Pin pin);
 
  private:
   Loop *const loop_;

@@ -7,13 +7,6 @@
 
 namespace ray::rdt {
 
-TcpLane::TcpLane(Loop *loop,
-                 CopyPool *copies,
-                 const Identity &self,
-                 const Address &peer,
-                 const TcpOptions &options)
-    : loop_(loop), copies_(copies), self_(self), peer_(peer), options_(options) {}
-
 TcpLane::~TcpLane() {
   for (auto &[id, one] : streams_) {
     one.loop->Post([stream = one.stream] { stream->Close(); });
@@ -21,31 +14,23 @@ TcpLane::~TcpLane() {
 }
 
 void TcpLane::Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) {
-  uint64_t chunk = pull->ChunkFor(options_.max_streams);
-  queue_->Add(std::make_shared<TcpJob>(std::move(pull), std::move(report), chunk));
+  uint64_t most = static_cast<uint64_t>(context_.settings->tcp_streams);
+  uint64_t chunk = pull->ChunkFor(context_.settings->tcp_streams);
+  queue_->Add(std::make_shared<LaneJob>(std::move(pull), std::move(report), chunk));
   breaks_ = 0;
-  OpenUpTo((grant.total + chunk - 1) / chunk);
+  uint64_t wanted = std::min((grant.total + chunk - 1) / chunk, most);
+  while (connectors_.size() + streams_.size() < wanted) Open();
   for (auto &[id, one] : streams_) {
     one.loop->Post([stream = one.stream] { stream->Pump(); });
   }
 }
 
-void TcpLane::OpenUpTo(size_t wanted) {
-  wanted = std::min(wanted, static_cast<size_t>(options_.max_streams));
-  while (connectors_.size() + streams_.size() < wanted) Open();
-}
-
 void TcpLane::Open() {
   uint64_t id = next_id_++;
-  ConnectOptions options{.purpose = Purpose::kData,
-                         .over_unix = false,
-                         .connect_timeout_s = options_.connect_timeout_s,
-                         .peer_timeout_s = options_.peer_timeout_s};
   connectors_[id] = std::make_unique<Connector>(
-      loop_,
-      self_,
+      context_,
       peer_,
-      options,
+      Purpose::kData,
       [this, id](const Status &status,
                  std::shared_ptr<Channel> channel,
                  const PeerInfo &) { OnOpened(id, status, std::move(channel)); });
@@ -62,8 +47,8 @@ void TcpLane::OnOpened(uint64_t id,
     return FailWaiting(
         status.ok() ? Status{Code::kIo, "the producer sent unexpected bytes"} : status);
   }
-  Loop *loop = copies_->loop(id);
-  auto on_broken = [agent_loop = loop_, weak = std::weak_ptr(alive_), id] {
+  Loop *loop = context_.copies->loop(id);
+  auto on_broken = [agent_loop = context_.loop, weak = std::weak_ptr(alive_), id] {
     agent_loop->Post([weak, id] {
       if (auto lane = weak.lock()) (*lane)->OnBroken(id);
     });

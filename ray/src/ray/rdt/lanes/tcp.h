@@ -5,32 +5,18 @@
 
 #include <map>
 #include <memory>
-#include <string>
-#include <vector>
 
-#include "ray/rdt/address.h"
 #include "ray/rdt/connector.h"
-#include "ray/rdt/copy_pool.h"
+#include "ray/rdt/context.h"
 #include "ray/rdt/lanes/lane.h"
 #include "ray/rdt/lanes/tcp_stream.h"
-#include "ray/rdt/region.h"
 
 namespace ray::rdt {
-
-struct TcpOptions {
-  int max_streams = 4;
-  double connect_timeout_s = 10;
-  double peer_timeout_s = 30;
-};
 
 // The consumer's half. Runs on: the agent's loop; streams on the copy threads.
 class TcpLane : public Lane {
  public:
-  TcpLane(Loop *loop,
-          CopyPool *copies,
-          const Identity &self,
-          const Address &peer,
-          const TcpOptions &options);
+  TcpLane(const Context &context, const Address &peer) : context_(context), peer_(peer) {}
   ~TcpLane() override;
 
   void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
@@ -41,17 +27,13 @@ class TcpLane : public Lane {
     std::shared_ptr<TcpStream> stream;
   };
 
-  void OpenUpTo(size_t wanted);
   void Open();
   void OnOpened(uint64_t id, const Status &status, std::shared_ptr<Channel> channel);
   void OnBroken(uint64_t id);
   void FailWaiting(const Status &why);
 
-  Loop *const loop_;
-  CopyPool *const copies_;
-  const Identity self_;
+  const Context context_;
   const Address peer_;
-  const TcpOptions options_;
   const std::shared_ptr<TcpQueue> queue_ = std::make_shared<TcpQueue>();
   uint64_t next_id_ = 0;
   int breaks_ = 0;

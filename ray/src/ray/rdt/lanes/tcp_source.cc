@@ -10,18 +10,6 @@
 #include "ray/rdt/limits.h"
 
 namespace ray::rdt {
-namespace {
-
-constexpr size_t kReadFrame = sizeof(FrameHeader) + 2 * sizeof(uint64_t);
-
-}  // namespace
-
-TcpSource::TcpSource(Loop *loop,
-                     Fd fd,
-                     const AgentId &consumer,
-                     std::shared_ptr<const PinTable> pins)
-    : loop_(loop), fd_(std::move(fd)), consumer_(consumer), pins_(std::move(pins)) {}
-
 void TcpSource::Start() {
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [self = shared_from_this()](uint32_t events) {
     self->OnReady(events);
@@ -32,19 +20,19 @@ void TcpSource::Start() {
 void TcpSource::OnReady(uint32_t events) {
   bool is_up = !(events & ~EPOLLOUT) || Receive();
   if (!is_up || !Send()) return Close();
-  Rearm();
+  loop_->Rearm(watch_, answers_.empty() ? EPOLLIN : EPOLLIN | EPOLLOUT);
 }
 
 // False if the connection ended or the consumer violates the protocol.
 bool TcpSource::Receive() {
+  constexpr size_t kReadFrame = kHeaderBytes + 2 * sizeof(uint64_t);
   std::array<uint8_t, limits::kRequestBytes> buffer;
   ssize_t got = recv(fd_.get(), buffer.data(), buffer.size(), 0);
   if (got <= 0) return got < 0 && (errno == EAGAIN || errno == EINTR);
   in_.insert(in_.end(), buffer.begin(), buffer.begin() + got);
   size_t at = 0;
   for (; in_.size() - at >= kReadFrame; at += kReadFrame) {
-    ByteView payload(in_.data() + at + sizeof(FrameHeader),
-                     kReadFrame - sizeof(FrameHeader));
+    ByteView payload(in_.data() + at + kHeaderBytes, kReadFrame - kHeaderBytes);
     if (!OnRead(DecodeHeader(in_.data() + at), payload)) return false;
   }
   in_.erase(in_.begin(), in_.begin() + static_cast<ptrdiff_t>(at));
@@ -63,8 +51,8 @@ bool TcpSource::OnRead(const FrameHeader &header, ByteView payload) {
   FrameHeader data{.type = FrameType::kData,
                    .length = has_range ? read->nbytes : 0,
                    .request = header.request};
-  Bytes encoded(sizeof(data));
-  std::memcpy(encoded.data(), &data, sizeof(data));
+  Bytes encoded(kHeaderBytes);
+  std::memcpy(encoded.data(), &data, kHeaderBytes);
   answers_.push_back({std::move(pin), {read->offset, data.length}, std::move(encoded)});
   return true;
 }
@@ -104,10 +92,6 @@ ssize_t TcpSource::SendSome(const Answer &answer) {
   message.msg_iov = pieces.data();
   message.msg_iovlen = pieces.size();
   return sendmsg(fd_.get(), &message, MSG_NOSIGNAL);
-}
-
-void TcpSource::Rearm() {
-  loop_->Rearm(watch_, answers_.empty() ? EPOLLIN : EPOLLIN | EPOLLOUT);
 }
 
 void TcpSource::Close() {

@@ -19,7 +19,8 @@ class TcpSource : public std::enable_shared_from_this<TcpSource> {
   TcpSource(Loop *loop,
             Fd fd,
             const AgentId &consumer,
-            std::shared_ptr<const PinTable> pins);
+            std::shared_ptr<const PinTable> pins)
+      : loop_(loop), fd_(std::move(fd)), consumer_(consumer), pins_(std::move(pins)) {}
 
   void Start();
 
@@ -37,7 +38,6 @@ class TcpSource : public std::enable_shared_from_this<TcpSource> {
   bool OnRead(const FrameHeader &header, ByteView payload);
   bool Send();
   ssize_t SendSome(const Answer &answer);
-  void Rearm();
   void Close();
 
   Loop *const loop_;

@@ -11,15 +11,8 @@
 #include "ray/rdt/limits.h"
 
 namespace ray::rdt {
-namespace {
 
-bool TakeFrom(const TcpJob &job, Range *range) {
-  return job.pull->TakeRange(job.attempt, job.chunk, range);
-}
-
-}  // namespace
-
-void TcpQueue::Add(std::shared_ptr<TcpJob> job) {
+void TcpQueue::Add(std::shared_ptr<LaneJob> job) {
   std::lock_guard<std::mutex> lock(mutex_);
   jobs_.push_back(std::move(job));
 }
@@ -29,7 +22,7 @@ bool TcpQueue::Next(TcpRead *read) {
   while (!jobs_.empty()) {
     read->job = std::move(jobs_.front());
     jobs_.pop_front();
-    if (TakeFrom(*read->job, &read->range)) {
+    if (read->job->TakeRange(&read->range)) {
       jobs_.push_back(read->job);
       return true;
     }
@@ -54,19 +47,10 @@ bool TcpQueue::is_empty() const {
   return jobs_.empty();
 }
 
-std::deque<std::shared_ptr<TcpJob>> TcpQueue::TakeAll() {
+std::deque<std::shared_ptr<LaneJob>> TcpQueue::TakeAll() {
   std::lock_guard<std::mutex> lock(mutex_);
   return std::exchange(jobs_, {});
 }
-
-TcpStream::TcpStream(Loop *loop,
-                     Fd fd,
-                     std::shared_ptr<TcpQueue> queue,
-                     OnBroken on_broken)
-    : loop_(loop),
-      fd_(std::move(fd)),
-      queue_(std::move(queue)),
-      on_broken_(std::move(on_broken)) {}
 
 void TcpStream::Start() {
   watch_ = loop_->Watch(fd_.get(), EPOLLIN, [self = shared_from_this()](uint32_t events) {
@@ -110,8 +94,10 @@ void TcpStream::Flush() {
 
 // False if no bytes are available or the stream broke.
 bool TcpStream::Receive(uint64_t *budget) {
-  bool in_header = header_bytes_ < sizeof(header_);
-  ssize_t got = in_header ? ReceiveHeader() : ReceiveBody(*budget);
+  bool in_header = header_bytes_ < kHeaderBytes;
+  char *header = reinterpret_cast<char *>(&header_) + header_bytes_;
+  ssize_t got = in_header ? recv(fd_.get(), header, kHeaderBytes - header_bytes_, 0)
+                          : ReceiveBody(*budget);
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return false;
   if (got <= 0) {
     Break();
@@ -123,14 +109,9 @@ bool TcpStream::Receive(uint64_t *budget) {
     return true;
   }
   header_bytes_ += static_cast<size_t>(got);
-  if (header_bytes_ < sizeof(header_) || OnHeader()) return true;
+  if (header_bytes_ < kHeaderBytes || OnHeader()) return true;
   Break();
   return false;
-}
-
-ssize_t TcpStream::ReceiveHeader() {
-  char *at = reinterpret_cast<char *>(&header_) + header_bytes_;
-  return recv(fd_.get(), at, sizeof(header_) - header_bytes_, 0);
 }
 
 ssize_t TcpStream::ReceiveBody(uint64_t budget) {

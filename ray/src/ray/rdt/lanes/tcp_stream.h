@@ -13,31 +13,9 @@
 
 namespace ray::rdt {
 
-// A pull on the tcp lane. The first stream with a result reports it.
-class TcpJob {
- public:
-  TcpJob(std::shared_ptr<Pull> pull, Report report, uint64_t chunk)
-      : pull(std::move(pull)),
-        attempt(this->pull->attempt()),
-        chunk(chunk),
-        report_(std::move(report)) {}
-
-  void ReportOnce(const Status &status) {
-    if (!is_reported_.exchange(true)) report_(status);
-  }
-
-  const std::shared_ptr<Pull> pull;
-  const uint64_t attempt;
-  const uint64_t chunk;
-
- private:
-  const Report report_;
-  std::atomic<bool> is_reported_{false};
-};
-
 // A range of a pull that one stream has requested.
 struct TcpRead {
-  std::shared_ptr<TcpJob> job;
+  std::shared_ptr<LaneJob> job;
   Range range;
 };
 
@@ -45,7 +23,7 @@ struct TcpRead {
 // Runs on: any thread.
 class TcpQueue {
  public:
-  void Add(std::shared_ptr<TcpJob> job);
+  void Add(std::shared_ptr<LaneJob> job);
   bool Next(TcpRead *read);
   // Returns a range that will not arrive over the stream that took it.
   void Return(const TcpRead &read);
@@ -55,11 +33,11 @@ class TcpQueue {
   // The number of ranges received so far.
   uint64_t received_ranges() const { return received_; }
   // Removes and returns all jobs with ranges left to take.
-  std::deque<std::shared_ptr<TcpJob>> TakeAll();
+  std::deque<std::shared_ptr<LaneJob>> TakeAll();
 
  private:
   mutable std::mutex mutex_;
-  std::deque<std::shared_ptr<TcpJob>> jobs_;  // guarded by mutex_
+  std::deque<std::shared_ptr<LaneJob>> jobs_;  // guarded by mutex_
   std::atomic<uint64_t> received_{0};
 };
 
@@ -71,7 +49,11 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   // the queue.
   using OnBroken = std::function<void()>;
 
-  TcpStream(Loop *loop, Fd fd, std::shared_ptr<TcpQueue> queue, OnBroken on_broken);
+  TcpStream(Loop *loop, Fd fd, std::shared_ptr<TcpQueue> queue, OnBroken on_broken)
+      : loop_(loop),
+        fd_(std::move(fd)),
+        queue_(std::move(queue)),
+        on_broken_(std::move(on_broken)) {}
 
   void Start();
   // Takes work from the queue.
@@ -83,7 +65,6 @@ class TcpStream : public std::enable_shared_from_this<TcpStream> {
   void OnReady(uint32_t events);
   void Flush();
   bool Receive(uint64_t *budget);
-  ssize_t ReceiveHeader();
   ssize_t ReceiveBody(uint64_t budget);
   ssize_t Discard(uint64_t nbytes);
   void ChecksumUpTo(uint64_t nbytes);
