@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import RayError
 
 import ray
-from ray.experimental.rdt.rpc import session
+from ray.experimental.rdt.api import current_manager
 from tests.integration.peers import LARGE, Peer, ones, total_of_refs
 from tests.support import BUSY_S, KNOWN_WITHIN_S, wait_until
 
@@ -100,7 +100,7 @@ def numbers(peer: Peer, length: int = LONG) -> torch.Tensor:
 
 def agent_port(peer: Peer) -> int:
     """Where this process's agent listens: the last field of its address."""
-    return int.from_bytes(session.current().address[-2:], "little")
+    return int.from_bytes(current_manager().explainer().address[-2:], "little")
 
 
 def cut_while_pulling(peer: Peer, port: int, times: int) -> int:

@@ -433,7 +433,6 @@ def test_handles_are_let_go_on_no_thread_of_rays(tmp_path: Path) -> None:
 #: Submits, then shuts down while replies are coming.
 SHUTDOWNS = """
 import ray
-from ray.experimental.rdt.rpc import session
 from ray.experimental.rdt.common.location import Location
 from tests.integration.test_lifetime import LARGE, Maker
 for _ in range(2):
@@ -441,20 +440,21 @@ for _ in range(2):
     make = Maker.remote().one.options(tensor_transport="auto")
     assert ray.get(make.remote(LARGE)).sum() == LARGE
     refs = [make.remote(count) for count in [3, LARGE] * 200]
-    manager, end = ray._private.worker.global_worker.rdt_manager, session.end
+    manager = ray._private.worker.global_worker.rdt_manager
+    parts, end = manager._parts, manager._parts.end
     def end_and_hear_more():
         end()
         created = manager.set_tensor_transport_metadata_and_trigger_queued_operations
         created("ab", Location(b"", b"", 1))
-        assert session.peek() is None
+        assert parts.peek() is None
         try:
-            session.current()
+            parts.get()
         except RuntimeError as error:
             print(error)
-    session.end = end_and_hear_more
+    parts.end = end_and_hear_more
     ray.shutdown()
-    session.end = end
-    assert session.peek() is None
+    parts.end = end
+    assert parts.peek() is None
 """
 
 

@@ -18,7 +18,6 @@ from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
 from ray.experimental.rdt.producer.producer import Producer
 from ray.experimental.rdt.producer.store_by_object_id import StoreByObjectId
-from ray.experimental.rdt.rpc import session
 from ray.experimental.rdt.session_parts import CurrentParts
 from ray.experimental.rdt.transports.base import Transport
 
@@ -125,7 +124,7 @@ class RDTManager:
         """End this process's part in RDT. Runs on: the thread of ``ray.shutdown``."""
         self.consumer.close()
         self.owner.close()
-        session.end()
+        self._parts.end()
         self.producer.close()
 
 

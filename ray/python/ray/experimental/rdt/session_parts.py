@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.real_threads import Lock
@@ -22,12 +24,9 @@ from ray.experimental.rdt.producer.producer import Producer, ProducerServices
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.transport_server import Server
 from ray.experimental.rdt.rpc import process_directory
-from ray.experimental.rdt.rpc import session as sessions
+from ray.experimental.rdt.rpc.session import Session, begin_session
 from ray.experimental.rdt.transports.registry import Transports
 from ray.experimental.rdt.transports.selection import AutoTransportPolicy
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.rpc.session import Session
 
 
 @dataclass(frozen=True)
@@ -94,24 +93,56 @@ def build(
 
 
 class CurrentParts:
-    """The parts of this process's session. Thread-safe."""
+    """The parts of this process's session. Thread-safe. A forked child has none of the parent's."""
 
     def __init__(self, build: Callable[[Session], SessionParts]):
         self._build = build
+        self._parts: SessionParts | None = None
+        # The ``Node`` of a driver's connection to Ray when its last session ended. Each connection
+        # has its own.
+        self._ended: Callable[[], Any] = object
+        self._renew_lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
         self._lock = Lock()
-        self._built: SessionParts | None = None
 
     def get(self) -> SessionParts:
-        """Return the parts; begin a session if there is none. May block: not for the io thread."""
-        session, built = sessions.current(), self._built
-        if built is None or built.session is not session:
+        """Return the parts; begin a session if there is none. May block: not for the io thread.
+
+        Raises:
+            RuntimeError: Ray is not initialized, or is shutting down.
+        """
+        parts = self.peek()
+        if parts is None:
             with self._lock:
-                built = self._built
-                if built is None or built.session is not session:
-                    built = self._built = self._build(session)
-        return built
+                parts = self._parts = self.peek() or self._begin()
+        return parts
+
+    def _begin(self) -> SessionParts:
+        ray_core.check_connected()
+        # The core continues for a while after ``end`` and still delivers events.
+        if ray_core.node() is self._ended():
+            raise RuntimeError("Ray is shutting down")
+        begun = begin_session()
+        try:
+            return self._build(begun)
+        except BaseException:  # also after an interrupt: the agent must not go on
+            begun.close()
+            raise
 
     def peek(self) -> SessionParts | None:
         """Return the parts if a session has begun and not ended."""
-        built = self._built
-        return built if built is not None and built.session is sessions.peek() else None
+        parts = self._parts
+        return parts if parts is not None and parts.session.pid == os.getpid() else None
+
+    def end(self) -> None:
+        """End the session if there is one. In a driver, none begins until the next ``ray.init``."""
+        node = ray_core.node() if ray_core.is_driver() else None
+        with self._lock:
+            parts = self.peek()
+            if parts is not None:
+                self._parts = None
+            self._ended = object if node is None else weakref.ref(node)
+        if parts is not None:
+            parts.session.close()

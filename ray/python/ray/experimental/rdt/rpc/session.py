@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -53,7 +52,7 @@ class CallError(TransferFailed):
 
 
 class Session:
-    """The session of one process. ``current()`` creates it."""
+    """The session of one process. ``session_parts.CurrentParts`` begins and ends it."""
 
     def __init__(self, secret: bytes, bind_ip: str):
         from ray.experimental.rdt._agent import Agent
@@ -280,52 +279,8 @@ def boot_id_of(address: bytes) -> bytes:
     return address[22:38]
 
 
-_lock = threading.Lock()
-_session: Session | None = None
-#: The ``Node`` of a driver's connection to Ray when its last session ended. Each connection has its
-#: own.
-_ended: Callable[[], Any] = object
-
-
-def current() -> Session:
-    """Return the process's session; begin one if there is none.
-
-    Raises:
-        RuntimeError: Ray is not initialized, or is shutting down.
-    """
-    global _session
-    session = peek()
-    if session is None:
-        with _lock:
-            session = _session = peek() or _begin()
-    return session
-
-
-def peek() -> Session | None:
-    """Return the process's session, None if it has none."""
-    session = _session
-    return session if session is not None and session.pid == os.getpid() else None
-
-
-def end() -> None:
-    """End the process's session if it has one.
-
-    In a driver, no session begins until the next ``ray.init``.
-    """
-    global _session, _ended
-    node = ray_core.node() if ray_core.is_driver() else None
-    with _lock:
-        session, _session = _session, None
-        _ended = object if node is None else weakref.ref(node)
-    if session is not None and session.pid == os.getpid():
-        session.close()
-
-
-def _begin() -> Session:
-    ray_core.check_connected()
-    # The core continues for a while after ``end`` and still delivers events.
-    if ray_core.node() is _ended():
-        raise RuntimeError("Ray is shutting down")
+def begin_session() -> Session:
+    """Begin a session of a process that is connected to Ray."""
     started = time.monotonic()
     session = Session(_cluster_secret(), ray_core.node_ip_address())
     logger.debug("RDT session began in %.1f ms", 1e3 * (time.monotonic() - started))
@@ -340,13 +295,3 @@ def _cluster_secret() -> bytes:
     if not secret:
         raise RuntimeError("Ray's GCS did not keep the secret that RDT agents share")
     return bytes(secret)
-
-
-def _forget_in_child() -> None:
-    """Drop the parent's session in a forked child, which has none of the parent's threads."""
-    global _session, _lock
-    _lock = threading.Lock()
-    _session = None
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
