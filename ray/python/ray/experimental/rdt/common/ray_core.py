@@ -153,7 +153,6 @@ def deserialize(value: Any, ref: Any, arrived: dict[int, Any]) -> Any:
 
     Args:
         value: What ``get_objects`` returned for it.
-        ref: Its reference; None without one.
         arrived: The tensors of RDT objects, by index in the batch.
     """
     return ray._private.worker.global_worker.deserialize_objects([value], [ref], arrived)[0]

@@ -36,9 +36,6 @@ class Deferred:
     """A value whose pull begins at the first request.
 
     The value may be a ``RayError``, as in Ray's deserializer.
-
-    Args:
-        start: Starts the pull on a thread, into the given tensors if there are any.
     """
 
     def __init__(self, start: Callable[[Tensors | None], Future[Any]]):

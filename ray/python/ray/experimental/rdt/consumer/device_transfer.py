@@ -140,7 +140,6 @@ class _SharedDestination:
     Attributes:
         whole: The buffers for the whole object.
         hosted: Regions that are received into host memory in any case.
-        has_memory: Whether the buffers have memory for it.
     """
 
     session: Session

@@ -57,7 +57,6 @@ class Request:
 
     Attributes:
         object_id: Its id in hex, "" if the value came without a reference.
-        envelope: The value as it arrived.
         target: The place that the user chose for the tensors.
         ref: Its reference, None if the value came without one.
     """
@@ -139,7 +138,7 @@ class Fetcher:
         envelope, target = request.envelope, request.target
         stored = self._store.by_key(envelope.head.key)
         obj = TransferObject.of(envelope, is_local=stored is not None)
-        if obj.is_here:
+        if obj.is_local or obj.is_inline:
             first = next(c for c in plan_transfer(obj, None) if c.serves)
             if first.kind is Kind.LOCAL:
                 assert stored is not None

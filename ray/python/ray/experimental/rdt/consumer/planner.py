@@ -56,8 +56,6 @@ class Candidate(NamedTuple):
     """One lane or transport that may bring an object.
 
     Attributes:
-        name: Its name.
-        kind: What makes the transfer.
         fallback: When the next candidate is tried after it.
         serves: Whether it can be used, as far as is known.
         reason: Why it can or cannot be used.
@@ -75,15 +73,11 @@ class TransferObject(NamedTuple):
 
     Attributes:
         transport: The named transport, lower case, or "auto".
-        device_type: The device type of the memory at the producer.
         default_transports: The transports that this process tries for such memory, best first.
         nbytes: The size of the object, None if there is no object yet.
         inline_limit: The largest object whose bytes are in its value. For the explanation only.
-        is_local: Whether this process produced it.
-        is_inline: Whether the value contains the bytes.
         is_prefetched: Whether a pull has begun before the fetch.
         is_shareable: Whether the named transport can give this process the producer's own memory.
-        is_user_defined: Whether a user wrote the named transport.
         is_foreign: Whether it is data that only a user's transport can move.
     """
 
@@ -112,11 +106,6 @@ class TransferObject(NamedTuple):
             is_user_defined=head.is_user_defined,
             is_foreign=head.is_user_defined and not has_regions,
         )
-
-    @property
-    def is_here(self) -> bool:
-        """Tell whether no other process takes part in the transfer."""
-        return self.is_local or self.is_inline
 
     @property
     def is_empty(self) -> bool:

@@ -66,12 +66,9 @@ class Prefetcher:
         return prefetch.pull if prefetch is not None else None
 
     def park(self, key: bytes, pull: AgentPull, nbytes: int) -> bool:
-        """Keep the pull of a fetch that ended with the user's timeout, for the next fetch.
+        """Keep the pull of a fetch that ended with the user's timeout, if the budget allows it.
 
         Runs on: consumer, the fetching thread.
-
-        Returns:
-            Whether the memory budget allows it.
         """
         with self._lock:
             is_kept = self._has_room(nbytes) and key not in self._pulls

@@ -70,11 +70,7 @@ class ReceiveBuffers:
             self.places[region] = (tensor, 0)
 
     def flat(self, device_type: str = "cpu") -> list[torch.Tensor]:
-        """Return regions as flat uint8 tensors, for a transport to fill.
-
-        Args:
-            device_type: The device type at the producer of the regions, which keep their order.
-        """
+        """Return regions as flat uint8 tensors, for a transport to fill."""
         return [
             self._flat(region)
             for region in range(len(self.regions))
@@ -114,11 +110,7 @@ class Destination(Protocol):
     """The memory that a transfer fills."""
 
     def buffers(self, may_spread: bool) -> ReceiveBuffers:
-        """Return the memory.
-
-        Args:
-            may_spread: Whether a region may be received into several tensors of the user's.
-        """
+        """Return the memory."""
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
         """Return the tensors over the memory. The bytes have arrived."""

@@ -202,9 +202,6 @@ def _run_on_all(
     Args:
         task: The function. It gets the actor's instance or None, the rank, and ``args``.
 
-    Returns:
-        The results in rank order.
-
     Raises:
         RuntimeError: An actor did not answer or failed; the text names the actor.
     """

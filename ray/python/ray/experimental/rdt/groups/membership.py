@@ -14,8 +14,6 @@ class Member(NamedTuple):
 
     Attributes:
         agent_id: The id of its process's agent; a restarted actor has another one.
-        address: The agent's address, for ``Session.call``.
-        actor_id: The actor's id in hex.
     """
 
     agent_id: bytes
@@ -36,8 +34,6 @@ class Group:
 
     Attributes:
         id: A new one for each creation, also under the same name.
-        name: The name that users give.
-        backend: Its transport ("gloo", "nccl").
         rank: The index of this process in ``members``.
         members: All members in rank order, this process included.
     """

@@ -21,10 +21,7 @@ class Record:
 
     Attributes:
         id: A new one for each creation.
-        name: The name that users give.
-        backend: "gloo" or "nccl".
         actor_ids: The members' actor ids in hex, in rank order.
-        handles: Their serialized handles.
         members: Their processes; empty while the group is being created.
     """
 

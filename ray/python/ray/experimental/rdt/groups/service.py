@@ -143,14 +143,11 @@ class GroupService:
         with self._lock:
             self._forming[group_id] = forming
         try:
-            body: dict[str, Any] = {
-                "id": group_id,
-                "name": name,
-                "backend": backend,
-                "members": list(members),
-            }
-            bodies = [body | {"rank": rank} for rank in range(len(members))]
-            self._ask_all(members, protocol.GROUP_JOIN, bodies, deadline)
+            joins: list[dict[str, Any]] = [
+                {"id": group_id, "name": name, "backend": backend, "rank": rank, "members": members}
+                for rank in range(len(members))
+            ]
+            self._ask_all(members, protocol.GROUP_JOIN, joins, deadline)
             creator = self._session.address
             body = {"id": group_id, "timeout_s": deadline.left_s(), "creator": creator}
             self._ask_all(members, protocol.GROUP_CONNECT, [body] * len(members), deadline)

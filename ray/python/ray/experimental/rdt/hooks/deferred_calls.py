@@ -44,7 +44,6 @@ def call_when_arrived(
 
     Args:
         method: The user's method, which determines the kind of the call.
-        args: Positional arguments, some of them ``Deferred``.
 
     Returns:
         The result that the core expects of such a method: a coroutine, an async generator, or for a

@@ -96,8 +96,6 @@ class Question:
 
     Attributes:
         subject: See ``Explanation``.
-        address: The producer's agent.
-        offers: What the producer can do.
         obj: The object, as far as it is the same for all device types and consumers.
     """
 

@@ -101,12 +101,10 @@ class Row:
     """One object.
 
     Attributes:
-        state: See ``State``.
         producer: The id of the actor that makes it, None while unknown or if it is no actor.
         transport: The transport that the user named, None while unknown.
         location: Where its tensors are; None while SUBMITTED, or if it has none.
         handle: Keeps the producer alive; None if that is not necessary.
-        destinations: Ids of the actors that it was passed to.
         is_warned: True once the user was warned that the producer shares it.
     """
 

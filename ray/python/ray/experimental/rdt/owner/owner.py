@@ -55,9 +55,6 @@ class Owner:
     Args:
         services: Returns the services of this process's session; begins a session if there is none.
         peek: Returns the services if a session has begun, else None.
-
-    Attributes:
-        reconstruction: The calls that may be submitted again.
     """
 
     def __init__(

@@ -78,7 +78,6 @@ class Stream:
     """One call whose items are RDT objects, at its caller.
 
     Args:
-        spec: The description for the producer.
         on_gone: Called with the stream's name when no more items will be taken, on the thread that
             collects garbage.
     """
@@ -97,11 +96,7 @@ class Stream:
         return [*flat_arguments, STREAM_KEYWORD, self.spec]
 
     def attach(self, generator: Any, actor: Any = None) -> Any:
-        """Make the call's ``ObjectRefGenerator`` adopt its items.
-
-        Args:
-            actor: The handle of the actor that makes the items, None if it is a task.
-        """
+        """Make the call's ``ObjectRefGenerator`` adopt its items."""
         generator.__class__ = RDTObjectRefGenerator
         generator._rdt_stream, generator._rdt_actor, generator._rdt_left = self, actor, deque()
         return generator

@@ -22,7 +22,6 @@ class DynamicSpec(NamedTuple):
     """The description of a call that its producer receives.
 
     Attributes:
-        transport: The transport of its items.
         retried: The exceptions that make Ray run the task again.
     """
 

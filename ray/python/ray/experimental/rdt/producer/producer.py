@@ -70,11 +70,6 @@ class Producer:
         services: Returns the services of this process's session; begins a session if there is none.
         find_nixl: Returns this process's nixl transport, None if it has not been used.
         record_put: Records an object that this process owns: its id (hex), transport and location.
-
-    Attributes:
-        store: The stored tensors.
-        admission: The limit of the store.
-        snapshots: The copies in a nixl memory pool.
     """
 
     def __init__(

@@ -31,7 +31,6 @@ class StreamSpec(NamedTuple):
 
     Attributes:
         stream: The name of the stream, in hex.
-        transport: The transport of its items.
         caller: The address of the caller's agent.
         objects_per_yield: The number of items in one yield, in a tuple or list if more than one.
     """

@@ -31,8 +31,6 @@ class StoredObject:
 
     Attributes:
         key: The object's key at this process's agent.
-        object_id: Its Ray id in hex.
-        captured: Its tensors, regions and layout.
         transport: The transport that the user named.
         token: Identifies the object in the agent's events.
     """

@@ -87,7 +87,7 @@ class Server:
         session.serve(protocol.EXPOSE, self._on_expose, self._exposers)
         session.serve(protocol.LEND, self._on_lend)
         session.serve(protocol.DONE, self._on_done)
-        session.on_peer_lost(self._on_peer_lost)
+        session.on_peer_lost(lambda lost: self._drop_readers(lambda peer, until: peer == lost))
         session.on_tick(lambda: self._drop_readers(lambda peer, until: until.has_passed()))
         session.on_close(self._exposers.close)
         session.on_close(self._senders.close)
@@ -235,10 +235,6 @@ class Server:
         if readers:
             self._give_back(key)
         return {}
-
-    def _on_peer_lost(self, peer_id: bytes) -> None:
-        """Runs on: the reaper thread."""
-        self._drop_readers(lambda peer, deadline: peer == peer_id)
 
     def _drop_readers(self, is_over: Callable[[bytes, Deadline], bool]) -> None:
         """Runs on: the reaper thread."""

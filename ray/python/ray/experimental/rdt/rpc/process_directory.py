@@ -30,11 +30,7 @@ def publish_worker(session: Session, worker_id: bytes) -> None:
 
 
 def known_agents(worker_id: bytes | None = None) -> list[bytes]:
-    """Return the addresses of all published agents that are not known to be dead. Blocks.
-
-    Args:
-        worker_id: Restricts the result to this worker.
-    """
+    """Return the addresses of the agents, or of this worker's, not known to be dead. Blocks."""
     keys = ray_core.kv_keys(_WORKER_PREFIX, KV_NAMESPACE)
     entries = [ray_core.kv_get(key, KV_NAMESPACE) for key in keys]
     return [

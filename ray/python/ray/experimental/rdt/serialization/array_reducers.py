@@ -53,7 +53,6 @@ def reduce(value: Any, least_bytes: int) -> tuple[Any, ...] | None:
     Runs on: producer, the thread that pickles.
 
     Args:
-        value: Any object but a tensor.
         least_bytes: Smaller buffers stay in the value.
 
     Returns:

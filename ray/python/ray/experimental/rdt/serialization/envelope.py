@@ -56,9 +56,6 @@ class Envelope:
     """An RDT value as it arrived, without its tensors.
 
     Attributes:
-        head: The descriptor.
-        inband: The pickled skeleton.
-        table: The tensors' layout.
         eager: The tensors' bytes if they rode along, else None.
         buffers: The out-of-band buffers of the rest of the value.
         shipment: What a user's transport needs to receive them, pickled; else None.
