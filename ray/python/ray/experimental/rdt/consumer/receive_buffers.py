@@ -110,7 +110,7 @@ class Destination(Protocol):
     """The memory that a transfer fills."""
 
     def buffers(self, may_spread: bool) -> ReceiveBuffers:
-        """Return the memory."""
+        """Return the memory. ``may_spread``: one region may go to several tensors of the user's."""
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
         """Return the tensors over the memory. The bytes have arrived."""
