@@ -45,23 +45,19 @@ EXACT += ("pinned", "pulls_live", "calls_live", "pool_used")
 ROUGH = {"connections": 8, "file_descriptors": 40}
 
 
-def ones(count: int) -> torch.Tensor:
-    return torch.ones(count)
-
-
 @ray.remote(num_cpus=0)
 class Actor:
     """A producer and a consumer."""
 
     def make(self, count: int) -> torch.Tensor:
-        return ones(count)
+        return torch.ones(count)
 
     def pair(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return ones(count), ones(count)
+        return torch.ones(count), torch.ones(count)
 
     def items(self, count: int, size: int) -> Iterator[torch.Tensor]:
         for _ in range(count):
-            yield ones(size)
+            yield torch.ones(size)
 
     def total(self, tensor: torch.Tensor, *, other: Any = 0) -> float:
         return float(tensor.sum()) + float(torch.as_tensor(other).sum())
@@ -70,7 +66,7 @@ class Actor:
         return sum(float(tensor.sum()) for tensor in ray.get(refs))
 
     def put(self, count: int, transport: str) -> list[Any]:
-        return [ray.put(ones(count), _tensor_transport=transport)]
+        return [ray.put(torch.ones(count), _tensor_transport=transport)]
 
     def count(self) -> dict[str, int]:
         return count_here()
@@ -82,7 +78,7 @@ class Coroutines:
 
     async def items(self, count: int, size: int) -> AsyncIterator[torch.Tensor]:
         for _ in range(count):
-            yield ones(size)
+            yield torch.ones(size)
 
     async def total(self, tensor: torch.Tensor) -> float:
         return float(tensor.sum())
@@ -96,13 +92,13 @@ class Coroutines:
 
 @ray.remote
 def make_in_task(count: int) -> torch.Tensor:
-    return ones(count)
+    return torch.ones(count)
 
 
 @ray.remote
 def items_in_task(count: int, size: int) -> Iterator[torch.Tensor]:
     for _ in range(count):
-        yield ones(size)
+        yield torch.ones(size)
 
 
 @ray.remote
@@ -112,18 +108,13 @@ def total_in_task(tensor: torch.Tensor) -> float:
 
 @ray.remote
 def put_in_task(count: int, transport: str) -> list[Any]:
-    return [ray.put(ones(count), _tensor_transport=transport)]
+    return [ray.put(torch.ones(count), _tensor_transport=transport)]
 
 
 def count_here() -> dict[str, int]:
     gc.collect()
     counters: dict[str, int] = stats()
     return {"file_descriptors": len(os.listdir("/proc/self/fd"))} | counters
-
-
-def new(kind: Any) -> Any:
-    """A new actor of a class."""
-    return kind.remote()
 
 
 class World:
@@ -136,9 +127,8 @@ class World:
     """
 
     def __init__(self) -> None:
-        self.one: Any = new(Actor)
-        self.two: Any = new(Actor)
-        self.loop: Any = new(Coroutines)
+        kinds: tuple[Any, ...] = (Actor, Actor, Coroutines)
+        self.one, self.two, self.loop = (kind.remote() for kind in kinds)
 
     def make(self, size: int, transport: str = "auto") -> Any:
         """A new object of ``one``'s."""
@@ -231,7 +221,7 @@ def _of_tasks(world: World, count: int) -> Any:
 
 
 def _put_here(world: World, count: int) -> Any:
-    puts = [ray.put(ones(LARGE), _tensor_transport="auto") for _ in range(count)]
+    puts = [ray.put(torch.ones(LARGE), _tensor_transport="auto") for _ in range(count)]
     return ray.get([world.two.total.remote(ref) for ref in puts])
 
 

@@ -24,7 +24,7 @@ from ci.build.series import (
     read_series,
     read_stock,
 )
-from ci.build.steps import BUILD, ROOT, BuildError
+from ci.build.steps import BUILD, ROOT, BuildError, replace_file
 
 OPEN = BUILD / "patches"
 FIELDS = ("Description", "Reason", "Forwarded", "Remove-When", "Test", "Last-Update")
@@ -114,9 +114,7 @@ def open_patch(name: str, tree: Path) -> None:
     upto = names.index(name)
     texts = apply_series(series[: upto + 1], tree)
     for path in series[upto].hunks:
-        file = OPEN / name / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(texts[path])
+        replace_file(OPEN / name / path, texts[path].encode())
     print(f"edit the files in {OPEN / name}, then run: python -m ci.patches export")
 
 
@@ -124,9 +122,8 @@ def new_patch(name: str, paths: list[str], tree: Path) -> None:
     series = read_series(PATCHES)
     texts = apply_series(series, tree)
     for path in paths:
-        file = OPEN / name / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(texts.get(path) or read_stock(tree, name, path))
+        text = texts.get(path) or read_stock(tree, name, path)
+        replace_file(OPEN / name / path, text.encode())
     reasons = ", ".join(REASONS)
     (PATCHES / name).write_text(HEADER.format(reasons=f"one of {reasons}", today=date.today()))
     with open(PATCHES / "series", "a") as lines:

@@ -60,15 +60,6 @@ def read_base(path: Path = BASE_FILE) -> Base:
     return Base(version=fields["version"], commit=fields["commit"], wheels=wheels)
 
 
-def verify(wheel: Path, sha256: str) -> None:
-    found = sha256_of(wheel.read_bytes())
-    if found != sha256:
-        raise BuildError(
-            f"wrong base: {wheel} has sha256 {found}, patches/BASE says {sha256}: remove the file "
-            "and build again; if the error remains, the package index now serves another file"
-        )
-
-
 def fetch(base: Base, cache: Path = BUILD / "base") -> Path:
     """Return the verified base wheel for this Python and machine, downloading it if needed."""
     name = base.wheel_name(python_tag(), platform.machine())
@@ -83,7 +74,12 @@ def fetch(base: Base, cache: Path = BUILD / "base") -> Path:
         )
     if not wheel.exists():
         raise BuildError(f"pip did not download {name}: see {cache}/")
-    verify(wheel, base.wheels[name])
+    found, stated = sha256_of(wheel.read_bytes()), base.wheels[name]
+    if found != stated:
+        raise BuildError(
+            f"wrong base: {wheel} has sha256 {found}, patches/BASE says {stated}: remove the file "
+            "and build again; if the error remains, the package index now serves another file"
+        )
     return wheel
 
 

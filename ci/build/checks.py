@@ -25,6 +25,7 @@ CPPCHECK = [
     "--error-exitcode=1",
     "--quiet",
 ]
+SCRIPTS = ["build.sh", ".ci/run", "ci/**/*.sh", "tests/**/*.sh"]
 SANITIZERS = [None, "address", "thread"]
 
 Check = tuple[str, Callable[[], None]]
@@ -37,10 +38,6 @@ def existing(names: list[str]) -> list[str]:
 def native_sources() -> list[Path]:
     files = [file for folder in NATIVE_DIRS for file in folder.rglob("*")]
     return sorted(file for file in files if file.suffix in (".cc", ".h"))
-
-
-def shell_scripts() -> list[str]:
-    return existing(["build.sh", ".ci/run", "ci/**/*.sh", "tests/**/*.sh"])
 
 
 def check_all(venv_python: Path) -> None:
@@ -58,19 +55,23 @@ def check_all(venv_python: Path) -> None:
         ("ruff", tool("ruff", "check", "--quiet", *existing(PYTHON_DIRS))),
         ("ruff format", tool("ruff", "format", "--check", *existing(PYTHON_DIRS))),
         ("mypy", tool("mypy", "--python-executable", venv_python, *existing(TYPED))),
-        ("shellcheck", tool("shellcheck", *shell_scripts())),
+        ("shellcheck", tool("shellcheck", *existing(SCRIPTS))),
         ("codespell", tool("codespell", *existing(PROSE))),
-        ("patches", lint_patches),
+        ("patches", lambda: print(patches.lint(patches.stock_tree()))),
         ("overlay", lint_overlay),
         ("layers", lambda: lint(layers.check())),
         ("sizes", lambda: lint(sizes.check())),
+        ("clang-format", tool("clang-format", "--dry-run", "--Werror", *sources)),
+        ("cppcheck", tool("cppcheck", *CPPCHECK, f"-I{include}", *cpp)),
     ]
-    if sources:
-        checks += [
-            ("clang-format", tool("clang-format", "--dry-run", "--Werror", *sources)),
-            ("cppcheck", tool("cppcheck", *CPPCHECK, f"-I{include}", *cpp)),
-        ]
-    failed = [name for name, act in checks if not passes(name, act)]
+    failed = []
+    for name, act in checks:
+        say(f"checking: {name}")
+        try:
+            act()
+        except BuildError as error:
+            print(error, file=sys.stderr)
+            failed.append(name)
     if failed:
         raise BuildError(f"these checks failed: {', '.join(failed)}")
     say(f"all {len(checks)} checks passed")
@@ -83,20 +84,6 @@ def format_all() -> None:
     run([programs / "ruff", "check", "--quiet", "--fix-only", *folders], advice=advice)
     run([programs / "ruff", "format", *folders], advice=advice)
     run([programs / "clang-format", "-i", *native_sources()], advice=advice)
-
-
-def passes(name: str, act: Callable[[], None]) -> bool:
-    say(f"checking: {name}")
-    try:
-        act()
-    except BuildError as error:
-        print(error, file=sys.stderr)
-        return False
-    return True
-
-
-def lint_patches() -> None:
-    print(patches.lint(patches.stock_tree()))
 
 
 def lint_overlay() -> None:

@@ -23,7 +23,17 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from ci.build import base
-from ci.build.steps import BUILD, ROOT, BuildError, digest, is_done, mark_done, run, say
+from ci.build.steps import (
+    BUILD,
+    ROOT,
+    BuildError,
+    digest,
+    is_done,
+    mark_done,
+    replace_file,
+    run,
+    say,
+)
 from ci.build.wheel import DIST, EPOCH_2020
 
 PYTHON_TAG = "cp312"
@@ -72,10 +82,7 @@ def build_kit(wheel: Path, work: Path = BUILD, dist: Path = DIST) -> Path:
     theirs = members(base_wheel, lambda name: name in left_out)
     packed = compose(wheel.name, ours, theirs, stock, imports_of(wheels_of_needs(work)))
     kit = dist / f"gpu-kit-{base.python_tag()}.tar"
-    dist.mkdir(parents=True, exist_ok=True)
-    fresh = kit.with_suffix(".new")
-    fresh.write_bytes(packed)
-    fresh.replace(kit)
+    replace_file(kit, packed)
     say(f"{kit.name}: {len(packed) / 1e6:.1f} MB of {LIMIT_BYTES / 1e6:.0f}")
     return kit
 
@@ -157,16 +164,19 @@ def is_kept(name: str) -> bool:
 
 def members(wheel: Path, is_wanted: Callable[[str], bool]) -> Files:
     """Return the files of a Ray wheel that belong to the kit."""
+    return read_wheel(wheel, lambda name: is_kept(name) and is_wanted(name))
+
+
+def read_wheel(wheel: Path, is_wanted: Callable[[str], bool]) -> Files:
     with zipfile.ZipFile(wheel) as archive:
         return {
-            each.filename: (archive.read(each), mode_of(each))
+            each.filename: (
+                archive.read(each),
+                0o755 if each.external_attr >> 16 & 0o100 else 0o644,
+            )
             for each in archive.infolist()
-            if is_kept(each.filename) and is_wanted(each.filename)
+            if is_wanted(each.filename)
         }
-
-
-def mode_of(member: zipfile.ZipInfo) -> int:
-    return 0o755 if member.external_attr >> 16 & 0o100 else 0o644
 
 
 def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
@@ -180,12 +190,7 @@ def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
     say("packing the stock part of the GPU kit (once)")
     files = prefixed("site", members(base_wheel, lambda name: name not in left_out))
     for name, wheel in needs.items():
-        with zipfile.ZipFile(wheel) as archived:
-            content = {
-                each.filename: (archived.read(each), mode_of(each))
-                for each in archived.infolist()
-                if not each.is_dir()
-            }
+        content = read_wheel(wheel, lambda path: not path.endswith("/"))
         is_nixl = name.startswith("nixl")
         files |= prefixed("site" if is_nixl else f"needs/{name}", slim(content))
     packed.write_bytes(archive(files, "w:xz"))

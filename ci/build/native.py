@@ -1,15 +1,11 @@
 """Compile the native agent, the Python extensions and the native tests.
 
-`python ci/build/native.py extensions [--out DIR] [--sanitize KIND]` and
-`python ci/build/native.py tests [--sanitize KIND]`; build.sh calls
-compile_extensions. Objects in build/native are reused while their inputs are the same.
-Equal inputs give equal bytes: the output has no time, absolute path or debug information.
+Objects in build/native are reused while their inputs are the same. Equal inputs give equal bytes:
+the output has no time, absolute path or debug information.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import os
 import platform
@@ -25,9 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ci.build.steps import BUILD, ROOT, capture, is_done, mark_done, sha256_of
+
 SOURCE = ROOT / "ray" / "src"
-CACHE = ROOT / "build" / "native"
+CACHE = BUILD / "native"
 JOBS = 2
 
 SODIUM_FILES = (
@@ -109,7 +106,7 @@ class Library:
         if not archive.exists():
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             _run([*pip, "--no-binary=:all:", "--dest", str(folder), self.package])
-        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        found = sha256_of(archive.read_bytes())
         if found != self.sha256:
             archive.unlink()
             raise SystemExit(f"{self.archive}: sha256 is {found}, not {self.sha256}")
@@ -290,7 +287,7 @@ def _compile(style: Flavour, units: list[_Unit]) -> list[Path]:
 
 def _compile_one(style: Flavour, unit: _Unit) -> Path:
     name = str(unit.path.relative_to(ROOT)).replace("/", "-")
-    tag = hashlib.sha256(" ".join(unit.flags).encode()).hexdigest()[:8]
+    tag = sha256_of(" ".join(unit.flags).encode())[:8]
     target = style.folder / "objects" / f"{name}-{tag}.o"
     command = [
         *unit.language(style),
@@ -333,8 +330,7 @@ def _remember_inputs(target: Path, command: list[str]) -> None:
 
 def _hashes(paths: Iterable[str]) -> dict[str, str]:
     return {
-        path: hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).exists() else ""
-        for path in paths
+        path: sha256_of(Path(path).read_bytes()) if Path(path).exists() else "" for path in paths
     }
 
 
@@ -348,11 +344,11 @@ def _cythonize(style: Flavour, name: str) -> Path:
     command += ["--module-name", f"ray.experimental.rdt.{name}", "-o", str(target), source]
     files = sorted((package / source).parent.glob(f"{name}*"))
     inputs = [str(file) for file in files if file.suffix in (".pyx", ".pxd", ".pxi")]
-    stamp = [*command, *_hashes(inputs).values()]
+    key = json.dumps([*command, *_hashes(inputs).values()])
     record = Path(f"{target}.stamp")
-    if not target.exists() or not record.exists() or record.read_text() != json.dumps(stamp):
+    if not target.exists() or not is_done(record, key):
         _run(command, cwd=package)
-        record.write_text(json.dumps(stamp))
+        mark_done(record, key)
     return target
 
 
@@ -372,9 +368,7 @@ def _link(style: Flavour, objects: list[Path], target: Path, *options: str) -> N
 
 
 def _check_no_undefined_sodium(target: Path) -> None:
-    listing = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(target)], check=True, capture_output=True, text=True
-    ).stdout
+    listing = capture(["nm", "-D", "--undefined-only", target], advice="nm is needed (binutils)")
     missing = [
         line.split()[-1] for line in listing.splitlines() if "sodium" in line or "crypto_" in line
     ]
@@ -393,19 +387,3 @@ def _run(command: list[str], cwd: Path | None = None) -> None:
     result = subprocess.run(command, cwd=cwd, check=False)
     if result.returncode != 0:
         raise SystemExit(f"failed: {shlex.join(command)}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("extensions", "tests"))
-    parser.add_argument("--sanitize", choices=sorted(SANITIZERS))
-    parser.add_argument("--out", type=Path, default=CACHE / "out")
-    args = parser.parse_args()
-    if args.what == "extensions":
-        print(*compile_extensions(args.out, args.sanitize), sep="\n")
-    else:
-        print(build_native_tests(args.sanitize))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from ci.build import base, overlay
@@ -30,22 +29,6 @@ CHANGES_FILE = "RDT-CHANGES.txt"
 PLATFORM_LINE = re.compile(r'platform\s+tag:\s+"(\w+)"')
 
 Members = dict[str, bytes | None]
-
-
-@dataclass(frozen=True)
-class Names:
-    """The names of our wheel and of its metadata folder."""
-
-    version: str
-    tag: str
-
-    @property
-    def dist_info(self) -> str:
-        return f"ray-{self.version}.dist-info"
-
-    @property
-    def wheel(self) -> str:
-        return f"ray-{self.version}-{self.tag}.whl"
 
 
 def our_version() -> str:
@@ -78,13 +61,11 @@ def build_wheel(work: Path = BUILD, dist: Path = DIST) -> Path:
             for name in archive.namelist()
             if name.startswith(stock_info)
         }
-    names = Names(
-        version=f"{stock_release.version}+rdt.{our_version()}",
-        tag=f"{base.python_tag()}-{base.python_tag()}-{platform_tag(base_wheel, extensions, work)}",
-    )
+    version = f"{stock_release.version}+rdt.{our_version()}"
+    tag = f"{base.python_tag()}-{base.python_tag()}-{platform_tag(base_wheel, extensions, work)}"
     info[CHANGES_FILE] = describe_changes(changes).encode()
     info |= {f"licenses/{name}.txt": text for name, text in licences().items()}
-    return pack(names, base_wheel, members, info, work, dist)
+    return pack(version, tag, base_wheel, members, info, work, dist)
 
 
 def need_compiler() -> None:
@@ -165,9 +146,7 @@ def record_row(name: str, content: bytes) -> str:
 
 def timestamp() -> tuple[int, int, int, int, int, int]:
     stated = int(os.environ.get("SOURCE_DATE_EPOCH", EPOCH_2020))
-    moment = time.gmtime(max(stated, ZIP_BEGINS))
-    date = (moment.tm_year, moment.tm_mon, moment.tm_mday)
-    return (*date, moment.tm_hour, moment.tm_min, moment.tm_sec)
+    return time.gmtime(max(stated, ZIP_BEGINS))[:6]
 
 
 def write_member(archive: zipfile.ZipFile, name: str, content: bytes, mode: int) -> None:
@@ -204,7 +183,8 @@ def pack_stock(base_wheel: Path, left_out: set[str], work: Path) -> Path:
 
 
 def pack(
-    names: Names,
+    version: str,
+    tag: str,
     base_wheel: Path,
     members: Members,
     info: dict[str, bytes],
@@ -216,19 +196,20 @@ def pack(
     ours = {name: content for name, content in sorted(members.items()) if content is not None}
     info = {
         **info,
-        "METADATA": metadata(info["METADATA"], names.version),
-        "WHEEL": wheel_file(names.tag),
+        "METADATA": metadata(info["METADATA"], version),
+        "WHEEL": wheel_file(tag),
     }
+    dist_info = f"ray-{version}.dist-info"
     for name, content in sorted(info.items()):
         if name != "RECORD":
-            ours[f"{names.dist_info}/{name}"] = content
-    record = f"{names.dist_info}/RECORD"
+            ours[f"{dist_info}/{name}"] = content
+    record = f"{dist_info}/RECORD"
     rows = stock.with_suffix(".rows").read_text() + "".join(
         record_row(name, content) + "\n" for name, content in ours.items()
     )
     ours[record] = (rows + f"{record},,\n").encode()
 
-    wheel = dist / names.wheel
+    wheel = dist / f"ray-{version}-{tag}.whl"
     stamp = work / f"wheel-{base.python_tag()}.done"
     key = digest(str(wheel), str(timestamp()), ours[record])
     if wheel.exists() and is_done(stamp, key):

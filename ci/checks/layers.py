@@ -6,7 +6,6 @@ module that no layer names, and a name without a module. Only
 """
 
 import ast
-import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -120,9 +119,3 @@ def check(sources: Path = SOURCES) -> list[str]:
     except CycleError as error:
         found.append(f"import cycle: {' -> '.join(error.args[1])}")
     return found
-
-
-if __name__ == "__main__":
-    problems = check()
-    print("\n".join(problems) or "layers: no import of a higher layer, and no import cycle")
-    sys.exit(bool(problems))

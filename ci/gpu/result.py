@@ -41,13 +41,10 @@ class Result:
         """Add figures while the program runs."""
         self.figures |= figures
         if self._path is not None:
-            self._write("", "")
+            self.end("", "")
 
     def end(self, state: str, remark: str) -> None:
-        """Record how the program ends: "passed", "failed" or "skipped"."""
-        self._write(state, remark)
-
-    def _write(self, state: str, remark: str) -> None:
+        """Record how the program ends: "passed", "failed", "skipped", or "" if it still runs."""
         content = {"state": state, "remark": remark, "figures": self.figures}
         if self._path is None:
             print(f"{state}: {remark}", flush=True)

@@ -80,27 +80,30 @@ def run(program: Program, root: Path, limit_s: float) -> Outcome:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            is_late = not _ends(process, limit_s)
+            late = ""
+            try:
+                process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                late = f"still running after {limit_s:g} s"
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             kill_marked(mark)
         seconds = time.monotonic() - started
-        late = f"still running after {limit_s:g} s" if is_late else ""
-        return judge(_read(told), _tail(printed), process.returncode, late, seconds)
+        content = json.loads(told.read_text()) if told.exists() else {}
+        return judge(content, _tail(printed), process.returncode, late, seconds)
 
 
 def judge(
     told: dict[str, Any], output: str, status: int | None, late: str, seconds: float
 ) -> Outcome:
     """Return the outcome: the program's own report, unless it ended in another way."""
-    figures = told.get("figures", {})
     state, remark = told.get("state", ""), told.get("remark", "")
     if late:
         state, remark = "failed", f"{late}; {remark or _last_line(output)}"
     elif not state:
         state, remark = "failed", f"ended with {status}: {_last_line(output)}"
-    return Outcome(state, remark, seconds, figures, output)
+    return Outcome(state, remark, seconds, told.get("figures", {}), output)
 
 
 def kill_marked(mark: str) -> None:
@@ -110,20 +113,6 @@ def kill_marked(mark: str) -> None:
         with suppress(OSError):
             if wanted in environment.read_bytes().split(b"\0"):
                 os.kill(int(environment.parent.name), signal.SIGKILL)
-
-
-def _ends(process: subprocess.Popen[bytes], limit_s: float) -> bool:
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(limit_s)
-        return True
-    return False
-
-
-def _read(told: Path) -> dict[str, Any]:
-    if not told.exists():
-        return {}
-    content: dict[str, Any] = json.loads(told.read_text())
-    return content
 
 
 def _tail(printed: Path) -> str:

@@ -31,8 +31,7 @@ def _program(
 
 
 def _tests(selection: str, name: str) -> Program:
-    arguments = ("-m", "ci.gpu.programs.tests", "tests/gpu", "-k", selection)
-    return Program(name, arguments, 100)
+    return _program("tests", 100, "tests/gpu", "-k", selection, name=name)
 
 
 def steps(stock_python: str) -> tuple[Step, ...]:

@@ -85,9 +85,6 @@ class Soak:
         self.problems: list[str] = []
         self._lock = threading.Lock()
 
-    def faults(self, gap_s: float) -> Faults:
-        return Faults(self.actors, list(ACTORS), random.Random(f"{self.seed} faults"), gap_s)
-
     def work(self, seconds: float, faults: Faults) -> None:
         """Run all threads for a time."""
         until = time.monotonic() + seconds
@@ -189,7 +186,7 @@ def run(seconds: float, seed: int, gap_s: float) -> list[str]:
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
         soak = Soak(seed, _transports())
         soak.counts()  # All actors have started.
-        faults = soak.faults(gap_s)
+        faults = Faults(soak.actors, list(ACTORS), random.Random(f"{seed} faults"), gap_s)
         warm_up_s = min(60.0, seconds / 5)
         soak.work(warm_up_s, faults)
         before, left = soak.settled(None)

@@ -66,10 +66,6 @@ def _get(what: Any) -> Any:
     return ray.get(what, timeout=BOUND_S)
 
 
-def _is_right(job: Job, ref: Any) -> bool:
-    return is_right(_get(ref), job.seed)
-
-
 def argument(job: Job) -> bool:
     ref = job.make(job.actor())
     return bool(_get(job.actor().check.remote(job.seed, ref)))
@@ -168,7 +164,7 @@ def of_a_task_that_dies(job: Job) -> bool:
         ref = make.remote(job.seed, job.length, str(Path(folder) / "died"))
         job.faults.killed(TASKS)
         job.faults.count("task's process killed")
-        return _is_right(job, ref)
+        return is_right(_get(ref), job.seed)
 
 
 PATHS: dict[Callable[[Job], bool], float] = {

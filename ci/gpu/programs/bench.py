@@ -106,10 +106,10 @@ class Arm:
     def measure(self, count: int, nbytes: int) -> list[float]:
         """Return seconds of transfers. Raises RuntimeError, or ArmEnded after the arm ended."""
         order = {"count": count, "nbytes": nbytes, "rounds": ROUNDS, "budget_s": BUDGET_S}
+        order["limit_s"] = TURN_LIMIT_S
         assert self._process.stdin is not None
         try:
-            line = json.dumps({**order, "limit_s": TURN_LIMIT_S})
-            print(line, file=self._process.stdin, flush=True)
+            print(json.dumps(order), file=self._process.stdin, flush=True)
         except OSError as error:
             raise ArmEnded(f"the arm has ended: {error}") from error
         seconds: list[float] = self._hear(TURN_LIMIT_S + 5)["seconds"]

@@ -61,20 +61,10 @@ def main(arguments: list[str]) -> None:
 def _measure(
     producer: Any, consumer: Any, transport: str, device: str, order: dict[str, Any]
 ) -> list[float]:
-    count, nbytes = order["count"], order["nbytes"]
     limit_s = order["limit_s"]
-    ray.get(producer.run.remote(hold, count, nbytes, device), timeout=limit_s)
-    times = consumer.run.remote(
-        hand_over,
-        producer,
-        transport,
-        device,
-        count,
-        nbytes,
-        order["rounds"],
-        order["budget_s"],
-        limit_s,
-    )
+    held = producer.run.remote(hold, order["count"], order["nbytes"], device)
+    ray.get(held, timeout=limit_s)
+    times = consumer.run.remote(hand_over, producer, transport, device, order)
     seconds: list[float] = ray.get(times, timeout=limit_s)
     for actor in (producer, consumer):
         ray.get(actor.run.remote(drop), timeout=limit_s)
@@ -115,17 +105,10 @@ def drop(worker: pair.Worker) -> None:
 
 
 def hand_over(
-    _: pair.Worker,
-    producer: Any,
-    transport: str,
-    device: str,
-    count: int,
-    nbytes: int,
-    rounds: int,
-    budget_s: float,
-    limit_s: float,
+    _: pair.Worker, producer: Any, transport: str, device: str, order: dict[str, Any]
 ) -> list[float]:
     """Return seconds of each transfer, up to a count and within the time budget."""
+    rounds, limit_s = order["rounds"], order["limit_s"]
     give = producer.run
     if transport != "plain":
         give = producer.run.options(tensor_transport=transport)
@@ -139,9 +122,9 @@ def hand_over(
         (tensors,) = ray.get([ref], timeout=limit_s)
         _synchronize(device)
         times.append(time.perf_counter() - begun)
-        is_over = len(times) > 1 and time.monotonic() - started > budget_s
+        is_over = len(times) > 1 and time.monotonic() - started > order["budget_s"]
         if len(times) == 1 or is_over or len(times) > rounds:
-            _verify(tensors, count, nbytes)
+            _verify(tensors, order["count"], order["nbytes"])
         del ref, tensors
         if is_over:
             break

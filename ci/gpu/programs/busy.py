@@ -61,8 +61,7 @@ def queue_work(worker: pair.Worker, seconds: float) -> None:
         worker.kept["cycles"] = _cycles_per_second()
     for _ in range(int(seconds * 50)):
         _sleep(int(worker.kept["cycles"] / 50))
-    make: Any = torch.cuda.Event
-    worker.kept["end"] = make()
+    worker.kept["end"] = torch.cuda.Event()
     worker.kept["end"].record()
 
 

@@ -27,8 +27,8 @@ def main(told: result.Result) -> str:
         "date": lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "card": cards,
         "driver": lambda: _ask_driver("driver_version"),
-        "torch": lambda: _torch("__version__"),
-        "CUDA": lambda: _torch("version.cuda"),
+        "torch": lambda: str(_torch().__version__),
+        "CUDA": lambda: str(_torch().version.cuda),
         "NCCL": nccl,
         **{name: partial(version, package) for name, package in _PACKAGES.items()},
         "commit": commit,
@@ -46,8 +46,7 @@ def main(told: result.Result) -> str:
 
 def cards() -> str:
     """Return the GPUs that torch sees."""
-    import torch
-
+    torch = _torch()
     if not torch.cuda.is_available():
         return "no NVIDIA GPU that torch sees"
     found = []
@@ -59,12 +58,10 @@ def cards() -> str:
 
 def nccl() -> str:
     """Return torch's NCCL version."""
-    import torch
-
+    torch = _torch()
     if not hasattr(torch._C, "_nccl_version"):
         return "none in this torch"
-    find: Any = torch.cuda.nccl.version
-    return ".".join(map(str, find()))
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def version(package: str) -> str:
@@ -85,20 +82,16 @@ def host() -> str:
     """Return facts of the host that affect the figures."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     shared = shutil.disk_usage("/dev/shm").free / 2**30
-    kernel = platform.release()
     return (
         f"{os.cpu_count()} cores, {memory:.0f} GiB, {shared:.0f} GiB of /dev/shm free, "
-        f"Linux {kernel}"
+        f"Linux {platform.release()}"
     )
 
 
-def _torch(name: str) -> str:
+def _torch() -> Any:
     import torch
 
-    found: object = torch
-    for part in name.split("."):
-        found = getattr(found, part)
-    return str(found)
+    return torch
 
 
 def _ask_driver(field: str) -> str:

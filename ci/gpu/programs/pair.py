@@ -53,16 +53,17 @@ def store_bytes(wanted: int) -> int:
 
 @contextmanager
 def local_ray(
-    num_gpus: int = 1, object_store: int = 200 << 20, shows_logs: bool = True
+    num_gpus: int | None = 1, object_store: int = 200 << 20, shows_logs: bool = True
 ) -> Iterator[None]:
     """Run a local Ray with at most this many GPUs. Works with stock Ray too.
 
-    The workers' logs go into the report, except during measurements.
+    Without a number, Ray counts the GPUs. The workers' logs go into the report, except during
+    measurements.
     """
     ray.init(
         address="local",
         num_cpus=4,
-        num_gpus=min(num_gpus, gpus()),
+        num_gpus=None if num_gpus is None else min(num_gpus, gpus()),
         include_dashboard=False,
         log_to_driver=shows_logs,
         object_store_memory=store_bytes(object_store),
@@ -127,8 +128,16 @@ def give(actor: Any, lane: str, action: Action, *args: Any) -> Any:
     return ref
 
 
-def run_all(told: Result, checks: Mapping[str, Callable[[], Any]]) -> list[str]:
-    """Run checks in sequence and record their results; return the errors."""
+def receive(consumer: Any, ref: Any, value: int) -> str:
+    """Let an actor get a tensor; raise AssertionError if its bytes or its device are wrong."""
+    wrong = call(consumer, take, [ref], value)
+    if wrong:
+        raise AssertionError(wrong)
+    return "arrived"
+
+
+def run_all(told: Result, checks: Mapping[str, Callable[[], Any]]) -> None:
+    """Run checks in sequence and record their results; raise AssertionError with all errors."""
     wrong = []
     for name, check in checks.items():
         try:
@@ -137,7 +146,8 @@ def run_all(told: Result, checks: Mapping[str, Callable[[], Any]]) -> list[str]:
             traceback.print_exc()
             wrong.append(f"{name}: {describe(error)}")
             told.note(**{name: describe(error)})
-    return wrong
+    if wrong:
+        raise AssertionError("; ".join(wrong))
 
 
 # Actions.
