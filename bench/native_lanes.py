@@ -159,9 +159,7 @@ def consumer_growth(agent: _agent.Agent, address: bytes) -> float:
     """Return the memory that a large pull into fresh memory adds, as a multiple of its bytes."""
     agent.trim()
     before = resident_bytes()
-    block = agent.allocate(LARGE)
-    pull = agent.pull(address, KEYS["large"], array("Q", [block.address]), array("Q", [LARGE]))
-    pull.wait(TIMEOUT_S)
+    pull_times(agent, address, KEYS["large"], LARGE, 1)
     return (resident_bytes() - before) / LARGE
 
 

@@ -7,6 +7,10 @@ doc/benchmarks.md describes how each row is measured.
 from __future__ import annotations
 
 import argparse
+import os
+import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,12 +21,12 @@ from rich.console import Console
 from bench.arms import Row
 from bench.cases import CASES
 from bench.link import Workers
-from bench.machine import describe_machine, describe_python
 from bench.report import Measured, show_arms, show_rows, write_json
 from bench.rounds import Rounds
 
 OUTPUT = Path(__file__).resolve().parents[1] / "build" / "bench"
 FILE_WIDTH = 150
+PACKAGES = ("ray", "torch", "nixl", "numpy")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,16 +57,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_case(console: Console, name: str, args: argparse.Namespace) -> tuple[Measured, list[Row]]:
-    """Run one case with workers of its own.
-
-    Args:
-        console: Shows the progress and the arms.
-        name: The case.
-        args: Run the command line.
-
-    Returns:
-        The samples of each arm, and the case's rows.
-    """
+    """Run one case with workers of its own; return the samples of each arm, and the rows."""
     workers = Workers(Path(sys.executable), args.stock_python, OUTPUT)
     with console.status(name) as status:
         rounds = Rounds(
@@ -77,15 +72,47 @@ def run_case(console: Console, name: str, args: argparse.Namespace) -> tuple[Mea
     return rounds.measured, rows
 
 
-def wide_console() -> Console:
-    """Return a console that is wide enough for the table without a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=FILE_WIDTH)
+def describe_machine() -> dict[str, str]:
+    """Return the machine's facts that matter for a benchmark; name to text."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    load = os.getloadavg()[0]
+    return {
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "memory": f"{memory / (1 << 30):.1f} GiB",
+        "huge pages": _huge_pages(),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "load when started": f"{load:.2f}",
+    }
+
+
+def describe_python(python: Path) -> str:
+    """Return a Python's version and its relevant packages."""
+    program = (
+        "import sys, importlib.metadata as m\n"
+        f"names = [n for n in {PACKAGES} if any(True for _ in m.distributions(name=n))]\n"
+        "print('Python', sys.version.split()[0], *(f'{n} {m.version(n)}' for n in names))"
+    )
+    found = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return names[0] if names else platform.machine()
+
+
+def _huge_pages() -> str:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    return chosen[1] if chosen else "unknown"
 
 
 def main() -> None:
     """Run the benchmark."""
-    args, console = parse_arguments(), wide_console()
+    args, console = parse_arguments(), Console()
+    if not console.is_terminal:  # wide enough for the table
+        console = Console(width=FILE_WIDTH)
     OUTPUT.mkdir(parents=True, exist_ok=True)
     machine = describe_machine() | {
         "this wheel": describe_python(Path(sys.executable)),

@@ -13,11 +13,7 @@ import ray
 
 @ray.remote(enable_tensor_transport=True)
 class Trainer:
-    """Holds the weights and changes them in place.
-
-    Args:
-        model_dir: The folder of the model.
-    """
+    """Holds the weights and changes them in place."""
 
     def __init__(self, model_dir: Path) -> None:
         torch.set_num_threads(1)
@@ -34,12 +30,7 @@ class Trainer:
 
 @ray.remote(enable_tensor_transport=True)
 class Encoder:
-    """Embeds its share of the text with the latest weights that it received.
-
-    Args:
-        model_dir: The folder of the model.
-        sentences: The share of this actor.
-    """
+    """Embeds its share of the text with the latest weights that it received."""
 
     def __init__(self, model_dir: Path, sentences: list[str]) -> None:
         torch.set_num_threads(1)
@@ -58,12 +49,7 @@ class Encoder:
 
 
 class Team:
-    """The actors as a group, for the driver.
-
-    Args:
-        model_dir: The folder of the model.
-        shares: One list of sentences for each encoder.
-    """
+    """The actors as a group, for the driver; each encoder gets one of the shares of the text."""
 
     def __init__(self, model_dir: Path, shares: list[list[str]]) -> None:
         self.trainer = Trainer.remote(model_dir)

@@ -21,26 +21,16 @@ MAX_TOKENS = 128
 
 
 def load_weights(model_dir: Path) -> Weights:
-    """Read the trained parameters.
+    """Return the 103 float tensors of model.safetensors, which may be changed in place.
 
-    Args:
-        model_dir: The folder with model.safetensors.
-
-    Returns:
-        The 103 float tensors, which may be changed in place. The integer buffer of the file (the
-        numbers 0 to 511) is not a parameter and is omitted.
+    The integer buffer of the file (the numbers 0 to 511) is not a parameter and is omitted.
     """
     tensors = load_file(model_dir / "model.safetensors")
     return {name: tensor.clone() for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def train_step(weights: Weights, step: int) -> None:
-    """Change every weight in place, with the same result in every process that runs this step.
-
-    Args:
-        weights: The weights to change.
-        step: The number of the step. It seeds the change.
-    """
+    """Change every weight in place, with the same result in every process that runs this step."""
     noise = torch.Generator().manual_seed(step)
     for weight in weights.values():
         weight.mul_(0.999).add_(torch.randn(weight.shape, generator=noise), alpha=1e-4)
@@ -64,15 +54,7 @@ class SentenceEncoder:
 
     @torch.inference_mode()
     def embed(self, weights: Weights, sentences: list[str]) -> torch.Tensor:
-        """Embed sentences.
-
-        Args:
-            weights: The weights, as returned by load_weights.
-            sentences: The sentences to embed.
-
-        Returns:
-            One row of length 1 for each sentence.
-        """
+        """Return one row of length 1 for each sentence."""
         batches = [
             self._embed_batch(weights, sentences[start : start + BATCH_SENTENCES])
             for start in range(0, len(sentences), BATCH_SENTENCES)

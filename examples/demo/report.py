@@ -55,13 +55,9 @@ def make_table(steps: list[Step], transport: str) -> Table:
 
 
 def _cells(step: Step) -> list[str]:
-    rates = (
-        f"{step.plain_s:.3f}",
-        f"{step.plain_rate:.2f}",
-        f"{step.rdt_s:.3f}",
-        f"{step.rdt_rate:.2f}",
-    )
-    return [*rates, f"{step.speedup:.1f}x"]
+    plain = [f"{step.plain_s:.3f}", f"{step.plain_rate:.2f}"]
+    rdt = [f"{step.rdt_s:.3f}", f"{step.rdt_rate:.2f}"]
+    return [*plain, *rdt, f"{step.speedup:.1f}x"]
 
 
 def _median_step(steps: list[Step]) -> Step:
@@ -70,13 +66,7 @@ def _median_step(steps: list[Step]) -> Step:
 
 
 def save_plot(steps: list[Step], transport: str, path: Path) -> None:
-    """Draw the seconds of each step as pairs of bars.
-
-    Args:
-        steps: The steps to draw.
-        transport: The name of the transport, for the legend.
-        path: The PNG file to write. Its folder is created.
-    """
+    """Draw the seconds of each step as pairs of bars, into a PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -54,12 +54,7 @@ def split(sentences: list[str]) -> list[list[str]]:
 
 
 class Reference:
-    """The same computation in this process, without actors, objects and transfers.
-
-    Args:
-        model_dir: The folder of the model.
-        shares: The text, split as for the encoders.
-    """
+    """The same computation in this process, without actors, objects and transfers."""
 
     def __init__(self, model_dir: Path, shares: list[list[str]]) -> None:
         self.weights = load_weights(model_dir)
@@ -82,15 +77,12 @@ class Reference:
 
 
 def check_equal(number: int, expected: torch.Tensor, got: dict[str, torch.Tensor]) -> None:
-    """Exit if embeddings differ.
+    """Exit with the method and the difference if embeddings differ.
 
     Args:
         number: The number of the step.
         expected: The embeddings computed by this process.
         got: The embeddings computed by the encoders, by the method that sent the weights.
-
-    Raises:
-        SystemExit: They differ. The message gives the method and the difference.
     """
     for method, embeddings in got.items():
         if not torch.equal(embeddings, expected):
@@ -101,14 +93,7 @@ def check_equal(number: int, expected: torch.Tensor, got: dict[str, torch.Tensor
 def run_step(number: int, team: Team, reference: Reference, transport: str) -> Step:
     """Train once, send the weights by both methods, and compare the embeddings.
 
-    Args:
-        number: The number of the step. Odd steps start with RDT, even steps with plain objects.
-        team: The actors.
-        reference: The computation to compare with.
-        transport: The name of the RDT transport.
-
-    Returns:
-        The measurements.
+    Odd steps start with RDT, even steps with plain objects.
     """
     team.train(number)
     methods: dict[str, str | None] = {"plain Ray objects": None, f"RDT ({transport})": transport}
