@@ -1,7 +1,7 @@
 """Types of _agent.pyx, which has the documentation."""
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, Final, final
 
 from typing_extensions import Buffer
 
@@ -19,8 +19,7 @@ class AgentError(TransferFailed):
 @final
 class Pull:
     keep: Any
-    @property
-    def nbytes(self) -> int: ...
+    nbytes: Final[int]
     @property
     def done(self) -> bool: ...
     @property
@@ -41,10 +40,8 @@ class Call:
 
 @final
 class Block(Buffer):
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def address(self) -> int: ...
+    nbytes: Final[int]
+    address: Final[int]
     def __len__(self) -> int: ...
 
 @final
@@ -62,10 +59,8 @@ class Agent:
         peer_timeout_s: float = 30.0,
         clear_tcp: bool = True,
     ) -> None: ...
-    @property
-    def address(self) -> bytes: ...
-    @property
-    def agent_id(self) -> bytes: ...
+    address: Final[bytes]
+    agent_id: Final[bytes]
     def register(
         self, key: bytes, addrs: Buffer, lens: Buffer, token: int, guards: Buffer = b""
     ) -> None: ...

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 
@@ -17,34 +17,23 @@ Row = tuple[int, int, torch.dtype, tuple[int, ...], tuple[int, ...] | None, int]
 
 @final
 class Table:
-    @property
-    def regions(self) -> array[int]: ...
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]: ...
-    @property
-    def devices(self) -> dict[int, str]: ...
-    @property
-    def nbytes(self) -> int: ...
+    regions: Final[array[int]]
+    dtypes: Final[tuple[torch.dtype, ...]]
+    devices: Final[dict[int, str]]
+    nbytes: Final[int]
     @property
     def rows(self) -> list[Row]: ...
     def __len__(self) -> int: ...
 
 @final
 class Layout:
-    @property
-    def table(self) -> Table: ...
-    @property
-    def addresses(self) -> array[int]: ...
-    @property
-    def owners(self) -> list[torch.UntypedStorage | None]: ...
-    @property
-    def offsets(self) -> array[int]: ...
-    @property
-    def runs(self) -> dict[int, tuple[array[int], int]]: ...
-    @property
-    def storages(self) -> array[int]: ...
-    @property
-    def guards(self) -> array[int]: ...
+    table: Final[Table]
+    addresses: Final[array[int]]
+    owners: Final[list[torch.UntypedStorage | None]]
+    offsets: Final[array[int]]
+    runs: Final[dict[int, tuple[array[int], int]]]
+    storages: Final[array[int]]
+    guards: Final[array[int]]
     def is_unchanged(self) -> bool: ...
 
 class Pickler(cloudpickle.CloudPickler):
