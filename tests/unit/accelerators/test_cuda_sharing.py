@@ -13,8 +13,7 @@ import torch
 
 from ray.experimental.rdt.accelerators import cuda, cuda_calls, cuda_sharing
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator
-from ray.experimental.rdt.accelerators.cuda_calls import CudaError
-from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
+from ray.experimental.rdt.accelerators.cuda_calls import CudaError, CudaEvent
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
 from ray.experimental.rdt.accelerators.shared_memory import CannotShare
 

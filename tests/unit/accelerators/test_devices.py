@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray.experimental.rdt.accelerators import cuda, cuda_calls, cuda_events
+from ray.experimental.rdt.accelerators import cuda, cuda_calls
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
 from ray.experimental.rdt.accelerators.events import have_ended
 from ray.experimental.rdt.accelerators.side_streams import SideStreams
@@ -472,8 +472,8 @@ def test_cuda_event_is_spun_for_before_the_first_sleep(monkeypatch):
             pass_time(1e-5)
             return now[0] > reached_after_s
 
-    monkeypatch.setattr(cuda_events, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(cuda_events, "sleep", sleep)
+    monkeypatch.setattr(cuda_calls, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(cuda_calls, "sleep", sleep)
     reached_after_s = 5e-5
     CudaEvent(Late(), torch.device("cuda", 0)).wait(5)
     assert slept == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ray.experimental.rdt.accelerators import writers
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError
 from ray.experimental.rdt.producer import admission, snapshots, transport_server
@@ -133,7 +133,7 @@ def test_the_named_stream_orders_the_copy() -> None:
 
     stream, gate = Named(), threading.Event()
     tensor = torch.zeros(LARGE, device=f"{TYPE}:0")
-    writers.name_stream(stream)
+    accelerators.name_stream(stream)
     try:
         with accelerator.on(stream):
             fake_device.launch(tensor, 1.0, gate)
@@ -142,7 +142,7 @@ def test_the_named_stream_orders_the_copy() -> None:
         with accelerator.on(stream):
             fake_device.launch(tensor, 2.0)
     finally:
-        writers.name_stream(None)
+        accelerators.name_stream(None)
     gate.set()
     (buffer,) = sent(captured, TYPE)
     assert set(fake_device.on_host(buffer).view(torch.float32).tolist()) == {1.0}

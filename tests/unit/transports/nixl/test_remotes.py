@@ -10,9 +10,9 @@ import pytest
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.nixl import remotes as nixl_remotes
+from ray.experimental.rdt.transports.nixl import endpoint as nixl_endpoint
+from ray.experimental.rdt.transports.nixl.endpoint import Remotes
 from ray.experimental.rdt.transports.nixl.engine import NixlError
-from ray.experimental.rdt.transports.nixl.remotes import Remotes
 from tests.unit.transports.nixl.nixl_fakes import Fabric
 
 
@@ -94,14 +94,14 @@ def test_memory_that_cannot_be_reached_is_unavailable(engine, remotes):
 
 
 def test_a_peer_with_many_exposures_is_met_anew(engine, remotes, monkeypatch):
-    monkeypatch.setattr(nixl_remotes, "_MAX_EXPOSURES", 3)
+    monkeypatch.setattr(nixl_endpoint, "_MAX_EXPOSURES", 3)
     for number in range(4):
         read(remotes, number=number)
     assert engine.log.count(("detach", "peer")) == 1
 
 
 def test_of_many_peers_the_longest_unused_is_forgotten(engine, remotes, monkeypatch):
-    monkeypatch.setattr(nixl_remotes, "_MAX_PEERS", 2)
+    monkeypatch.setattr(nixl_endpoint, "_MAX_PEERS", 2)
     for agent in ("a", "b", "a", "c"):
         read(remotes, agent)
     assert [entry for entry in engine.log if entry[0] == "detach"] == [("detach", "b")]

@@ -14,7 +14,7 @@ import pytest
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTError
 from ray.experimental.rdt.transports.base import Parcel, Peer, Shipment
-from ray.experimental.rdt.transports.user import actors, registered
+from ray.experimental.rdt.transports.user import registered, transfers
 from ray.experimental.rdt.transports.user.registered import RegisteredTransport
 from ray.experimental.rdt.transports.user.transfers import TransferEnded
 from ray.experimental.rdt.transports.user.transport import UserTransport
@@ -98,8 +98,8 @@ def transport_of(code: Code, session: FakeSession, *, one_sided: bool = False) -
 
 @pytest.fixture(autouse=True)
 def _no_actors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actors, "own_actor_for_calls", lambda: None)
-    monkeypatch.setattr(actors, "actor_of", lambda serialized: None)
+    monkeypatch.setattr(transfers, "own_actor_for_calls", lambda: None)
+    monkeypatch.setattr(transfers, "actor_of", lambda serialized: None)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from ray.util.annotations import PublicAPI
 
 from ray.experimental.rdt import nixl_api
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.api import current_manager
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
@@ -106,7 +105,7 @@ class NixlTensorTransport(TensorTransportManager):
             TimeoutError: A device does not finish the writes within the fetch timeout.
         """
         deadline = Deadline.after(settings().fetch_timeout_s)
-        for event in writers.record(rdt_object):
+        for event in accelerators.record_writers(rdt_object):
             event.wait(deadline.left_s())
         exposed = nixl_transport().expose([_flat(tensor) for tensor in rdt_object])
         self._live[obj_id] = rdt_object, exposed

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators.cuda_calls import (
+    CudaEvent,
     bindings,
     checked,
     current,
     driver,
+    recorded,
     relaxed,
 )
-from ray.experimental.rdt.accelerators.cuda_events import CudaEvent, recorded
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
 from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory

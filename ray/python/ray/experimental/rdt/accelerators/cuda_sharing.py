@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.accelerators.cuda_calls import (
     CudaError,
+    CudaEvent,
     bindings,
     checked,
     current,
     driver,
     relaxed,
 )
-from ray.experimental.rdt.accelerators.cuda_events import CudaEvent
 from ray.experimental.rdt.accelerators.device_failures import is_device_failure
 from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.accelerators.shared_memory import CannotShare

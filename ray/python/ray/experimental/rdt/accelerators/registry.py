@@ -1,10 +1,13 @@
-"""The kinds of devices that RDT knows. None imports torch before it is used."""
+"""The kinds of devices that RDT knows, and the streams that write what this process sends.
+
+No kind imports torch before it is used.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from ray.experimental.rdt.accelerators.base import Accelerator
@@ -19,6 +22,9 @@ _FACTORIES = {"cuda": ("ray.experimental.rdt.accelerators.cuda", "CudaAccelerato
 
 _lock = threading.Lock()
 _made: dict[str, Accelerator] = {}
+
+#: A stream that the user named. Like the current one, it writes what this process sends.
+_named: torch.cuda.Stream | None = None
 
 
 def of(device_type: str) -> Accelerator | None:
@@ -86,3 +92,30 @@ def register(accelerator: Accelerator) -> None:
         if accelerator.device_type in _made or accelerator.device_type in _FACTORIES:
             raise ValueError(f"RDT knows devices of type {accelerator.device_type!r} already")
         _made[accelerator.device_type] = accelerator
+
+
+def name_stream(stream: torch.cuda.Stream | None) -> None:
+    """Name one more stream of this process for ``record_writers``, None for no such stream."""
+    global _named
+    _named = stream
+
+
+def record_writers(tensors: Sequence[torch.Tensor]) -> list[Event]:
+    """Return events at the current ends of the writers of these tensors. Runs on: any thread."""
+    events = record(tensors)
+    named = _named
+    if named is not None and any(tensor.device == named.device for tensor in tensors):
+        accelerator = of(named.device.type)
+        if accelerator is not None:
+            with accelerator.on(named):
+                events.append(accelerator.record(named.device))
+    return events
+
+
+def make_writers_wait(event: Event, device: torch.device) -> None:
+    """Make later work of a device's writers wait for an event. Runs on: any thread."""
+    event.make_stream_wait()
+    named, accelerator = _named, of(device.type)
+    if named is not None and named.device == device and accelerator is not None:
+        with accelerator.on(named):
+            event.make_stream_wait()

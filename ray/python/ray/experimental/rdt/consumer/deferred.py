@@ -3,7 +3,7 @@
 Ray's core deserializes on two kinds of thread that must not block: its io thread, for ``await ref``
 and ``ref.future()``, and the event loops of an async actor, for the arguments of calls. There, an
 object that must be pulled becomes a ``Deferred``. An ``rdt-pull`` thread pulls and deserializes it.
-``hooks/deferred_calls.py`` passes the value on to the user's code when it has arrived.
+``hooks/actor_calls.py`` passes the value on to the user's code when it has arrived.
 """
 
 from __future__ import annotations

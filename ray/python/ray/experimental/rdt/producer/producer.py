@@ -24,8 +24,8 @@ from ray.experimental.rdt.serialization.envelope import pack
 from ray.experimental.rdt.serialization.layout import Captured, carriers
 from ray.experimental.rdt.transports.base import Shipment, TransportUnavailable
 from ray.experimental.rdt.transports.user import registered
-from ray.experimental.rdt.transports.user.actors import own_actor_handle
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
+from ray.experimental.rdt.transports.user.transfers import own_actor_handle
 from ray.experimental.rdt.transports.user.transport import UserTransport
 
 if TYPE_CHECKING:

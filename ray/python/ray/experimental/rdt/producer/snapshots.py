@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
@@ -135,7 +134,7 @@ class Snapshots:
             accelerator = accelerators.of(device.type)
             assert accelerator is not None, f"RDT took a tensor on {device}"
             event = accelerator.copy(here, device, captured.events)
-            writers.follow(event, device)
+            accelerators.make_writers_wait(event, device)
             events.append(event)
         if all(copy.is_cpu for copy in copies.buffers):
             for event in events:

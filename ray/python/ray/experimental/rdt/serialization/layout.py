@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt import _tensors
 from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Layout, Table, apply_flags
-from ray.experimental.rdt.accelerators import writers
+from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.transports.base import Parcel
@@ -122,7 +122,7 @@ def lay_out(
     Records the events of tensors on devices, so it runs on the thread that made them.
     """
     layout = _tensors.lay_out(tensors, is_parameter, may_gather)
-    events = writers.record(tensors) if layout.table.devices else ()
+    events = accelerators.record_writers(tensors) if layout.table.devices else ()
     return Captured(tensors, layout, layout.addresses, events)
 
 

@@ -25,7 +25,7 @@ from ray.experimental.rdt.transports.base import (
     TransportUnavailable,
     check_clear_allowed,
 )
-from ray.experimental.rdt.transports.process_group.backend import CONSUMER, MAX_TAG, PRODUCER
+from ray.experimental.rdt.transports.process_group.link import CONSUMER, MAX_TAG, PRODUCER
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:

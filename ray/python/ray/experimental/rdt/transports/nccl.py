@@ -30,7 +30,7 @@ from ray.experimental.rdt.transports.base import (
     TransportUnavailable,
     check_clear_allowed,
 )
-from ray.experimental.rdt.transports.process_group.backend import PRODUCER
+from ray.experimental.rdt.transports.process_group.link import PRODUCER
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 if TYPE_CHECKING:

@@ -39,8 +39,7 @@ from ray.experimental.rdt.transports.base import (
     Route,
     TransportUnavailable,
 )
-from ray.experimental.rdt.transports.cuda_ipc.borrowing import Borrowing
-from ray.experimental.rdt.transports.cuda_ipc.imports import Imports
+from ray.experimental.rdt.transports.cuda_ipc.imports import Borrowing, Imports
 from ray.experimental.rdt.transports.cuda_ipc.loans import Loans
 from ray.experimental.rdt.transports.cuda_ipc.reads import Reads
 

@@ -23,7 +23,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.accelerators import registry as accelerators
-from ray.experimental.rdt.accelerators import writers
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
@@ -172,10 +171,10 @@ class NixlTransport:
         """
         self._stream = stream
         self._awaits_devices = stream is None
-        writers.name_stream(stream)
+        accelerators.name_stream(stream)
 
     def close(self) -> None:
-        writers.name_stream(None)
+        accelerators.name_stream(None)
         self._exposed.clear()
         with self._lock:
             endpoint, self._endpoint = self._endpoint, None

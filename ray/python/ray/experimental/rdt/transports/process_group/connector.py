@@ -18,8 +18,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer
-from ray.experimental.rdt.transports.process_group.backend import CONSUMER, PRODUCER, Backend
-from ray.experimental.rdt.transports.process_group.link import Link
+from ray.experimental.rdt.transports.process_group.link import CONSUMER, PRODUCER, Backend, Link
 from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE_S, Links
 from ray.experimental.rdt.transports.process_group.rendezvous import PendingGroups
 

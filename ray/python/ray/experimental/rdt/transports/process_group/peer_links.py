@@ -10,8 +10,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.process_group.backend import Backend
-from ray.experimental.rdt.transports.process_group.link import Link
+from ray.experimental.rdt.transports.process_group.link import Backend, Link
 
 logger = logging.getLogger("ray.rdt")
 

@@ -20,9 +20,8 @@ from ray.experimental.rdt.transports.base import (
     Route,
     TransportUnavailable,
 )
-from ray.experimental.rdt.transports.process_group.backend import Backend
 from ray.experimental.rdt.transports.process_group.connector import Connector
-from ray.experimental.rdt.transports.process_group.link import Link, LinkClosed
+from ray.experimental.rdt.transports.process_group.link import Backend, Link, LinkClosed
 from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE_S
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from ray.experimental.rdt.transports.base import (
     TransportUnavailable,
 )
 from ray.experimental.rdt.transports.calls import call
-from ray.experimental.rdt.transports.user import actors, registered
+from ray.experimental.rdt.transports.user import registered, transfers
 from ray.experimental.rdt.transports.user.registered import RegisteredTransport
 from ray.experimental.rdt.transports.user.transfers import (
     Transfer,
@@ -228,7 +228,7 @@ class UserTransport:
         return list(received)
 
     def _communicator(self, shipment: Shipment, deadline: Deadline) -> Any:
-        producer, consumer = actors.actor_of(shipment.producer), actors.own_actor_for_calls()
+        producer, consumer = transfers.actor_of(shipment.producer), transfers.own_actor_for_calls()
         if consumer is not None:
             ask = partial(self.manager.actor_has_tensor_transport, consumer)
             if not call("actor_has_tensor_transport", ask, deadline):
