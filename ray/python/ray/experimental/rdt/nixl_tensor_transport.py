@@ -12,7 +12,6 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.api import current_manager
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.nixl_api import nixl_transport
 from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
     TensorTransportManager,
@@ -68,11 +67,11 @@ class NixlTensorTransport(TensorTransportManager):
             TransportUnavailable: nixl cannot be started. If it is not installed, the error is also
                 an ImportError.
         """
-        return nixl_transport().endpoint().engine.agent
+        return nixl_api.nixl_transport().endpoint().engine.agent
 
     def select_backend(self) -> str:
         """Return the nixl backend of the agent: "UCX" or "LIBFABRIC"."""
-        return nixl_transport().endpoint().engine.backend
+        return nixl_api.nixl_transport().endpoint().engine.backend
 
     # Ray's weight transfer benchmark and its tests read these attributes of Ray's class.
 
@@ -107,7 +106,7 @@ class NixlTensorTransport(TensorTransportManager):
         deadline = Deadline.after(settings().fetch_timeout_s)
         for event in accelerators.record_writers(rdt_object):
             event.wait(deadline.left_s())
-        exposed = nixl_transport().expose([_flat(tensor) for tensor in rdt_object])
+        exposed = nixl_api.nixl_transport().expose([_flat(tensor) for tensor in rdt_object])
         self._live[obj_id] = rdt_object, exposed
         device = rdt_object[0].device.type if rdt_object else None
         return NixlTransportMetadata(
@@ -132,7 +131,7 @@ class NixlTensorTransport(TensorTransportManager):
         buffers = [_flat(tensor) for tensor in tensors]
         deadline = Deadline.after(settings().fetch_timeout_s)
         after = accelerators.record(tensors)
-        nixl_transport().read(Peer(b"", b""), exposed, buffers, deadline, after)
+        nixl_api.nixl_transport().read(Peer(b"", b""), exposed, buffers, deadline, after)
         return tensors
 
     def garbage_collect(
@@ -143,7 +142,7 @@ class NixlTensorTransport(TensorTransportManager):
     ) -> None:
         _, exposed = self._live.pop(obj_id, ([], {}))
         if exposed:
-            nixl_transport().withdraw(exposed)
+            nixl_api.nixl_transport().withdraw(exposed)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

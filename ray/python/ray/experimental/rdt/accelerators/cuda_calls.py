@@ -1,7 +1,7 @@
 """Events, and calls of the CUDA runtime that torch does not offer, through cuda-bindings.
 
-torch's CUDA wheels install NVIDIA's package cuda-bindings. Its calls return an error code first. They release the
-GIL.
+torch's CUDA wheels install NVIDIA's package cuda-bindings. Its calls return an error code first.
+They release the GIL.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ _FACTORIES = {"cuda": ("ray.experimental.rdt.accelerators.cuda", "CudaAccelerato
 _lock = threading.Lock()
 _made: dict[str, Accelerator] = {}
 
-#: A stream that the user named. Like the current one, it writes what this process sends.
+#: A stream that the user named. It writes what this process sends, as the current one does.
 _named: torch.cuda.Stream | None = None
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.groups import entered_groups
 from ray.experimental.rdt.groups.entered_groups import BACKEND
 from ray.experimental.rdt.groups.membership import Group
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
+from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 logger = logging.getLogger("ray.rdt")
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ray.experimental.rdt.groups.membership import Group
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
+from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
 #: The name of RDT's backend in ``ray.util.collective``.
 BACKEND = "RDT"

@@ -18,7 +18,6 @@ from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups import entered_groups, records
 from ray.experimental.rdt.groups.membership import Member
-from ray.experimental.rdt.groups.records import Record
 from ray.experimental.rdt.groups.service import GroupService, MemberFailed
 
 if TYPE_CHECKING:
@@ -171,11 +170,11 @@ def _check_hardware(backend: str) -> None:
         raise RuntimeError("Backend nccl needs NVIDIA GPUs, and this machine has none")
 
 
-def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> Record:
+def _reserve(actors: Sequence[ActorHandle], backend: str, name: str) -> records.Record:
     """Reserve the name. A group whose actors are all dead does not keep its name."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"The name of a collective group must be a string, got {name!r}")
-    record = Record(
+    record = records.Record(
         id=uuid.uuid4().hex,
         name=name,
         backend=backend,
@@ -231,7 +230,7 @@ def _join_users_group(instance: Any, rank: int, world_size: int, backend: str, n
     collective.init_collective_group(world_size, rank, backend, name)
 
 
-def _leave_users(record: Record) -> None:
+def _leave_users(record: records.Record) -> None:
     """Make all living members leave; busy members leave later."""
     own_id = ray.get_runtime_context().get_actor_id()
     left = [
@@ -282,7 +281,7 @@ def _service() -> GroupService:
     return service
 
 
-def _handle(record: Record, given: dict[str, ActorHandle]) -> CommunicatorHandle:
+def _handle(record: records.Record, given: dict[str, ActorHandle]) -> CommunicatorHandle:
     """Return a handle to a group of another process. It does not keep the actors alive."""
     from ray.experimental.collective.communicator import CommunicatorHandle
 

@@ -18,13 +18,7 @@ from ray.experimental.rdt._agent import read_memory
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.once import Once
 from ray.experimental.rdt.groups.membership import Membership
-from ray.experimental.rdt.transports.base import (
-    Buffers,
-    Capabilities,
-    Events,
-    TransportUnavailable,
-    check_clear_allowed,
-)
+from ray.experimental.rdt.transports import base
 from ray.experimental.rdt.transports.process_group.link import CONSUMER, MAX_TAG, PRODUCER
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
@@ -41,7 +35,7 @@ class GlooBackend:
         host: The address of this node that others reach.
     """
 
-    capabilities = Capabilities("gloo", frozenset({"cpu"}), two_sided=True)
+    capabilities = base.Capabilities("gloo", frozenset({"cpu"}), two_sided=True)
     has_tags = True
 
     def __init__(self, host: str):
@@ -49,15 +43,15 @@ class GlooBackend:
         self._device: Once[Any] = Once()
 
     def check_available(self) -> None:
-        check_clear_allowed("gloo does not encrypt")
+        base.check_clear_allowed("gloo does not encrypt")
         try:
             import torch.distributed
         except ImportError as error:
-            raise TransportUnavailable(
+            raise base.TransportUnavailable(
                 f"gloo needs torch, which this process cannot import: {error}"
             ) from error
         if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-            raise TransportUnavailable("this build of torch has no gloo")
+            raise base.TransportUnavailable("this build of torch has no gloo")
 
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
@@ -93,7 +87,7 @@ class GlooBackend:
     def wait(self, work: Any, timeout_s: float) -> None:
         work.wait(timedelta(seconds=timeout_s))
 
-    def transfer_context(self, after: Events) -> AbstractContextManager[None]:
+    def transfer_context(self, after: base.Events) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def empty(self, nbytes: int) -> torch.Tensor:
@@ -101,11 +95,11 @@ class GlooBackend:
 
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
-    def unsupported_reason(self, buffers: Buffers) -> str:
+    def unsupported_reason(self, buffers: base.Buffers) -> str:
         others = {str(b.device) for b in buffers if b.device.type != "cpu"}
         return f"gloo carries CPU tensors only, not those on {sorted(others)}" if others else ""
 
-    def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
+    def pack(self, buffers: base.Buffers, slot: torch.Tensor) -> None:
         """See ``Backend``. Raises AgentError for memory that is gone, as gloo's own sends fail.
 
         Torch's copy is not used, because it would start an OpenMP team per thread.
@@ -113,7 +107,7 @@ class GlooBackend:
         addresses = array("Q", [buffer.data_ptr() for buffer in buffers])
         read_memory(addresses, array("Q", [buffer.numel() for buffer in buffers]), slot.data_ptr())
 
-    def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
+    def unpack(self, slot: torch.Tensor, buffers: base.Buffers) -> None:
         at = slot.data_ptr()
         for buffer in buffers:
             ctypes.memmove(buffer.data_ptr(), at, buffer.numel())

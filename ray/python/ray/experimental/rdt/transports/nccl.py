@@ -23,13 +23,7 @@ from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.groups.membership import Membership
-from ray.experimental.rdt.transports.base import (
-    Buffers,
-    Capabilities,
-    Events,
-    TransportUnavailable,
-    check_clear_allowed,
-)
+from ray.experimental.rdt.transports import base
 from ray.experimental.rdt.transports.process_group.link import PRODUCER
 from ray.experimental.rdt.transports.process_group.transport import ProcessGroupTransport
 
@@ -57,7 +51,7 @@ _environment_lock = threading.Lock()
 class NcclBackend:
     """A ``Backend`` of NCCL process groups on ``device``, the first GPU that the process sees."""
 
-    capabilities = Capabilities("nccl", frozenset({"cuda"}), two_sided=True)
+    capabilities = base.Capabilities("nccl", frozenset({"cuda"}), two_sided=True)
     has_tags = False
 
     def __init__(self, accelerator: Accelerator, device: torch.device):
@@ -67,17 +61,17 @@ class NcclBackend:
         self._idle_streams: list[Any] = []
 
     def check_available(self) -> None:
-        check_clear_allowed("nccl does not encrypt between nodes")
+        base.check_clear_allowed("nccl does not encrypt between nodes")
         try:
             import torch.distributed
         except ImportError as error:
-            raise TransportUnavailable(
+            raise base.TransportUnavailable(
                 f"nccl needs torch, which this process cannot import: {error}"
             ) from error
         if not torch.cuda.is_available():
-            raise TransportUnavailable("nccl needs an NVIDIA GPU, and this process has none")
+            raise base.TransportUnavailable("nccl needs an NVIDIA GPU, and this process has none")
         if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
-            raise TransportUnavailable("this build of torch has no NCCL")
+            raise base.TransportUnavailable("this build of torch has no NCCL")
 
     def make(
         self, store: Any, rank: int, size: int, timeout_s: float, has_collectives: bool
@@ -106,7 +100,7 @@ class NcclBackend:
         for other in range(size):
             identity = store.get(f"gpu/{other}")
             if identity in ranks:
-                raise TransportUnavailable(
+                raise base.TransportUnavailable(
                     f"ranks {ranks[identity]} and {other} are on one GPU, {identity.decode()}, "
                     "and NCCL connects different ones only"
                 )
@@ -141,7 +135,7 @@ class NcclBackend:
         work.wait(timeout_s)
 
     @contextlib.contextmanager
-    def transfer_context(self, after: Events) -> Iterator[None]:
+    def transfer_context(self, after: base.Events) -> Iterator[None]:
         """See ``Backend``. Each transfer has a stream of its own while it runs.
 
         Its operations wait for the other end. On a stream that others use, the default one for
@@ -163,18 +157,18 @@ class NcclBackend:
     def empty(self, nbytes: int) -> torch.Tensor:
         return self._accelerator.empty(nbytes, self._device)
 
-    def unsupported_reason(self, buffers: Buffers) -> str:
+    def unsupported_reason(self, buffers: base.Buffers) -> str:
         others = {str(b.device) for b in buffers} - {str(self._device)}
         return (
             f"nccl links are on {self._device}, the tensors on {sorted(others)}" if others else ""
         )
 
-    def pack(self, buffers: Buffers, slot: torch.Tensor) -> None:
+    def pack(self, buffers: base.Buffers, slot: torch.Tensor) -> None:
         import torch
 
         torch.cat(list(buffers), out=slot)
 
-    def unpack(self, slot: torch.Tensor, buffers: Buffers) -> None:
+    def unpack(self, slot: torch.Tensor, buffers: base.Buffers) -> None:
         """See ``Backend``. Returns when the bytes are in place.
 
         Not on the transfer's stream, where it would wait for the messages that are in flight.

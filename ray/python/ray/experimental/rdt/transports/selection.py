@@ -9,17 +9,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import LANES, settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.rpc.session import agent_id_of, boot_id_of
+from ray.experimental.rdt.rpc.session import Session, agent_id_of, boot_id_of
 from ray.experimental.rdt.transports.nixl.engine import has_rdma
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.rpc.session import Session
 
 #: Stages device memory in host memory.
 _STAGED = "staged"

@@ -1,4 +1,4 @@
-"""Memory of producers that a consumer has mapped, and the thread that unmaps it."""
+"""Memory of producers that a consumer has mapped, tensors over it, and its unmapping thread."""
 
 from __future__ import annotations
 

@@ -39,6 +39,12 @@ _SLICE_S = 0.2  # how often a read looks whether its task was cancelled
 #: How long a failed read waits for its requests in flight.
 _GRACE_S = 1.0
 
+#: nixl cannot forget single exposures of a peer. After this many, the peer is attached again.
+_MAX_EXPOSURES = 4096
+
+#: Peers known at once. The least recently read one is forgotten first.
+_MAX_PEERS = 1024
+
 
 class _Hung(NamedTuple):
     """Requests that outlived their read, and the memory that they may still write."""
@@ -192,13 +198,6 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause
         pause = min(2 * pause, 500e-6)
-
-
-#: nixl cannot forget single exposures of a peer. After this many, the peer is attached again.
-_MAX_EXPOSURES = 4096
-
-#: Peers known at once. The least recently read one is forgotten first.
-_MAX_PEERS = 1024
 
 
 @dataclass

@@ -26,19 +26,10 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.transports.base import (
-    Buffers,
-    Capabilities,
-    Events,
-    Peer,
-    Route,
-    TransportUnavailable,
-    check_clear_allowed,
-)
+from ray.experimental.rdt.transports import base
 from ray.experimental.rdt.transports.calls import call
 from ray.experimental.rdt.transports.nixl import engine as nixl_engine
 from ray.experimental.rdt.transports.nixl.endpoint import Endpoint
-from ray.experimental.rdt.transports.nixl.engine import NixlEngine, NixlError
 from ray.experimental.rdt.transports.nixl.plan import KINDS, spans_of
 from ray.experimental.rdt.transports.nixl.registration import Lease
 
@@ -58,16 +49,16 @@ class NixlTransport:
         TransportUnavailable: nixl is not installed, or Ray is told to use TLS.
     """
 
-    capabilities = Capabilities(
+    capabilities = base.Capabilities(
         "nixl", frozenset({"cpu", "cuda"}), two_sided=False, sends_from_host=True
     )
 
     def __init__(
         self,
         session: Session | None = None,
-        open_engine: Callable[[], NixlEngine] = nixl_engine.open_engine,
+        open_engine: Callable[[], nixl_engine.NixlEngine] = nixl_engine.open_engine,
     ):
-        check_clear_allowed("nixl does not encrypt")
+        base.check_clear_allowed("nixl does not encrypt")
         if open_engine is nixl_engine.open_engine:
             nixl_engine.check_installed()
         self._open_engine = open_engine
@@ -83,12 +74,12 @@ class NixlTransport:
         """Return this process's agent. The first call starts it. Raises TransportUnavailable."""
         with self._lock:
             if self._is_closed:
-                raise TransportUnavailable("nixl has been closed in this process")
+                raise base.TransportUnavailable("nixl has been closed in this process")
             if self._endpoint is None:
                 self._endpoint = Endpoint(self._open_engine())
             return self._endpoint
 
-    def expose(self, buffers: Buffers) -> Route:
+    def expose(self, buffers: base.Buffers) -> base.Route:
         """See ``OneSided``. Blocks and raises as ``check_writers`` does."""
         spans = spans_of(buffers)
         if not spans.nbytes:
@@ -102,13 +93,18 @@ class NixlTransport:
                 undo.callback(endpoint.registrations.release, lease)
                 described = _describe(endpoint.engine, number, lease)
                 undo.pop_all()
-        except NixlError as error:
-            raise TransportUnavailable(f"nixl cannot expose this memory: {error}") from error
+        except nixl_engine.NixlError as error:
+            raise base.TransportUnavailable(f"nixl cannot expose this memory: {error}") from error
         self._exposed[number] = lease
         return described
 
     def read(
-        self, peer: Peer, exposed: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
+        self,
+        peer: base.Peer,
+        exposed: base.Route,
+        buffers: base.Buffers,
+        deadline: Deadline,
+        after: base.Events = (),
     ) -> None:
         """See ``OneSided``.
 
@@ -123,7 +119,7 @@ class NixlTransport:
         if "agent" in exposed or any(buffer.numel() for buffer in buffers):
             self.endpoint().read(exposed, buffers, deadline, after)
 
-    def withdraw(self, exposed: Route) -> None:
+    def withdraw(self, exposed: base.Route) -> None:
         ended, endpoint = self._exposed.pop(exposed.get("number", 0), None), self._endpoint
         if ended is not None and endpoint is not None:
             endpoint.registrations.release(ended)
@@ -136,12 +132,12 @@ class NixlTransport:
         """Undo one ``register_memory``. Raises ValueError if there is none to undo."""
         self.endpoint().registrations.unpin(tensor)
 
-    def has_registered(self, buffers: Buffers) -> bool:
+    def has_registered(self, buffers: base.Buffers) -> bool:
         """Return whether any of this memory is registered by ``register_memory``."""
         endpoint = self._endpoint
         return endpoint is not None and endpoint.registrations.has_pinned(spans_of(buffers))
 
-    def check_writers(self, buffers: Buffers) -> None:
+    def check_writers(self, buffers: base.Buffers) -> None:
         """Wait for the buffers' devices after ``set_cuda_stream(None)``.
 
         Blocks for half the fetch timeout at most.
@@ -191,13 +187,13 @@ def _await_device(device: torch.device, deadline: Deadline) -> None:
     try:
         call("synchronize", synchronize, deadline, "rdt-nixl-sync")
     except TimeoutError as error:
-        raise TransportUnavailable(
+        raise base.TransportUnavailable(
             f"{device} did not finish its work in time; set_nixl_cuda_stream limits the wait to "
             "one stream"
         ) from error
 
 
-def _describe(engine: NixlEngine, number: int, lease: Lease) -> Route:
+def _describe(engine: nixl_engine.NixlEngine, number: int, lease: Lease) -> base.Route:
     """Describe the memory of a lease for consumers."""
     registered = ((name, lease.registered(kind)) for kind, name in enumerate(KINDS))
     blobs = [engine.describe(name, rows) for name, rows in registered if len(rows)]

@@ -12,18 +12,16 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.rpc import protocol
+from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import Peer
 from ray.experimental.rdt.transports.process_group.link import CONSUMER, PRODUCER, Backend, Link
 from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE_S, Links
 from ray.experimental.rdt.transports.process_group.rendezvous import PendingGroups
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.rpc.session import Session
 
 logger = logging.getLogger("ray.rdt")
 

@@ -32,7 +32,6 @@ from ray.experimental.rdt.transports.base import (
 )
 from ray.experimental.rdt.transports.calls import Call
 from ray.experimental.rdt.transports.process_group import packing
-from ray.experimental.rdt.transports.process_group.packing import Header
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +43,7 @@ MAX_TAG = 2**31 - 1  # gloo takes a C int
 
 
 class Backend(Protocol):
-    """A kind of process group. Its methods import torch."""
+    """The library that moves the bytes of links. Its methods import torch."""
 
     capabilities: Capabilities
     #: Whether tags keep transfers apart, so that one link can carry many at once.
@@ -234,9 +233,9 @@ class Link:
         import torch
 
         refusal = self._backend.unsupported_reason(buffers)
-        header = Header.describing(tag, [b.numel() for b in buffers])
+        header = packing.Header.describing(tag, [b.numel() for b in buffers])
         if refusal:
-            header, buffers = Header.refusing(tag, refusal), ()
+            header, buffers = packing.Header.refusing(tag, refusal), ()
         message = self._backend.empty(packing.HEADER_NBYTES)
         message.copy_(torch.frombuffer(bytearray(header.encode()), dtype=torch.uint8))
         # Messages follow the header at once: after a wait this thread may get the GIL late.
@@ -247,10 +246,10 @@ class Link:
         """Runs on: consumer, the transfer's thread."""
         message = self._backend.empty(packing.HEADER_NBYTES)
         self._backend.wait(self._post(message, tag), deadline.left_s() + _HEADER_SLACK_S)
-        header = Header.decode(bytes(message.tolist()))
+        header = packing.Header.decode(bytes(message.tolist()))
         if header.refusal:
             raise TransferRefused(header.refusal)
-        expected = Header.describing(tag, [b.numel() for b in buffers])
+        expected = packing.Header.describing(tag, [b.numel() for b in buffers])
         if header != expected:
             raise TransferFailed(f"expected {expected}, the producer sends {header}")
 

@@ -13,13 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.groups.membership import Group, Membership, membership
 from ray.experimental.rdt.rpc import protocol
-from ray.experimental.rdt.transports.base import (
-    Buffers,
-    Events,
-    Peer,
-    Route,
-    TransportUnavailable,
-)
+from ray.experimental.rdt.transports import base
 from ray.experimental.rdt.transports.process_group.connector import Connector
 from ray.experimental.rdt.transports.process_group.link import Backend, Link, LinkClosed
 from ray.experimental.rdt.transports.process_group.peer_links import CLOSE_GRACE_S
@@ -54,17 +48,17 @@ class ProcessGroupTransport:
 
     # Transfers.
 
-    def route(self, peer: Peer, deadline: Deadline) -> Route:
+    def route(self, peer: base.Peer, deadline: Deadline) -> base.Route:
         self.check_available()
         group = self._groups.find_common(self.capabilities.name, peer.agent_id)
         link = self._links.acquire(peer, group.id if group is not None else "", deadline)
         return {"link": link.id, "tag": link.next_tag()}
 
-    def send(self, route: Route, buffers: Buffers, deadline: Deadline) -> None:
+    def send(self, route: base.Route, buffers: base.Buffers, deadline: Deadline) -> None:
         self._find(route).send(route["tag"], buffers, deadline)
 
     def receive(
-        self, route: Route, buffers: Buffers, deadline: Deadline, after: Events = ()
+        self, route: base.Route, buffers: base.Buffers, deadline: Deadline, after: base.Events = ()
     ) -> None:
         link = self._find(route)
         try:
@@ -72,7 +66,7 @@ class ProcessGroupTransport:
         finally:
             self._links.release(link)
 
-    def abandon(self, route: Route, may_send: bool) -> None:
+    def abandon(self, route: base.Route, may_send: bool) -> None:
         link = self._links.find(route["link"])
         if link is None:
             return
@@ -81,7 +75,7 @@ class ProcessGroupTransport:
         else:
             self._links.release(link)
 
-    def _find(self, route: Route) -> Link:
+    def _find(self, route: base.Route) -> Link:
         link = self._links.find(route["link"])
         if link is None:
             raise LinkClosed("the connection was closed before the transfer began")
@@ -94,7 +88,7 @@ class ProcessGroupTransport:
 
         Runs on: member, any thread, before ``connect`` is called at any member.
         """
-        peers = {m.agent_id: Peer(m.address, m.agent_id) for m in group.others}
+        peers = {m.agent_id: base.Peer(m.address, m.agent_id) for m in group.others}
         self._pending.begin(group.id, tuple(peers.values()), group.id, is_link=False)
         for rank, member in enumerate(group.members):
             if rank != group.rank:
@@ -110,13 +104,13 @@ class ProcessGroupTransport:
             TransportUnavailable: A member cannot be reached; names its actor.
         """
         self.check_available()
-        peers = [(m, Peer(m.address, m.agent_id)) for m in group.others]
+        peers = [(m, base.Peer(m.address, m.agent_id)) for m in group.others]
         self._links.start_connecting([peer for _, peer in peers], group.id)
         for member, peer in peers:
             try:
                 self._links.release(self._links.acquire(peer, group.id, deadline))
-            except TransportUnavailable as error:
-                raise TransportUnavailable(f"actor {member.actor_id}: {error}") from error
+            except base.TransportUnavailable as error:
+                raise base.TransportUnavailable(f"actor {member.actor_id}: {error}") from error
 
     def disconnect(self, scope: str, reason: str) -> None:
         """Close the links of a collective group. Runs on: member, any thread; blocks briefly."""
@@ -141,9 +135,9 @@ class ProcessGroupTransport:
 
     def _check_open(self, scope: str) -> None:
         if self._is_closed:
-            raise TransportUnavailable(f"{self.capabilities.name} was shut down")
+            raise base.TransportUnavailable(f"{self.capabilities.name} was shut down")
         if scope and self._groups.get(scope) is None:
-            raise TransportUnavailable("the collective group was destroyed")
+            raise base.TransportUnavailable("the collective group was destroyed")
 
     def _on_peer_lost(self, peer_id: bytes) -> None:
         """Runs on: the reaper thread, which must not wait."""

@@ -17,12 +17,7 @@ from ray.experimental.rdt.common.once import StillBeingMade
 from ray.experimental.rdt.rpc import checksums, protocol
 from ray.experimental.rdt.rpc.session import Session, boot_id_of
 from ray.experimental.rdt.transports.base import Buffers, Events, Peer
-from ray.experimental.rdt.transports.staged.chunk_copies import (
-    ChunkCopies,
-    accelerator_of,
-    cut,
-    pieces_of,
-)
+from ray.experimental.rdt.transports.staged import chunk_copies
 from ray.experimental.rdt.transports.staged.shared_slots import Mapped, Mappings
 
 if TYPE_CHECKING:
@@ -44,7 +39,7 @@ class Reader:
         copies: Copies between devices and chunks.
     """
 
-    def __init__(self, session: Session, copies: ChunkCopies):
+    def __init__(self, session: Session, copies: chunk_copies.ChunkCopies):
         self.session = session
         self.copies = copies
         self._mappings = Mappings()
@@ -78,7 +73,7 @@ class Reader:
         if peer.agent_id in self._unmapped:
             return None
         try:
-            accelerator = accelerator_of(pieces[0].device)
+            accelerator = chunk_copies.accelerator_of(pieces[0].device)
             return self._mappings.open(peer.agent_id, slot, accelerator, deadline)
         except StillBeingMade:
             raise
@@ -151,7 +146,7 @@ class _Reading:
         while len(self.chunks) >= _COPIES or self._has_first_ended():
             self._finish_first()
         answered = answer(self.deadline.left_s())
-        pieces = list(pieces_of(self.buffers, start, stop))
+        pieces = list(chunk_copies.pieces_of(self.buffers, start, stop))
         mapped = self.reader.map(self.peer, answered["slot"], pieces, self.deadline)
         chunk = _Chunk(answered["key"], mapped=mapped)
         self.chunks.append(chunk)
@@ -172,10 +167,10 @@ class _Reading:
         away = [piece for piece in pieces if not piece.is_cpu]
         if away:
             nbytes = sum(piece.numel() for piece in away)
-            memory = accelerator_of(away[0].device).pinned(nbytes)
+            memory = chunk_copies.accelerator_of(away[0].device).pinned(nbytes)
         else:
             memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        parts = iter(cut(memory, [piece.numel() for piece in away]))
+        parts = iter(chunk_copies.cut(memory, [piece.numel() for piece in away]))
         landed = [piece if piece.is_cpu else next(parts) for piece in pieces]
         pull = checksums.Pull(
             self.reader.session,

@@ -36,13 +36,8 @@ from ray.experimental.rdt.common.thread_pool import DaemonThreads
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import CallError, Session
 from ray.experimental.rdt.transports.base import Buffers, Capabilities, Events, Peer, Route
+from ray.experimental.rdt.transports.staged import chunk_copies
 from ray.experimental.rdt.transports.staged import reading as staged_reading
-from ray.experimental.rdt.transports.staged.chunk_copies import (
-    ChunkCopies,
-    accelerator_of,
-    pieces_of,
-)
-from ray.experimental.rdt.transports.staged.reading import Reader
 from ray.experimental.rdt.transports.staged.shared_slots import Slot, Slots
 
 if TYPE_CHECKING:
@@ -92,8 +87,8 @@ class StagedTransport:
         self._chunks: dict[int, _Chunk] = {}
         # The store's own tokens are above 0.
         self._tokens = itertools.count(-1, -1)
-        self._copies = ChunkCopies()
-        self._reader = Reader(session, self._copies)
+        self._copies = chunk_copies.ChunkCopies()
+        self._reader = staged_reading.Reader(session, self._copies)
         self._slots: dict[str, Slots] = {}
         # Slots of requests that failed while devices wrote.
         self._written: list[tuple[Slot, list[Event]]] = []
@@ -126,8 +121,8 @@ class StagedTransport:
         if buffers is None:
             raise CallError("the object is not exposed here any more", "not_found")
         start, stop, deadline = body["start"], body["stop"], Deadline.after(body["timeout_s"])
-        pieces = list(pieces_of(buffers, start, stop))
-        accelerator = accelerator_of(pieces[0].device)
+        pieces = list(chunk_copies.pieces_of(buffers, start, stop))
+        accelerator = chunk_copies.accelerator_of(pieces[0].device)
         slot = self._take_slot(accelerator, deadline)
         if slot is None:
             place, memory = None, accelerator.pinned(stop - start)

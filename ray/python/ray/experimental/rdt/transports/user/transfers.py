@@ -1,8 +1,9 @@
-"""The transfers of one process over a user's transport, which either side may end.
+"""The transfers of one process over a user's transport, and their actors as its code gets them.
 
-A process receives at most one object at a time over a transport, and sends at most one. A consumer
-takes the lock for receiving before it asks its producer, which takes the lock for sending. A
-transfer that has both goes on, so transfers cannot wait for each other in a circle.
+Either side may end a transfer. A process receives at most one object at a time over a transport,
+and sends at most one. A consumer takes the lock for receiving before it asks its producer, which
+takes the lock for sending. A transfer that has both goes on, so transfers cannot wait for each
+other in a circle.
 
 Request: ``USER_END`` of ``rpc/protocol.py``. The answer has the reason for which this side had
 failed before, "" for none.

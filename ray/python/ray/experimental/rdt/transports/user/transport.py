@@ -28,23 +28,9 @@ from ray.experimental.rdt.tensor_transport_manager import (
     CommunicatorMetadata,
     TensorTransportManager,
 )
-from ray.experimental.rdt.transports.base import (
-    Capabilities,
-    Parcel,
-    Peer,
-    Route,
-    Shipment,
-    TransportUnavailable,
-)
+from ray.experimental.rdt.transports import base
 from ray.experimental.rdt.transports.calls import call
 from ray.experimental.rdt.transports.user import registered, transfers
-from ray.experimental.rdt.transports.user.registered import RegisteredTransport
-from ray.experimental.rdt.transports.user.transfers import (
-    Transfer,
-    TransferEnded,
-    Transfers,
-    exclusively,
-)
 
 logger = logging.getLogger("ray.rdt")
 
@@ -55,35 +41,35 @@ _OBJECT_ID_BYTES = 28
 _END_S = 5.0
 
 #: Asks the producer's process: op and route in, its answer out.
-Ask = Callable[[str, Route], Route]
+Ask = Callable[[str, base.Route], base.Route]
 
 
 class UserTransport:
     """The use that one process makes of a user's transport, with ``manager``, the user's object."""
 
-    def __init__(self, session: Session, entry: RegisteredTransport):
+    def __init__(self, session: Session, entry: registered.RegisteredTransport):
         self._session = session
         self._entry = entry
         self.manager: TensorTransportManager = call(
             "constructor", entry.manager_class, Deadline.after(settings().fetch_timeout_s)
         )
         self.data_type = entry.data_type
-        self.capabilities = Capabilities(
+        self.capabilities = base.Capabilities(
             entry.name.lower(),
             frozenset(entry.devices),
             two_sided=not entry.manager_class.is_one_sided(),
             abortable=entry.manager_class.can_abort_transport(),
             is_user_defined=True,
         )
-        self._transfers = Transfers(session, entry.name)
+        self._transfers = transfers.Transfers(session, entry.name)
         self._lock = threading.Lock()
-        self._live: dict[str, Parcel] = {}
-        self._freed: threading.SimpleQueue[Parcel | None] = threading.SimpleQueue()
+        self._live: dict[str, base.Parcel] = {}
+        self._freed: threading.SimpleQueue[base.Parcel | None] = threading.SimpleQueue()
         self._freer: threading.Thread | None = None
 
     # Producer.
 
-    def describe(self, tensors: list[Any]) -> Parcel:
+    def describe(self, tensors: list[Any]) -> base.Parcel:
         """Extract the metadata of a new object by the user's code.
 
         Runs on: producer, the thread of the task.
@@ -101,7 +87,7 @@ class UserTransport:
                 f"transport {self.capabilities.name!r} could not describe an object: its "
                 f"extract_tensor_transport_metadata raised {type(error).__name__}: {error}"
             ) from error
-        parcel = Parcel(object_id, metadata, tensors)
+        parcel = base.Parcel(object_id, metadata, tensors)
         with self._lock:
             self._live[object_id] = parcel
         device = metadata.tensor_device if metadata.tensor_meta else None
@@ -114,7 +100,7 @@ class UserTransport:
             )
         return parcel
 
-    def send(self, route: Route, parcel: Parcel, deadline: Deadline) -> None:
+    def send(self, route: base.Route, parcel: base.Parcel, deadline: Deadline) -> None:
         """Send an object to the consumer that made the route.
 
         Runs on: producer, an ``rdt-send`` thread. A failed send ends the consumer's receive.
@@ -124,11 +110,11 @@ class UserTransport:
         with self._transfers.running(*sending) as transfer:
             communicator: Any = CommunicatorMetadata()
             if self._session.is_asker_lost():  # before there was a transfer to end
-                raise TransferEnded("the connection to the consumer broke", "broken")
+                raise transfers.TransferEnded("the connection to the consumer broke", "broken")
             try:
                 if route["note"]:
                     communicator = registered.read_note(route["note"])
-                with exclusively(self._transfers.sending, deadline):
+                with transfers.exclusively(self._transfers.sending, deadline):
                     transfer.start(
                         lambda: self.manager.send_multiple_tensors(
                             parcel.tensors, parcel.metadata, communicator
@@ -139,7 +125,7 @@ class UserTransport:
                 self._transfers.report_failure(consumer, transfer.id, error)
                 raise
 
-    def withdraw(self, parcel: Parcel) -> None:
+    def withdraw(self, parcel: base.Parcel) -> None:
         """Free an object by the user's code. Returns at once.
 
         Runs on: producer, the reaper thread; the user's code on ``rdt-user-gc``.
@@ -171,8 +157,8 @@ class UserTransport:
 
     def pull(
         self,
-        peer: Peer,
-        shipment: Shipment,
+        peer: base.Peer,
+        shipment: base.Shipment,
         targets: Sequence[Any] | None,
         ask: Ask,
         deadline: Deadline,
@@ -203,7 +189,7 @@ class UserTransport:
         receiving = secrets.token_hex(16), peer.agent_id, "receive"
         with (
             self._transfers.running(*receiving) as transfer,
-            exclusively(self._transfers.receiving, deadline),
+            transfers.exclusively(self._transfers.receiving, deadline),
             _noted(transfer.id, communicator) as note,
         ):
             try:
@@ -227,17 +213,17 @@ class UserTransport:
             )
         return list(received)
 
-    def _communicator(self, shipment: Shipment, deadline: Deadline) -> Any:
+    def _communicator(self, shipment: base.Shipment, deadline: Deadline) -> Any:
         producer, consumer = transfers.actor_of(shipment.producer), transfers.own_actor_for_calls()
         if consumer is not None:
             ask = partial(self.manager.actor_has_tensor_transport, consumer)
             if not call("actor_has_tensor_transport", ask, deadline):
-                raise TransportUnavailable(f"it says that actor {consumer} cannot use it")
+                raise base.TransportUnavailable(f"it says that actor {consumer} cannot use it")
         get = partial(self.manager.get_communicator_metadata, producer, consumer, self._entry.name)
         return call("get_communicator_metadata", get, deadline)
 
     def _wait(
-        self, transfer: Transfer, object_id: str, communicator: Any, deadline: Deadline
+        self, transfer: transfers.Transfer, object_id: str, communicator: Any, deadline: Deadline
     ) -> Any:
         """Wait for the user's code; if it fails, abort it where it is abortable."""
         try:
