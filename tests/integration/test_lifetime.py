@@ -433,7 +433,7 @@ def test_handles_are_let_go_on_no_thread_of_rays(tmp_path: Path) -> None:
 #: Submits, then shuts down while replies are coming.
 SHUTDOWNS = """
 import ray
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Location
 from tests.integration.test_lifetime import LARGE, Maker
 for _ in range(2):
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)

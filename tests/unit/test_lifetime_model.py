@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Location
 from ray.experimental.rdt.owner.object_directory import (
     Free,
     Hint,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ray.experimental.rdt.common.interrupts import is_interrupt, raise_if_interrupt
+from ray.experimental.rdt.common.failures import is_interrupt, raise_if_interrupt
 
 
 def fail(*arguments: Any) -> None:

@@ -7,7 +7,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Location
 from ray.experimental.rdt.owner.object_directory import (
     Free,
     Hint,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Location
 from ray.experimental.rdt.owner.owner import Owner
 from tests.unit.fakes import FakeRay, address, object_id
 

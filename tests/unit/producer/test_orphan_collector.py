@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ray.experimental.rdt.producer.orphan_collector import OrphanCollector
+from ray.experimental.rdt.producer.owner_monitor import OrphanCollector
 from tests.unit.fakes import Clock, FakeRay, FakeSession
 
 KEY = b"k" * 16
@@ -128,7 +128,7 @@ def test_objects_are_asked_about_again_if_nobody_could_be_asked(
 
     clock.sleep(3.1)
     with monkeypatch.context() as patch:
-        patch.setattr("ray.experimental.rdt.producer.orphan_collector.known_agents", fail)
+        patch.setattr("ray.experimental.rdt.rpc.process_directory.known_agents", fail)
         with pytest.raises(RuntimeError):
             producer.session.tick()
     assert producer.stored == [KEY]

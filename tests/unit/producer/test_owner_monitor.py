@@ -72,7 +72,7 @@ def test_peers_that_own_nothing_cost_no_question(
     producer: FakeSession, owner: FakeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bytes] = []
-    monkeypatch.setattr("ray.experimental.rdt.producer.owner_monitor.is_worker_alive", asked.append)
+    monkeypatch.setattr("ray.experimental.rdt.rpc.process_directory.is_worker_alive", asked.append)
     producer.lose(owner)
     producer.tick()
     assert not asked

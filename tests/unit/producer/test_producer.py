@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ray.experimental.rdt.common.descriptor import Descriptor, decode, is_rdt
-from ray.experimental.rdt.common.location import Location
-from ray.experimental.rdt.producer.producer import PendingObject, Producer
-from ray.experimental.rdt.producer.store_by_object_id import StoreByObjectId
+from ray.experimental.rdt.common.descriptor import Descriptor, Location, decode, is_rdt
+from ray.experimental.rdt.producer.producer import PendingObject, Producer, StoreByObjectId
 from tests.unit.fakes import FakeRay, address, object_id
 from tests.unit.serialization.test_capture import Context as CaptureContext
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import ray.experimental.rdt
-from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Descriptor, Location
 from ray.experimental.rdt.owner.object_directory import Free
 from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization.layout import lay_out

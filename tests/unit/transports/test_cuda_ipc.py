@@ -22,9 +22,13 @@ from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.processes import Process
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.cuda_ipc import loans, reads
-from ray.experimental.rdt.transports.cuda_ipc.loans import Loans
-from ray.experimental.rdt.transports.cuda_ipc.transport import CudaIpcTransport, DeviceIpcTransport
+from ray.experimental.rdt.transports.cuda_ipc import reads
+from ray.experimental.rdt.transports.cuda_ipc import transport as cuda_ipc_transport
+from ray.experimental.rdt.transports.cuda_ipc.transport import (
+    CudaIpcTransport,
+    DeviceIpcTransport,
+    Loans,
+)
 from tests.fake_device import TYPE, Sharing, accelerator, launch, on_host
 from tests.support import wait_until
 from tests.unit.transports.process_group.gloo_peers import CallError, FakeSession
@@ -312,7 +316,7 @@ def test_failure_keeps_mapped_what_a_copy_still_reads(sides, monkeypatch):
     assert time.monotonic() - started < 3
     assert failure.value.may_still_write
     sides[0].transport.withdraw(exposed)
-    monkeypatch.setattr(loans, "_SLACK_S", 0.0)
+    monkeypatch.setattr(cuda_ipc_transport, "_SLACK_S", 0.0)
     sides[0].session.tick()
     assert (sides[1].driver.live, len(sides[0].transport._loans)) == (1, 1)
     gate.set()
@@ -363,7 +367,7 @@ def test_memory_is_kept_until_the_last_tensor_over_it_dies(sides):
 
 def test_memory_that_is_used_has_no_deadline(sides, monkeypatch):
     producer, consumer, _ = sides
-    monkeypatch.setattr(loans, "_SLACK_S", -60.0)
+    monkeypatch.setattr(cuda_ipc_transport, "_SLACK_S", -60.0)
     (got,) = consumer.borrow(producer, bytes_on(TYPE))
     wait_until(
         lambda: [each.until for each in producer.transport._loans._loans.values()] == [None],
@@ -461,7 +465,7 @@ def test_borrowing_that_is_abandoned_is_given_back(sides):
 
 def test_loan_that_is_never_confirmed_ends(sides, monkeypatch):
     producer, consumer, _ = sides
-    monkeypatch.setattr(loans, "_SLACK_S", 0.0)
+    monkeypatch.setattr(cuda_ipc_transport, "_SLACK_S", 0.0)
     asked = consumer.transport.borrow(DEVICE).asked
     producer.transport.lend(
         consumer.session.agent.agent_id, asked, [bytes_on(TYPE)], [], Deadline.after(0)

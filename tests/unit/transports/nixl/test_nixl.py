@@ -368,12 +368,12 @@ def test_a_program_that_reaches_for_nixl_reads_finished_memory(producer, consume
     def soon(gate):
         threading.Timer(0.2, gate.set).start()
 
-    monkeypatch.setattr(nixl_tensor_transport, "nixl_transport", lambda: producer)
+    monkeypatch.setattr(nixl_tensor_transport.nixl_api, "nixl_transport", lambda: producer)
     launch(sent, 5, gates[0])
     soon(gates[0])
     described = NixlTensorTransport().extract_tensor_transport_metadata("object", [sent])
     assert sent.tolist() == [5] * 4
-    monkeypatch.setattr(nixl_tensor_transport, "nixl_transport", lambda: consumer)
+    monkeypatch.setattr(nixl_tensor_transport.nixl_api, "nixl_transport", lambda: consumer)
     launch(target, 1, gates[1])
     soon(gates[1])
     NixlTensorTransport().recv_multiple_tensors("object", described, None, [target])

@@ -16,8 +16,7 @@ from ray.experimental.rdt.consumer.recovery import Recovery
 from ray.experimental.rdt.groups.service import GroupService
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.owner.owner import Owner, OwnerServices
-from ray.experimental.rdt.producer.producer import Producer
-from ray.experimental.rdt.producer.store_by_object_id import StoreByObjectId
+from ray.experimental.rdt.producer.producer import Producer, StoreByObjectId
 from ray.experimental.rdt.session_parts import CurrentParts
 from ray.experimental.rdt.transports.base import Transport
 

@@ -15,11 +15,9 @@ from ray.experimental.rdt.consumer.transfer import TransferServices
 from ray.experimental.rdt.groups.service import GroupService
 from ray.experimental.rdt.observe.explainer import Explainer
 from ray.experimental.rdt.observe.metrics import Gauges
-from ray.experimental.rdt.owner.owner import Owner, OwnerServices
-from ray.experimental.rdt.owner.prefetch_hints import HintSender
+from ray.experimental.rdt.owner.owner import HintSender, Owner, OwnerServices
 from ray.experimental.rdt.owner.streams import TakenStreams
-from ray.experimental.rdt.producer.orphan_collector import OrphanCollector
-from ray.experimental.rdt.producer.owner_monitor import OwnerMonitor
+from ray.experimental.rdt.producer.owner_monitor import OrphanCollector, OwnerMonitor
 from ray.experimental.rdt.producer.producer import Producer, ProducerServices
 from ray.experimental.rdt.producer.streams import ProducedStreams
 from ray.experimental.rdt.producer.transport_server import Server

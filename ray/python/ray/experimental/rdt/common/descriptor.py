@@ -114,3 +114,22 @@ def unpack(raw: bytes) -> Descriptor:
         raise DescriptorError(f"origin of {len(origin)} bytes")
     is_eager, is_user_defined = bool(flags & _EAGER), bool(flags & _USERS)
     return Descriptor(key, nbytes, producer, transport, address, is_eager, is_user_defined, origin)
+
+
+@dataclass(frozen=True)
+class Location:
+    """The place of an object's tensors.
+
+    Attributes:
+        address: The address of the producer's agent.
+        key: The object's key at that agent.
+        nbytes: The bytes that a pull moves.
+        regions: The bytes of each region if the object is worth a prefetch, else None.
+        is_eager: Whether the value contains the tensors' bytes.
+    """
+
+    address: bytes
+    key: bytes = field(repr=False)
+    nbytes: int
+    regions: tuple[int, ...] | None = None
+    is_eager: bool = False

@@ -6,15 +6,12 @@ Runs on: consumer, the thread that deserializes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.consumer.receive_buffers import Destination, ReceiveBuffers, Targets
 from ray.experimental.rdt.rpc import checksums
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.rpc.session import Session
+from ray.experimental.rdt.rpc.session import Session
 
 
 class AgentPull(checksums.Pull):

@@ -18,7 +18,6 @@ from ray.experimental.rdt.consumer import argument_context, targets
 from ray.experimental.rdt.consumer.deferred import Deferred, Puller
 from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.consumer.recovery import Recovery, Result
-from ray.experimental.rdt.consumer.targets import Targets
 from ray.experimental.rdt.serialization.envelope import open_envelope
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Consumer:
         self._fetcher = fetcher
         self._recovery = recovery
         self._puller = Puller()
-        self.targets = Targets()
+        self.targets = targets.Targets()
 
     def fetch(
         self,

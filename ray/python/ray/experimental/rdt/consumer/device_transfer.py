@@ -13,18 +13,10 @@ from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.thread_role import is_on_pull_thread, without_turn
+from ray.experimental.rdt.consumer import receive_buffers
 from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer
 from ray.experimental.rdt.consumer.fallback import TransportFallbackChain
 from ray.experimental.rdt.consumer.planner import Candidate, Kind, TransferObject, plan_transfer
-from ray.experimental.rdt.consumer.receive_buffers import (
-    ReceiveBuffers,
-    Targets,
-    allocate_with_devices,
-    direct_targets,
-    hosted_regions,
-    receive_device,
-    take_memory,
-)
 from ray.experimental.rdt.consumer.targets import Target
 from ray.experimental.rdt.consumer.transport_transfer import ProducerRequests, TransportAttempt
 from ray.experimental.rdt.rpc import protocol
@@ -52,7 +44,7 @@ class DeviceTransfer:
         self._head = envelope.head
         self._table = envelope.table
         self._target = target
-        self._buffers: ReceiveBuffers | None = None
+        self._buffers: receive_buffers.ReceiveBuffers | None = None
         self._chains: list[TransportFallbackChain] = []
 
     def start(self, deadline: Deadline) -> None:
@@ -60,9 +52,12 @@ class DeviceTransfer:
 
         table, target = self._table, self._target
         device = torch.device(target.device) if target.device is not None else None
-        session, direct = self._services.session, direct_targets(table, target.tensors)
-        buffers = self._buffers = allocate_with_devices(session, table, direct)
-        hosted = hosted_regions(table, target.tensors)
+        session, direct = (
+            self._services.session,
+            receive_buffers.direct_targets(table, target.tensors),
+        )
+        buffers = self._buffers = receive_buffers.allocate_with_devices(session, table, direct)
+        hosted = receive_buffers.hosted_regions(table, target.tensors)
         # Regions without bytes are not transferred.
         filled = {
             table.devices.get(region, "cpu")
@@ -83,7 +78,7 @@ class DeviceTransfer:
     def lane(self) -> str:
         return "+".join(chain.lane for chain in self._chains)
 
-    def finish(self, deadline: Deadline) -> Targets:
+    def finish(self, deadline: Deadline) -> receive_buffers.Targets:
         assert self._buffers is not None, "start comes before finish"
         for chain in self._chains:
             chain.finish(deadline)
@@ -121,7 +116,7 @@ class DeviceTransfer:
         head = self._head
         if self._target.tensors is not None or head.transport == "auto" or device_type == "cpu":
             return None
-        device = receive_device(device_type, target_device)
+        device = receive_buffers.receive_device(device_type, target_device)
         if device is None or device.type != device_type:
             return None
         try:
@@ -144,7 +139,7 @@ class _SharedDestination:
 
     session: Session
     table: Table
-    whole: ReceiveBuffers
+    whole: receive_buffers.ReceiveBuffers
     device_type: str
     target_device: torch.device | None
     hosted: Collection[int]
@@ -156,14 +151,16 @@ class _SharedDestination:
         devices = sorted(self.table.devices.items())
         return {r: self.table.regions[r] for r, name in devices if name == self.device_type}
 
-    def buffers(self, may_spread: bool) -> ReceiveBuffers:
+    def buffers(self, may_spread: bool) -> receive_buffers.ReceiveBuffers:
         if not self.has_memory:
             self.has_memory = True
             device, hosted = self.target_device, self.hosted
-            take_memory(self.session, self.table, self.whole, self.device_type, device, hosted)
+            receive_buffers.take_memory(
+                self.session, self.table, self.whole, self.device_type, device, hosted
+            )
         return self.whole
 
-    def deliver(self, buffers: ReceiveBuffers) -> Targets:
+    def deliver(self, buffers: receive_buffers.ReceiveBuffers) -> receive_buffers.Targets:
         """The tensors are built once all device types have arrived."""
         return ()
 
@@ -184,12 +181,12 @@ class BorrowTransfer:
 
     def start(self, deadline: Deadline) -> None:
         destination = self._destination
-        device = receive_device(destination.device_type, destination.target_device)
+        device = receive_buffers.receive_device(destination.device_type, destination.target_device)
         assert device is not None, "only memory of a device that is here is lent"
         self._borrowing = self._lending.borrow(device)
         self._answer = self._producer.start(protocol.LEND, self._borrowing.asked, deadline)
 
-    def finish(self, deadline: Deadline) -> Targets:
+    def finish(self, deadline: Deadline) -> receive_buffers.Targets:
         assert self._borrowing is not None, "start comes before finish"
         assert self._answer is not None, "start comes before finish"
         with without_turn():

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTError
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import raise_if_interrupt
 from ray.experimental.rdt.consumer.agent_transfer import AgentPull, AgentTransfer
 from ray.experimental.rdt.consumer.planner import STRICT, Candidate, Fallback, Kind, may_fall_back
 from ray.experimental.rdt.consumer.receive_buffers import Targets
+from ray.experimental.rdt.consumer.transfer import Transfer, TransferServices
 from ray.experimental.rdt.rpc import checksums
-from ray.experimental.rdt.rpc.checksums import ChecksumMismatch
 from ray.experimental.rdt.transports.base import TransportUnavailable
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.consumer.transfer import Transfer, TransferServices
 
 logger = logging.getLogger("ray.rdt")
 
@@ -122,14 +118,14 @@ class TransportFallbackChain:
             self._log_failure(candidate, attempt, error)
             return True
         is_strict = any(other.reason == STRICT for other in self._left)
-        if not is_strict or isinstance(error, ChecksumMismatch):
+        if not is_strict or isinstance(error, checksums.ChecksumMismatch):
             return False
         name = self._head.transport
         text = f"transport {name!r} cannot serve this object ({error}), and {STRICT}."
         raise RDTError(text) from error
 
     def _log_failure(self, candidate: Candidate, attempt: Transfer, error: Exception) -> None:
-        if isinstance(error, ChecksumMismatch):
+        if isinstance(error, checksums.ChecksumMismatch):
             checksums.log_retry(self._session, attempt.lane, error)
         elif candidate.kind is Kind.SHARED:
             why = f"{self._subject()}: memory is copied and not shared: {error}"

@@ -15,18 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import GetTimeoutError, RayError
 
 from ray.experimental.rdt.accelerators.device_failures import is_device_failure, is_out_of_memory
+from ray.experimental.rdt.common import errors
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.errors import (
-    FetchContext,
-    RDTChecksumError,
-    RDTFetchError,
-    RDTFetchTimedOutError,
-    RDTProducerDiedError,
-)
-from ray.experimental.rdt.common.failures import TransferFailed
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import TransferFailed, raise_if_interrupt
 from ray.experimental.rdt.consumer.agent_transfer import AgentTransfer
 from ray.experimental.rdt.consumer.device_transfer import DeviceTransfer
 from ray.experimental.rdt.consumer.fallback import TransportFallbackChain, describe_peer
@@ -229,32 +222,32 @@ def _attempt(
 
 def as_fetch_error(
     object_id: str, head: Descriptor, error: Exception, lane: str = ""
-) -> RDTFetchError:
+) -> errors.RDTFetchError:
     """Return the error that the user gets for a failed fetch. Keeps the cause."""
-    context = FetchContext(object_id, head.transport, lane, describe_peer(head))
+    context = errors.FetchContext(object_id, head.transport, lane, describe_peer(head))
     failure = _classify(context, error)
     failure.__cause__ = error
     return failure
 
 
-def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
+def _classify(context: errors.FetchContext, error: Exception) -> errors.RDTFetchError:
     failures = _failures(error)
     if isinstance(error, TimeoutError):
-        return RDTFetchTimedOutError(
+        return errors.RDTFetchTimedOutError(
             context,
             f"it did not arrive within {settings().fetch_timeout_s:g} s ({error}).",
             "Check whether the producer is stopped or its network is cut; the limit is "
             "RAY_rdt_fetch_fail_timeout_milliseconds.",
         )
     if any(each.peer_lost for each in failures):
-        return RDTProducerDiedError(
+        return errors.RDTProducerDiedError(
             context,
             f"the process that holds the tensors is gone ({error}).",
             "Create it again, or let Ray reconstruct it: set max_restarts and max_task_retries, "
             "or a task's max_retries.",
         )
     if isinstance(error, ChecksumMismatch):
-        return RDTChecksumError(
+        return errors.RDTChecksumError(
             context,
             f"{error}.",
             "Likely cause: a tensor was changed in place after the first consumer had pulled it "
@@ -262,20 +255,20 @@ def _classify(context: FetchContext, error: Exception) -> RDTFetchError:
         )
     codes = {each.code for each in failures}
     if "not_found" in codes:
-        return RDTFetchError(
+        return errors.RDTFetchError(
             context,
             "the producer does not hold it any more: every reference to it had gone out of scope, "
             "or its owner died.",
             "Keep an ObjectRef to it while others need it.",
         )
     if "changed" in codes:
-        return RDTFetchError(
+        return errors.RDTFetchError(
             context,
             f"{error}.",
             "Free or resize a tensor's storage only when wait_tensor_freed says that nobody needs "
             "it, or return a clone.",
         )
-    return RDTFetchError(context, *_reason_and_advice(error))
+    return errors.RDTFetchError(context, *_reason_and_advice(error))
 
 
 def _reason_and_advice(error: Exception) -> tuple[str, str]:

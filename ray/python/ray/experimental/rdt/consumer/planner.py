@@ -9,17 +9,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ray.exceptions import RayError
 
 from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.rpc.checksums import ChecksumMismatch
+from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.selection import Pair, rule_of
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.serialization.envelope import Envelope
 
 #: The reason of candidates after a named transport in strict mode.
 STRICT = "RAY_RDT_STRICT_TRANSPORT=1 forbids any lane but the named transport"

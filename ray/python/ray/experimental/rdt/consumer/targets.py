@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt._tensors import check_storage
+from ray.experimental.rdt._tensors import Table, check_storage
 from ray.experimental.rdt.common import real_threads as threading
 
 if TYPE_CHECKING:
     import torch
-
-    from ray.experimental.rdt._tensors import Table
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ray.experimental.rdt._tensors import build_tensors
 from ray.experimental.rdt.common.deadline import Deadline
+from ray.experimental.rdt.consumer.prefetcher import Prefetcher
 from ray.experimental.rdt.consumer.receive_buffers import Targets, fill
+from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.serialization.layout import Captured
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.consumer.prefetcher import Prefetcher
-    from ray.experimental.rdt.rpc.session import Session
-    from ray.experimental.rdt.transports.registry import Transports
-    from ray.experimental.rdt.transports.selection import AutoTransportPolicy
+from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
 _ALIGNMENT = 64
 

@@ -11,27 +11,18 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.failures import TransferFailed
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import TransferFailed, raise_if_interrupt
 from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer.receive_buffers import Destination, ReceiveBuffers, Targets
 from ray.experimental.rdt.rpc import checksums, protocol
-from ray.experimental.rdt.rpc.session import CallError, agent_id_of
-from ray.experimental.rdt.transports.base import (
-    OneSided,
-    Peer,
-    Route,
-    Transport,
-    TransportUnavailable,
-    TwoSided,
-)
+from ray.experimental.rdt.rpc.session import CallError, Session, agent_id_of
+from ray.experimental.rdt.transports import base
 
 if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt.accelerators.events import Event
     from ray.experimental.rdt.consumer.transfer import TransferServices
-    from ray.experimental.rdt.rpc.session import Session
 
 logger = logging.getLogger("ray.rdt")
 
@@ -52,14 +43,16 @@ class ProducerRequests:
     """
 
     def __init__(self, session: Session, head: Descriptor, transport: str, device_type: str):
-        self.peer = Peer(head.address, agent_id_of(head.address))
+        self.peer = base.Peer(head.address, agent_id_of(head.address))
         self._session = session
         self._key = head.key
         self._transport = transport
         self._device_type = device_type
         self._is_exposed = False
 
-    def start(self, op: str, route: Route, deadline: Deadline) -> Callable[[Deadline], Route]:
+    def start(
+        self, op: str, route: base.Route, deadline: Deadline
+    ) -> Callable[[Deadline], base.Route]:
         """Send a request; the result waits for its answer.
 
         The result raises TransportUnavailable if the producer cannot use the transport.
@@ -74,14 +67,14 @@ class ProducerRequests:
         )
         asked = self._session.start_call(self.peer.address, op, body, idempotent=op in _IDEMPOTENT)
 
-        def answer(until: Deadline) -> Route:
+        def answer(until: Deadline) -> base.Route:
             try:
                 return asked(until.left_s())
             except CallError as error:
                 # A producer that refuses to expose memory does not keep it for this process.
                 self._is_exposed = self._is_exposed and op != protocol.EXPOSE
-                if error.code == TransportUnavailable.code:
-                    raise TransportUnavailable(str(error)) from error
+                if error.code == base.TransportUnavailable.code:
+                    raise base.TransportUnavailable(str(error)) from error
                 raise
 
         return answer
@@ -117,8 +110,8 @@ class TransportAttempt:
         self._device_type = device_type
         self._destination = destination
         self._producer = ProducerRequests(services.session, head, name, device_type)
-        self._transport: Transport | None = None
-        self._exposed: Callable[[Deadline], Route] | None = None
+        self._transport: base.Transport | None = None
+        self._exposed: Callable[[Deadline], base.Route] | None = None
 
     def start(self, deadline: Deadline) -> None:
         """See ``Transfer``. Raises TransportUnavailable if it cannot be used here."""
@@ -149,19 +142,19 @@ class TransportAttempt:
             retry_broken(lambda: self._receive(flat, deadline, after), deadline)
         else:
             exposed = self._exposed(deadline)
-            transport = cast(OneSided, self._transport)
+            transport = cast(base.OneSided, self._transport)
             transport.read(self._producer.peer, exposed, flat, deadline, after)
             self._producer.done()
 
     def _receive(
         self, flat: list[torch.Tensor], deadline: Deadline, after: Sequence[Event]
     ) -> None:
-        transport = cast(TwoSided, self._transport)
+        transport = cast(base.TwoSided, self._transport)
         route = transport.route(self._producer.peer, deadline)
         try:
             self._producer.start(protocol.SEND, route, deadline)(deadline)
         except BaseException as error:  # also if the task was cancelled: the route is in use
-            is_refused = isinstance(error, (CallError, TransportUnavailable))
+            is_refused = isinstance(error, (CallError, base.TransportUnavailable))
             transport.abandon(route, may_send=not is_refused)
             raise
         transport.receive(route, flat, deadline, after)

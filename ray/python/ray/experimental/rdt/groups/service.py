@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import raise_if_interrupt
 from ray.experimental.rdt.groups import collectives, membership
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
 from ray.experimental.rdt.rpc import protocol

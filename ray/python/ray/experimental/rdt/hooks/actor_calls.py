@@ -10,9 +10,9 @@ from typing import Any
 from ray.exceptions import RayError
 
 from ray.experimental.rdt.common import ray_core
-from ray.experimental.rdt.common.keywords import STREAM_KEYWORD
 from ray.experimental.rdt.consumer import argument_context
 from ray.experimental.rdt.consumer.deferred import Deferred
+from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
 #: Whether a method of this process's actor names nixl, until its constructor has been called.
 _has_to_begin_nixl = False

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import ray_core
-from ray.experimental.rdt.common.keywords import STREAM_KEYWORD
+from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 from ray.experimental.rdt.transports.user import registered
 
 if TYPE_CHECKING:

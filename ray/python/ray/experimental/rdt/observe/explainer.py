@@ -16,30 +16,19 @@ import os
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
-from ray.experimental.rdt.consumer.planner import (
-    AGENT_LANES,
-    Kind,
-    Offers,
-    TransferObject,
-    candidate_transports,
-    plan_transfer,
-)
+from ray.experimental.rdt.common.failures import raise_if_interrupt
+from ray.experimental.rdt.consumer import planner
 from ray.experimental.rdt.rpc import protocol
-from ray.experimental.rdt.rpc.session import agent_id_of
+from ray.experimental.rdt.rpc.session import Session, agent_id_of
 from ray.experimental.rdt.transports.base import TransportUnavailable
-from ray.experimental.rdt.transports.selection import default_transports
+from ray.experimental.rdt.transports.registry import Transports
+from ray.experimental.rdt.transports.selection import AutoTransportPolicy, default_transports
 from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
-
-if TYPE_CHECKING:
-    from ray.experimental.rdt.rpc.session import Session
-    from ray.experimental.rdt.transports.registry import Transports
-    from ray.experimental.rdt.transports.selection import AutoTransportPolicy
 
 #: For each device type the candidate transports, and why the producer cannot use them.
 ProducerOffers = Mapping[str, Mapping[str, str]]
@@ -102,7 +91,7 @@ class Question:
     subject: str
     address: bytes
     offers: ProducerOffers
-    obj: TransferObject
+    obj: planner.TransferObject
 
 
 class Explainer:
@@ -180,7 +169,7 @@ class Explainer:
     def _on_explain(self, peer_id: bytes, body: dict[str, Any]) -> dict[str, Any]:
         """Runs on: consumer, an rdt-call thread."""
         deadline = Deadline.after(float(body.pop("timeout_s")))
-        question = Question(**{**body, "obj": TransferObject(*body["obj"])})
+        question = Question(**{**body, "obj": planner.TransferObject(*body["obj"])})
         return asdict(self.explain(question, deadline))
 
     def _explain(
@@ -200,14 +189,14 @@ class Explainer:
         # Only transports that the rules allow are made here.
         allowed = [
             candidate.name
-            for candidate in plan_transfer(obj, pair)
-            if candidate.kind is Kind.TRANSPORT and candidate.serves
+            for candidate in planner.plan_transfer(obj, pair)
+            if candidate.kind is planner.Kind.TRANSPORT and candidate.serves
         ]
-        offers = Offers(
+        offers = planner.Offers(
             {name: self._pair_reason(name, device_type, producer_offers) for name in allowed},
             self._agent_lanes(question, device_type, deadline),
         )
-        plan = [Way(c.name, c.serves, c.reason) for c in plan_transfer(obj, pair, offers)]
+        plan = [Way(c.name, c.serves, c.reason) for c in planner.plan_transfer(obj, pair, offers)]
         return plan + _not_tried(obj.transport, {way.name for way in plan})
 
     def _pair_reason(self, name: str, device_type: str, producer_offers: Mapping[str, str]) -> str:
@@ -233,7 +222,7 @@ class Explainer:
         from ray.experimental.rdt._agent import AgentError
 
         if device_type != "cpu" or question.obj.is_foreign:
-            return dict.fromkeys(AGENT_LANES, "")
+            return dict.fromkeys(planner.AGENT_LANES, "")
         agent, nothing = self._session.agent, array("Q")
         # The agents choose their lanes when they connect, which a pull of no object makes them do.
         try:
@@ -242,9 +231,11 @@ class Explainer:
             raise_if_interrupt(error)
             if not isinstance(error, AgentError) or error.code != "not_found":
                 why = f"the producer's agent cannot be reached: {error}"
-                return dict.fromkeys(AGENT_LANES, why)
+                return dict.fromkeys(planner.AGENT_LANES, why)
         reasons = dict(agent.explain(question.address))
-        return {name: "" if reasons[name] == "ok" else reasons[name] for name in AGENT_LANES}
+        return {
+            name: "" if reasons[name] == "ok" else reasons[name] for name in planner.AGENT_LANES
+        }
 
 
 def plain(subject: str) -> Explanation:
@@ -255,7 +246,7 @@ def plain(subject: str) -> Explanation:
 
 def _candidates(transport: str, device_type: str) -> Sequence[str]:
     default = default_transports(device_type)
-    return candidate_transports(TransferObject(transport, device_type, default))
+    return planner.candidate_transports(planner.TransferObject(transport, device_type, default))
 
 
 def _not_tried(transport: str, tried: set[str]) -> list[Way]:

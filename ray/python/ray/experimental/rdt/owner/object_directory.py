@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Location
 
 
 @dataclass(frozen=True)

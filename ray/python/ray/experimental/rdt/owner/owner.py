@@ -5,39 +5,31 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray._common.ray_option_utils import task_options
 
 import ray
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
-from ray.experimental.rdt.common.location import Location
+from ray.experimental.rdt.common.descriptor import Descriptor, Location
 from ray.experimental.rdt.common.real_threads import Lock
+from ray.experimental.rdt.owner import object_directory
 from ray.experimental.rdt.owner.argument_pins import ArgumentPins
-from ray.experimental.rdt.owner.object_directory import (
-    Free,
-    Hint,
-    Instruction,
-    ObjectDirectory,
-    Own,
-    ReleaseHandle,
-    Row,
-    WarnShared,
-)
 from ray.experimental.rdt.owner.reconstruction import Reconstruction, call_method, refs_in
+from ray.experimental.rdt.owner.streams import Stream, TakenStreams
 from ray.experimental.rdt.producer.dynamic_generator import DynamicCall
+from ray.experimental.rdt.rpc import process_directory, protocol
+from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.user import registered
 
-if TYPE_CHECKING:
-    from ray.experimental.rdt.common.descriptor import Descriptor
-    from ray.experimental.rdt.owner.prefetch_hints import HintSender
-    from ray.experimental.rdt.owner.streams import Stream, TakenStreams
-    from ray.experimental.rdt.rpc.session import Session
+#: The GCS is asked again for the address of an unknown actor after this time.
+_LOOK_UP_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,9 +54,9 @@ class Owner:
     ):
         self._services = services
         self._peek = peek
-        self._directory = ObjectDirectory()
+        self._directory = object_directory.ObjectDirectory()
         self._lock = Lock()
-        self._small_to_claim: deque[Own] = deque()
+        self._small_to_claim: deque[object_directory.Own] = deque()
         self._unneeded_handles: deque[Any] = deque()
         self._pins = ArgumentPins()
         self.reconstruction = Reconstruction(self.find)
@@ -218,7 +210,7 @@ class Owner:
 
     # Questions.
 
-    def row(self, object_id: str) -> Row | None:
+    def row(self, object_id: str) -> object_directory.Row | None:
         """Return this owner's record of an object, None if it does not own the object."""
         return self._directory.row(object_id)
 
@@ -239,27 +231,31 @@ class Owner:
             "recipes": len(self.reconstruction),
         }
 
-    def _apply(self, event: Callable[..., Sequence[Instruction]], *args: Any) -> None:
+    def _apply(
+        self, event: Callable[..., Sequence[object_directory.Instruction]], *args: Any
+    ) -> None:
         """Report an event to the directory; carry out its instructions."""
         with self._lock:
             instructions = event(*args)
         services = self._peek() if instructions else None
         for instruction in instructions:
-            if isinstance(instruction, ReleaseHandle):
+            if isinstance(instruction, object_directory.ReleaseHandle):
                 self._release_handle(instruction, services)
             elif services is None:
                 pass  # Ray is shutting down
-            elif isinstance(instruction, Free):
+            elif isinstance(instruction, object_directory.Free):
                 location = instruction.location
                 services.session.agent.free(location.address, location.key)
-            elif isinstance(instruction, Own):
+            elif isinstance(instruction, object_directory.Own):
                 self._claim(instruction, services)
-            elif isinstance(instruction, Hint):
+            elif isinstance(instruction, object_directory.Hint):
                 services.hints.send(instruction.actor_id, instruction.location)
-            elif isinstance(instruction, WarnShared):
+            elif isinstance(instruction, object_directory.WarnShared):
                 _warn_shared(instruction.object_id)
 
-    def _release_handle(self, instruction: ReleaseHandle, services: OwnerServices | None) -> None:
+    def _release_handle(
+        self, instruction: object_directory.ReleaseHandle, services: OwnerServices | None
+    ) -> None:
         """Release an actor's handle on another thread, because that runs code of Ray.
 
         The handle of an object that is still in use may wait for the next submit or tick.
@@ -268,7 +264,7 @@ class Owner:
         if instruction.is_last and services is not None:
             services.session.run_in_background(self._unneeded_handles.clear)
 
-    def _claim(self, instruction: Own, services: OwnerServices) -> None:
+    def _claim(self, instruction: object_directory.Own, services: OwnerServices) -> None:
         """Tell a producer that this process owns an object; of a small one at the next tick.
 
         Most small objects do not live that long, and the message costs more than their transfer.
@@ -319,3 +315,37 @@ def _levels_to_user() -> int:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
         frame, level = frame.f_back, level + 1
     return level
+
+
+class HintSender:
+    """Sends the hints of one owner: which object the next task of an actor will fetch.
+
+    A hint only saves time. If it is lost, late or refused, the fetch pulls the object itself.
+
+    Runs on: the thread that submits a call, and the core io thread. Never blocks.
+    """
+
+    def __init__(self, session: Session):
+        self._session = session
+        # By actor: the address of its agent, and when the GCS was last asked for it.
+        self._addresses: dict[bytes, tuple[bytes | None, float]] = {}
+
+    def send(self, actor_id: bytes, location: Location) -> None:
+        """Hint an object to an actor whose agent is known; otherwise look up the agent."""
+        if location.regions is None:
+            return
+        address, asked = self._addresses.get(actor_id, (None, -_LOOK_UP_AGAIN_S))
+        if address == location.address:
+            return
+        if address is not None:
+            regions = list(location.regions)
+            body = protocol.Hint(key=location.key, address=location.address, regions=regions)
+            self._session.send_oneway(address, protocol.HINT, body, idempotent=False)
+        elif time.monotonic() - asked >= _LOOK_UP_AGAIN_S:
+            self._addresses[actor_id] = (None, time.monotonic())
+            self._session.run_in_background(self._look_up, actor_id)
+
+    def _look_up(self, actor_id: bytes) -> None:
+        """Runs on: an rdt-call thread."""
+        found = process_directory.find_actor(actor_id)
+        self._addresses[actor_id] = (found, time.monotonic())

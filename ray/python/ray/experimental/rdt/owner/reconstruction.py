@@ -18,8 +18,7 @@ from ray.exceptions import GetTimeoutError
 
 from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import raise_if_interrupt
 from ray.experimental.rdt.common.serialized_value import SerializedValue
 from ray.experimental.rdt.owner.recipes import (
     IMMUTABLE,
@@ -330,7 +329,7 @@ def _is_lost(ref: Any) -> bool:
     return head is not None and not is_worker_alive(agent_id_of(head.address))
 
 
-def _descriptor_of(ref: Any) -> Descriptor | None:
+def _descriptor_of(ref: Any) -> descriptor.Descriptor | None:
     """Return the descriptor of an own object, None if it has none or is not created yet."""
     if not ray_core.is_created(ref):
         return None

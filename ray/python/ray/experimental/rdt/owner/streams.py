@@ -18,10 +18,8 @@ from ray._private.object_ref_generator import ObjectRefGenerator
 
 from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.common.descriptor import Descriptor
-from ray.experimental.rdt.common.keywords import STREAM_KEYWORD
 from ray.experimental.rdt.common.serialized_value import SerializedValue
-from ray.experimental.rdt.producer.streams import StreamSpec
+from ray.experimental.rdt.producer.streams import STREAM_KEYWORD, StreamSpec
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 
@@ -158,7 +156,7 @@ def _adopt(item: Any, transport: str, actor: Any) -> Any:
     data, metadata, _ = ray_core.get_objects([item], -1)[0]
     if not metadata or not descriptor.is_rdt(metadata):
         return item
-    head: Descriptor = descriptor.decode(metadata)
+    head: descriptor.Descriptor = descriptor.decode(metadata)
     if head.is_eager:
         return item
     # The serialized value, unchanged. It keeps the item and the references in it alive.

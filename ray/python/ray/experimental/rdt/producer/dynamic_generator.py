@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ray._private.object_ref_generator import DynamicObjectRefGenerator
 from ray.exceptions import RayTaskError
 
-from ray.experimental.rdt.common.keywords import STREAM_KEYWORD
+from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
 
 class DynamicSpec(NamedTuple):

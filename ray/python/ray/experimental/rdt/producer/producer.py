@@ -12,9 +12,8 @@ from ray.exceptions import RayTaskError
 
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
-from ray.experimental.rdt.common.descriptor import KEY_BYTES, PRODUCER_BYTES, Descriptor
+from ray.experimental.rdt.common.descriptor import KEY_BYTES, PRODUCER_BYTES, Descriptor, Location
 from ray.experimental.rdt.common.errors import RDTError
-from ray.experimental.rdt.common.location import Location
 from ray.experimental.rdt.producer.admission import AdmissionControl
 from ray.experimental.rdt.producer.snapshots import Snapshots
 from ray.experimental.rdt.producer.tensor_store import TensorStore
@@ -24,7 +23,6 @@ from ray.experimental.rdt.serialization.envelope import pack
 from ray.experimental.rdt.serialization.layout import Captured, carriers
 from ray.experimental.rdt.transports.base import Shipment, TransportUnavailable
 from ray.experimental.rdt.transports.user import registered
-from ray.experimental.rdt.transports.user.registered import BUILT_IN_TRANSPORTS
 from ray.experimental.rdt.transports.user.transfers import own_actor_handle
 from ray.experimental.rdt.transports.user.transport import UserTransport
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from ray.experimental.rdt._tensors import Table
-    from ray.experimental.rdt.producer.orphan_collector import OrphanCollector
+    from ray.experimental.rdt.producer.owner_monitor import OrphanCollector
     from ray.experimental.rdt.producer.streams import ProducedStreams, StreamSpec
     from ray.experimental.rdt.rpc.session import Session
     from ray.experimental.rdt.transports.nixl.transport import NixlTransport
@@ -138,7 +136,7 @@ class Producer:
         Raises:
             RDTError: The transport cannot be used here.
         """
-        if transport.upper() in BUILT_IN_TRANSPORTS:
+        if transport.upper() in registered.BUILT_IN_TRANSPORTS:
             return None
         registered.refresh(transport.upper())
         try:
@@ -262,3 +260,41 @@ def _regions_to_hint(descriptor: Descriptor, table: Table) -> tuple[int, ...] | 
         and not table.devices
     )
     return tuple(table.regions) if is_hinted else None
+
+
+class StoreByObjectId:
+    """The tensors of one producer by object id (hex), as Ray's own tests use them."""
+
+    def __init__(self, producer: Producer):
+        self._producer = producer
+        self._store = producer.store
+
+    def has_object(self, object_id: str) -> bool:
+        return self._store.by_id(object_id) is not None
+
+    def has_tensor(self, tensor: torch.Tensor) -> bool:
+        try:
+            self._store.wait_freed(tensor, 0)
+        except TimeoutError:
+            return True
+        return False
+
+    def get_num_objects(self) -> int:
+        return len(self._store)
+
+    def wait_and_get_object(
+        self, object_id: str, timeout: float | None = None
+    ) -> list[torch.Tensor]:
+        return self._store.wait_object(object_id, timeout).captured.tensors
+
+    def add_object_primary(
+        self, object_id: str, tensors: list[torch.Tensor], transport: str
+    ) -> Location:
+        return self._producer.put_tensors(object_id, tensors, transport)
+
+    def pop_object(self, object_id: str) -> list[torch.Tensor]:
+        stored = self._store.by_id(object_id)
+        if stored is None:
+            raise KeyError(f"RDT object {object_id} is not stored here")
+        self._producer.release(stored.key)
+        return stored.captured.tensors

@@ -25,6 +25,9 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
+#: The keyword under which a call of a generator carries its ``StreamSpec`` or ``DynamicSpec``.
+STREAM_KEYWORD = "_ray_rdt_stream"
+
 
 class StreamSpec(NamedTuple):
     """The description of a stream that its producer receives.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import raise_if_interrupt
 from ray.experimental.rdt.rpc.session import KV_NAMESPACE, Session
 
 _WORKER_PREFIX = b"worker:"

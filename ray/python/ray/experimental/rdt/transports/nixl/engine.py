@@ -22,8 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ray.experimental.rdt.common.failures import TransferFailed
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import TransferFailed, raise_if_interrupt
 from ray.experimental.rdt.common.processes import pid_domain
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.plan import Batch

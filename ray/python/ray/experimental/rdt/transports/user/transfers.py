@@ -20,8 +20,7 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.common.failures import TransferFailed
-from ray.experimental.rdt.common.interrupts import is_interrupt, raise_if_interrupt
+from ray.experimental.rdt.common.failures import TransferFailed, is_interrupt, raise_if_interrupt
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.base import TransportUnavailable

@@ -21,7 +21,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTError
-from ray.experimental.rdt.common.interrupts import raise_if_interrupt
+from ray.experimental.rdt.common.failures import raise_if_interrupt
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 from ray.experimental.rdt.tensor_transport_manager import (
