@@ -35,7 +35,7 @@ def policy(monkeypatch: pytest.MonkeyPatch) -> Any:
         """Why a transport that the user did not name is not tried."""
         obj = TransferObject(default_transports=[name])
         (found,) = [c for c in plan_transfer(obj, made.pair(producer)) if c.name == name]
-        return found.unavailable_reason
+        return "" if found.serves else found.reason
 
     return SimpleNamespace(failed=made.failed, reason=reason, lose=lost[0])
 
