@@ -26,11 +26,7 @@ Reply = dict[str, object]
 
 
 class Server:
-    """Worker that holds the open scenarios and handles requests.
-
-    Args:
-        scenarios: Name to class.
-    """
+    """Worker that holds the open scenarios and handles requests."""
 
     def __init__(self, scenarios: Mapping[str, Callable[..., Scenario]]) -> None:
         self._scenarios = scenarios

@@ -25,6 +25,11 @@ from ray.experimental.rdt import stats
 LARGE = (1 << 14) + (1 << 8)
 SMALL = 16
 
+TRANSPORTS = ["auto", "gloo"]
+with contextlib.suppress(ImportError):  # nixl, or its package for this torch, is not installed
+    importlib.import_module("nixl._api")
+    TRANSPORTS.append("nixl")
+
 #: Objects in flight at the same time.
 BATCH = 50
 
@@ -118,13 +123,7 @@ def count_here() -> dict[str, int]:
 
 
 class World:
-    """The processes that exchange objects.
-
-    Attributes:
-        one: A producer and consumer.
-        two: Another.
-        loop: An async actor.
-    """
+    """The processes that exchange objects."""
 
     def __init__(self) -> None:
         kinds: tuple[Any, ...] = (Actor, Actor, Coroutines)
@@ -237,8 +236,7 @@ def _put_in_tasks(world: World, count: int) -> Any:
 
 PATHS: dict[str, Path] = {
     "method to method, small": _through(SMALL, "auto"),
-    "method to method, auto": _through(LARGE, "auto"),
-    "method to method, gloo": _through(LARGE, "gloo"),
+    **{f"method to method, {name}": _through(LARGE, name) for name in TRANSPORTS},
     "arguments by keyword": _by_keyword,
     "ray.wait and ray.get": _get,
     "await": _await,
@@ -256,9 +254,6 @@ PATHS: dict[str, Path] = {
     "puts of an actor": _put_there,
     "puts of tasks": _put_in_tasks,
 }
-with contextlib.suppress(ImportError):  # nixl, or its package for this torch, is not installed
-    importlib.import_module("nixl._api")
-    PATHS["method to method, nixl"] = _through(LARGE, "nixl")
 
 
 def left_behind(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> list[str]:

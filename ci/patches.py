@@ -16,13 +16,13 @@ from ci.build import base
 from ci.build.series import (
     PATCHES,
     Patch,
+    add_stock,
     apply,
     apply_series,
     export,
     only_place,
     parse,
     read_series,
-    read_stock,
 )
 from ci.build.steps import BUILD, ROOT, BuildError, replace_file
 
@@ -97,9 +97,7 @@ def lint(tree: Path, patches: Path = PATCHES, root: Path = ROOT) -> str:
         check_header(patch, root)
     texts: dict[str, str] = {}
     for patch in series:
-        for path in patch.hunks:
-            if path not in texts:
-                texts[path] = read_stock(tree, patch.name, path)
+        add_stock(texts, tree, patch.name, patch.hunks)
         texts.update(check_diff(patch, texts, patches))
     total = sum(patch.changed_lines for patch in series)
     return f"{len(series)} patches, {len(texts)} files, {total} changed lines"
@@ -121,9 +119,9 @@ def open_patch(name: str, tree: Path) -> None:
 def new_patch(name: str, paths: list[str], tree: Path) -> None:
     series = read_series(PATCHES)
     texts = apply_series(series, tree)
+    add_stock(texts, tree, name, paths)
     for path in paths:
-        text = texts.get(path) or read_stock(tree, name, path)
-        replace_file(OPEN / name / path, text.encode())
+        replace_file(OPEN / name / path, texts[path].encode())
     reasons = ", ".join(REASONS)
     (PATCHES / name).write_text(HEADER.format(reasons=f"one of {reasons}", today=date.today()))
     with open(PATCHES / "series", "a") as lines:
@@ -142,9 +140,7 @@ def export_all(tree: Path) -> None:
             for file in opened.rglob("*")
             if file.is_file()
         }
-        for path in edited or patch.hunks:
-            if path not in texts:
-                texts[path] = read_stock(tree, patch.name, path)
+        add_stock(texts, tree, patch.name, edited or patch.hunks)
         after = edited or apply(patch, texts, only_place)
         written[PATCHES / patch.name] = patch.header + export(texts, after)
         texts.update(after)

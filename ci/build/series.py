@@ -7,7 +7,7 @@ A patch is a header of `Field: text` lines and a unified diff against Ray's sour
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,21 +175,22 @@ def read_series(patches: Path = PATCHES) -> list[Patch]:
     return [parse(name, (patches / name).read_text()) for name in names]
 
 
-def read_stock(tree: Path, patch: str, path: str) -> str:
-    try:
-        return (tree / path).read_bytes().decode()
-    except FileNotFoundError:
-        missing = f"stale patch: patches/{patch} changes {path}, which is not in {tree}"
-        raise BuildError(missing) from None
+def add_stock(texts: dict[str, str], tree: Path, patch: str, paths: Iterable[str]) -> None:
+    """Add the stock text of each file of a patch that `texts` lacks."""
+    for path in paths:
+        if path not in texts:
+            try:
+                texts[path] = (tree / path).read_bytes().decode()
+            except FileNotFoundError:
+                missing = f"stale patch: patches/{patch} changes {path}, which is not in {tree}"
+                raise BuildError(missing) from None
 
 
 def apply_series(series: list[Patch], tree: Path) -> dict[str, str]:
     """Return all files that the series changes, as they are after the last patch."""
     texts: dict[str, str] = {}
     for patch in series:
-        for path in patch.hunks:
-            if path not in texts:
-                texts[path] = read_stock(tree, patch.name, path)
+        add_stock(texts, tree, patch.name, patch.hunks)
         texts.update(apply(patch, texts))
     return texts
 

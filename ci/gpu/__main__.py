@@ -63,13 +63,7 @@ def find_facts() -> dict[str, Any]:
 
 
 class Run:
-    """One run.
-
-    Args:
-        out: Folder of the reports.
-        machine: The machine's description.
-        deadline: When it must end.
-    """
+    """One run, which writes its reports to a folder and must end at a deadline."""
 
     def __init__(self, out: Path, machine: dict[str, Any], deadline: float):
         self._deadline = deadline

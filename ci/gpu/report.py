@@ -16,12 +16,7 @@ _WIDTH = 26
 
 
 class Report:
-    """Reports that are rewritten after each program, so that an aborted run leaves its results.
-
-    Args:
-        folder: Where ``gpu-report.json`` and ``gpu-report.txt`` are written.
-        machine: The machine's description.
-    """
+    """Reports that are rewritten after each program, so that an aborted run leaves its results."""
 
     def __init__(self, folder: Path, machine: dict[str, Any]):
         self._folder = folder

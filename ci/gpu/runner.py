@@ -29,8 +29,6 @@ class Program:
     Attributes:
         name: Its topic, or "" if the step has only one program.
         arguments: For Python.
-        limit_s: Its time limit.
-        environment: Its environment variables.
     """
 
     name: str
@@ -46,8 +44,6 @@ class Outcome:
     Attributes:
         state: "passed", "failed" or "skipped".
         remark: The main figure, or the reason.
-        seconds: Its duration.
-        figures: All its figures.
         output: The end of its output.
     """
 

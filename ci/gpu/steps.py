@@ -13,7 +13,6 @@ class Step:
 
     Attributes:
         name: Its name on the command line.
-        programs: Its programs.
         is_alone: Whether it measures, so that nothing else may run. Programs of other steps run
             in parallel with those of adjacent steps.
     """

@@ -16,7 +16,6 @@ The seed determines the choices, not how the threads interleave.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import random
 import sys
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ray
-from ci.leaks import EXACT, ROUGH
+from ci.leaks import EXACT, ROUGH, TRANSPORTS
 from ci.soak.actors import Worker, counters_here
 from ci.soak.faults import DRIVER, Faults
 from ci.soak.work import BOUND_S, PATHS, Job
@@ -184,7 +183,7 @@ def run(seconds: float, seed: int, gap_s: float) -> list[str]:
     os.environ.update(SETTINGS)
     config.settings.cache_clear()
     with ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False):
-        soak = Soak(seed, _transports())
+        soak = Soak(seed, ["auto", *TRANSPORTS])
         soak.counts()  # All actors have started.
         faults = Faults(soak.actors, list(ACTORS), random.Random(f"{seed} faults"), gap_s)
         warm_up_s = min(60.0, seconds / 5)
@@ -205,15 +204,6 @@ def run(seconds: float, seed: int, gap_s: float) -> list[str]:
             console.print(problem, markup=False)
         console.print(f"{sum(faults.counts.values())} faults, {len(soak.problems)} problems")
         return soak.problems
-
-
-def _transports() -> list[str]:
-    always = ["auto", "auto", "gloo"]
-    try:
-        importlib.import_module("nixl._api")
-    except ImportError:
-        return always
-    return [*always, "nixl"]
 
 
 def main() -> int:

@@ -30,9 +30,7 @@ class Job:
 
     Attributes:
         members: The names of the chosen actors.
-        seed: The seed of the object's value.
         length: Number of elements.
-        transport: The transport that the producer names.
     """
 
     _seeds = itertools.count(0, 10)

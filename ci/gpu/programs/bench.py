@@ -80,13 +80,7 @@ class ArmEnded(RuntimeError):
 
 
 class Arm:
-    """A process of ``bench_arm``.
-
-    Args:
-        kind: The arm to run.
-        python: The Python that runs it.
-        device: The tensors' device.
-    """
+    """A process of ``bench_arm``."""
 
     def __init__(self, kind: Kind, python: str, device: str):
         self._answers: queue.Queue[str] = queue.Queue()
@@ -149,12 +143,7 @@ class Arm:
 
 
 class Bench:
-    """All arms, measured in turns.
-
-    Args:
-        told: Receives the figures.
-        arms: By name.
-    """
+    """All arms, measured in turns."""
 
     def __init__(self, told: result.Result, arms: dict[str, Arm]):
         self._told = told

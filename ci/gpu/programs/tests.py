@@ -10,11 +10,7 @@ from ci.gpu import result
 
 
 class Count:
-    """Plugin that records each test when it ends, and the running test.
-
-    Args:
-        told: Receives the results.
-    """
+    """Plugin that records each test when it ends, and the running test."""
 
     def __init__(self, told: result.Result):
         self._told = told

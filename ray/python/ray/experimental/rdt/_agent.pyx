@@ -126,10 +126,7 @@ cdef class Agent:
         self._notify(address, Notice.kFree, key)
 
     def own(self, address, bytes key):
-        """Tell the agent at `address` that this process owns `key`.
-
-        Only queues the message, so it does not raise if the peer is unreachable.
-        """
+        """Tell the agent at `address` that this process owns `key`. Only queues, as free does."""
         self._notify(address, Notice.kOwn, key)
 
     cdef _notify(self, address, Notice notice, bytes key):
