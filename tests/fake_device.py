@@ -29,8 +29,8 @@ from torch.utils import backend_registration
 from ray.experimental.rdt import util
 from ray.experimental.rdt._tensors import tensor_over
 from ray.experimental.rdt.accelerators import registry as accelerators
+from ray.experimental.rdt.accelerators.events import SideStreams
 from ray.experimental.rdt.accelerators.shared_memory import CannotShare, SharedMemory
-from ray.experimental.rdt.accelerators.side_streams import SideStreams
 from ray.experimental.rdt.transports import registry as transports
 
 TYPE = "fakegpu"

@@ -16,8 +16,7 @@ import torch
 
 from ray.experimental.rdt.accelerators import cuda, cuda_calls
 from ray.experimental.rdt.accelerators.cuda import CudaAccelerator, CudaEvent
-from ray.experimental.rdt.accelerators.events import have_ended
-from ray.experimental.rdt.accelerators.side_streams import SideStreams
+from ray.experimental.rdt.accelerators.events import SideStreams, have_ended
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.consumer.fetcher import Fetcher, Request

@@ -10,7 +10,7 @@ import torch
 from ray.util.collective import types
 
 from ray.experimental.rdt.common.deadline import Deadline
-from ray.experimental.rdt.groups import collectives, entered_groups, ray_group
+from ray.experimental.rdt.groups import entered_groups, ray_group, service
 from ray.experimental.rdt.groups.membership import Group, Member
 from ray.experimental.rdt.groups.service import GroupService, MemberFailed
 from ray.experimental.rdt.rpc import protocol
@@ -21,7 +21,7 @@ from tests.unit.transports.process_group.gloo_peers import Node, blanks, pattern
 @pytest.fixture
 def nodes(monkeypatch):
     # Ray's collective module is one per process and takes each name once; these nodes share one.
-    monkeypatch.setattr(collectives, "enter", lambda group, transport: None)
+    monkeypatch.setattr(service, "register_collectives", lambda group, transport: None)
     made = []
 
     def make(count):
@@ -189,13 +189,13 @@ class RayCollective:
 @pytest.fixture
 def ray_collective(monkeypatch):
     made = RayCollective()
-    monkeypatch.setattr(collectives, "_ray_collective", lambda: made)
+    monkeypatch.setattr(service, "_ray_collective", lambda: made)
     monkeypatch.setattr(entered_groups, "by_name", {})
     monkeypatch.setattr(ray_group, "_TIMEOUT_S", 15.0)
     return made
 
 
-_enter = collectives.enter
+_enter = service.register_collectives
 
 
 def only_one_enters(monkeypatch, node):
@@ -205,7 +205,7 @@ def only_one_enters(monkeypatch, node):
         if transport is node.transport:
             _enter(group, transport)
 
-    monkeypatch.setattr(collectives, "enter", enter)
+    monkeypatch.setattr(service, "register_collectives", enter)
 
 
 def wait_in_barrier(group):
@@ -251,7 +251,7 @@ def test_name_that_is_taken_stays_with_the_user(nodes, ray_collective):
     ray_collective.groups["one"] = users = object()
     with pytest.raises(RuntimeError, match="second time"):
         _enter(group, node.transport)
-    collectives.leave(group)
+    service.unregister_collectives(group)
     assert ray_collective.groups == {"one": users}
 
 

@@ -13,8 +13,8 @@ import torch
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError
-from ray.experimental.rdt.producer import admission, snapshots, transport_server
-from ray.experimental.rdt.producer.tensor_store import TensorStore
+from ray.experimental.rdt.producer import snapshots, transport_server
+from ray.experimental.rdt.producer.tensor_store import AdmissionControl, TensorStore
 from ray.experimental.rdt.serialization import layout
 from ray.experimental.rdt.transports.base import Capabilities
 from tests import fake_device
@@ -30,7 +30,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make(nbytes: int = 4 * LARGE, device: str = "cpu", nixl: Any = None) -> snapshots.Snapshots:
-    made = snapshots.Snapshots(admission.AdmissionControl(TensorStore()), lambda: nixl)
+    made = snapshots.Snapshots(AdmissionControl(TensorStore()), lambda: nixl)
     made.make_pool(nbytes, device)
     return made
 

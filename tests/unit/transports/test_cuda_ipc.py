@@ -22,7 +22,7 @@ from ray.experimental.rdt.common.failures import TransferFailed
 from ray.experimental.rdt.common.processes import Process
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.base import Peer, TransportUnavailable
-from ray.experimental.rdt.transports.cuda_ipc import reads
+from ray.experimental.rdt.transports.cuda_ipc import imports
 from ray.experimental.rdt.transports.cuda_ipc import transport as cuda_ipc_transport
 from ray.experimental.rdt.transports.cuda_ipc.transport import (
     CudaIpcTransport,
@@ -306,7 +306,7 @@ def test_withdrawn_object_is_not_shared(sides):
 
 
 def test_failure_keeps_mapped_what_a_copy_still_reads(sides, monkeypatch):
-    monkeypatch.setattr(reads, "_GRACE_S", 0.3)
+    monkeypatch.setattr(imports, "_GRACE_S", 0.3)
     monkeypatch.setattr(accelerator, "gate", gate := threading.Event())
     source = bytes_on(TYPE)
     exposed = sides[0].transport.expose([source])

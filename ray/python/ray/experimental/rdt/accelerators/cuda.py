@@ -26,9 +26,8 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
     relaxed,
 )
 from ray.experimental.rdt.accelerators.cuda_sharing import CudaSharing
-from ray.experimental.rdt.accelerators.events import Event
+from ray.experimental.rdt.accelerators.events import Event, SideStreams
 from ray.experimental.rdt.accelerators.shared_memory import SharedMemory
-from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:
     import torch

@@ -22,9 +22,8 @@ from ray.experimental.rdt.accelerators.cuda_calls import (
     relaxed,
 )
 from ray.experimental.rdt.accelerators.device_failures import is_device_failure
-from ray.experimental.rdt.accelerators.events import Event
+from ray.experimental.rdt.accelerators.events import Event, SideStreams
 from ray.experimental.rdt.accelerators.shared_memory import CannotShare
-from ray.experimental.rdt.accelerators.side_streams import SideStreams
 
 if TYPE_CHECKING:
     import torch

@@ -8,5 +8,5 @@ from ray.experimental.rdt.transports.process_group.transport import ProcessGroup
 #: The name of RDT's backend in ``ray.util.collective``.
 BACKEND = "RDT"
 
-#: Each group with the transport that moves its bytes. ``collectives.py`` changes it under a lock.
+#: Each group with the transport that moves its bytes. ``service.py`` changes it under a lock.
 by_name: dict[str, tuple[Group, ProcessGroupTransport]] = {}

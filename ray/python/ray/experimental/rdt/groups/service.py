@@ -2,7 +2,8 @@
 
 Any process that knows the members' agents can create a group. Members answer on their ``rdt-call``
 threads, so that a busy actor can leave a group. A handler never waits for another handler, so
-groups that are created at the same time do not block each other.
+groups that are created at the same time do not block each other. Each member registers its group
+with RDT's backend for ``ray.experimental.collective.allreduce`` and the others.
 
 The creator sends ``rdt.group.join`` to all members, then ``rdt.group.connect``. Each member
 connects to all others on a thread of its own and then answers with ``rdt.group.report``.
@@ -10,6 +11,7 @@ connects to all others on a thread of its own and then answers with ``rdt.group.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,7 +22,8 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import raise_if_interrupt
-from ray.experimental.rdt.groups import collectives, membership
+from ray.experimental.rdt.groups import entered_groups, membership
+from ray.experimental.rdt.groups.entered_groups import BACKEND
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.transports.process_group.transport import (
@@ -37,6 +40,9 @@ logger = logging.getLogger("ray.rdt")
 
 _LEAVE_TIMEOUT_S = 5.0
 _REPORT_TIMEOUT_S = 10.0
+
+#: Held while a group is registered for ``ray.util.collective`` or unregistered.
+_lock = threading.Lock()
 
 Answer = Callable[[float], dict[str, Any]]
 
@@ -243,9 +249,9 @@ class GroupService:
         try:
             transport = self._transport(group.backend)
             transport.connect(group, deadline)
-            collectives.enter(group, transport)
+            register_collectives(group, transport)
             if self._groups.get(group.id) is None:
-                collectives.leave(group)  # ``_on_leave`` may have run before ``enter``
+                unregister_collectives(group)  # ``_on_leave`` may have run before
                 raise LookupError("the group was destroyed meanwhile")
         except Exception as failure:  # of any kind: the creator gets its text
             error = str(failure)
@@ -260,5 +266,56 @@ class GroupService:
         if group is not None:
             # First disconnect: it ends a wait in a collective operation, which ``leave`` waits for.
             self._transport(group.backend).disconnect(group.id, body["reason"])
-            collectives.leave(group)
+            unregister_collectives(group)
         return {}
+
+
+def register_collectives(group: Group, transport: ProcessGroupTransport) -> None:
+    """Register a group for ``ray.util.collective``. Runs on: member, any thread.
+
+    Raises:
+        RuntimeError: The actor has registered a group of that name itself.
+    """
+    ray_collective = _ray_collective()
+    if ray_collective is None:
+        return
+    with _lock:
+        entered_groups.by_name[group.name] = (group, transport)
+        try:
+            size = len(group.members)
+            ray_collective.init_collective_group(size, group.rank, BACKEND, group.name)
+        except BaseException:
+            # The actor's own group: ``unregister_collectives`` must not destroy it.
+            del entered_groups.by_name[group.name]
+            raise
+
+
+def unregister_collectives(group: Group) -> None:
+    """Reverse ``register_collectives``, also for a group that was never registered.
+
+    Runs on: any thread, after the transport was disconnected from the group. Before that, a
+    collective operation that waits for another member would block this call.
+    """
+    with _lock:
+        entered = entered_groups.by_name.get(group.name)
+        if entered is None or entered[0] != group:
+            return
+        ray_collective = _ray_collective()
+        if ray_collective.is_group_initialized(group.name):
+            ray_collective.destroy_collective_group(group.name)
+        del entered_groups.by_name[group.name]
+
+
+@functools.cache
+def _ray_collective() -> Any:
+    """Return Ray's module with RDT's backend; None if a module that it needs is missing."""
+    try:
+        from ray.util.collective import collective
+        from ray.util.collective.backend_registry import register_collective_backend
+
+        from ray.experimental.rdt.groups.ray_group import RDTGroup
+    except ImportError as error:
+        logger.info("groups have no collective operations in this process: %s", error)
+        return None
+    register_collective_backend(BACKEND, RDTGroup)
+    return collective

@@ -23,7 +23,7 @@ from ray.experimental.rdt.owner import object_directory
 from ray.experimental.rdt.owner.argument_pins import ArgumentPins
 from ray.experimental.rdt.owner.reconstruction import Reconstruction, call_method, refs_in
 from ray.experimental.rdt.owner.streams import Stream, TakenStreams
-from ray.experimental.rdt.producer.dynamic_generator import DynamicCall
+from ray.experimental.rdt.producer.streams import DynamicCall
 from ray.experimental.rdt.rpc import process_directory, protocol
 from ray.experimental.rdt.rpc.session import Session
 from ray.experimental.rdt.transports.user import registered

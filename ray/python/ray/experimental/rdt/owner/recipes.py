@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.experimental.rdt.common.serialized_value import SerializedValue
+from ray._raylet import RawSerializedObject
 
 #: Larger arguments are not kept. Ray puts larger ones into its object store and does not keep them
 #: for retries of tasks that have ended.
@@ -168,3 +168,21 @@ class Argument:
             made.to_bytes(), made.metadata, made.contained_object_refs
         )
         return self.serialized
+
+
+class SerializedValue(RawSerializedObject):
+    """A copy of a result of ``SerializationContext.serialize``. Ray's core stores it unchanged."""
+
+    def __init__(self, data: Any, metadata: bytes, contained_refs: Sequence[Any]):
+        self.data = bytes(data)
+        super().__init__(self.data)
+        self._own_metadata = metadata
+        self._contained_refs = list(contained_refs)
+
+    @property
+    def metadata(self) -> bytes:
+        return self._own_metadata
+
+    @property
+    def contained_object_refs(self) -> list[Any]:
+        return self._contained_refs

@@ -19,16 +19,7 @@ from ray.exceptions import GetTimeoutError
 from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.failures import raise_if_interrupt
-from ray.experimental.rdt.common.serialized_value import SerializedValue
-from ray.experimental.rdt.owner.recipes import (
-    IMMUTABLE,
-    MAX_ARGUMENT_BYTES,
-    Argument,
-    Recipe,
-    Recipes,
-    Reference,
-    SerializedArgument,
-)
+from ray.experimental.rdt.owner import recipes
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.process_directory import is_worker_alive
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
@@ -79,7 +70,7 @@ class Reconstruction:
 
     def __init__(self, find: Callable[[bytes], str]) -> None:
         self._find = find
-        self._recipes = Recipes()
+        self._recipes = recipes.Recipes()
         self._lock = threading.Lock()
         # Held while calls are repeated, so that no call is repeated twice.
         self._repeating = threading.Lock()
@@ -93,7 +84,7 @@ class Reconstruction:
 
     def begin(
         self, call: Callable[[Any, Any], Any], retries: int, args: Any, kwargs: Any, actor: str = ""
-    ) -> tuple[Recipe, list[Any], dict[str, Any]]:
+    ) -> tuple[recipes.Recipe, list[Any], dict[str, Any]]:
         """Begin the recipe of a call.
 
         Args:
@@ -105,9 +96,9 @@ class Reconstruction:
         """
         given = [_prepare(value) for value in args or ()]
         named = {name: _prepare(value) for name, value in (kwargs or {}).items()}
-        return Recipe(call, given, named, retries, actor), given, named
+        return recipes.Recipe(call, given, named, retries, actor), given, named
 
-    def keep(self, recipe: Recipe, refs: Sequence[Any]) -> None:
+    def keep(self, recipe: recipes.Recipe, refs: Sequence[Any]) -> None:
         """Keep a recipe for the objects that its call returned."""
         recipe.args = [self._record(recipe, value) for value in recipe.args]
         recipe.kwargs = {name: self._record(recipe, value) for name, value in recipe.kwargs.items()}
@@ -117,30 +108,31 @@ class Reconstruction:
             if not ray_core.call_when_out_of_scope(ref, self._on_out_of_scope):
                 self._on_out_of_scope(ref.binary())
 
-    def _record(self, recipe: Recipe, value: Any) -> Any:
+    def _record(self, recipe: recipes.Recipe, value: Any) -> Any:
         """Return an argument as the recipe keeps it."""
-        if isinstance(value, Argument):
+        if isinstance(value, recipes.Argument):
             if value.serialized is None:
                 recipe.unavailable_reason = (
-                    f"the call that returned it had an argument of more than {MAX_ARGUMENT_BYTES} "
-                    "bytes, which is not kept; pass an ObjectRef of it"
+                    "the call that returned it had an argument of more than "
+                    f"{recipes.MAX_ARGUMENT_BYTES} bytes, "
+                    "which is not kept; pass an ObjectRef of it"
                 )
                 return None
             made = value.serialized
             nested = [self._record_ref(recipe, ref) for ref in made.contained_object_refs]
-            return SerializedArgument(made.data, made.metadata, tuple(nested))
-        if isinstance(value, IMMUTABLE):
+            return recipes.SerializedArgument(made.data, made.metadata, tuple(nested))
+        if isinstance(value, recipes.IMMUTABLE):
             return value
         return self._record_ref(recipe, value)
 
-    def _record_ref(self, recipe: Recipe, ref: Any) -> Reference:
+    def _record_ref(self, recipe: recipes.Recipe, ref: Any) -> recipes.Reference:
         object_id, transport = ref.hex(), ref.tensor_transport()
         entry = self._recipes.of(object_id)
         if entry is not None:
             recipe.depend_on(object_id, entry)
         elif not object_id.startswith(_HANDLE_PREFIX) and not (transport and _is_own(ref)):
             recipe.pins[object_id] = ref
-        return Reference(object_id, transport)
+        return recipes.Reference(object_id, transport)
 
     def _on_out_of_scope(self, object_id: bytes) -> None:
         """Runs on: Ray's thread for references that went out of scope."""
@@ -190,7 +182,7 @@ class Reconstruction:
             return Outcome(ALIVE)
         return Outcome(RECONSTRUCTED, self._replacement(*entry, waiting_actor))
 
-    def _replacement(self, recipe: Recipe, index: int, waiting_actor: str) -> ray.ObjectRef:
+    def _replacement(self, recipe: recipes.Recipe, index: int, waiting_actor: str) -> ray.ObjectRef:
         """Return the object that replaces one of a call's objects."""
         with self._repeating:
             if recipe.replacements is None:
@@ -202,7 +194,7 @@ class Reconstruction:
             raise CannotReconstructError(_DEADLOCK)
         return ref
 
-    def _repeat(self, recipe: Recipe, waiting_actor: str) -> list[Any]:
+    def _repeat(self, recipe: recipes.Recipe, waiting_actor: str) -> list[Any]:
         """Repeat a call; return the references that it returns."""
         reason = recipe.refusal() or (_DEADLOCK if recipe.runs_on(waiting_actor) else "")
         if reason:
@@ -219,22 +211,22 @@ class Reconstruction:
                 entry[0].retries = left
         return refs
 
-    def _restore(self, recipe: Recipe, value: Any, waiting_actor: str) -> Any:
+    def _restore(self, recipe: recipes.Recipe, value: Any, waiting_actor: str) -> Any:
         """Return an argument for the repeated call."""
-        if isinstance(value, Reference):
+        if isinstance(value, recipes.Reference):
             entry = recipe.dependencies.get(value.object_id)
             return self._restore_ref(recipe, value, entry, waiting_actor)
-        if isinstance(value, SerializedArgument):
+        if isinstance(value, recipes.SerializedArgument):
             # No other object can replace a reference inside an argument.
             refs = [self._restore_ref(recipe, each, None, "") for each in value.references]
-            return Argument(None, SerializedValue(value.data, value.metadata, refs))
+            return recipes.Argument(None, recipes.SerializedValue(value.data, value.metadata, refs))
         return value
 
     def _restore_ref(
         self,
-        recipe: Recipe,
-        reference: Reference,
-        entry: tuple[Recipe, int] | None,
+        recipe: recipes.Recipe,
+        reference: recipes.Reference,
+        entry: tuple[recipes.Recipe, int] | None,
         waiting_actor: str,
     ) -> ray.ObjectRef:
         """Return the object of an argument, or the object that replaces it.
@@ -305,10 +297,10 @@ def _prepare(value: Any) -> Any:
     """Return an argument as it is passed to the call."""
     import ray
 
-    if isinstance(value, (ray.ObjectRef, Argument)):
+    if isinstance(value, (ray.ObjectRef, recipes.Argument)):
         return value
-    is_small = not isinstance(value, (str, bytes)) or len(value) <= MAX_ARGUMENT_BYTES
-    return value if type(value) in IMMUTABLE and is_small else Argument(value)
+    is_small = not isinstance(value, (str, bytes)) or len(value) <= recipes.MAX_ARGUMENT_BYTES
+    return value if type(value) in recipes.IMMUTABLE and is_small else recipes.Argument(value)
 
 
 def _is_own(ref: Any) -> bool:

@@ -18,7 +18,7 @@ from ray._private.object_ref_generator import ObjectRefGenerator
 
 from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
-from ray.experimental.rdt.common.serialized_value import SerializedValue
+from ray.experimental.rdt.owner.recipes import SerializedValue
 from ray.experimental.rdt.producer.streams import STREAM_KEYWORD, StreamSpec
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session

@@ -14,9 +14,8 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.descriptor import KEY_BYTES, PRODUCER_BYTES, Descriptor, Location
 from ray.experimental.rdt.common.errors import RDTError
-from ray.experimental.rdt.producer.admission import AdmissionControl
 from ray.experimental.rdt.producer.snapshots import Snapshots
-from ray.experimental.rdt.producer.tensor_store import TensorStore
+from ray.experimental.rdt.producer.tensor_store import AdmissionControl, TensorStore
 from ray.experimental.rdt.serialization import capture
 from ray.experimental.rdt.serialization.capture import Skeleton, Wanted
 from ray.experimental.rdt.serialization.envelope import pack

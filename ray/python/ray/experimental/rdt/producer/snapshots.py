@@ -15,7 +15,7 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import NixlOutOfMemoryError, RDTError
-from ray.experimental.rdt.producer.admission import AdmissionControl, may_wait
+from ray.experimental.rdt.producer.tensor_store import AdmissionControl, may_wait
 from ray.experimental.rdt.serialization.layout import Captured, region_bytes
 from ray.experimental.rdt.transports.base import TransportUnavailable
 from ray.experimental.rdt.transports.nixl.pool import Copies, MemoryPool

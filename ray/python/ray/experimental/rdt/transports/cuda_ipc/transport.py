@@ -41,8 +41,7 @@ from ray.experimental.rdt.transports.base import (
     Route,
     TransportUnavailable,
 )
-from ray.experimental.rdt.transports.cuda_ipc.imports import Borrowing, Imports
-from ray.experimental.rdt.transports.cuda_ipc.reads import Reads
+from ray.experimental.rdt.transports.cuda_ipc.imports import Borrowing, Imports, Reads
 
 if TYPE_CHECKING:
     import torch
