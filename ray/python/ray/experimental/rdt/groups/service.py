@@ -26,10 +26,7 @@ from ray.experimental.rdt.groups import entered_groups, membership
 from ray.experimental.rdt.groups.entered_groups import BACKEND
 from ray.experimental.rdt.groups.membership import Group, Member, Membership
 from ray.experimental.rdt.rpc import protocol
-from ray.experimental.rdt.transports.process_group.transport import (
-    ProcessGroupTransport,
-    serve_links,
-)
+from ray.experimental.rdt.transports.process_group import transport as process_group
 
 if TYPE_CHECKING:
     from ray.experimental.collective.communicator import CommunicatorHandle
@@ -42,7 +39,7 @@ _LEAVE_TIMEOUT_S = 5.0
 _REPORT_TIMEOUT_S = 10.0
 
 #: Held while a group is registered for ``ray.util.collective`` or unregistered.
-_lock = threading.Lock()
+_register_lock = threading.Lock()
 
 Answer = Callable[[float], dict[str, Any]]
 
@@ -102,7 +99,7 @@ class GroupService:
     def __init__(
         self,
         session: Session,
-        transport: Callable[[str], ProcessGroupTransport],
+        transport: Callable[[str], process_group.ProcessGroupTransport],
         groups: Membership | None = None,
     ):
         self._session = session
@@ -117,7 +114,7 @@ class GroupService:
             protocol.GROUP_REPORT: self._on_report,
             protocol.GROUP_LEAVE: self._on_leave,
         }
-        serve_links(session, transport)
+        process_group.serve_links(session, transport)
         for op, handler in self._handlers.items():
             session.serve(op, handler)
         session.on_peer_lost(self._on_peer_lost)
@@ -270,7 +267,7 @@ class GroupService:
         return {}
 
 
-def register_collectives(group: Group, transport: ProcessGroupTransport) -> None:
+def register_collectives(group: Group, transport: process_group.ProcessGroupTransport) -> None:
     """Register a group for ``ray.util.collective``. Runs on: member, any thread.
 
     Raises:
@@ -279,7 +276,7 @@ def register_collectives(group: Group, transport: ProcessGroupTransport) -> None
     ray_collective = _ray_collective()
     if ray_collective is None:
         return
-    with _lock:
+    with _register_lock:
         entered_groups.by_name[group.name] = (group, transport)
         try:
             size = len(group.members)
@@ -296,7 +293,7 @@ def unregister_collectives(group: Group) -> None:
     Runs on: any thread, after the transport was disconnected from the group. Before that, a
     collective operation that waits for another member would block this call.
     """
-    with _lock:
+    with _register_lock:
         entered = entered_groups.by_name.get(group.name)
         if entered is None or entered[0] != group:
             return

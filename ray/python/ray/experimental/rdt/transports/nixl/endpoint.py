@@ -15,7 +15,6 @@ from ray.experimental.rdt.common.cancellation import raise_if_cancelled
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.failures import note_still_writing
-from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.transports.base import Buffers, Events, Route, TransportUnavailable
 from ray.experimental.rdt.transports.nixl.engine import (
     NixlEngine,
@@ -171,7 +170,7 @@ def _finish_first(
         if deadline.has_passed():
             raise TimeoutError("the deadline passed while nixl was reading")
         between_polls()
-        sleep(pause)
+        threading.sleep(pause)
     in_flight.popleft().release()
 
 
