@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import ray
+from ray.experimental.rdt.common.ray_core import STREAM_KEYWORD
 from ray.experimental.rdt.owner import streams
 from ray.experimental.rdt.owner.streams import TakenStreams
-from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 from ray.experimental.rdt.rpc import protocol
 from tests.unit.fakes import FakeRay, FakeSession, rdt_value
 

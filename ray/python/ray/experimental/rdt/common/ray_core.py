@@ -12,6 +12,9 @@ from typing import Any
 # worker is looked up at each call.
 import ray
 
+#: The keyword under which a call of a generator carries its ``StreamSpec`` or ``DynamicSpec``.
+STREAM_KEYWORD = "_ray_rdt_stream"
+
 # Process.
 
 

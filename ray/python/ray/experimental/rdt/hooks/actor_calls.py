@@ -12,7 +12,6 @@ from ray.exceptions import RayError
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.consumer import argument_context
 from ray.experimental.rdt.consumer.deferred import Deferred
-from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 
 #: Whether a method of this process's actor names nixl, until its constructor has been called.
 _has_to_begin_nixl = False
@@ -33,7 +32,7 @@ def is_special(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     all other calls itself, so that their tracebacks contain no frame of RDT.
     """
     is_here = have_arrived(args) and have_arrived(kwargs.values())
-    return not is_here or STREAM_KEYWORD in kwargs or _has_to_begin_nixl
+    return not is_here or ray_core.STREAM_KEYWORD in kwargs or _has_to_begin_nixl
 
 
 def call(
@@ -51,7 +50,7 @@ def call(
     begins_nixl, _has_to_begin_nixl = _has_to_begin_nixl, False
 
     def run(actor: Any, *args: Any, **kwargs: Any) -> Any:
-        spec = kwargs.pop(STREAM_KEYWORD, None)
+        spec = kwargs.pop(ray_core.STREAM_KEYWORD, None)
         result = execute(actor, *args, **kwargs)
         if begins_nixl:
             # The constructor may set environment variables that nixl reads.

@@ -16,7 +16,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.common import ray_core
-from ray.experimental.rdt.producer.streams import STREAM_KEYWORD
 from ray.experimental.rdt.transports.user import registered
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def submit(
         name, num_returns, options.get("_num_objects_per_yield"), options.get("retry_exceptions")
     )
     options["num_returns"] = call.num_returns
-    return call.attach(begin(args, {**(kwargs or {}), STREAM_KEYWORD: call.spec}))
+    return call.attach(begin(args, {**(kwargs or {}), ray_core.STREAM_KEYWORD: call.spec}))
 
 
 def _submit(begin: Callable[[Any, Any], Any], args: Any, kwargs: Any, max_retries: Any) -> Any:
@@ -135,7 +134,7 @@ def _guard(function: Function, transport: str, num_returns: Any) -> Function:
 
 def _guard_items(function: Function, num_returns: str) -> Function:
     def items(*args: Any, **kwargs: Any) -> Any:
-        spec = kwargs.pop(STREAM_KEYWORD)
+        spec = kwargs.pop(ray_core.STREAM_KEYWORD)
         return spec.items_of(function(*args, **kwargs))
 
     def stream(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +143,7 @@ def _guard_items(function: Function, num_returns: str) -> Function:
     call = functools.wraps(function)(stream if num_returns == "streaming" else items)
     # Ray checks the arguments of a call against the signature.
     signature = inspect.signature(function)
-    mark = inspect.Parameter(STREAM_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    mark = inspect.Parameter(ray_core.STREAM_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind == inspect.Parameter.VAR_KEYWORD]
     call.__signature__ = signature.replace(parameters=[*own, mark, *rest])  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from ray._private.object_ref_generator import ObjectRefGenerator
 from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.owner.recipes import SerializedValue
-from ray.experimental.rdt.producer.streams import STREAM_KEYWORD, StreamSpec
+from ray.experimental.rdt.producer.streams import StreamSpec
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session
 
@@ -91,7 +91,7 @@ class Stream:
 
     def add_to(self, flat_arguments: list[Any]) -> list[Any]:
         """Return the flattened arguments of the call with the spec as one more keyword."""
-        return [*flat_arguments, STREAM_KEYWORD, self.spec]
+        return [*flat_arguments, ray_core.STREAM_KEYWORD, self.spec]
 
     def attach(self, generator: Any, actor: Any = None) -> Any:
         """Make the call's ``ObjectRefGenerator`` adopt its items."""

@@ -29,9 +29,6 @@ from ray.experimental.rdt.common import real_threads as threading
 from ray.experimental.rdt.rpc import protocol
 from ray.experimental.rdt.rpc.session import Session, agent_id_of
 
-#: The keyword under which a call of a generator carries its ``StreamSpec`` or ``DynamicSpec``.
-STREAM_KEYWORD = "_ray_rdt_stream"
-
 
 class StreamSpec(NamedTuple):
     """The description of a stream that its producer receives.
@@ -264,7 +261,7 @@ class DynamicCall:
         self.spec = DynamicSpec(transport.lower(), retried)
 
     def add_to(self, flat_arguments: list[Any]) -> list[Any]:
-        return [*flat_arguments, STREAM_KEYWORD, self.spec]
+        return [*flat_arguments, ray_core.STREAM_KEYWORD, self.spec]
 
     def attach(self, ref: Any, actor: Any = None) -> Any:
         """Return the result for the user. The items end with their owner, the actor."""
