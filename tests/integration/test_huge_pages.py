@@ -1,9 +1,10 @@
-"""What is handed over again and again moves to huge pages, and stays what it was."""
+"""New tensors of producers, and what is transferred repeatedly, are on huge pages."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 from pathlib import Path
 
@@ -37,9 +38,26 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+#: torch's own setting: its memory begins on pages of 4 KiB.
+SMALL_PAGES = {"env_vars": {"THP_MEM_ALLOC_ENABLE": "0"}}
+
+
+def huge_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes on huge pages of the mapping that the tensor is in."""
+    address = tensor.data_ptr()
+    is_in = False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            is_in = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif is_in and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("the tensor is in no mapping")
+
+
 @ray.remote(num_cpus=0)
 class Keeper:
-    """Has a tensor of pages of 4 KiB, to give away or to receive into."""
+    """Has a tensor to give away or to receive into."""
 
     def __init__(self) -> None:
         self._tensor = torch.zeros(COUNT)
@@ -59,21 +77,23 @@ class Keeper:
         return float(received.min()), float(received.max())
 
     def huge_bytes(self) -> int:
-        """How much of the tensor lies on huge pages: of the mapping that it is in."""
-        address = self._tensor.data_ptr()
-        is_in = False
-        for line in Path("/proc/self/smaps").read_text(encoding="ascii").splitlines():
-            bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            if bounds:
-                is_in = int(bounds[1], 16) <= address < int(bounds[2], 16)
-            elif is_in and line.startswith("AnonHugePages:"):
-                return int(line.split()[1]) << 10
-        raise AssertionError("the tensor is in no mapping")
+        return huge_bytes(self._tensor)
+
+    def setting(self) -> str | None:
+        return os.environ.get("THP_MEM_ALLOC_ENABLE")
+
+
+@ray.remote(num_cpus=0)
+class WithoutTransport:
+    def huge_bytes(self) -> int:
+        return huge_bytes(torch.zeros(COUNT))
 
 
 @pytest.mark.parametrize("transport", ["auto", "gloo"])
 def test_both_ends_move_there(local_ray: None, transport: str) -> None:
-    producer, consumer = Keeper.remote(), Keeper.remote()
+    make = Keeper.options(runtime_env=SMALL_PAGES).remote
+    producer, consumer = make(), make()
+    assert ray.get([end.huge_bytes.remote() for end in (producer, consumer)]) == [0, 0]
     for value in range(1, HAND_OVERS + 1):
         ref = getattr(producer, f"by_{transport}").remote()
         assert ray.get(consumer.receive.remote([ref])) == (value, value)
@@ -82,3 +102,10 @@ def test_both_ends_move_there(local_ray: None, transport: str) -> None:
         wait_until(
             lambda end=end: ray.get(end.huge_bytes.remote()) >= COUNT * 4 // 2, "it has moved"
         )
+
+
+def test_new_tensors_are_on_huge_pages_if_the_class_has_a_transport(local_ray: None) -> None:
+    ours, others = Keeper.remote(), WithoutTransport.remote()
+    assert ray.get(ours.huge_bytes.remote()) >= COUNT * 4 // 2
+    assert ray.get(ours.setting.remote()) is None
+    assert ray.get(others.huge_bytes.remote()) == 0

@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.consumer import argument_context
 from ray.experimental.rdt.consumer.deferred import Deferred
+from ray.experimental.rdt.producer import huge_pages
 
 #: Whether a method of this process's actor names nixl, until its constructor has been called.
 _has_to_begin_nixl = False
@@ -21,8 +22,11 @@ def note_method(method: Callable[..., Any]) -> None:
     """Note a method of this process's actor. Runs on: the actor, before its constructor."""
     global _has_to_begin_nixl
     argument_context.note_method(method)
-    if getattr(method, "__ray_tensor_transport__", None) == "NIXL":
+    transport = getattr(method, "__ray_tensor_transport__", None)
+    if transport == "NIXL":
         _has_to_begin_nixl = True
+    if transport is not None:
+        huge_pages.request_for_new_tensors()
 
 
 def is_special(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
