@@ -8,6 +8,7 @@ from statistics import median, quantiles
 
 OURS, STOCK, BARE = "ours", "stock", "bare"
 STOCK_AFTER_RDT = "stock after RDT"
+STOCK_ZERO_COPY = "stock zero-copy"
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Arm:
     """One of the scenarios that a case measures in turn.
 
     Args:
-        side: The process that runs it: OURS, STOCK, STOCK_AFTER_RDT or BARE (without Ray).
+        side: The process that runs it: OURS, STOCK, STOCK_AFTER_RDT, STOCK_ZERO_COPY (consumers get
+            read-only views of Ray's object store) or BARE (without Ray).
         scenario: The scenario's name in that process.
         options: The scenario's options.
     """

@@ -13,6 +13,7 @@ from bench.arms import (
     SECONDS,
     STOCK,
     STOCK_AFTER_RDT,
+    STOCK_ZERO_COPY,
     Arm,
     Row,
     Samples,
@@ -272,6 +273,67 @@ def tcp(rounds: Rounds) -> list[Row]:
             at_least(0.85),
             gigabytes_per_second(LARGE),
         )
+    ]
+
+
+#: The alternatives for CPU tensors on one host.
+COMPANY: dict[str, tuple[str, str | None]] = {
+    "ours auto": (OURS, "auto"),
+    "stock plain": (STOCK, None),
+    "stock zero-copy": (STOCK_ZERO_COPY, None),
+    "stock gloo": (STOCK, "gloo"),
+}
+
+
+@case
+def fan_out(rounds: Rounds) -> list[Row]:
+    """256 MiB, and the demo's state dict, to several readers of one host that sum them."""
+    tensor: dict[str, object] = {"nbytes": LARGE}
+    dictionary: dict[str, object] = {"kind": "state_dict"}
+    transfers = [("256 MiB", readers, tensor) for readers in (1, 2, 4, 8)]
+    transfers += [("state dict", readers, dictionary) for readers in (1, 4)]
+    found: dict[str, Samples] = {}
+    for label, readers, value in transfers:
+        named = {f"{name}, {label}, {readers}": side for name, side in COMPANY.items()}
+        found |= rounds.measure(_arms("fan_out", named, readers=readers, **value), rounds=6)
+    # Ray's object store keeps its memory, so the memory of one object in it cannot be measured.
+    holders = {f"{name}, memory": COMPANY[name] for name in ("ours auto", "stock gloo")}
+    memory = {"readers": 8, "nbytes": LARGE, "what": "memory"}
+    found |= rounds.measure_alone(_arms("fan_out", holders, **memory), rounds=2)
+
+    def against_zero_copy(label: str, readers: int, nbytes: int) -> Row:
+        return Row(
+            f"{label} to {readers} readers that sum it, auto, against plain Ray with zero-copy",
+            found[f"ours auto, {label}, {readers}"],
+            found[f"stock zero-copy, {label}, {readers}"],
+            "stock, zero-copy",
+            at_least(1.2),
+            gigabytes_per_second(readers * nbytes),
+            found[f"stock gloo, {label}, {readers}"],
+        )
+
+    return [
+        *(against_zero_copy("256 MiB", readers, LARGE) for readers in (1, 2, 4, 8)),
+        *(against_zero_copy("state dict", readers, STATE_DICT) for readers in (1, 4)),
+        Row(
+            "256 MiB to 4 readers, auto, against one reader",
+            found["ours auto, 256 MiB, 4"],
+            found["ours auto, 256 MiB, 1"],
+            "ours, one reader",
+            at_most(1.25),
+            MILLISECONDS,
+            found["stock gloo, 256 MiB, 4"],
+            found["stock gloo, 256 MiB, 1"],
+        ),
+        Row(
+            "memory of 8 readers beyond the producer's 256 MiB",
+            found["ours auto, memory"],
+            Samples([float(LARGE)]),
+            "one copy",
+            at_most(1.1, "<= 1.1x"),
+            MEBIBYTES,
+            found["stock gloo, memory"],
+        ),
     ]
 
 

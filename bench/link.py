@@ -7,13 +7,16 @@ import os
 import select
 import signal
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.arms import BARE, OURS, Arm
+from bench.arms import BARE, OURS, STOCK_ZERO_COPY, Arm
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWER_LIMIT_S = 300.0
+#: By side, what is added to the environment of its processes.
+VARIABLES = {STOCK_ZERO_COPY: {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
 
 
 class WorkerFailed(Exception):
@@ -27,11 +30,14 @@ class Worker:
         python: The Python that runs it.
         kind: "ray" or "bare".
         log: The file for its standard error.
+        variables: Additions to its environment.
     """
 
-    def __init__(self, python: Path, kind: str, log: Path) -> None:
+    def __init__(
+        self, python: Path, kind: str, log: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
         self._log = log
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(variables or {})}
         environment.pop("RAY_ADDRESS", None)
         with log.open("a") as errors:
             self._process = subprocess.Popen(
@@ -126,7 +132,8 @@ class Workers:
             python = self._ours if arm.side in (OURS, BARE) else self._stock
             kind = "bare" if arm.side == BARE else "ray"
             log = self._logs / f"{arm.side.replace(' ', '-')}.log"
-            worker = self._running[arm.side] = Worker(python, kind, log)
+            variables = VARIABLES.get(arm.side)
+            worker = self._running[arm.side] = Worker(python, kind, log, variables)
         return worker
 
     def stop(self) -> None:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 
 from ray.experimental.rdt import _agent
 
-LANES = ("inproc", "cma", "shm", "tcp")
+LANES = ("inproc", "map", "cma", "shm", "tcp")
 LARGE = 256 << 20
 PIECE, PIECES = 20_000, 10_000
 SMALL = (4 << 10, 64 << 10)

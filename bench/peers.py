@@ -8,7 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,14 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 def first_element(value: Value) -> float:
     """Touch one element of a received value."""
-    tensors = value.values() if isinstance(value, dict) else value
-    tensor = value if isinstance(value, torch.Tensor) else next(iter(tensors))
-    return float(tensor.view(-1)[0])
+    return float(next(iter(tensors_of(value))).view(-1)[0])
+
+
+def tensors_of(value: Value) -> Iterable[torch.Tensor]:
+    """Return the tensors of a value."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return value.values() if isinstance(value, dict) else value
 
 
 def process_memory(field: str) -> int:
@@ -80,6 +85,29 @@ def process_memory(field: str) -> int:
     return int(found[1]) << 10
 
 
+def proportional_memory(root: int) -> int:
+    """Return the bytes of a process and its descendants; shared pages count once (PSS)."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            parents[int(entry.parent.name)] = int(fields[1])
+    family = {root}
+    while added := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= added
+    total = 0
+    for pid in family:
+        with contextlib.suppress(OSError):
+            found = re.search(r"^Pss:\s+(\d+) kB", smaps_rollup(pid), re.MULTILINE)
+            total += int(found[1]) << 10 if found else 0
+    return total
+
+
+def smaps_rollup(pid: int) -> str:
+    """Return the kernel's summary of a process's memory."""
+    return Path(f"/proc/{pid}/smaps_rollup").read_text()
+
+
 class Peer:
     """Actor that creates values and uses those of others; peer_class adds the transport of make."""
 
@@ -87,6 +115,7 @@ class Peer:
         self._kept: dict[tuple[str, int], Value] = {}
         self._spins = threading.Event()
         self._target = torch.empty(0)
+        self._held: Value = []
 
     def prepare(self, kind: str, nbytes: int) -> int:
         """Create a new value in advance; return this process's id."""
@@ -105,6 +134,15 @@ class Peer:
     def use(self, value: Value) -> float:
         """Touch one element and drop the rest."""
         return first_element(value)
+
+    def total(self, value: Value) -> float:
+        """Read every element and drop the value."""
+        return sum(float(tensor.sum()) for tensor in tensors_of(value))
+
+    def hold(self, value: Value) -> float:
+        """Read every element and keep the value until the next call."""
+        self._held = value
+        return self.total(value)
 
     def spin(self) -> int:
         """Count in pure Python until stop_spinning."""

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
-from bench.peers import Waiter, first_element, peer_class
+from bench.peers import Waiter, first_element, peer_class, proportional_memory
 from bench.protocol import Scenario, Skip
 from ray.experimental.collective import create_collective_group, destroy_collective_group
 
 GROUP_TRANSPORTS = ("gloo", "nccl")
 WARM_UP_NBYTES = 1 << 20
 SMALL = ("tensor", 40)
+#: After this time without use, processes have returned their free memory to the system.
+IDLE_S = 15
 
 
 class Pair:
@@ -33,11 +36,7 @@ class Pair:
     def __init__(self, transport: str | None, threads: int = 1) -> None:
         actor_class = peer_class(transport, threads)
         self.producer, self.consumer = actor_class.remote(), actor_class.remote()
-        self._group: Any = None
-        actors = [self.producer, self.consumer]
-        ray.get([actor.__ray_ready__.remote() for actor in actors])
-        if transport in GROUP_TRANSPORTS:
-            self._group = create_collective_group(actors, backend=transport)
+        self._group = _group_of([self.producer, self.consumer], transport)
 
     def warm_up(self) -> None:
         """Transfer a small object, to load libraries and create connections."""
@@ -356,6 +355,58 @@ class Awaited(PairScenario):
         ray.kill(self._waiter)
 
 
+class FanOut:
+    """Transfer of one existing value to several readers at once.
+
+    Args:
+        transport: The transport, or None for plain objects.
+        readers: The number of actors that receive it and read every element.
+        what: "seconds" until all have done so, or "memory" of all processes while all hold it.
+        kind: See make_value.
+        nbytes: See make_value.
+    """
+
+    def __init__(
+        self,
+        transport: str | None,
+        readers: int,
+        what: str = "seconds",
+        kind: str = "tensor",
+        nbytes: int = 0,
+    ) -> None:
+        actor_class = peer_class(transport)
+        self._producer = actor_class.remote()
+        self._readers = [actor_class.remote() for _ in range(readers)]
+        self._value, self._what = (kind, nbytes), what
+        self._group = _group_of([self._producer, *self._readers], transport)
+        ray.get(self._producer.prepare.remote(*SMALL))
+        self._hand_out(SMALL, "total")
+        ray.get(self._producer.prepare.remote(*self._value))
+
+    def sample(self) -> list[float]:
+        """Return the seconds of one transfer, or the bytes that it adds."""
+        if self._what == "seconds":
+            return [_seconds_of(self._hand_out, self._value, "total")]
+        # What processes learn from a first transfer is not part of the result.
+        self._hand_out(self._value, "hold")
+        self._hand_out(SMALL, "hold")
+        time.sleep(IDLE_S)
+        before = proportional_memory(os.getpid())
+        self._hand_out(self._value, "hold")
+        return [float(proportional_memory(os.getpid()) - before)]
+
+    def _hand_out(self, value: tuple[str, int], method: str) -> None:
+        ref = self._producer.make.remote(*value)
+        ray.get([getattr(reader, method).remote(ref) for reader in self._readers])
+
+    def close(self) -> None:
+        """Ends the actors."""
+        if self._group is not None:
+            destroy_collective_group(self._group)
+        for actor in (self._producer, *self._readers):
+            ray.kill(actor)
+
+
 class GroupOf:
     """Create a collective group of running actors, and destroy it.
 
@@ -393,6 +444,14 @@ def touch_free_memory(nbytes: int) -> None:
     memory.close()
 
 
+def _group_of(actors: list[Any], transport: str | None) -> Any:
+    """Wait until the actors run; return their group if stock Ray needs one for the transport."""
+    ray.get([actor.__ray_ready__.remote() for actor in actors])
+    if transport not in GROUP_TRANSPORTS:
+        return None
+    return create_collective_group(actors, backend=transport)
+
+
 def _seconds_of(work: Callable[..., None], *arguments: Any) -> float:
     start = time.perf_counter()
     work(*arguments)
@@ -412,4 +471,5 @@ SCENARIOS: dict[str, Callable[..., Scenario]] = {
     "task_hop": TaskHop,
     "items": Items,
     "awaited": Awaited,
+    "fan_out": FanOut,
 }
