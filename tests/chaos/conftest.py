@@ -10,7 +10,7 @@ import pytest
 import ray
 from tests.chaos.faults import assert_exchange
 from tests.integration.conftest import consumer, local_ray, producer, spawn, users_transports
-from tests.integration.peers import LANES, Peer
+from tests.integration.peers import LANE_SETTINGS, LANES, Peer
 
 __all__ = ["consumer", "local_ray", "producer", "spawn", "users_transports"]
 
@@ -20,9 +20,9 @@ def takers(local_ray: None) -> dict[str, Any]:
     """Consumers that use one lane each, and can be told something while they fetch."""
     return {
         lane: Peer.options(
-            max_concurrency=3, runtime_env={"env_vars": {"RAY_RDT_LANES": lane}}
+            max_concurrency=3, runtime_env={"env_vars": {"RAY_RDT_LANES": setting}}
         ).remote()
-        for lane in LANES
+        for lane, setting in LANE_SETTINGS.items()
     }
 
 

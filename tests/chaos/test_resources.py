@@ -105,7 +105,7 @@ def test_without_shared_memory_the_next_lane_serves(spawn: Any, producer: Any) -
     taker = spawn(runtime_env={"env_vars": {"RAY_RDT_LANES": "shm,tcp"}})
     ref = producer.make.remote(numbers, LARGE)
     assert ray.get(taker.run.remote(fetch_limited, [ref]), timeout=60) == "right"
-    assert pulls(taker) == {"cma": 0, "shm": 0, "tcp": 1}
+    assert pulls(taker) == {"map": 0, "cma": 0, "shm": 0, "tcp": 1}
     assert ray.get(taker.run.remote(fetch, [ref])) == "right"
 
 

@@ -234,7 +234,8 @@ Bytes Scripted(FrameType type, const M &message) {
 }  // namespace
 
 std::vector<Bytes> Seeds() {
-  Bytes pull = Scripted(FrameType::kPull, PullRequest{.key = KeyOf(1), .with_spans = 1});
+  Bytes pull =
+      Scripted(FrameType::kPull, PullRequest{.key = KeyOf(1), .mode = PullMode::kSpans});
   Bytes fill = Scripted(FrameType::kFill, Fill{.offset = 0, .nbytes = 100});
   Bytes keys = Scripted(FrameType::kOwn, KeyList{.keys = {KeyOf(1)}});
   Bytes free = Scripted(FrameType::kFree, KeyList{.keys = {KeyOf(2)}});

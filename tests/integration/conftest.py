@@ -14,7 +14,7 @@ import torch
 import ray
 from ray.experimental import register_tensor_transport
 from ray.experimental.rdt.common import config
-from tests.integration.peers import LANES, Peer
+from tests.integration.peers import LANE_SETTINGS, Peer
 from tests.integration.user_transports import (
     AlphaTransport,
     FilesTransport,
@@ -113,8 +113,8 @@ def eagerness(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def takers(local_ray: None) -> Iterator[dict[str, Any]]:
     """Consumers that use one of the agent's lanes each."""
     made = {
-        lane: Peer.options(runtime_env={"env_vars": {"RAY_RDT_LANES": lane}}).remote()
-        for lane in LANES
+        lane: Peer.options(runtime_env={"env_vars": {"RAY_RDT_LANES": setting}}).remote()
+        for lane, setting in LANE_SETTINGS.items()
     }
     yield made
     for actor in made.values():

@@ -20,7 +20,11 @@ FAKES = (fake_transport.FakeOneSided, fake_transport.FakeTwoSided)
 SMALL, LARGE = 16, 1 << 18
 
 #: The lanes between two processes.
-LANES = ("cma", "shm", "tcp")
+LANES = ("map", "cma", "shm", "tcp")
+
+#: The setting with which large objects use a lane. What cannot be mapped needs another lane, and
+#: with cma an object is mapped only if several consumers pull it.
+LANE_SETTINGS = {lane: lane for lane in LANES} | {"map": "map,shm"}
 
 
 @ray.remote(num_cpus=0)

@@ -10,7 +10,16 @@ import torch
 
 import ray
 from tests.integration import user_transports
-from tests.integration.peers import LANES, LARGE, Peer, count_up, ones, pulls, total
+from tests.integration.peers import (
+    LANE_SETTINGS,
+    LANES,
+    LARGE,
+    Peer,
+    count_up,
+    ones,
+    pulls,
+    total,
+)
 from tests.support import needs_nixl, wait_until
 
 pytestmark = pytest.mark.usefixtures("users_transports")
@@ -25,7 +34,7 @@ def careful(local_ray: None) -> Any:
         if (lanes, strict) not in made:
             environment = {
                 "RAY_RDT_CHECKSUM": "1",
-                "RAY_RDT_LANES": lanes,
+                "RAY_RDT_LANES": LANE_SETTINGS.get(lanes, lanes),
                 "RAY_RDT_STRICT_TRANSPORT": strict,
             }
             made[lanes, strict] = Peer.options(runtime_env={"env_vars": environment}).remote()

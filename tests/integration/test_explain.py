@@ -44,10 +44,11 @@ def reason(explanation: Any, name: str) -> str:
 
 
 def test_what_is_explained_is_what_happens(producer: Any, consumer: Any, transport: str) -> None:
-    ref = producer.make.options(tensor_transport=transport).remote(ones)
+    numbers = LARGE + 1  # no other test has had several consumers for objects of this size
+    ref = producer.make.options(tensor_transport=transport).remote(ones, numbers)
     told = explain((ref, consumer))
     before = pulls(consumer)
-    assert ray.get(consumer.run.remote(total, ref)) == LARGE
+    assert ray.get(consumer.run.remote(total, ref)) == numbers
     moved_by = [lane for lane, count in pulls(consumer).items() if count > before[lane]]
     assert [told.used()] == (moved_by or [transport])
     assert told.transport == transport
@@ -60,8 +61,8 @@ def test_what_is_explained_is_what_happens(producer: Any, consumer: Any, transpo
 def test_every_way_is_named_with_a_reason(producer: Any, consumer: Any) -> None:
     told = explain((producer, consumer), transport="gloo")
     names = [way.name for way in told.ways["cpu"]]
-    assert names[:6] == ["inproc", "eager", "gloo", "cma", "shm", "tcp"]
-    assert {*names[6:]} == {"nccl", "nixl", "cuda_ipc", "object store"}
+    assert names[:7] == ["inproc", "eager", "gloo", "cma", "map", "shm", "tcp"]
+    assert {*names[7:]} == {"nccl", "nixl", "cuda_ipc", "object store"}
     assert all(way.reason for way in told.ways["cpu"])
     assert "RAY_RDT_STRICT_TRANSPORT" in reason(told, "cma")
     table = str(told)

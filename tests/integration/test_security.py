@@ -138,4 +138,4 @@ def stay_on_the_host() -> None:
         assert told.used() == "cma"
         assert "TLS" in reasons["tcp"]
         assert transport == "auto" or "TLS" in reasons[transport]
-    assert pulls(taker) == {"cma": 3, "shm": 0, "tcp": 0}
+    assert pulls(taker) == {"map": 0, "cma": 3, "shm": 0, "tcp": 0}

@@ -15,7 +15,11 @@ namespace fixtures {
 using namespace ray::rdt;
 
 inline constexpr double kLong = 30;  // a wait that only a bug makes this long
-inline constexpr LaneSet kAllLanes = 0b1111;
+inline constexpr LaneSet kAllLanes = 0b11111;
+
+inline std::string ReasonOf(const LaneReasons &reasons, LaneKind lane) {
+  return reasons[static_cast<size_t>(lane)];
+}
 
 Settings TestSettings(LaneSet lanes = kAllLanes);
 std::unique_ptr<Agent> MakeAgent(LaneSet lanes = kAllLanes);

@@ -157,7 +157,7 @@ TEST("agent: malformed arguments are refused at once") {
 TEST("agent: garbage on its sockets is dropped and everyone else served") {
   Memory source(3 << 20);
   auto producer = MakeAgent();
-  auto consumer = MakeAgent(0b1000);
+  auto consumer = MakeAgent(0b10000);
   source.FillRandom(1);
   producer->regions().Register(KeyOf(1), source.Whole(), 1);
   Address address = Parse(*producer);

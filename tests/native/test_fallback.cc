@@ -4,6 +4,7 @@
 #include <linux/seccomp.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -12,7 +13,10 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstring>
+#include <memory>
 #include <thread>
+#include <vector>
 
 #include "fixtures.h"
 #include "ray/rdt/limits.h"
@@ -21,19 +25,35 @@
 namespace fixtures {
 namespace {
 
-// From here on that system call fails in this process.
-bool Forbid(uint32_t call, uint32_t error) {
-  sock_filter filter[] = {
-      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
-      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-  };
-  sock_fprog program{.len = sizeof(filter) / sizeof(filter[0]), .filter = filter};
+bool Install(std::vector<sock_filter> filter) {
+  sock_fprog program{.len = static_cast<unsigned short>(filter.size()),
+                     .filter = filter.data()};
   return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && syscall(SYS_seccomp,
                                                                 SECCOMP_SET_MODE_FILTER,
                                                                 SECCOMP_FILTER_FLAG_TSYNC,
                                                                 &program) == 0;
+}
+
+// From here on that system call fails in this process.
+bool Forbid(uint32_t call, uint32_t error) {
+  return Install({
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  });
+}
+
+// The same for private mappings of files at a fixed address.
+bool ForbidFixedMappings() {
+  return Install({
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args[3])),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, MAP_PRIVATE | MAP_FIXED, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOMEM),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  });
 }
 
 // As in containers that forbid it.
@@ -67,7 +87,7 @@ TEST("fallback: where cma is forbidden, shm is used and the reason said") {
     if (!ForbidCma() || !PullsOver(consumer.get(), producer.address(), LaneKind::kShm)) {
       return false;
     }
-    std::string reason = consumer->Explain(producer.address())[1];
+    std::string reason = ReasonOf(consumer->Explain(producer.address()), LaneKind::kCma);
     return reason.find("Operation not permitted") != std::string::npos;
   }));
 }
@@ -131,7 +151,7 @@ void CutConnections() {
 
 TEST("fallback: a pull whose connections break goes on over new ones") {
   constexpr size_t kLarge = 64 << 20;
-  for (LaneSet lanes : {0b1110, 0b1100, 0b1000}) {
+  for (LaneSet lanes : {0b11100, 0b11000, 0b10000}) {
     Producer producer(kLarge, kAllLanes);
     auto consumer = MakeAgent(lanes);
     auto expected = std::make_unique<Memory>(kLarge);
@@ -192,7 +212,7 @@ std::vector<int> DataConnections() {
 TEST("fallback: one data connection after another breaks, and the pull goes on") {
   constexpr size_t kLarge = 256 << 20;
   Producer producer(kLarge, kAllLanes);
-  auto consumer = MakeAgent(0b1000);
+  auto consumer = MakeAgent(0b10000);
   auto expected = std::make_unique<Memory>(kLarge);
   auto destination = std::make_unique<Memory>(kLarge);
   expected->FillRandom(1);
@@ -213,7 +233,7 @@ TEST("fallback: one data connection after another breaks, and the pull goes on")
 // Counts the FREE frames that come, and answers like an agent.
 class Clerk : public Channel::Handler {
  public:
-  void OnFrame(const FrameHeader &header, ByteView /*payload*/, Fd * /*fd*/) override {
+  void OnFrame(const FrameHeader &header, ByteView /*payload*/, Fds * /*fds*/) override {
     frees += header.type == FrameType::kFree;
     if (header.type == FrameType::kPing)
       channel->Send(EncodeFrame(FrameType::kPong, header.request));
@@ -287,6 +307,48 @@ TEST("fallback: without a free descriptor a pull waits for one, then says so") {
   }));
 }
 
+// The lanes of three consumers that pull an object into their receive pools, in turn.
+// Empty if the bytes are wrong.
+std::vector<int> LanesOfThree(Agent *producer, size_t nbytes) {
+  Memory source(nbytes);
+  source.FillRandom(1);
+  producer->regions().Register(KeyOf(1), source.Whole(), 1);
+  std::vector<int> lanes;
+  std::vector<std::unique_ptr<Agent>> consumers;
+  for (int i = 0; i < 3; ++i) {
+    consumers.push_back(MakeAgent());
+    Agent *consumer = consumers.back().get();
+    void *block = consumer->pool()->Allocate(nbytes);
+    PullTicket ticket = consumer->StartPull(
+        producer->address(), KeyOf(1), {{reinterpret_cast<uint64_t>(block), nbytes}});
+    if (!Outcome(ticket.pull.get()).ok() ||
+        std::memcmp(block, source.data(), nbytes) != 0) {
+      return {};
+    }
+    lanes.push_back(ticket.pull->lane());
+    consumer->pool()->Free(block, nbytes);
+  }
+  return lanes;
+}
+
+TEST("fallback: without memfds each consumer gets a copy") {
+  CHECK(InChild([] {
+    auto producer = MakeAgent();
+    if (!Forbid(SYS_memfd_create, ENOSYS)) return false;
+    return LanesOfThree(producer.get(), kBytes) ==
+           std::vector<int>(3, static_cast<int>(LaneKind::kCma));
+  }));
+}
+
+TEST("fallback: without mappings of files each consumer gets a copy, said once") {
+  CHECK(InChild([] {
+    auto producer = MakeAgent();
+    if (!ForbidFixedMappings()) return false;
+    return LanesOfThree(producer.get(), kBytes) ==
+           std::vector<int>(3, static_cast<int>(LaneKind::kCma));
+  }));
+}
+
 TEST("fallback: without a way to watch its connection a pull says so") {
   Producer producer(1000, kAllLanes);
   CHECK(InChild([&] {
@@ -314,14 +376,14 @@ std::vector<LaneKind> UsableLanes(const LaneReasons &reasons) {
 TEST("fallback: the choice of lanes follows the facts") {
   LaneInputs near{.mine = kAllLanes, .theirs = kAllLanes, .is_unix = true};
   CHECK(UsableLanes(EvaluateLanes(near)) ==
-        (std::vector{LaneKind::kCma, LaneKind::kShm, LaneKind::kTcp}));
+        (std::vector{LaneKind::kMap, LaneKind::kCma, LaneKind::kShm, LaneKind::kTcp}));
   near.cma_probe_error = "not permitted";
-  CHECK_EQ(EvaluateLanes(near)[1], "not permitted");
+  CHECK_EQ(ReasonOf(EvaluateLanes(near), LaneKind::kCma), "not permitted");
   LaneInputs far{.mine = kAllLanes, .theirs = kAllLanes};
   CHECK(UsableLanes(EvaluateLanes(far)) == std::vector{LaneKind::kTcp});
   far.no_tcp_reason = "TLS is required";
   CHECK(UsableLanes(EvaluateLanes(far)).empty());
-  CHECK_EQ(EvaluateLanes(far)[3], "TLS is required");
+  CHECK_EQ(ReasonOf(EvaluateLanes(far), LaneKind::kTcp), "TLS is required");
 }
 
 }  // namespace

@@ -23,9 +23,9 @@ struct LaneCase {
   LaneKind lane;
 };
 
-constexpr LaneCase kRemoteLanes[] = {{"cma", 0b1111, LaneKind::kCma},
-                                     {"shm", 0b1100, LaneKind::kShm},
-                                     {"tcp", 0b1000, LaneKind::kTcp}};
+constexpr LaneCase kRemoteLanes[] = {{"cma", 0b11111, LaneKind::kCma},
+                                     {"shm", 0b11000, LaneKind::kShm},
+                                     {"tcp", 0b10000, LaneKind::kTcp}};
 
 // Pulls `source` of `producer` into memory that is cut up in another way.
 void RoundTrip(
@@ -101,20 +101,20 @@ TEST("lanes: between processes, each lane") {
 }
 
 TEST("lanes: what either side forbids is not used, and said") {
-  auto producer = MakeAgent(0b1100);
-  auto consumer = MakeAgent(0b1011);
+  auto producer = MakeAgent(0b11000);
+  auto consumer = MakeAgent(0b10101);
   RoundTrip(producer.get(), consumer.get(), 100000, 3, LaneKind::kTcp);
   LaneReasons reasons = consumer->Explain(producer->address());
-  CHECK_EQ(reasons[1], "forbidden by the peer's settings");
-  CHECK_EQ(reasons[2], "forbidden by this process's settings");
-  CHECK_EQ(reasons[3], "ok");
+  CHECK_EQ(ReasonOf(reasons, LaneKind::kCma), "forbidden by the peer's settings");
+  CHECK_EQ(ReasonOf(reasons, LaneKind::kShm), "forbidden by this process's settings");
+  CHECK_EQ(ReasonOf(reasons, LaneKind::kTcp), "ok");
   auto log = AwaitEvent(consumer.get(), Event::Kind::kLog);
   CHECK(log && log->text.find("lane tcp (inproc:") != std::string::npos);
 }
 
 TEST("lanes: no lane in common is a refusal, not a hang") {
-  auto producer = MakeAgent(0b0100);
-  auto consumer = MakeAgent(0b1000);
+  auto producer = MakeAgent(0b01000);
+  auto consumer = MakeAgent(0b10000);
   Memory memory(10);
   producer->regions().Register(KeyOf(1), memory.Whole(), 1);
   PullTicket ticket = consumer->StartPull(producer->address(), KeyOf(1), memory.Whole());
@@ -206,13 +206,12 @@ TEST("lanes: a stopped producer does not delay other pulls") {
   }
 }
 
-TEST("lanes: the shm ring refuses what is no ring") {
-  Fd fd;
-  auto ring = RingMemory::Create(1 << 20, &fd);
-  CHECK(ring != nullptr);
-  CHECK(RingFile::Open(Fd(dup(fd.get())), 1 << 20) != nullptr);
-  CHECK(RingFile::Open(Fd(dup(fd.get())), 2 << 20) == nullptr);
-  CHECK(RingFile::Open(Fd(dup(0)), 1 << 20) == nullptr);
+TEST("lanes: a memory file is a memfd of its size, sealed") {
+  auto file = MemoryFile::Create(1 << 20);
+  CHECK(file != nullptr);
+  CHECK(MemoryFile::Open(file->Duplicate(), 1 << 20) != nullptr);
+  CHECK(MemoryFile::Open(file->Duplicate(), 2 << 20) == nullptr);
+  CHECK(MemoryFile::Open(Fd(dup(0)), 1 << 20) == nullptr);
 }
 
 TEST("lanes: shm that found no memory to share refuses from then on") {
@@ -224,6 +223,7 @@ TEST("lanes: shm that found no memory to share refuses from then on") {
   auto start = [&] {
     is_refused = false;
     lane.Start(std::make_shared<Pull>(1, KeyOf(1), SpanList(), &live),
+               {},
                {},
                [&](const Status &status) { is_refused = status.code == Code::kRefused; });
     return is_refused;
@@ -247,7 +247,7 @@ class Hasty : public Channel::Handler {
     channel_->Start(this);
   }
 
-  void OnFrame(const FrameHeader &header, ByteView payload, Fd * /*fd*/) override {
+  void OnFrame(const FrameHeader &header, ByteView payload, Fds * /*fds*/) override {
     Bytes answer = handshake_.OnFrame(header, payload);
     Bytes more = EncodeFrame(FrameType::kData, 1);
     bool is_welcome = handshake_.state() == Handshake::State::kDone;
@@ -277,6 +277,7 @@ TEST("lanes: a producer that sends over tcp before it is asked fails the pull") 
   TcpLane lane(bench.context, address);
   lane.Start(std::make_shared<Pull>(1, KeyOf(1), SpanList(memory.Whole()), &live),
              {.total = 1},
+             {},
              [&](const Status &status) { result.set_value(status); });
   bench.copies.Start();
   loop.Start();

@@ -30,7 +30,7 @@ TEST("loop: what cannot be watched has no id, and nothing is done for that") {
 
 class Ending : public Channel::Handler {
  public:
-  void OnFrame(const FrameHeader &, ByteView, Fd *) override {}
+  void OnFrame(const FrameHeader &, ByteView, Fds *) override {}
   void OnClosed(const Status &status) override { why.set_value(status); }
 
   std::promise<Status> why;

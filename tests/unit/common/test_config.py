@@ -24,7 +24,7 @@ def fresh(monkeypatch):
 def test_defaults_need_no_environment():
     settings = config.settings()
     assert settings.eager_bytes == 64 * 1024
-    assert settings.lanes == {"inproc", "cma", "shm", "tcp", "cuda_ipc", "nixl", "nccl"}
+    assert settings.lanes == {"inproc", "map", "cma", "shm", "tcp", "cuda_ipc", "nixl", "nccl"}
     assert not settings.strict_transport
     assert settings.clear_tcp
     assert settings.copy_threads >= 2

@@ -161,7 +161,7 @@ def test_object_that_is_here_needs_no_producer():
 def test_what_both_sides_say_is_a_reason():
     offers = Offers({"gloo": "at the producer: no torch"}, dict.fromkeys(AGENT_LANES, ""))
     plan = plan_transfer(IN_HOST._replace(transport="gloo"), NEAR, offers)
-    assert summary(plan)[2:] == ["(gloo: at the producer: no torch)", "cma", "shm", "tcp"]
+    assert summary(plan)[2:] == ["(gloo: at the producer: no torch)", "cma", "map", "shm", "tcp"]
     assert all(candidate.reason for candidate in plan)
 
 

@@ -27,7 +27,7 @@ class World:
         monkeypatch.setattr("ray.experimental.rdt._agent.AgentError", AgentError)
         self.asked: list[str] = []
         self.missing = missing
-        reasons = {"cma": "another host", "shm": "another host", "tcp": "ok"}
+        reasons = {"map": "another host", "cma": "another host", "shm": "another host", "tcp": "ok"}
         agent = SimpleNamespace(
             agent_id=HERE[6:22],
             pull=lambda *_: SimpleNamespace(wait=self._not_found),
@@ -82,8 +82,8 @@ def test_both_sides_are_asked_about_what_the_rules_allow(monkeypatch: pytest.Mon
 def test_every_transport_is_named_with_a_reason(monkeypatch: pytest.MonkeyPatch):
     ways = World(FAR, {}, monkeypatch).explain("gloo", {}).ways["cpu"]
     names = [way.name for way in ways]
-    assert names[:6] == ["inproc", "eager", "gloo", "cma", "shm", "tcp"]
-    assert {*names[6:]} == {"nccl", "nixl", "cuda_ipc", "object store"}
+    assert names[:7] == ["inproc", "eager", "gloo", "cma", "map", "shm", "tcp"]
+    assert {*names[7:]} == {"nccl", "nixl", "cuda_ipc", "object store"}
     assert all(way.reason for way in ways)
 
 

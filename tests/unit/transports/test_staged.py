@@ -77,7 +77,7 @@ def served(side: Side) -> int:
 def pulls(side: Side) -> int:
     """Return the number of chunks that its agent has copied between host memory."""
     stats = side.session.agent.stats()
-    return sum(stats[f"pulls_{lane}"] for lane in ("inproc", "cma", "shm", "tcp"))
+    return sum(stats[f"pulls_{lane}"] for lane in ("inproc", "map", "cma", "shm", "tcp"))
 
 
 def free_slots(side: Side) -> int:

@@ -28,8 +28,8 @@ class Acceptor::PendingConnection : public Channel::Handler {
 
   ~PendingConnection() override { acceptor_->context_.loop->CancelTimer(deadline_); }
 
-  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override {
-    attached->Reset();
+  void OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) override {
+    attached->clear();
     Bytes answer = handshake_.OnFrame(header, payload);
     if (!answer.empty()) channel->Send(std::move(answer));
     if (handshake_.state() == Handshake::State::kDone)

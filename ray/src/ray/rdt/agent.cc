@@ -53,6 +53,7 @@ Agent::Agent(std::string secret, const Settings &settings)
       loop_("rdt-loop"),
       copies_(settings.copy_threads),
       huge_pages_(&copies_),
+      files_(settings.pool_bytes, &huge_pages_),
       service_(context_, &regions_) {
   acceptor_ = std::make_unique<Acceptor>(
       context_, [this](std::shared_ptr<Channel> channel, const PeerInfo &peer) {
@@ -172,6 +173,7 @@ std::map<std::string, int64_t> Agent::Stats() const {
       {"pool_used", pool_->used_bytes()},
       {"pool_free", pool_->free_bytes()},
       {"pooled_bytes", pool_->used_bytes() + pool_->free_bytes()},
+      {"files_free", files_.free_bytes()},
   };
   for (size_t i = 0; i < kLaneCount; ++i) {
     stats[std::string("pulls_") + kLaneNames[i]] =
@@ -199,6 +201,7 @@ void Agent::Stop() {
     closed.set_value();
   });
   closed.get_future().wait();
+  context_.mailbox->Close();
   loop_.Stop();
   copies_.Stop();
   regions_.ReleaseAll();
@@ -207,7 +210,9 @@ void Agent::Stop() {
 
 void Agent::TickAll() {
   loop_.After(limits::kTickS, [this] { TickAll(); });
-  pool_->Trim(limits::kPoolIdleS);
+  double idle_s = memory_limit_.IsNear(0) ? 0 : limits::kPoolIdleS;
+  pool_->Trim(idle_s);
+  files_.Trim(idle_s);
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto &[id, peer] : peers_) peer->Tick();
   // If the map holds the only reference, no other thread is about to use the peer.

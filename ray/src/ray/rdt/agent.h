@@ -78,6 +78,7 @@ class Agent {
   EventQueue events_;
   Log log_;
   Counters counters_;
+  const MemoryLimit memory_limit_;
   const std::shared_ptr<Pool> pool_;  // blocks in use outlive the agent
   RegionTable regions_;
   const std::unique_ptr<Probe> probe_;
@@ -87,9 +88,13 @@ class Agent {
   Loop loop_;
   CopyPool copies_;
   HugePages huge_pages_;
+  FilePool files_;
   const Context context_{&loop_,
                          &copies_,
                          &huge_pages_,
+                         std::make_shared<Mailbox>(&loop_),
+                         pool_.get(),
+                         &files_,
                          &events_,
                          &log_,
                          &counters_,

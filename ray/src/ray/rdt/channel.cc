@@ -47,11 +47,16 @@ Fd Channel::Release() {
 void Channel::OnReady(uint32_t events) {
   if (events & EPOLLOUT) Flush();
   if (!(events & ~EPOLLOUT)) return;
-  for (int i = 0; i < limits::kReadsPerTurn && fd_ && Receive(); ++i) Dispatch();
+  bool has_more = true;
+  for (int i = 0; i < limits::kReadsPerTurn && fd_ && has_more; ++i) {
+    if (!Receive(&has_more)) return;
+    Dispatch();
+  }
 }
 
-// False if no bytes are available or the channel failed.
-bool Channel::Receive() {
+// False if no bytes are available or the channel failed. After a short read there are no
+// more, or the loop reports them again.
+bool Channel::Receive(bool *has_more) {
   ReserveInput(NextReadBytes());
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
   iovec piece{in_.data() + end_, in_.size() - end_};
@@ -63,6 +68,7 @@ bool Channel::Receive() {
   ssize_t got = recvmsg(fd_.get(), &message, MSG_CMSG_CLOEXEC);
   if (got > 0) {
     end_ += static_cast<size_t>(got);
+    *has_more = static_cast<size_t>(got) == piece.iov_len;
     TakeDescriptors(&message);
     return true;
   }
@@ -99,6 +105,8 @@ void Channel::Dispatch() {
     if (header.magic != kMagic) return Fail(Code::kRefused, "bytes that are not a frame");
     if (header.length > max_frame_)
       return Fail(Code::kRefused, "a frame over the size limit");
+    if (attached_.size() > limits::kMaxAttachedFds)
+      return Fail(Code::kRefused, "descriptors that no frame announces");
     if (end_ - begin_ < kHeaderBytes + header.length) return;
     ByteView payload(in_.data() + begin_ + kHeaderBytes, header.length);
     begin_ += kHeaderBytes + header.length;
@@ -113,7 +121,7 @@ void Channel::TakeDescriptors(msghdr *message) {
     for (size_t i = 0; i < count; ++i) {
       int fd;
       std::memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(fd));
-      attached_ = Fd(fd);  // closes an earlier one that was not taken
+      attached_.emplace_back(fd);
     }
   }
 }

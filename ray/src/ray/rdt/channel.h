@@ -20,9 +20,9 @@ class Channel : public std::enable_shared_from_this<Channel> {
   class Handler {
    public:
     virtual ~Handler() = default;
-    // `payload` is valid during the call. `attached` is the last descriptor received; the
-    // handler may take it.
-    virtual void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) = 0;
+    // `payload` is valid during the call. `attached` begins with the descriptors that the
+    // frame carries; the handler takes these.
+    virtual void OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) = 0;
     // Called at most once, and never after Close or Release.
     virtual void OnClosed(const Status &why) = 0;
   };
@@ -50,7 +50,7 @@ class Channel : public std::enable_shared_from_this<Channel> {
   };
 
   void OnReady(uint32_t events);
-  bool Receive();
+  bool Receive(bool *has_more);
   size_t NextReadBytes() const;
   void ReserveInput(size_t nbytes);
   void Dispatch();
@@ -67,7 +67,7 @@ class Channel : public std::enable_shared_from_this<Channel> {
   Bytes in_;  // received and not dispatched: [begin_, end_)
   size_t begin_ = 0;
   size_t end_ = 0;
-  Fd attached_;
+  Fds attached_;  // received, and not taken by a handler
   std::deque<Outgoing> out_;
   bool is_blocked_ = false;  // out_ waits for the socket to take more
 };

@@ -68,8 +68,8 @@ Handshake Connector::NewHandshake() const {
   return Handshake::Client(*context_.identity, purpose_, address_.agent);
 }
 
-void Connector::OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) {
-  attached->Reset();
+void Connector::OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) {
+  attached->clear();
   Bytes answer = handshake_.OnFrame(header, payload);
   if (!answer.empty()) channel_->Send(std::move(answer));
   if (handshake_.state() != Handshake::State::kRunning) Finish(handshake_.status());

@@ -29,7 +29,7 @@ class Connector : private Channel::Handler {
   void OnWritable();
   void RetryAfter(double seconds);
   Handshake NewHandshake() const;
-  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
+  void OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) override;
   void OnClosed(const Status &why) override;
   void Finish(Status status);
 

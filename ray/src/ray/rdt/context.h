@@ -4,14 +4,18 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "ray/rdt/address.h"
 #include "ray/rdt/auth.h"
 #include "ray/rdt/copy_pool.h"
 #include "ray/rdt/events.h"
+#include "ray/rdt/file_pool.h"
 #include "ray/rdt/huge_pages.h"
 #include "ray/rdt/lanes/lane_kind.h"
+#include "ray/rdt/mailbox.h"
+#include "ray/rdt/pool.h"
 
 namespace ray::rdt {
 
@@ -51,6 +55,9 @@ struct Context {
   Loop *loop;
   CopyPool *copies;
   HugePages *huge_pages;
+  std::shared_ptr<Mailbox> mailbox;
+  Pool *pool;
+  FilePool *files;
   EventQueue *events;
   Log *log;
   Counters *counters;

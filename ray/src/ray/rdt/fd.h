@@ -1,6 +1,7 @@
 // A file descriptor with one owner.
 #pragma once
 
+#include <deque>
 #include <utility>
 
 namespace ray::rdt {
@@ -29,5 +30,7 @@ class Fd {
  private:
   int fd_ = -1;
 };
+
+using Fds = std::deque<Fd>;
 
 }  // namespace ray::rdt

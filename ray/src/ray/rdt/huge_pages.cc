@@ -39,22 +39,25 @@ class CollapseJob {
   const uint64_t end_;
 };
 
-// 3, 6, 12, 24 ...
-bool IsCollapseDue(unsigned pulls) {
-  return pulls % limits::kPullsBeforeCollapse == 0 &&
-         std::has_single_bit(pulls / limits::kPullsBeforeCollapse);
-}
-
 }  // namespace
 
 void HugePages::RecordPull(const SpanList &memory, std::shared_ptr<const void> keep) {
   for (const Span &span : memory.spans()) {
     if (span.nbytes < limits::kMinCollapsedSpan) continue;
     if (pulls_.size() >= limits::kMaxCountedSpans) pulls_.clear();
-    if (!IsCollapseDue(++pulls_[{span.address, span.nbytes}])) continue;
-    auto job = std::make_shared<CollapseJob>(keep, span);
-    copies_->Add([job] { return job->Step(); }, 1);
+    if (IsDue(++pulls_[{span.address, span.nbytes}])) Collapse(span, keep);
   }
+}
+
+void HugePages::Collapse(const Span &span, std::shared_ptr<const void> keep) {
+  auto job = std::make_shared<CollapseJob>(std::move(keep), span);
+  copies_->Add([job] { return job->Step(); }, 1);
+}
+
+// 3, 6, 12, 24 ...
+bool HugePages::IsDue(unsigned pulls) {
+  return pulls % limits::kPullsBeforeCollapse == 0 &&
+         std::has_single_bit(pulls / limits::kPullsBeforeCollapse);
 }
 
 }  // namespace ray::rdt

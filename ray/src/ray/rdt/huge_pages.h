@@ -26,6 +26,10 @@ class HugePages {
   // is collapsed. Without it the memory may be freed, and other memory at its address may
   // be collapsed instead.
   void RecordPull(const SpanList &memory, std::shared_ptr<const void> keep);
+  // Collapses memory now. May be called on any thread.
+  void Collapse(const Span &span, std::shared_ptr<const void> keep);
+  // Tells whether memory that was transferred so often is to be collapsed.
+  static bool IsDue(unsigned pulls);
 
  private:
   CopyPool *const copies_;

@@ -19,6 +19,8 @@ inline constexpr uint64_t kMiB = 1 << 20;
 inline constexpr uint64_t kMaxFrame = 64 * kMiB;
 // The same before the peer is authenticated. Handshake messages are smaller.
 inline constexpr uint64_t kMaxFrameBeforeAuth = 512;
+// Descriptors that were received and not taken yet: a frame carries one at most.
+inline constexpr size_t kMaxAttachedFds = 16;
 // Bytes of a call or reply. A reply's first byte tells whether it is an error.
 inline constexpr uint64_t kMaxCallPayload = kMaxFrame - 1;
 
@@ -104,6 +106,22 @@ inline constexpr uint64_t kSlotBytes = 1 * kMiB;
 inline constexpr size_t kSlots = 8;
 // Bytes of a ring that a producer accepts. Bounds what a consumer can make it write.
 inline constexpr uint64_t kMaxRing = 64 * kMiB;
+
+// ---- map lane ----
+
+// Bytes of a page. Files are mapped and aligned in pages.
+inline constexpr uint64_t kPage = 4 * kKiB;
+// Sizes of objects for which consumers are counted. Beyond it all counts are dropped.
+inline constexpr size_t kMaxFanOuts = 256;
+// Objects with one consumer, after many with several, until objects are no longer shared.
+inline constexpr int kMaxFanOutScore = 256;
+// Files in use, and files kept for the next objects. Each is a descriptor of the
+// producer.
+inline constexpr size_t kMaxFiles = 256;
+// Files of one object. The memory in further files is copied.
+inline constexpr size_t kMaxFilesOfObject = 16;
+// Pages that are checked for writes by one system call.
+inline constexpr size_t kPagesAtOnce = 4096;
 
 // ---- tcp lane ----
 

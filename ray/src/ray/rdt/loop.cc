@@ -14,6 +14,8 @@ namespace ray::rdt {
 namespace {
 
 constexpr Loop::Id kWakeId = 0;
+// The loop that runs on this thread.
+thread_local const Loop *current_loop = nullptr;
 
 int Checked(int fd, const char *what) {
   if (fd < 0) throw std::system_error(errno, std::generic_category(), what);
@@ -63,7 +65,8 @@ void Loop::Post(Task task) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     posted_.push_back(std::move(task));
-    if (std::exchange(woken_, true)) return;
+    // The loop looks for tasks before it waits.
+    if (current_loop == this || std::exchange(woken_, true)) return;
   }
   eventfd_write(wake_.get(), 1);
 }
@@ -104,6 +107,7 @@ void Loop::CancelTimer(Id timer) {
 
 void Loop::Run() {
   pthread_setname_np(pthread_self(), name_.c_str());
+  current_loop = this;
   while (!stopping_) {
     RunPosted();
     RunTimers();

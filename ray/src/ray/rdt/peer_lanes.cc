@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "ray/rdt/lanes/cma.h"
+#include "ray/rdt/lanes/map.h"
 #include "ray/rdt/lanes/shm.h"
 #include "ray/rdt/lanes/tcp.h"
 
@@ -28,10 +29,11 @@ void PeerLanes::Close() {
   for (auto &lane : lanes_) lane.reset();
 }
 
-Lane *PeerLanes::Best(LaneSet excluded, LaneKind *kind) const {
+Lane *PeerLanes::Best(LaneSet excluded, LaneKind *kind, const Pull *pull) const {
   for (size_t i = 0; i < kLaneCount; ++i) {
     *kind = static_cast<LaneKind>(i);
-    if (lanes_[i] && !HasLane(excluded, *kind)) return lanes_[i].get();
+    if (!lanes_[i] || HasLane(excluded, *kind)) continue;
+    if (pull == nullptr || lanes_[i]->Suits(*pull)) return lanes_[i].get();
   }
   return nullptr;
 }
@@ -49,15 +51,22 @@ void PeerLanes::Disable(LaneKind kind, const std::string &why) {
 void PeerLanes::LogOnce(const LaneReasons &reasons) {
   if (std::exchange(is_logged_, true)) return;
   LaneKind best = LaneKind::kTcp;
-  std::string text = "RDT with " + link_->address().Describe() + ": ";
-  text += Best(0, &best) != nullptr ? std::string("lane ") + LaneName(best) : "no lane";
-  for (size_t i = 0; i < kLaneCount && reasons[i] != "ok"; ++i) {
-    text += std::string(i == 0 ? " (" : "; ") + kLaneNames[i] + ": " + reasons[i];
+  // map carries only some objects.
+  bool has_lane = Best(LaneBit(LaneKind::kMap), &best) != nullptr;
+  std::string unusable;
+  for (size_t i = 0; i < static_cast<size_t>(best); ++i) {
+    if (reasons[i] == "ok") continue;
+    unusable +=
+        std::string(unusable.empty() ? "" : "; ") + kLaneNames[i] + ": " + reasons[i];
   }
-  context_.log->Info("lanes", text + (reasons[0] != "ok" ? ")" : ""));
+  std::string lane = has_lane ? std::string("lane ") + LaneName(best) : "no lane";
+  if (!unusable.empty()) lane += " (" + unusable + ")";
+  context_.log->Info("lanes", "RDT with " + link_->address().Describe() + ": " + lane);
 }
 
 std::unique_ptr<Lane> PeerLanes::MakeLane(LaneKind kind) const {
+  if (kind == LaneKind::kMap)
+    return std::make_unique<MapLane>(context_, link_->channel());
   if (kind == LaneKind::kCma)
     return std::make_unique<CmaLane>(context_.copies, link_->pid());
   if (kind == LaneKind::kShm)

@@ -22,8 +22,9 @@ class PeerLanes {
   void Close();
   // Null if that lane cannot be used.
   Lane *Find(LaneKind kind) const { return lanes_[static_cast<size_t>(kind)].get(); }
-  // The first usable lane in order of preference. Null if there is none.
-  Lane *Best(LaneSet excluded, LaneKind *kind) const;
+  // The first usable lane in order of preference that suits the pull. Null if there is
+  // none.
+  Lane *Best(LaneSet excluded, LaneKind *kind, const Pull *pull = nullptr) const;
   // Excludes a lane until the next connection.
   void Disable(LaneKind kind, const std::string &why);
 

@@ -93,9 +93,10 @@ void PeerLink::Close() {
   --context_.counters->connections;
 }
 
-void PeerLink::OnFrame(const FrameHeader &header, ByteView payload, Fd * /*attached*/) {
+void PeerLink::OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) {
   last_heard_ = Clock::now();
-  if (header.version != kProtocolVersion || !handler_->OnPeerFrame(header, payload)) {
+  if (header.version != kProtocolVersion ||
+      !handler_->OnPeerFrame(header, payload, attached)) {
     Lose("the peer sent a malformed or unknown frame", Loss::kBroken);
   }
 }

@@ -37,7 +37,9 @@ class PeerLink : private Channel::Handler {
     virtual void OnUnreachable(const Status &why) = 0;
     virtual void OnLost(const Status &why, Loss loss) = 0;
     // False if the frame is malformed or not one that a producer sends.
-    virtual bool OnPeerFrame(const FrameHeader &header, ByteView payload) = 0;
+    virtual bool OnPeerFrame(const FrameHeader &header,
+                             ByteView payload,
+                             Fds *attached) = 0;
     // True while the peer owes an answer.
     virtual bool is_waiting() const = 0;
   };
@@ -81,7 +83,7 @@ class PeerLink : private Channel::Handler {
                 const PeerInfo &info);
   void IdentifyProcess();
   bool HasExited() const;
-  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override;
+  void OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) override;
   void OnClosed(const Status &why) override { Lose(why.text, Loss::kBroken); }
 
   const Context context_;

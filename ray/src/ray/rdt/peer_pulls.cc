@@ -32,17 +32,31 @@ void PeerPulls::SendAll() {
 }
 
 void PeerPulls::Send(uint64_t id, PendingPull *pending) {
-  Lane *lane = lanes_->Best(pending->tried, &pending->lane);
+  Lane *lane = lanes_->Best(pending->tried, &pending->lane, pending->pull.get());
   if (lane == nullptr) {
     Status no_lane{Code::kRefused, "no usable lane to the peer is left"};
     return Finish(id, link_->WithAddress(no_lane));
   }
   pending->state = State::kRequested;
+  pending->files.clear();
   pending->pull->set_lane(pending->lane);
+  bool has_choice = pending->lane == LaneKind::kMap && lanes_->Find(LaneKind::kCma) &&
+                    !HasLane(pending->tried, LaneKind::kCma);
   PullRequest request{.key = pending->pull->key,
-                      .with_spans = lane->reads_memory(),
+                      .mode = has_choice ? PullMode::kAny : lane->mode(),
                       .max_attached = limits::kMaxAttached};
   link_->Send(EncodeFrame(FrameType::kPull, id, request));
+}
+
+bool PeerPulls::OnFile(uint64_t id, const std::optional<File> &file, Fds *attached) {
+  if (!file || attached->empty()) return false;
+  auto memory = MemoryFile::Open(std::move(attached->front()), file->nbytes);
+  attached->pop_front();
+  auto found = pulls_.find(id);
+  if (found == pulls_.end()) return true;  // cancelled; an ABORT was sent
+  MemoryFiles &files = found->second.files;
+  files.push_back(std::move(memory));
+  return files.size() <= limits::kMaxFilesOfObject;
 }
 
 bool PeerPulls::OnGrant(uint64_t id, const std::optional<Grant> &grant) {
@@ -57,12 +71,16 @@ bool PeerPulls::OnGrant(uint64_t id, const std::optional<Grant> &grant) {
     return true;
   }
   if (grant->total == 0 || !grant->attached.empty()) return TakeAttached(id, *grant);
+  if (pending.lane == LaneKind::kMap && grant->files.empty()) {  // the producer's choice
+    pending.lane = LaneKind::kCma;
+    pending.pull->set_lane(pending.lane);
+  }
   Lane *lane = lanes_->Find(pending.lane);
   if (lane == nullptr) {  // disabled since the PULL was sent
     TryNextLane(id);
     return true;
   }
-  if (lane->reads_memory() && span_bytes != grant->total) return false;
+  if (lane->mode() != PullMode::kStream && span_bytes != grant->total) return false;
   if (pending.pull->is_whole()) {  // complete when the last connection broke
     Finish(id, {});
   } else {
@@ -97,7 +115,8 @@ void PeerPulls::StartLane(uint64_t id, const Grant &grant) {
       if (auto self = weak.lock()) (*self)->OnLaneReport(id, attempt, status);
     });
   };
-  lanes_->Find(pending.lane)->Start(pending.pull, grant, std::move(report));
+  lanes_->Find(pending.lane)
+      ->Start(pending.pull, grant, std::exchange(pending.files, {}), std::move(report));
 }
 
 bool PeerPulls::OnRefuse(uint64_t id, const std::optional<Refuse> &refuse) {
@@ -144,12 +163,16 @@ void PeerPulls::TryNextLane(uint64_t id) {
 void PeerPulls::Finish(uint64_t id, const Status &status) {
   auto node = pulls_.extract(id);
   PendingPull &pending = node.mapped();
+  // A mapping lasts longer than the pull: its end tells the producer.
+  bool is_mapped =
+      status.ok() && pending.lane == LaneKind::kMap && pending.state == State::kMoving;
   if (status.ok()) {
     context_.counters->CountPull(pending.lane, pending.pull->destination.total());
-    context_.huge_pages->RecordPull(pending.pull->destination, nullptr);
+    if (!is_mapped) context_.huge_pages->RecordPull(pending.pull->destination, nullptr);
   }
   pending.pull->End(status);
-  if (pending.state != State::kQueued) link_->Send(EncodeFrame(FrameType::kDone, id));
+  if (pending.state != State::kQueued && !is_mapped)
+    link_->Send(EncodeFrame(FrameType::kDone, id));
 }
 
 void PeerPulls::OnLost(const Status &why, PeerLink::Loss loss) {

@@ -41,6 +41,7 @@ class PeerPulls {
   void Forget(uint64_t id);
   void SendAll();
   // False if the frame is malformed or does not answer a PULL.
+  bool OnFile(uint64_t id, const std::optional<File> &file, Fds *attached);
   bool OnGrant(uint64_t id, const std::optional<Grant> &grant);
   bool OnRefuse(uint64_t id, const std::optional<Refuse> &refuse);
   void OnLost(const Status &why, PeerLink::Loss loss);
@@ -53,6 +54,7 @@ class PeerPulls {
     std::shared_ptr<Pull> pull;
     State state = State::kQueued;
     LaneKind lane = LaneKind::kTcp;
+    MemoryFiles files;             // for the grant that follows
     LaneSet tried = 0;             // lanes that could not carry it
     int tries = 1;                 // since bytes arrived last
     uint64_t received_before = 0;  // when the last try began

@@ -19,13 +19,23 @@ Status Region::Check() const {
 bool RegionTable::Register(const Key &key,
                            const std::vector<Span> &spans,
                            int64_t token,
-                           std::vector<Guard> guards) {
+                           std::vector<Guard> guards,
+                           const Pool *frozen_in) {
   SpanList memory = CheckedSpans(spans);
+  std::vector<FilePlace> places;
+  if (frozen_in != nullptr) {
+    uint64_t in_files = 0;
+    for (const Span &span : memory.spans()) {
+      places.push_back(frozen_in->PlaceOf(span));
+      if (places.back().file) in_files += span.nbytes;
+    }
+    if (in_files <= memory.total() / 2) places.clear();
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   auto [at, is_new] = regions_.try_emplace(key);
   if (is_new) {
     at->second.pin = std::make_shared<const Region>(
-        std::move(memory), std::move(guards), token, events_);
+        std::move(memory), std::move(places), std::move(guards), token, events_);
   }
   return is_new;
 }

@@ -9,10 +9,13 @@
 
 #include "ray/rdt/checksum.h"
 #include "ray/rdt/events.h"
+#include "ray/rdt/pool.h"
 #include "ray/rdt/spans.h"
 #include "ray/rdt/status.h"
 
 namespace ray::rdt {
+
+class SharedCopy;
 
 // An aligned 8-byte word in the object that owns the registered memory. It changes when
 // the memory is freed, resized or moved.
@@ -29,8 +32,13 @@ struct Guard {
 // on any thread, the token is returned.
 class Region {
  public:
-  Region(SpanList memory, std::vector<Guard> guards, int64_t token, EventQueue *events)
+  Region(SpanList memory,
+         std::vector<FilePlace> places,
+         std::vector<Guard> guards,
+         int64_t token,
+         EventQueue *events)
       : memory(std::move(memory)),
+        places(std::move(places)),
         guards_(std::move(guards)),
         token_(token),
         events_(events) {}
@@ -42,8 +50,15 @@ class Region {
   Status Check() const;
 
   const SpanList memory;
+  // If most of the memory is in files and does not change, for each span where it is in a
+  // file. Else empty.
+  const std::vector<FilePlace> places;
   // Computed at the first request.
   mutable LazyChecksum checksum;
+  // The next two are used on the agent's loop only. The copy exists while consumers use
+  // it.
+  mutable std::weak_ptr<SharedCopy> copy;
+  mutable AgentId first_consumer{};
 
  private:
   const std::vector<Guard> guards_;
@@ -60,11 +75,13 @@ class RegionTable {
 
   // The caller keeps the memory and its guards alive until a kReleased event returns the
   // token. False if the key is in use: then no token is returned. Throws
-  // std::invalid_argument if the spans overflow the address space.
+  // std::invalid_argument if the spans overflow the address space. With `frozen_in`, the
+  // memory does not change any more, and parts in files of this pool need no copy.
   bool Register(const Key &key,
                 const std::vector<Span> &spans,
                 int64_t token,
-                std::vector<Guard> guards = {});
+                std::vector<Guard> guards = {},
+                const Pool *frozen_in = nullptr);
   // False if there is no such region. Pulls in flight keep their pins.
   bool Release(const Key &key);
   void ReleaseAll();

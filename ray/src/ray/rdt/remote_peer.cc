@@ -67,10 +67,12 @@ void RemotePeer::OnLost(const Status &why, PeerLink::Loss loss) {
   if (!pulls_.is_empty() || !calls_.is_empty()) link_.Connect();
 }
 
-bool RemotePeer::OnPeerFrame(const FrameHeader &header, ByteView payload) {
+bool RemotePeer::OnPeerFrame(const FrameHeader &header, ByteView payload, Fds *attached) {
   switch (header.type) {
   case FrameType::kGrant:
     return pulls_.OnGrant(header.request, Unpack<Grant>(payload));
+  case FrameType::kFile:
+    return pulls_.OnFile(header.request, Unpack<File>(payload), attached);
   case FrameType::kRefuse:
     return pulls_.OnRefuse(header.request, Unpack<Refuse>(payload));
   case FrameType::kReply:

@@ -35,7 +35,7 @@ class RemotePeer : public Peer, private PeerLink::Handler {
   void OnConnected() override;
   void OnUnreachable(const Status &why) override;
   void OnLost(const Status &why, PeerLink::Loss loss) override;
-  bool OnPeerFrame(const FrameHeader &header, ByteView payload) override;
+  bool OnPeerFrame(const FrameHeader &header, ByteView payload, Fds *attached) override;
   bool is_waiting() const override;
   void FailAll(const Status &why);
 

@@ -10,6 +10,7 @@
 #include "ray/rdt/lanes/tcp_source.h"
 #include "ray/rdt/limits.h"
 #include "ray/rdt/read_memory.h"
+#include "ray/rdt/shared_copy.h"
 
 namespace ray::rdt {
 namespace {
@@ -69,11 +70,13 @@ class Service::Session : public Channel::Handler {
   ~Session() override {
     channel_->Close();
     service_->pins_->RemoveAll(agent_, this);
+    // The consumer may live on and have them mapped.
+    for (auto &[id, copy] : copies_) copy->Abandon();
   }
 
   const AgentId &agent() const { return agent_; }
 
-  void OnFrame(const FrameHeader &header, ByteView payload, Fd *attached) override {
+  void OnFrame(const FrameHeader &header, ByteView payload, Fds *attached) override {
     if (header.version != kProtocolVersion || !Handle(header, payload, attached)) {
       OnClosed({Code::kRefused, "a malformed or unknown frame"});
     }
@@ -91,7 +94,7 @@ class Service::Session : public Channel::Handler {
 
  private:
   // False if the frame is malformed or not one that a consumer sends.
-  bool Handle(const FrameHeader &header, ByteView payload, Fd *attached) {
+  bool Handle(const FrameHeader &header, ByteView payload, Fds *attached) {
     switch (header.type) {
     case FrameType::kPull:
       return OnPull(header.request, Unpack<PullRequest>(payload));
@@ -99,9 +102,12 @@ class Service::Session : public Channel::Handler {
       if (Pin pin = service_->pins_->Find(agent_, header.request)) {
         service_->context_.huge_pages->RecordPull(pin->memory, pin);
       }
-      [[fallthrough]];
+      service_->pins_->Remove(agent_, header.request, this);
+      copies_.erase(header.request);
+      return true;
     case FrameType::kAbort:
       service_->pins_->Remove(agent_, header.request, this);
+      AbandonCopy(header.request);
       return true;
     case FrameType::kFree:
       return OnFree(Unpack<KeyList>(payload));
@@ -113,7 +119,7 @@ class Service::Session : public Channel::Handler {
     case FrameType::kChecksum:
       return OnChecksum(header.request, Unpack<ChecksumRequest>(payload));
     case FrameType::kRing:
-      return shm_.OnRing(Unpack<Ring>(payload), Fd(std::move(*attached)));
+      return OnRing(Unpack<Ring>(payload), attached);
     case FrameType::kFill:
       return shm_.OnFill(header.request,
                          Unpack<Fill>(payload),
@@ -128,8 +134,24 @@ class Service::Session : public Channel::Handler {
 
   bool OnPull(uint64_t id, const std::optional<PullRequest> &request) {
     if (!request) return false;
+    Pin pin;
+    Status status = service_->regions_->FindIntact(request->key, &pin);
     Grant grant;
-    Status status = MakeGrant(id, *request, &grant);
+    if (status.ok()) {
+      bool is_shared = request->mode == PullMode::kFile;
+      if (request->mode == PullMode::kAny)
+        is_shared = !pin->places.empty() || service_->fan_outs_.Expects(*pin, agent_);
+      if (is_shared && pin->memory.total() > 0) {
+        ShareCopy(id, std::move(pin));
+        return true;
+      }
+      status = MakeGrant(id, *request, std::move(pin), &grant);
+    }
+    Answer(id, status, grant);
+    return true;
+  }
+
+  void Answer(uint64_t id, const Status &status, const Grant &grant) {
     if (status.ok()) {
       service_->context_.counters->bytes_granted += grant.total;
       channel_->Send(EncodeFrame(FrameType::kGrant, id, grant));
@@ -137,26 +159,77 @@ class Service::Session : public Channel::Handler {
       Refuse refuse{.code = static_cast<uint8_t>(status.code), .text = status.text};
       channel_->Send(EncodeFrame(FrameType::kRefuse, id, refuse));
     }
-    return true;
   }
 
   // Attaches the bytes of a small object, and pins another.
-  Status MakeGrant(uint64_t id, const PullRequest &request, Grant *grant) {
-    Pin pin;
-    Status status = service_->regions_->FindIntact(request.key, &pin);
-    if (!status.ok()) return status;
+  Status MakeGrant(uint64_t id, const PullRequest &request, Pin pin, Grant *grant) {
     grant->total = pin->memory.total();
     uint64_t max_attached = std::min(request.max_attached, limits::kMaxAttachedAccepted);
     if (grant->total > 0 && grant->total <= max_attached) {
       grant->attached.resize(grant->total);
       return ReadOwnMemory(pin->memory, {0, grant->total}, grant->attached.data());
     }
-    if (request.with_spans && pin->memory.spans().size() > kMaxSpans) {
-      return {Code::kRefused, "the object has too many pieces for this lane"};
+    if (request.mode != PullMode::kStream) {
+      if (pin->memory.spans().size() > kMaxSpans) return TooManyPieces();
+      grant->spans = pin->memory.spans();
     }
-    if (request.with_spans) grant->spans = pin->memory.spans();
     service_->pins_->Add(agent_, id, this, std::move(pin));
     return {};
+  }
+
+  // Answers with a copy of the object in a file. All consumers of the host get the same.
+  void ShareCopy(uint64_t id, Pin pin) {
+    const Context &context = service_->context_;
+    if (pin->memory.spans().size() > kMaxSpans) return Answer(id, TooManyPieces(), {});
+    std::shared_ptr<SharedCopy> copy = pin->copy.lock();
+    if (!copy) {
+      copy = SharedCopy::Create(pin, context.files);
+      if (!copy) {
+        Status refused{Code::kRefused, "the producer cannot create shared memory"};
+        return Answer(id, refused, {});
+      }
+      pin->copy = copy;
+      copy->WhenReady([huge_pages = context.huge_pages, pin](const Status &) {
+        huge_pages->RecordPull(pin->memory, pin);
+      });
+      copy->Fill(context.loop, context.copies, std::move(pin));
+    }
+    copies_[id] = copy;
+    copy->WhenReady([this, id, weak = std::weak_ptr(alive_)](const Status &status) {
+      if (weak.lock()) GrantCopy(id, status);
+    });
+  }
+
+  void GrantCopy(uint64_t id, Status status) {
+    auto found = copies_.find(id);
+    if (found == copies_.end()) return;  // aborted
+    const SharedCopy &copy = *found->second;
+    Fds files;
+    for (const auto &file : copy.files()) {
+      files.push_back(file->Duplicate());
+      if (status.ok() && !files.back())
+        status = {Code::kRefused, "the producer has no file descriptor left"};
+    }
+    Grant grant{.spans = copy.layout(), .files = copy.file_of()};
+    TotalOf(grant.spans, &grant.total);
+    for (size_t i = 0; status.ok() && i < files.size(); ++i) {
+      File file{.nbytes = copy.files()[i]->nbytes()};
+      channel_->Send(EncodeFrame(FrameType::kFile, id, file), std::move(files[i]));
+    }
+    if (!status.ok()) copies_.erase(found);
+    Answer(id, status, grant);
+  }
+
+  void AbandonCopy(uint64_t id) {
+    auto node = copies_.extract(id);
+    if (node) node.mapped()->Abandon();
+  }
+
+  bool OnRing(const std::optional<Ring> &ring, Fds *attached) {
+    if (attached->empty()) return false;
+    Fd fd = std::move(attached->front());
+    attached->pop_front();
+    return shm_.OnRing(ring, std::move(fd));
   }
 
   bool OnOwn(const std::optional<KeyList> &own) {
@@ -183,6 +256,10 @@ class Service::Session : public Channel::Handler {
     };
   }
 
+  static Status TooManyPieces() {
+    return {Code::kRefused, "the object has too many pieces for this lane"};
+  }
+
   // A GRANT with the spans must fit into a frame.
   static constexpr size_t kMaxSpans = limits::kMaxFrame / sizeof(Span) - 1;
 
@@ -190,6 +267,10 @@ class Service::Session : public Channel::Handler {
   const std::shared_ptr<Channel> channel_;
   const AgentId agent_;
   ShmSource shm_;
+  // Copies that the consumer maps, or waits for, by pull.
+  std::map<uint64_t, std::shared_ptr<SharedCopy>> copies_;
+  // Tells a copy's callback whether this object still exists.
+  const std::shared_ptr<bool> alive_ = std::make_shared<bool>(true);
 };
 
 Service::Service(const Context &context, RegionTable *regions)

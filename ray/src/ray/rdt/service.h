@@ -7,6 +7,7 @@
 
 #include "ray/rdt/channel.h"
 #include "ray/rdt/context.h"
+#include "ray/rdt/fan_outs.h"
 #include "ray/rdt/region.h"
 
 namespace ray::rdt {
@@ -39,6 +40,7 @@ class Service {
   const Context context_;
   RegionTable *const regions_;
   const std::shared_ptr<PinTable> pins_ = std::make_shared<PinTable>();
+  FanOuts fan_outs_;
   uint64_t next_source_ = 0;
   std::map<Session *, std::unique_ptr<Session>> sessions_;
   uint64_t next_call_ = 1;

@@ -69,6 +69,7 @@ enum class FrameType : uint16_t {
   kPong = 28,
   kOwn = 29,
   kChecksum = 30,  // answered by REPLY
+  kFile = 31,      // carries a memfd for the pull's GRANT
   kRead = 32,
   kData = 33,
 };
@@ -121,18 +122,33 @@ struct Welcome {
   auto Fields() { return std::tie(lanes, probe_address, probe, mac); }
 };
 
+// What a consumer needs from the grant.
+enum class PullMode : uint8_t {
+  kStream = 0,  // nothing: the producer sends the bytes
+  kSpans = 1,   // the addresses: the consumer reads the memory
+  kFile = 2,    // a copy in a file, which the consumer maps
+  kAny = 3,     // kSpans or kFile, as the producer decides
+};
+
 struct PullRequest {
   Key key{};
-  uint8_t with_spans = 0;     // the client reads the memory itself
+  PullMode mode = PullMode::kStream;
   uint64_t max_attached = 0;  // an object up to this size is sent with the grant
-  auto Fields() { return std::tie(key, with_spans, max_attached); }
+  auto Fields() { return std::tie(key, mode, max_attached); }
 };
 
 struct Grant {
   uint64_t total = 0;
-  std::vector<Span> spans;  // empty unless asked for
-  Bytes attached;           // all bytes of a small object, which is then not pinned
-  auto Fields() { return std::tie(total, spans, attached); }
+  // The addresses, or the positions in the files. Empty with kStream.
+  std::vector<Span> spans;
+  Bytes files;     // for each span the number of its FILE frame; empty: addresses
+  Bytes attached;  // all bytes of a small object, which is then not pinned
+  auto Fields() { return std::tie(total, spans, files, attached); }
+};
+
+struct File {
+  uint64_t nbytes = 0;
+  auto Fields() { return std::tie(nbytes); }
 };
 
 struct Refuse {

@@ -6,9 +6,11 @@ See doc/architecture.md of the project for the data path and the layout of the c
 from typing import TYPE_CHECKING, Any
 
 from ray.experimental.rdt.api import (
+    freeze,
     receive_into,
     set_target_device_for_ref,
     set_target_for_ref,
+    shareable,
     stats,
     wait_tensor_freed,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "TensorTransportMetadata",
     "deregister_nixl_memory",
     "explain",
+    "freeze",
     "receive_into",
     "register_nixl_memory",
     "register_nixl_memory_pool",
@@ -43,6 +46,7 @@ __all__ = [
     "set_nixl_cuda_stream",
     "set_target_device_for_ref",
     "set_target_for_ref",
+    "shareable",
     "stats",
     "wait_tensor_freed",
 ]

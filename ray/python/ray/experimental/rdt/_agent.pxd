@@ -46,7 +46,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
         bool clear_tcp
 
     const size_t kLaneCount
-    const char *kLaneNames[4]
+    const char *kLaneNames[5]
 
     cdef cppclass LaneReasons:
         string &operator[](size_t lane)
@@ -83,6 +83,7 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
 
     cdef cppclass Pool:
         void *Allocate(size_t nbytes) except +
+        void *AllocateInFile(size_t nbytes) except +
         void Free(void *memory, size_t nbytes)
         void Trim(double idle_s)
 
@@ -108,7 +109,11 @@ cdef extern from "ray/rdt/agent.h" namespace "ray::rdt" nogil:
 
     cdef cppclass RegionTable:
         bool Register(
-            const Key &key, const vector[Span] &spans, int64_t token, vector[Guard] guards
+            const Key &key,
+            const vector[Span] &spans,
+            int64_t token,
+            vector[Guard] guards,
+            const Pool *frozen_in,
         ) except +
         bool Release(const Key &key)
         size_t CountOwned(const Key &owner)

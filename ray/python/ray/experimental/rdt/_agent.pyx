@@ -92,7 +92,9 @@ cdef class Agent:
             with nogil:
                 del self._native
 
-    def register(self, bytes key, addrs, lens, int64_t token, guards=b""):
+    def register(
+        self, bytes key, addrs, lens, int64_t token, guards=b"", bint is_frozen=False
+    ):
         """Serve the memory at addrs under `key`.
 
         The caller owns the memory. It keeps the memory and the guards alive until
@@ -105,12 +107,22 @@ cdef class Agent:
             guards: A buffer of uint64: addresses of aligned words, each followed by the
                 expected value. If a word has another value, pulls fail with the code
                 "changed".
+            is_frozen: Whether the memory does not change any more. Parts of it that are in
+                files then need no copy for consumers of this host.
         """
         _check_process(self._pid)
         cdef vector[Guard] words
         if len(guards):
             words = _guards(guards)
-        if not self._native.regions().Register(_key(key), _spans(addrs, lens), token, words):
+        cdef const Pool *frozen_in = self._native.pool().get() if is_frozen else NULL
+        cdef Key native_key = _key(key)
+        cdef vector[Span] spans = _spans(addrs, lens)
+        cdef bool is_new
+        with nogil:
+            is_new = self._native.regions().Register(
+                native_key, spans, token, words, frozen_in
+            )
+        if not is_new:
             raise ValueError("the key is already in use")
 
     def release(self, bytes key):
@@ -248,14 +260,23 @@ cdef class Agent:
                 return [_event(event) for event in events]
             PyErr_CheckSignals()
 
-    def allocate(self, size_t nbytes):
-        """Return a Block of memory from the receive pool, aligned to 64 bytes at least."""
+    def allocate(self, size_t nbytes, bint is_shareable=False):
+        """Return a Block of memory from the receive pool, aligned to 64 bytes at least.
+
+        Args:
+            nbytes: Bytes of the block.
+            is_shareable: Whether a block of 1 MiB or more is in a file of its own, which
+                consumers of this host can map (see register).
+        """
         cdef Block block = Block.__new__(Block)
         _check_process(self._pid)
         block._pool = self._native.pool()
         block._pid = self._pid
         with nogil:
-            block._memory = deref(block._pool).Allocate(nbytes)
+            if is_shareable:
+                block._memory = deref(block._pool).AllocateInFile(nbytes)
+            else:
+                block._memory = deref(block._pool).Allocate(nbytes)
         block.nbytes = nbytes
         return block
 

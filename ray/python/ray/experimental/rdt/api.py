@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.util.annotations import PublicAPI
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ray.experimental.rdt.manager import RDTManager
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Value = TypeVar("_Value")
 
 
 def current_manager() -> RDTManager:
@@ -42,6 +44,55 @@ def wait_tensor_freed(tensor: torch.Tensor, timeout: float | None = None) -> Non
         TimeoutError: The tensor is still in use.
     """
     current_manager().producer.store.wait_freed(tensor, timeout)
+
+
+@PublicAPI(stability="alpha")
+def freeze(value: _Value) -> _Value:
+    """Declare that host tensors will not change any more, so that consumers need no copy.
+
+    If a frozen tensor was received from a process of this host, or was created under
+    ``shareable``, consumers of this host map its memory. All other transfers are not affected.
+    RDT does not prevent writes. If you write to a frozen tensor, consumers may get the old or the
+    new bytes. With ``RAY_RDT_CHECKSUM=1`` they raise ``RDTChecksumError``.
+
+    Runs on: producer, any thread. Call it before the tensors are returned or put.
+
+    Args:
+        value: A tensor, or a nested dict, list or tuple of tensors. Views freeze the whole storage.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: The value contains something else.
+    """
+    from ray.experimental.rdt.producer.frozen import freeze_tensors
+
+    freeze_tensors(value)
+    return value
+
+
+@PublicAPI(stability="alpha")
+def shareable() -> AbstractContextManager[Any]:
+    """Return a context in which new host tensors are in memory that other processes can map.
+
+    It affects torch's factory functions, ``clone``, ``to``, ``contiguous`` and ``cpu``, in the
+    thread that enters it. Results of other functions are ordinary tensors. Tensors share files of
+    64 MiB: a file is freed with its last tensor. Such a tensor cannot be resized. Child processes
+    that are forked see the parent's writes to it and the parent sees theirs.
+
+    To let consumers map the tensors without a copy, also call ``freeze``.
+
+    Example:
+        .. code-block:: python
+
+            with ray.experimental.rdt.shareable():
+                weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            ref = ray.put(ray.experimental.rdt.freeze(weights), _tensor_transport="auto")
+    """
+    from ray.experimental.rdt.producer.shareable import Shareable
+
+    return Shareable(current_manager().producer.allocate_shareable)
 
 
 @PublicAPI(stability="alpha")

@@ -16,7 +16,10 @@ std::string ProbeCma(pid_t pid, const PeerInfo &peer) {
              : "pid " + std::to_string(pid) + " is not the peer's process";
 }
 
-void CmaLane::Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) {
+void CmaLane::Start(std::shared_ptr<Pull> pull,
+                    const Grant &grant,
+                    MemoryFiles /*files*/,
+                    Report report) {
   auto from = std::make_shared<SpanList>(grant.spans);
   const SpanList *to = &pull->destination;
   CopyRange copy = [pid = pid_, from, to](Range range) {

@@ -22,8 +22,11 @@ class CmaLane : public Lane {
  public:
   CmaLane(CopyPool *copies, pid_t pid) : copies_(copies), pid_(pid) {}
 
-  bool reads_memory() const override { return true; }
-  void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
+  PullMode mode() const override { return PullMode::kSpans; }
+  void Start(std::shared_ptr<Pull> pull,
+             const Grant &grant,
+             MemoryFiles files,
+             Report report) override;
 
  private:
   CopyPool *const copies_;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <utility>
 
+#include "ray/rdt/memory_file.h"
 #include "ray/rdt/pull.h"
 #include "ray/rdt/status.h"
 #include "ray/rdt/wire.h"
@@ -47,12 +48,16 @@ class Lane {
  public:
   virtual ~Lane() = default;
 
-  // True if the consumer reads the producer's memory directly. Then the grant must have
-  // its addresses, and the bytes are valid only if the producer is still alive
-  // afterwards.
-  virtual bool reads_memory() const { return false; }
+  // With kSpans the bytes are valid only if the producer is still alive afterwards.
+  virtual PullMode mode() const { return PullMode::kStream; }
+  // True if the lane suits the destination.
+  virtual bool Suits(const Pull & /*pull*/) const { return true; }
   // Does not block. The producer keeps the region pinned until the report.
-  virtual void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) = 0;
+  // `files` came with the grant.
+  virtual void Start(std::shared_ptr<Pull> pull,
+                     const Grant &grant,
+                     MemoryFiles files,
+                     Report report) = 0;
   // Takes a frame that this lane's producer half sent over the control connection.
   virtual void OnFrame(const FrameHeader & /*header*/, ByteView /*payload*/) {}
 };

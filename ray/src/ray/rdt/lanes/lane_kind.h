@@ -8,11 +8,11 @@
 namespace ray::rdt {
 
 // In order of preference. Numbers are bits in the handshake's lane sets.
-enum class LaneKind : uint8_t { kInproc = 0, kCma = 1, kShm = 2, kTcp = 3 };
+enum class LaneKind : uint8_t { kInproc = 0, kMap = 1, kCma = 2, kShm = 3, kTcp = 4 };
 
-inline constexpr size_t kLaneCount = 4;
+inline constexpr size_t kLaneCount = 5;
 inline constexpr std::array<const char *, kLaneCount> kLaneNames = {
-    "inproc", "cma", "shm", "tcp"};
+    "inproc", "map", "cma", "shm", "tcp"};
 
 using LaneSet = uint32_t;
 

@@ -23,7 +23,10 @@ Bytes FilledFrame(uint64_t pull, uint64_t position, bool is_ok) {
 
 }  // namespace
 
-void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report report) {
+void ShmLane::Start(std::shared_ptr<Pull> pull,
+                    const Grant & /*grant*/,
+                    MemoryFiles /*files*/,
+                    Report report) {
   if (!ring_ && refusal_.ok() && !OpenRing()) {
     refusal_ = {Code::kRefused, WithErrno("shared memory cannot be created", errno)};
   }
@@ -34,10 +37,13 @@ void ShmLane::Start(std::shared_ptr<Pull> pull, const Grant & /*grant*/, Report 
 }
 
 bool ShmLane::OpenRing() {
-  Fd fd;
   uint64_t nbytes = limits::kSlots * limits::kSlotBytes;
-  ring_ = RingMemory::Create(nbytes, &fd);
-  if (!ring_) return false;
+  ring_ = RingMemory::Create(nbytes);
+  Fd fd = ring_ ? ring_->file().Duplicate() : Fd();
+  if (!fd) {
+    ring_.reset();
+    return false;
+  }
   channel_->Send(EncodeFrame(FrameType::kRing, 0, Ring{.nbytes = nbytes}), std::move(fd));
   return true;
 }
@@ -101,8 +107,8 @@ void ShmLane::OnSlotCopied(size_t index, bool is_whole) {
 }
 
 bool ShmSource::OnRing(const std::optional<Ring> &ring, Fd fd) {
-  if (!ring || ring_ || !fd) return false;
-  ring_ = RingFile::Open(std::move(fd), ring->nbytes);
+  if (!ring || ring_ || !fd || ring->nbytes > limits::kMaxRing) return false;
+  ring_ = MemoryFile::Open(std::move(fd), ring->nbytes);
   return ring_ != nullptr;
 }
 
@@ -122,7 +128,7 @@ bool ShmSource::OnFill(uint64_t pull, const std::optional<Fill> &frame, Pin pin)
   auto work =
       [loop = loop_, channel = channel_, ring = ring_, pull, fill, pin = std::move(pin)] {
         Status status =
-            ring->Fill(fill.position, pin->memory, {fill.offset, fill.nbytes});
+            ring->Write(fill.position, pin->memory, {fill.offset, fill.nbytes});
         loop->Post([channel, pull, fill, is_ok = status.ok()] {
           channel->Send(FilledFrame(pull, fill.position, is_ok));
         });

@@ -22,7 +22,10 @@ class ShmLane : public Lane {
   ShmLane(Loop *loop, CopyPool *copies, std::shared_ptr<Channel> channel)
       : loop_(loop), copies_(copies), channel_(std::move(channel)) {}
 
-  void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
+  void Start(std::shared_ptr<Pull> pull,
+             const Grant &grant,
+             MemoryFiles files,
+             Report report) override;
   void OnFrame(const FrameHeader &header, ByteView payload) override;
 
  private:
@@ -65,7 +68,7 @@ class ShmSource {
   Loop *const loop_;
   CopyPool *const copies_;
   const std::shared_ptr<Channel> channel_;
-  std::shared_ptr<RingFile> ring_;
+  std::shared_ptr<MemoryFile> ring_;
 };
 
 }  // namespace ray::rdt

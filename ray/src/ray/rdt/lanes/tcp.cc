@@ -13,7 +13,10 @@ TcpLane::~TcpLane() {
   }
 }
 
-void TcpLane::Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) {
+void TcpLane::Start(std::shared_ptr<Pull> pull,
+                    const Grant &grant,
+                    MemoryFiles /*files*/,
+                    Report report) {
   uint64_t most = static_cast<uint64_t>(context_.settings->tcp_streams);
   uint64_t chunk = pull->ChunkFor(context_.settings->tcp_streams);
   queue_->Add(std::make_shared<LaneJob>(std::move(pull), std::move(report), chunk));

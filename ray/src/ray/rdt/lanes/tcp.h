@@ -19,7 +19,10 @@ class TcpLane : public Lane {
   TcpLane(const Context &context, const Address &peer) : context_(context), peer_(peer) {}
   ~TcpLane() override;
 
-  void Start(std::shared_ptr<Pull> pull, const Grant &grant, Report report) override;
+  void Start(std::shared_ptr<Pull> pull,
+             const Grant &grant,
+             MemoryFiles files,
+             Report report) override;
 
  private:
   struct Stream {

@@ -16,7 +16,7 @@ from ray._common.utils import get_system_memory
 from ray._private import ray_constants
 
 #: The agent's lanes, and the transports that RDT may select without being asked to.
-AGENT_LANES = ("inproc", "cma", "shm", "tcp")
+AGENT_LANES = ("inproc", "map", "cma", "shm", "tcp")
 LANES = (*AGENT_LANES, "cuda_ipc", "nixl", "nccl")
 
 _T = TypeVar("_T")

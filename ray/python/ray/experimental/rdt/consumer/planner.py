@@ -22,9 +22,11 @@ from ray.experimental.rdt.transports.selection import Pair, rule_of
 #: The reason of candidates after a named transport in strict mode.
 STRICT = "RAY_RDT_STRICT_TRANSPORT=1 forbids any lane but the named transport"
 
-#: The agent's lanes between two processes, best first, and their conditions.
+#: The agent's lanes between two processes, best first, and their conditions. An object that several
+#: consumers of a host pull goes over map, although cma is better for one of them.
 AGENT_LANES = {
     "cma": "on one host, and the kernel lets this process read the producer's memory",
+    "map": "on one host, for large objects that several consumers pull",
     "shm": "on one host",
     "tcp": "the producer's agent can be reached",
 }

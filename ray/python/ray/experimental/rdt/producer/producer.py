@@ -14,6 +14,7 @@ from ray.experimental.rdt.common import ray_core
 from ray.experimental.rdt.common.config import settings
 from ray.experimental.rdt.common.descriptor import KEY_BYTES, PRODUCER_BYTES, Descriptor, Location
 from ray.experimental.rdt.common.errors import RDTError
+from ray.experimental.rdt.producer.frozen import STORAGES
 from ray.experimental.rdt.producer.snapshots import Snapshots
 from ray.experimental.rdt.producer.tensor_store import AdmissionControl, TensorStore
 from ray.experimental.rdt.serialization import capture
@@ -198,7 +199,11 @@ class Producer:
         captured, descriptor = pending.captured, pending.descriptor
         stored = self.store.add(descriptor.key, object_id, captured, descriptor.transport)
         self._services().session.agent.register(
-            descriptor.key, *captured.host_spans(), stored.token, captured.guards
+            descriptor.key,
+            *captured.host_spans(),
+            stored.token,
+            captured.guards,
+            captured.copies is None and STORAGES.contain(captured.layout.storages),
         )
         return Location(
             descriptor.address,
@@ -207,6 +212,10 @@ class Producer:
             _regions_to_hint(descriptor, captured.table),
             descriptor.is_eager,
         )
+
+    def allocate_shareable(self, nbytes: int) -> Any:
+        """Return writable memory that consumers of this host can map."""
+        return self._services().session.agent.allocate(nbytes, is_shareable=True)
 
     def release(self, key: bytes) -> None:
         """Free an object as its owner would."""

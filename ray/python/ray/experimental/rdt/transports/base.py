@@ -10,7 +10,7 @@ kinds:
 
 A transport that a user wrote is neither: it moves whole objects. ``user/transport.py`` adapts it.
 
-The agent's own lanes (in-process, cma, shm, tcp) are not transports. They are the fallback.
+The agent's own lanes (in-process, map, cma, shm, tcp) are not transports. They are the fallback.
 """
 
 from __future__ import annotations
