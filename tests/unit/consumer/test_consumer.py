@@ -14,7 +14,7 @@ from ray.experimental.rdt.common.descriptor import Descriptor, encode
 from ray.experimental.rdt.consumer import consumer as module
 from ray.experimental.rdt.consumer.consumer import Consumer
 from ray.experimental.rdt.consumer.deferred import Deferred
-from ray.experimental.rdt.consumer.fetcher import Arrival, Request
+from ray.experimental.rdt.consumer.fetcher import FetchedValue, Request
 from ray.experimental.rdt.producer.tensor_store import TensorStore
 from ray.experimental.rdt.serialization import layout
 from ray.experimental.rdt.serialization.envelope import Envelope
@@ -35,10 +35,10 @@ class Process:
         )
         self.consumer = Consumer(self.store, fetcher, recovery)
 
-    def _fetch(self, requests: list[Request], timeout_s: float | None) -> list[Arrival]:
+    def _fetch(self, requests: list[Request], timeout_s: float | None) -> list[FetchedValue]:
         if requests:
             self.fetched.append(requests)
-        return [Arrival(request.envelope, [torch.ones(2)]) for request in requests]
+        return [FetchedValue(request.envelope, [torch.ones(2)]) for request in requests]
 
 
 def value_of(number: int, is_eager: bool = False) -> Any:
@@ -113,7 +113,7 @@ def test_a_thread_that_must_not_block_defers_what_has_to_move(
     values = [value_of(1), value_of(2, is_eager=True), PLAIN]
     results = process.consumer.fetch_or_defer(values, refs_of(fake_ray, 1, 2, 3))
     assert isinstance(results[0], Deferred)
-    assert isinstance(results[1], Arrival)
+    assert isinstance(results[1], FetchedValue)
     assert 2 not in results
     assert [request.object_id for batch in process.fetched for request in batch] == [object_id(2)]
     process.consumer.close()

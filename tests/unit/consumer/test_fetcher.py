@@ -21,7 +21,7 @@ from ray.experimental.rdt._agent import AgentError
 from ray.experimental.rdt.common.descriptor import Descriptor
 from ray.experimental.rdt.common.errors import RDTFetchError, RDTProducerDiedError
 from ray.experimental.rdt.consumer.agent_transfer import AgentPull
-from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
+from ray.experimental.rdt.consumer.fetcher import FetchedValue, Fetcher, Request
 from ray.experimental.rdt.consumer.receive_buffers import allocate
 from ray.experimental.rdt.consumer.targets import Target, Targets
 from ray.experimental.rdt.producer.tensor_store import TensorStore
@@ -143,7 +143,7 @@ def world() -> World:
 
 
 def value_of(arrival: Any) -> Any:
-    assert isinstance(arrival, Arrival), arrival
+    assert isinstance(arrival, FetchedValue), arrival
     (value,) = arrival.unpickle()
     return value
 

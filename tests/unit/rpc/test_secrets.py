@@ -18,7 +18,7 @@ KEY = bytes.fromhex("d00dfeedc0ffee00d00dfeedc0ffee00")
 #: Where something is unpickled, and how it came there.
 UNPICKLING = {
     "serialization/envelope.py": "in the Ray value: the skeleton and the table of its tensors",
-    "consumer/user_transfer.py": "in the Ray value: the shipment of a user-defined transport",
+    "consumer/user_transfer.py": "in the Ray value: the description of a user-defined transport",
     "transports/user/registered.py": "from Ray's GCS: transports of users, and their notes",
 }
 

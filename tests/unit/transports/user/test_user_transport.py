@@ -13,7 +13,7 @@ import pytest
 
 from ray.experimental.rdt.common.deadline import Deadline
 from ray.experimental.rdt.common.errors import RDTError
-from ray.experimental.rdt.transports.base import Parcel, Peer, Shipment
+from ray.experimental.rdt.transports.base import Peer, UserDescription, UserObject
 from ray.experimental.rdt.transports.user import registered, transfers
 from ray.experimental.rdt.transports.user.registered import RegisteredTransport
 from ray.experimental.rdt.transports.user.transfers import TransferEnded
@@ -125,18 +125,22 @@ def transport(code: Code, here: FakeSession) -> Iterator[UserTransport]:
     transport.close()
 
 
-SHIPMENT = Shipment("its id", "metadata", 1, None, False)
+DESCRIPTION = UserDescription("its id", "metadata", 1, None, False)
 
 
 def pull(
     transport: UserTransport,
     peer: FakeSession,
     ask: Callable[[str, Any], Any] = lambda op, body: {},
-    shipment: Shipment = SHIPMENT,
+    user_description: UserDescription = DESCRIPTION,
     timeout_s: float = LONG,
 ) -> list[Any]:
     return transport.pull(
-        Peer(peer.address, peer.agent.agent_id), shipment, None, ask, Deadline.after(timeout_s)
+        Peer(peer.address, peer.agent.agent_id),
+        user_description,
+        None,
+        ask,
+        Deadline.after(timeout_s),
     )
 
 
@@ -148,9 +152,9 @@ def route_to(consumer: FakeSession, note: str = "") -> dict[str, Any]:
 
 
 def test_an_object_is_described_by_the_users_code(transport: UserTransport, code: Code) -> None:
-    parcel = transport.describe(["a tensor"])
-    assert code.calls == [("extract", parcel.object_id, ["a tensor"])]
-    assert len(parcel.object_id) == 56
+    user_object = transport.describe(["a tensor"])
+    assert code.calls == [("extract", user_object.object_id, ["a tensor"])]
+    assert len(user_object.object_id) == 56
 
 
 def test_code_that_cannot_describe_an_object_is_named(transport: UserTransport, code: Code) -> None:
@@ -212,8 +216,8 @@ def test_closing_frees_all_objects(transport: UserTransport, code: Code) -> None
 def test_the_producer_sends(
     transport: UserTransport, code: Code, there: FakeSession, fake_ray: FakeRay
 ) -> None:
-    parcel = Parcel("its id", "metadata", ["a tensor"])
-    transport.send(route_to(there), parcel, Deadline.after(LONG))
+    user_object = UserObject("its id", "metadata", ["a tensor"])
+    transport.send(route_to(there), user_object, Deadline.after(LONG))
     assert code.calls[0][:3] == ("send", ["a tensor"], "metadata")
 
 
@@ -224,8 +228,8 @@ def test_the_communicator_comes_from_the_consumer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registered, "read_note", {"its transfer": "the communicator"}.__getitem__)
-    parcel = Parcel("its id", "metadata", [])
-    transport.send(route_to(there, "its transfer"), parcel, Deadline.after(LONG))
+    user_object = UserObject("its id", "metadata", [])
+    transport.send(route_to(there, "its transfer"), user_object, Deadline.after(LONG))
     assert code.calls[0][3] == "the communicator"
 
 
@@ -247,7 +251,7 @@ def test_a_send_that_fails_ends_the_receive(
     def send(route: dict[str, Any]) -> None:
         consumer_code.wait_for("fetch")
         try:
-            transport.send(route, Parcel("its id", "metadata", []), Deadline.after(LONG))
+            transport.send(route, UserObject("its id", "metadata", []), Deadline.after(LONG))
         except ValueError as error:
             failures.append(error)
 
@@ -297,7 +301,7 @@ def test_another_number_of_tensors_is_an_error(
     transport: UserTransport, there: FakeSession
 ) -> None:
     with pytest.raises(ValueError, match="received 1 tensors, 2 were sent"):
-        pull(transport, there, shipment=SHIPMENT._replace(size=2))
+        pull(transport, there, user_description=DESCRIPTION._replace(size=2))
 
 
 def test_a_receive_that_hangs_ends_at_the_deadline_and_is_aborted(
@@ -349,7 +353,7 @@ def test_the_cause_of_a_failed_receive_is_the_failed_send(
 
     def ask(op: str, route: dict[str, Any]) -> dict[str, Any]:
         with pytest.raises(OSError, match="no memory"):
-            producer.send(route, Parcel("its id", "metadata", []), Deadline.after(LONG))
+            producer.send(route, UserObject("its id", "metadata", []), Deadline.after(LONG))
         return {}
 
     with pytest.raises(TransferEnded, match="OSError: no memory"):
@@ -369,7 +373,7 @@ def test_a_receive_that_fails_by_itself_ends_the_send(
 
     def send(route: dict[str, Any]) -> None:
         try:
-            producer.send(route, Parcel("its id", "metadata", []), Deadline.after(LONG))
+            producer.send(route, UserObject("its id", "metadata", []), Deadline.after(LONG))
         except TransferEnded as error:
             ended.append(error)
 

@@ -43,7 +43,7 @@ class Descriptor:
         transport: The transport that the user named, in lower case.
         address: The address of the producer's agent.
         is_eager: Whether the value contains the bytes of the tensors.
-        is_user_defined: Whether a user wrote the transport; the value contains its shipment.
+        is_user_defined: Whether a user wrote the transport; the value contains its description.
         origin: The object's id if a consumer may receive the value without a reference, else b"".
     """
 

@@ -49,7 +49,7 @@ class AgentTransfer:
 
     def start(self, deadline: Deadline) -> None:
         if self._pull is None:
-            buffers = self._destination.buffers(may_spread=True)
+            buffers = self._destination.buffers(may_split=True)
             head = self._head
             self._pull = AgentPull(self._session, head.address, head.key, buffers)
 

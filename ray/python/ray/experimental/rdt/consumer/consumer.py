@@ -16,7 +16,7 @@ from ray.experimental.rdt.common import descriptor, ray_core
 from ray.experimental.rdt.common.thread_role import must_not_block, without_turn
 from ray.experimental.rdt.consumer import argument_context, targets
 from ray.experimental.rdt.consumer.deferred import Deferred, Puller
-from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request, as_fetch_error
+from ray.experimental.rdt.consumer.fetcher import FetchedValue, Fetcher, Request, as_fetch_error
 from ray.experimental.rdt.consumer.recovery import Recovery, Result
 from ray.experimental.rdt.serialization.envelope import open_envelope
 
@@ -110,7 +110,7 @@ class Consumer:
             requests, self._fetcher.fetch(requests, timeout_s), began, timeout_s
         )
         for request, arrival in zip(requests, arrivals):
-            if isinstance(arrival, Arrival):
+            if isinstance(arrival, FetchedValue):
                 self.targets.received(request.object_id, request.target)
         return arrivals
 

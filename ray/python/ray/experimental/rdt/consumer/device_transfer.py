@@ -68,7 +68,7 @@ class DeviceTransfer:
             lending = self._lending(name, device) if name in filled else None
             destination = _SharedDestination(session, table, buffers, name, device, hosted)
             if lending is None:
-                destination.buffers(may_spread=False)
+                destination.buffers(may_split=False)
             if name in filled:
                 chain = self._chain(name, destination, lending)
                 self._chains.append(chain)
@@ -151,7 +151,7 @@ class _SharedDestination:
         devices = sorted(self.table.devices.items())
         return {r: self.table.regions[r] for r, name in devices if name == self.device_type}
 
-    def buffers(self, may_spread: bool) -> receive_buffers.ReceiveBuffers:
+    def buffers(self, may_split: bool) -> receive_buffers.ReceiveBuffers:
         if not self.has_memory:
             self.has_memory = True
             device, hosted = self.target_device, self.hosted

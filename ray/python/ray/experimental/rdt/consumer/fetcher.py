@@ -61,7 +61,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class FetchedValue:
     """A value whose tensors have arrived. Ray's deserializer calls ``unpickle``."""
 
     envelope: Envelope
@@ -84,7 +84,7 @@ class Fetcher:
 
     def fetch(
         self, requests: Sequence[Request], timeout_s: float | None
-    ) -> list[Arrival | RayError]:
+    ) -> list[FetchedValue | RayError]:
         """Fetch all objects at once.
 
         Args:
@@ -143,17 +143,17 @@ class Fetcher:
 
     def _finish(
         self, request: Request, transfer: Transfer | RayError, limit: FetchDeadline
-    ) -> Arrival | RayError:
+    ) -> FetchedValue | RayError:
         if isinstance(transfer, RayError):
             return transfer
 
-        def finish() -> Arrival:
+        def finish() -> FetchedValue:
             tensors = transfer.finish(limit.deadline)
             device = request.target.device
             if device is not None:
                 left_s = limit.deadline.left_s()
                 tensors = move(tensors, device, left_s)
-            return Arrival(request.envelope, tensors)
+            return FetchedValue(request.envelope, tensors)
 
         return _attempt(request, finish, limit, lambda: transfer.lane)
 

@@ -46,7 +46,7 @@ class ReceiveBuffers:
             fill these regions: ``addresses`` and ``lengths`` leave them out.
         after: Device memory may be written after these events: they mark the work of this thread's
             streams at the time of the allocation.
-        spreads: Regions that are received into several target tensors. Only the agent does that:
+        split_regions: Regions that several target tensors receive. Only the agent does that:
             ``flat`` has none of them.
     """
 
@@ -57,12 +57,12 @@ class ReceiveBuffers:
     direct: Mapping[int, torch.Tensor]
     devices: Mapping[int, str]
     after: list[Event] = field(default_factory=list)
-    spreads: Mapping[int, Spread] = field(default_factory=dict)
+    split_regions: Mapping[int, SplitRegion] = field(default_factory=dict)
 
     @property
     def has_user_memory(self) -> bool:
         """Tell whether some of the memory is the user's."""
-        return bool(self.direct or self.spreads)
+        return bool(self.direct or self.split_regions)
 
     def put(self, tensors: Mapping[int, torch.Tensor]) -> None:
         """Receive regions into flat tensors on devices."""
@@ -98,8 +98,8 @@ class ReceiveBuffers:
             for index, row in enumerate(table.rows)
             if row[0] in self.direct
         }
-        for spread in self.spreads.values():
-            arrived.update(spread.arrived)
+        for split_region in self.split_regions.values():
+            arrived.update(split_region.arrived)
         note_written(arrived.values())
         if len(self.direct) == len(table.regions):
             return targets
@@ -109,8 +109,8 @@ class ReceiveBuffers:
 class Destination(Protocol):
     """The memory that a transfer fills."""
 
-    def buffers(self, may_spread: bool) -> ReceiveBuffers:
-        """Return the memory. ``may_spread``: one region may go to several tensors of the user's."""
+    def buffers(self, may_split: bool) -> ReceiveBuffers:
+        """Return the memory. ``may_split``: one region may go to several tensors of the user's."""
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
         """Return the tensors over the memory. The bytes have arrived."""
@@ -124,10 +124,10 @@ class HostDestination:
     table: Table
     targets: Targets | None
 
-    def buffers(self, may_spread: bool) -> ReceiveBuffers:
+    def buffers(self, may_split: bool) -> ReceiveBuffers:
         direct = direct_targets(self.table, self.targets)
-        spreads = find_spreads(self.table, self.targets, direct) if may_spread else {}
-        return allocate(self.session, self.table.regions, direct, spreads)
+        split_regions = find_split_regions(self.table, self.targets, direct) if may_split else {}
+        return allocate(self.session, self.table.regions, direct, split_regions)
 
     def deliver(self, buffers: ReceiveBuffers) -> Targets:
         return buffers.deliver(self.table, self.targets)
@@ -137,27 +137,30 @@ def allocate(
     session: Session,
     regions: array[int],
     direct: Mapping[int, torch.Tensor] = MappingProxyType({}),
-    spreads: Mapping[int, Spread] = MappingProxyType({}),
+    split_regions: Mapping[int, SplitRegion] = MappingProxyType({}),
 ) -> ReceiveBuffers:
     """Allocate memory for all regions of an object.
 
     Args:
         direct: Regions that are received into one target tensor.
-        spreads: Regions that are received into several.
+        split_regions: Regions that are received into several.
     """
     take = session.agent.allocate
-    users = {**direct, **{region: spread.parts[0] for region, spread in spreads.items()}}
+    users = {
+        **direct,
+        **{region: split_region.parts[0] for region, split_region in split_regions.items()},
+    }
     places, addresses = place(regions, users, _OWN_BLOCK_BYTES, _ALIGNMENT, take)
-    if not spreads:
+    if not split_regions:
         return ReceiveBuffers(regions, places, addresses, regions, direct, {})
-    scratch = take(max(spread.lead for spread in spreads.values()) or 1)
+    scratch = take(max(split_region.lead for split_region in split_regions.values()) or 1)
     cut: list[tuple[int, int]] = []
     for region, span in enumerate(zip(addresses, regions)):
-        cut += spans(spreads[region], scratch.address) if region in spreads else [span]
-    for region in spreads:
+        cut += spans(split_regions[region], scratch.address) if region in split_regions else [span]
+    for region in split_regions:
         places[region] = (scratch, 0)
     at, lengths = (array("Q", column) for column in zip(*cut))
-    return ReceiveBuffers(regions, places, at, lengths, direct, {}, spreads=spreads)
+    return ReceiveBuffers(regions, places, at, lengths, direct, {}, split_regions=split_regions)
 
 
 def allocate_with_devices(
@@ -299,7 +302,7 @@ def move(tensors: Targets, device: str, timeout_s: float) -> Targets:
 
 
 @dataclass(frozen=True)
-class Spread:
+class SplitRegion:
     """The target tensors of one region of host memory.
 
     Rows of one weight, or views of one bucket, are one region at the producer. The user may have a
@@ -324,21 +327,23 @@ def takes_bytes(target: torch.Tensor, row: Row) -> bool:
     return is_dense and target.is_contiguous() and not (target.is_conj() or target.is_neg())
 
 
-def find_spreads(
+def find_split_regions(
     table: Table, targets: Targets | None, direct: Mapping[int, torch.Tensor]
-) -> dict[int, Spread]:
+) -> dict[int, SplitRegion]:
     """Return the regions that targets cover without a gap, each byte once."""
     if targets is None or len(direct) == len(table.regions):
         return {}
     found = (
-        (region, _spread(table, targets, region, rows))
+        (region, _split_region(table, targets, region, rows))
         for region, rows in tenants(table).items()
         if region not in direct and region not in table.devices
     )
-    return {region: spread for region, spread in found if spread is not None}
+    return {region: split_region for region, split_region in found if split_region is not None}
 
 
-def _spread(table: Table, targets: Targets, region: int, rows: list[int]) -> Spread | None:
+def _split_region(
+    table: Table, targets: Targets, region: int, rows: list[int]
+) -> SplitRegion | None:
     rows = sorted(rows, key=lambda index: (table.rows[index][1], -targets[index].nbytes))
     lead = at = table.rows[rows[0]][1]
     parts: list[torch.Tensor] = []
@@ -358,12 +363,12 @@ def _spread(table: Table, targets: Targets, region: int, rows: list[int]) -> Spr
             last = span
         else:
             return None
-    return Spread(lead, parts, arrived) if at == table.regions[region] else None
+    return SplitRegion(lead, parts, arrived) if at == table.regions[region] else None
 
 
-def spans(spread: Spread, scratch: int) -> Iterator[tuple[int, int]]:
+def spans(split_region: SplitRegion, scratch: int) -> Iterator[tuple[int, int]]:
     """Yield the addresses and sizes that a region is received at; ``scratch`` takes its lead."""
-    if spread.lead:
-        yield scratch, spread.lead
-    for part in spread.parts:
+    if split_region.lead:
+        yield scratch, split_region.lead
+    for part in split_region.parts:
         yield part.data_ptr(), part.nbytes

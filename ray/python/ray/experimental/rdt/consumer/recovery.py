@@ -24,7 +24,7 @@ from ray.experimental.rdt.common.real_threads import sleep
 from ray.experimental.rdt.common.thread_role import without_turn
 from ray.experimental.rdt.consumer import targets
 from ray.experimental.rdt.consumer.fallback import describe_peer
-from ray.experimental.rdt.consumer.fetcher import Arrival, Fetcher, Request
+from ray.experimental.rdt.consumer.fetcher import FetchedValue, Fetcher, Request
 from ray.experimental.rdt.owner.reconstruction import (
     ALIVE,
     NOT_OWNER,
@@ -60,7 +60,7 @@ class PlainValue:
         return [self.value]
 
 
-Result: TypeAlias = "Arrival | PlainValue | RayError"
+Result: TypeAlias = "FetchedValue | PlainValue | RayError"
 
 #: By position in the batch: the request that failed, and its error.
 _Lost = dict[int, tuple[Request, RDTProducerDiedError]]
@@ -79,7 +79,7 @@ class Recovery:
     def replace_lost(
         self,
         requests: Sequence[Request],
-        results: Sequence[Arrival | RayError],
+        results: Sequence[FetchedValue | RayError],
         began: float,
         timeout_s: float | None,
     ) -> list[Result]:

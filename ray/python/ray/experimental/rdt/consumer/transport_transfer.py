@@ -122,7 +122,7 @@ class TransportAttempt:
     def finish(self, deadline: Deadline) -> Targets:
         """See ``Transfer``. Raises ChecksumMismatch as well; memory on devices is not verified."""
         with without_turn():
-            buffers = self._destination.buffers(may_spread=False)
+            buffers = self._destination.buffers(may_split=False)
             self._move_and_verify(buffers, deadline)
         return self._destination.deliver(buffers)
 

@@ -22,7 +22,7 @@ from ray.experimental.rdt.consumer.transport_transfer import ProducerRequests, r
 from ray.experimental.rdt.rpc import checksums
 from ray.experimental.rdt.serialization.envelope import Envelope
 from ray.experimental.rdt.serialization.layout import unpack_carriers
-from ray.experimental.rdt.transports.base import Route, Shipment
+from ray.experimental.rdt.transports.base import Route, UserDescription
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,10 @@ class UserTransfer:
 
     def finish(self, deadline: Deadline) -> Targets:
         with without_turn():  # this runs code of the user's
-            shipment: Shipment = cloudpickle.loads(self._envelope.shipment)
-            return retry_broken(lambda: self._move(shipment, deadline), deadline)
+            user_description: UserDescription = cloudpickle.loads(self._envelope.user_description)
+            return retry_broken(lambda: self._move(user_description, deadline), deadline)
 
-    def _move(self, shipment: Shipment, deadline: Deadline) -> Targets:
+    def _move(self, user_description: UserDescription, deadline: Deadline) -> Targets:
         table, head = self._envelope.table, self._envelope.head
         transport = cast("UserTransport", self._services.transports.get(self.lane))
         direct = direct_targets(table, self._targets)
@@ -60,13 +60,13 @@ class UserTransfer:
         is_direct = self._targets is not None and all(region in direct for region in filled)
         targets = [writable(direct[region]) for region in filled] if is_direct else None
         expected = None
-        if shipment.has_regions:
+        if user_description.has_regions:
             expected = checksums.expected(self._services.session, head.address, head.key)
 
         def ask(op: str, route: Route) -> Route:
             return self._producer.start(op, route, deadline)(deadline)
 
-        received = transport.pull(self._producer.peer, shipment, targets, ask, deadline)
+        received = transport.pull(self._producer.peer, user_description, targets, ask, deadline)
         if not table.rows:
             return received
         if targets is not None:

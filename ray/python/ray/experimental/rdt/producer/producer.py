@@ -21,7 +21,7 @@ from ray.experimental.rdt.serialization import capture
 from ray.experimental.rdt.serialization.capture import Skeleton, Wanted
 from ray.experimental.rdt.serialization.envelope import pack
 from ray.experimental.rdt.serialization.layout import Captured, carriers
-from ray.experimental.rdt.transports.base import Shipment, TransportUnavailable
+from ray.experimental.rdt.transports.base import TransportUnavailable, UserDescription
 from ray.experimental.rdt.transports.user import registered
 from ray.experimental.rdt.transports.user.transfers import own_actor_handle
 from ray.experimental.rdt.transports.user.transport import UserTransport
@@ -113,11 +113,11 @@ class Producer:
             return context.serialize(value), None
         if not captured:
             return pack(skeleton, captured, None), None
-        shipment = b"" if users is None else _ship(users, context, skeleton, captured)
+        user_description = b"" if users is None else _ship(users, context, skeleton, captured)
         pending = self._describe(captured, transport, task_return)
         if task_return:
             skeleton.contained_refs.add(self._guard(context, pending, transport))
-        return pack(skeleton, captured, pending.descriptor, shipment), pending
+        return pack(skeleton, captured, pending.descriptor, user_description), pending
 
     def serialize_item(self, context: Any, value: Any, spec: StreamSpec) -> Any:
         """Serialize an item of a generator; see ``streams``.
@@ -145,7 +145,7 @@ class Producer:
             raise RDTError(str(error)) from error
 
     def _describe(self, captured: Captured, transport: str, origin: bytes = b"") -> PendingObject:
-        nbytes, is_user_defined = captured.table.nbytes, captured.parcel is not None
+        nbytes, is_user_defined = captured.table.nbytes, captured.user_object is not None
         is_small = nbytes <= settings().eager_bytes and not captured.table.devices
         descriptor = Descriptor(
             key=os.urandom(KEY_BYTES),
@@ -192,7 +192,7 @@ class Producer:
         users = self.user_transport(transport)
         captured = capture.arrange(tensors, wanted=_wanted(users))
         if users is not None:
-            captured.parcel = users.describe(carriers(captured))
+            captured.user_object = users.describe(carriers(captured))
         return self._store(object_id, self._describe(captured, transport))
 
     def _store(self, object_id: str, pending: PendingObject) -> Location:
@@ -240,18 +240,18 @@ def _wanted(users: UserTransport | None) -> Wanted | None:
 
 def _ship(users: UserTransport, context: Any, skeleton: Skeleton, captured: Captured) -> bytes:
     """Describe an object to a user-defined transport; return the part for the consumer, pickled."""
-    captured.parcel = parcel = users.describe(carriers(captured))
-    shipment = Shipment(
-        parcel.object_id,
-        parcel.metadata,
-        len(parcel.tensors),
+    captured.user_object = user_object = users.describe(carriers(captured))
+    user_description = UserDescription(
+        user_object.object_id,
+        user_object.metadata,
+        len(user_object.tensors),
         own_actor_handle(),
         bool(captured.addresses),
     )
     try:
-        return capture.pickle_shipment(context, skeleton, shipment)
+        return capture.pickle_user_description(context, skeleton, user_description)
     except BaseException:  # also after an interrupt: the transport must not keep the object
-        users.withdraw(parcel)
+        users.withdraw(user_object)
         raise
 
 

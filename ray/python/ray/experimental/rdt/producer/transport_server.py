@@ -104,10 +104,10 @@ class Server:
         Runs on: producer, the thread that dropped it.
         """
         self._streams.dropped(stored.key)
-        if stored.captured.parcel is not None:
+        if stored.captured.user_object is not None:
             users = self._transports.users(stored.transport)
             assert users is not None
-            users.withdraw(stored.captured.parcel)
+            users.withdraw(stored.captured.user_object)
         with self._lock:
             ended = [key for key in self._exposed if key[0] == stored.key]
             exposures = [(key[1], self._exposed.pop(key)) for key in ended]
@@ -135,11 +135,11 @@ class Server:
     ) -> Callable[[], None]:
         """Wait until an object's memory is written; return a function that sends it."""
         device_type, route = body["device"], body["route"]
-        parcel = stored.captured.parcel
-        if parcel is not None and transport.capabilities.is_user_defined:
+        user_object = stored.captured.user_object
+        if user_object is not None and transport.capabilities.is_user_defined:
             stored.captured.require_unchanged()
             await_events(stored, deadline)
-            return partial(cast(UserTransport, transport).send, route, parcel, deadline)
+            return partial(cast(UserTransport, transport).send, route, user_object, deadline)
         await_writers(stored, device_type, deadline)
         buffers = buffers_for(transport, stored, device_type, deadline)
 

@@ -20,7 +20,7 @@ from ray import cloudpickle
 from ray.experimental.rdt._tensors import Pickler
 from ray.experimental.rdt.serialization.array_reducers import ArrayPickler, are_arrays_wanted
 from ray.experimental.rdt.serialization.layout import Captured, lay_out
-from ray.experimental.rdt.transports.base import Shipment
+from ray.experimental.rdt.transports.base import UserDescription
 
 
 class Skeleton(NamedTuple):
@@ -94,10 +94,12 @@ def arrange(
     return captured
 
 
-def pickle_shipment(context: Any, skeleton: Skeleton, shipment: Shipment) -> bytes:
-    """Pickle a shipment for the value, which then contains the shipment's references."""
+def pickle_user_description(
+    context: Any, skeleton: Skeleton, user_description: UserDescription
+) -> bytes:
+    """Pickle a description for the value, which then contains the description's references."""
     stream = _Stream()
-    refs = _dump(context, cloudpickle.CloudPickler(stream, protocol=5), shipment)
+    refs = _dump(context, cloudpickle.CloudPickler(stream, protocol=5), user_description)
     skeleton.contained_refs.update(refs)
     return stream.join()
 

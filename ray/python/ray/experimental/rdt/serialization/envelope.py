@@ -1,7 +1,7 @@
 """The value as it travels: the pickled skeleton, the table of its tensors, and its buffers.
 
 Out-of-band buffers of the value: the pickled table, then the tensors' bytes if the object is eager
-or the shipment if its transport is user-defined, then the buffers of the rest of the value.
+or the user_description if its transport is user-defined, then the buffers of the rest of the value.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def pack(
-    skeleton: Skeleton, captured: Captured, head: Descriptor | None, shipment: bytes = b""
+    skeleton: Skeleton, captured: Captured, head: Descriptor | None, user_description: bytes = b""
 ) -> Any:
     """Return the serialized object that Ray stores: a plain value if ``head`` is None."""
     writer = Pickle5Writer()
@@ -44,7 +44,7 @@ def pack(
         if head.is_eager:
             writer.buffer_callback(pickle.PickleBuffer(captured.gather()))
         if head.is_user_defined:
-            writer.buffer_callback(pickle.PickleBuffer(shipment))
+            writer.buffer_callback(pickle.PickleBuffer(user_description))
     for buffer in skeleton.buffers:
         writer.buffer_callback(buffer)
     body = Pickle5SerializedObject(metadata, skeleton.inband, writer, skeleton.contained_refs)
@@ -58,7 +58,7 @@ class Envelope:
     Attributes:
         eager: The tensors' bytes if they rode along, else None.
         buffers: The out-of-band buffers of the rest of the value.
-        shipment: What a user's transport needs to receive them, pickled; else None.
+        user_description: What a user's transport needs to receive them, pickled; else None.
     """
 
     head: Descriptor
@@ -66,7 +66,7 @@ class Envelope:
     table: Table
     eager: Any | None
     buffers: Sequence[Any]
-    shipment: Any | None = None
+    user_description: Any | None = None
 
     def restore(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         """Return the value, as the list of Python objects that Ray's deserializer expects.

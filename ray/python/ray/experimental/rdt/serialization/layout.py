@@ -24,7 +24,7 @@ from ray.experimental.rdt._tensors import CONJUGATED, NEGATED, Layout, Table, ap
 from ray.experimental.rdt.accelerators import registry as accelerators
 from ray.experimental.rdt.accelerators.events import Event
 from ray.experimental.rdt.common.failures import TransferFailed
-from ray.experimental.rdt.transports.base import Parcel
+from ray.experimental.rdt.transports.base import UserObject
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class Captured:
         layout: How they lie in memory; empty where they are no torch tensors.
         addresses: Where the regions are; empty where only a transport of the user's can read them.
         events: For each device, the ends of the work that makes the tensors on it.
-        parcel: What a transport of the user's moves, None for any other.
+        user_object: What a transport of the user's moves, None for any other.
         copies: Copies of the regions as they were when the object was made; None if the regions
             are the user's memory.
     """
@@ -56,7 +56,7 @@ class Captured:
     layout: Layout = field(default_factory=Layout)
     addresses: array[int] = field(default_factory=lambda: array("Q"))
     events: Sequence[Event] = ()
-    parcel: Parcel | None = None
+    user_object: UserObject | None = None
     copies: Copies | None = None
 
     def __bool__(self) -> bool:

@@ -94,7 +94,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class UserObject:
     """An object at its producer, for a transport that a user wrote.
 
     Attributes:
@@ -108,13 +108,13 @@ class Parcel:
     tensors: list[Any]
 
 
-class Shipment(NamedTuple):
-    """The description of a parcel that a consumer needs. Part of the Ray value, pickled.
+class UserDescription(NamedTuple):
+    """The description of a user object that a consumer needs. Part of the Ray value, pickled.
 
     Attributes:
-        object_id: As in the parcel.
-        metadata: As in the parcel.
-        size: The number of tensors in the parcel.
+        object_id: As in the user object.
+        metadata: As in the user object.
+        size: The number of tensors in the user object.
         producer: The serialized handle of the actor that made it, None without an actor.
         has_regions: Whether the agent's lanes can move it as well.
     """

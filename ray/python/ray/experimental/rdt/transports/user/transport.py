@@ -63,13 +63,13 @@ class UserTransport:
         )
         self._transfers = transfers.Transfers(session, entry.name)
         self._lock = threading.Lock()
-        self._live: dict[str, base.Parcel] = {}
-        self._freed: threading.SimpleQueue[base.Parcel | None] = threading.SimpleQueue()
+        self._live: dict[str, base.UserObject] = {}
+        self._freed: threading.SimpleQueue[base.UserObject | None] = threading.SimpleQueue()
         self._freer: threading.Thread | None = None
 
     # Producer.
 
-    def describe(self, tensors: list[Any]) -> base.Parcel:
+    def describe(self, tensors: list[Any]) -> base.UserObject:
         """Extract the metadata of a new object by the user's code.
 
         Runs on: producer, the thread of the task.
@@ -87,20 +87,20 @@ class UserTransport:
                 f"transport {self.capabilities.name!r} could not describe an object: its "
                 f"extract_tensor_transport_metadata raised {type(error).__name__}: {error}"
             ) from error
-        parcel = base.Parcel(object_id, metadata, tensors)
+        user_object = base.UserObject(object_id, metadata, tensors)
         with self._lock:
-            self._live[object_id] = parcel
+            self._live[object_id] = user_object
         device = metadata.tensor_device if metadata.tensor_meta else None
         if device is not None and device not in self.capabilities.devices:
-            self.withdraw(parcel)
+            self.withdraw(user_object)
             devices = ", ".join(sorted(self.capabilities.devices))
             raise ValueError(
                 f"transport {self.capabilities.name!r} is registered for tensors on {devices}, but "
                 f"its extract_tensor_transport_metadata says that these are on {device}"
             )
-        return parcel
+        return user_object
 
-    def send(self, route: base.Route, parcel: base.Parcel, deadline: Deadline) -> None:
+    def send(self, route: base.Route, user_object: base.UserObject, deadline: Deadline) -> None:
         """Send an object to the consumer that made the route.
 
         Runs on: producer, an ``rdt-send`` thread. A failed send ends the consumer's receive.
@@ -117,48 +117,48 @@ class UserTransport:
                 with transfers.exclusively(self._transfers.sending, deadline):
                     transfer.start(
                         lambda: self.manager.send_multiple_tensors(
-                            parcel.tensors, parcel.metadata, communicator
+                            user_object.tensors, user_object.metadata, communicator
                         )
                     )
-                    self._wait(transfer, parcel.object_id, communicator, deadline)
+                    self._wait(transfer, user_object.object_id, communicator, deadline)
             except BaseException as error:  # the consumer waits, whatever failed
                 self._transfers.report_failure(consumer, transfer.id, error)
                 raise
 
-    def withdraw(self, parcel: base.Parcel) -> None:
+    def withdraw(self, user_object: base.UserObject) -> None:
         """Free an object by the user's code. Returns at once.
 
         Runs on: producer, the reaper thread; the user's code on ``rdt-user-gc``.
         """
         with self._lock:
-            if self._live.pop(parcel.object_id, None) is None:
+            if self._live.pop(user_object.object_id, None) is None:
                 return
             if self._freer is None:
                 self._freer = threading.Thread(target=self._run_freer, name="rdt-user-gc")
                 self._freer.start()
-        self._freed.put(parcel)
+        self._freed.put(user_object)
 
     def _run_freer(self) -> None:
         """Runs on: the rdt-user-gc thread, until the transport is closed."""
-        for parcel in iter(self._freed.get, None):
-            arguments = parcel.object_id, parcel.metadata, parcel.tensors
+        for user_object in iter(self._freed.get, None):
+            arguments = user_object.object_id, user_object.metadata, user_object.tensors
             action = partial(self.manager.garbage_collect, *arguments)
             try:
                 call("garbage_collect", action, Deadline.after(settings().fetch_timeout_s))
             except Exception:  # other objects are freed all the same
                 logger.warning(
                     "transport %r could not free object %s",
-                    *(self.capabilities.name, parcel.object_id),
+                    *(self.capabilities.name, user_object.object_id),
                     exc_info=True,
                 )
-            del parcel, arguments, action
+            del user_object, arguments, action
 
     # Consumer.
 
     def pull(
         self,
         peer: base.Peer,
-        shipment: base.Shipment,
+        user_description: base.UserDescription,
         targets: Sequence[Any] | None,
         ask: Ask,
         deadline: Deadline,
@@ -181,11 +181,11 @@ class UserTransport:
             """Runs on: an rdt-user thread."""
             wanted = None if targets is None else list(targets)
             request = self.manager.fetch_multiple_tensors(
-                shipment.object_id, shipment.metadata, communicator, wanted
+                user_description.object_id, user_description.metadata, communicator, wanted
             )
             return self.manager.wait_fetch_complete(request, deadline.left_s())
 
-        communicator = self._communicator(shipment, deadline)
+        communicator = self._communicator(user_description, deadline)
         receiving = secrets.token_hex(16), peer.agent_id, "receive"
         with (
             self._transfers.running(*receiving) as transfer,
@@ -199,22 +199,25 @@ class UserTransport:
                 else:
                     ask(protocol.EXPOSE, {})
                 transfer.start(fetch)
-                received = self._wait(transfer, shipment.object_id, communicator, deadline)
+                received = self._wait(transfer, user_description.object_id, communicator, deadline)
             except BaseException as error:  # the producer waits, whatever failed
                 cause = self._transfers.find_cause(peer.address, transfer.id, error)
                 if cause is error:
                     raise
                 raise cause from error
-        if not isinstance(received, (list, tuple)) or len(received) != shipment.size:
+        if not isinstance(received, (list, tuple)) or len(received) != user_description.size:
             count = len(received) if isinstance(received, (list, tuple)) else type(received)
             raise ValueError(
                 f"transport {self.capabilities.name!r} received {count} tensors, "
-                f"{shipment.size} were sent"
+                f"{user_description.size} were sent"
             )
         return list(received)
 
-    def _communicator(self, shipment: base.Shipment, deadline: Deadline) -> Any:
-        producer, consumer = transfers.actor_of(shipment.producer), transfers.own_actor_for_calls()
+    def _communicator(self, user_description: base.UserDescription, deadline: Deadline) -> Any:
+        producer, consumer = (
+            transfers.actor_of(user_description.producer),
+            transfers.own_actor_for_calls(),
+        )
         if consumer is not None:
             ask = partial(self.manager.actor_has_tensor_transport, consumer)
             if not call("actor_has_tensor_transport", ask, deadline):
@@ -247,8 +250,8 @@ class UserTransport:
         self._transfers.close()
         with self._lock:
             live = list(self._live.values())
-        for parcel in live:
-            self.withdraw(parcel)
+        for user_object in live:
+            self.withdraw(user_object)
         self._freed.put(None)
         if self._freer is not None:
             self._freer.join(_END_S)
