@@ -83,7 +83,7 @@ TEST("memory limit: near the limit, the receive pool returns what it does not us
   CHECK_EQ(pool.free_bytes(), 8 * kMiB);
   groups.Write("memory.current", std::to_string(149 * kMiB));
   void *more = pool.Allocate(3 * kMiB);
-  CHECK_EQ(pool.free_bytes(), 0);
+  CHECK_EQ(pool.free_bytes(), 0U);
   for (auto [memory, nbytes] : {std::pair(used, 4 * kMiB), std::pair(more, 3 * kMiB)}) {
     pool.Free(memory, nbytes);
   }
