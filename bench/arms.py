@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
@@ -57,6 +57,10 @@ class Samples:
         first, _, third = quantiles(self.values, n=4, method="inclusive")
         return first, third
 
+    def every(self, step: int, first: int) -> Samples:
+        """Return each sample at `first` plus a multiple of `step`."""
+        return Samples(self.values[first::step], self.failure)
+
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         if self.is_empty:
@@ -66,6 +70,11 @@ class Samples:
         if self.failure:
             found["failure"] = self.failure
         return {**found, "samples": self.values}
+
+
+def slowest(several: Iterable[Samples]) -> Samples:
+    """Return the samples with the greatest median; empty ones count as zero."""
+    return max(several, key=lambda samples: 0.0 if samples.is_empty else samples.median)
 
 
 @dataclass(frozen=True)
@@ -118,13 +127,13 @@ class Bound:
     """The bound of a row.
 
     Args:
-        limit: The limit of the ratio.
+        limit: The limit of the ratio; None for a row that is information only.
         text: The shown text.
         is_speed: Whether the ratio is a speed (at least the limit) rather than a cost (at most the
             limit).
     """
 
-    limit: float
+    limit: float | None
     text: str
     is_speed: bool
 
@@ -133,8 +142,10 @@ class Bound:
         cost = ours.median / against.median
         return 1 / cost if self.is_speed else cost
 
-    def is_met(self, ratio: float) -> bool:
-        """Return whether a ratio is good enough."""
+    def is_met(self, ratio: float) -> bool | None:
+        """Return whether a ratio is good enough; None without a limit."""
+        if self.limit is None:
+            return None
         return ratio >= self.limit if self.is_speed else ratio <= self.limit
 
 
@@ -146,6 +157,10 @@ def at_most(limit: float, text: str = "") -> Bound:
 def at_least(limit: float) -> Bound:
     """Bound our speed: at least this many times the other's."""
     return Bound(limit, f">= {limit:g}x", is_speed=True)
+
+
+#: For a row that is information only: our speed, without a limit.
+NO_BOUND = Bound(None, "none", is_speed=True)
 
 
 @dataclass(frozen=True)
@@ -161,6 +176,8 @@ class Row:
         unit: The unit of the samples.
         stock: Stock Ray's samples of the same scenario, if it supports it.
         stock_against: The samples to compare stock's with, if not `against`.
+        plain: Samples of plain Ray in the same run, if measured.
+        zero_copy: The same with zero-copy tensors.
     """
 
     measure: str
@@ -171,6 +188,8 @@ class Row:
     unit: Unit
     stock: Samples = field(default_factory=Samples)
     stock_against: Samples | None = None
+    plain: Samples = field(default_factory=Samples)
+    zero_copy: Samples = field(default_factory=Samples)
 
     @property
     def ratio(self) -> float | None:
@@ -189,8 +208,21 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """Return whether the bound is met, or None if it was not measured."""
+        """Return whether the bound is met; None if there is none or it was not measured."""
         return None if self.ratio is None else self.bound.is_met(self.ratio)
+
+    @property
+    def best_alternative(self) -> tuple[str, float] | None:
+        """Name the fastest alternative of stock Ray, with our speed in relation to it.
+
+        None if plain Ray was not measured, since stock RDT alone is not the best alternative.
+        """
+        if self.ours.is_empty or self.plain.is_empty:
+            return None
+        sides = {"stock RDT": self.stock, "plain": self.plain, "zero-copy": self.zero_copy}
+        medians = {name: side.median for name, side in sides.items() if not side.is_empty}
+        best = min(medians, key=lambda name: medians[name])
+        return best, medians[best] / self.ours.median
 
     @property
     def failure(self) -> str:
@@ -203,6 +235,9 @@ class Row:
             "measure": self.measure,
             "stock": self.unit.show(self.stock),
             "stock_ratio": self.stock_ratio,
+            "plain": self.unit.show(self.plain),
+            "zero_copy": self.unit.show(self.zero_copy),
+            "best_alternative": self.best_alternative,
             "ours": self.unit.show(self.ours),
             "against": f"{self.against_name}: {self.unit.show(self.against)}",
             "ratio": self.ratio,

@@ -55,16 +55,22 @@ class Memcpy:
         del self._source, self._target
 
 
+FINISH_LIMIT_S = 10
+
+
 class SecondProcess:
     """A second Python process that exchanges lines, with the first one's environment.
 
     Args:
         arguments: Its name in SECOND_PROCESSES and its arguments.
         prefix: A command that runs it on another host.
+        module: The module that it runs.
     """
 
-    def __init__(self, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
-        command = [*prefix, sys.executable, "-m", "bench.bare", *arguments]
+    def __init__(
+        self, *arguments: str, prefix: tuple[str, ...] = (), module: str = "bench.bare"
+    ) -> None:
+        command = [*prefix, sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -88,8 +94,14 @@ class SecondProcess:
                 return rest
         raise RuntimeError(f"the second process ended with status {self._process.wait()}")
 
+    def finish(self) -> None:
+        """Close the process's input, so that it ends what it started; kill it if it stays."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=FINISH_LIMIT_S)
+        self.close()
+
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
@@ -107,7 +119,7 @@ class RawGloo:
         with contextlib.ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rdt-bench-gloo-"))
             stack.enter_context(contextlib.closing(SecondProcess("gloo", folder, str(nbytes))))
-            _join_gloo(folder, rank=0)
+            join_gloo(folder, rank=0)
             stack.callback(torch.distributed.destroy_process_group)
             self._tensor, self._receipt = torch.ones(nbytes // 4), torch.zeros(1)
             self.close = stack.pop_all().close
@@ -125,14 +137,15 @@ class RawGloo:
 
 def receive_over_gloo(folder: str, nbytes: str) -> None:
     """Second process of RawGloo."""
-    _join_gloo(folder, rank=1)
+    join_gloo(folder, rank=1)
     tensor, receipt = torch.ones(int(nbytes) // 4), torch.ones(1)
     while True:
         torch.distributed.recv(tensor, src=0)
         torch.distributed.send(receipt, dst=0)
 
 
-def _join_gloo(folder: str, rank: int) -> None:
+def join_gloo(folder: str, rank: int) -> None:
+    """Join the default process group of two processes that share a folder."""
     store = torch.distributed.FileStore(str(Path(folder, "store")), 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
 
@@ -152,7 +165,7 @@ class BareNixl:
             importlib.import_module("nixl._api")
         except ImportError as error:
             raise Skip(f"nixl cannot be imported: {error}") from error
-        agent = self._agent = _nixl_agent("reader")
+        agent = self._agent = nixl_agent_over_ucx("reader")
         self._target = torch.zeros(nbytes // 4)
         agent.register_memory([self._target])
         with contextlib.ExitStack() as stack:
@@ -167,18 +180,23 @@ class BareNixl:
     def sample(self) -> list[float]:
         """Return seconds of one read."""
         start = time.perf_counter()
-        state = self._agent.transfer(self._transfer)
-        while state == "PROC":
-            time.sleep(NIXL_POLL_S)  # yields the core to NIXL's thread
-            state = self._agent.check_xfer_state(self._transfer)
-        if state != "DONE":
-            raise RuntimeError(f"the NIXL read ended in state {state}")
+        run_nixl_transfer(self._agent, self._transfer)
         return [time.perf_counter() - start]
+
+
+def run_nixl_transfer(agent: Any, transfer: Any) -> None:
+    """Start a prepared NIXL transfer and wait for its end."""
+    state = agent.transfer(transfer)
+    while state == "PROC":
+        time.sleep(NIXL_POLL_S)  # yields the core to NIXL's thread
+        state = agent.check_xfer_state(transfer)
+    if state != "DONE":
+        raise RuntimeError(f"the NIXL transfer ended in state {state}")
 
 
 def hold_nixl_memory(nbytes: str) -> None:
     """Second process of BareNixl."""
-    agent, tensor = _nixl_agent("holder"), torch.ones(int(nbytes) // 4)
+    agent, tensor = nixl_agent_over_ucx("holder"), torch.ones(int(nbytes) // 4)
     agent.register_memory([tensor])
     descriptors = agent.get_serialized_descs(agent.get_xfer_descs([tensor]))
     print("agent", agent.get_agent_metadata().hex())
@@ -186,7 +204,8 @@ def hold_nixl_memory(nbytes: str) -> None:
     sys.stdin.readline()
 
 
-def _nixl_agent(name: str) -> Any:
+def nixl_agent_over_ucx(name: str) -> Any:
+    """Create a NIXL agent with the UCX backend."""
     from nixl._api import nixl_agent, nixl_agent_config
 
     return nixl_agent(name, nixl_agent_config(backends=["UCX"]))

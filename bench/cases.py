@@ -8,6 +8,7 @@ from bench.arms import (
     BARE,
     MEBIBYTES,
     MILLISECONDS,
+    NO_BOUND,
     OURS,
     PER_SECOND,
     SECONDS,
@@ -20,6 +21,7 @@ from bench.arms import (
     at_least,
     at_most,
     gigabytes_per_second,
+    slowest,
 )
 from bench.rounds import Rounds
 
@@ -31,8 +33,20 @@ STREAMS = 4
 MANY_IN_ONE = 10_000 * 20_000
 STATE_DICT = 90_852_864
 GROUP_SIZE = 8
+FIRST_HOPS = 8
+#: The libraries of `peers`: names in bench/libraries.py, which only the workers import.
+LIBRARIES = (
+    "memcpy, 1 thread",
+    "memcpy, 2 threads",
+    "torch gloo",
+    "torch RPC",
+    "nixl",
+    "mooncake",
+)
 
 Case = Callable[[Rounds], list[Row]]
+#: Name of an arm to its side and its transport.
+Sides = Mapping[str, tuple[str, str | None]]
 CASES: dict[str, Case] = {}
 
 
@@ -42,9 +56,7 @@ def case(function: Case) -> Case:
     return function
 
 
-def _arms(
-    scenario: str, sides: Mapping[str, tuple[str, str | None]], **options: object
-) -> dict[str, Arm]:
+def _arms(scenario: str, sides: Sides, **options: object) -> dict[str, Arm]:
     """Return one arm for each side and transport.
 
     Args:
@@ -58,14 +70,18 @@ def _arms(
     }
 
 
-GLOO_SIDES = {
+#: Plain Ray, without this wheel.
+PLAIN_SIDES: Sides = {"stock plain": (STOCK, None), "stock zero-copy": (STOCK_ZERO_COPY, None)}
+#: The alternatives for CPU tensors on one host.
+COMPANY: Sides = {"ours auto": (OURS, "auto"), **PLAIN_SIDES, "stock gloo": (STOCK, "gloo")}
+GLOO_SIDES: Sides = {
     "ours plain": (OURS, None),
     "ours auto": (OURS, "auto"),
     "ours gloo": (OURS, "gloo"),
-    "stock plain": (STOCK, None),
+    **PLAIN_SIDES,
     "stock gloo": (STOCK, "gloo"),
 }
-RDT_SIDES: dict[str, tuple[str, str | None]] = {
+RDT_SIDES: Sides = {
     "ours auto": (OURS, "auto"),
     "ours gloo": (OURS, "gloo"),
     "stock gloo": (STOCK, "gloo"),
@@ -78,13 +94,26 @@ NIXL_SIDES = {
 }
 
 
+def _plain(found: Mapping[str, Samples], label: str = "") -> dict[str, Samples]:
+    """Return a row's samples of plain Ray.
+
+    Args:
+        found: The samples of the case.
+        label: The end of the arms' names.
+    """
+    names = {"plain": f"stock plain{label}", "zero_copy": f"stock zero-copy{label}"}
+    return {key: found[name] for key, name in names.items()}
+
+
 @case
 def hop(rounds: Rounds) -> list[Row]:
     """Transfer a 4 KB tensor from actor to actor, in sequence."""
     found = rounds.measure(_arms("hop", GLOO_SIDES, nbytes=SMALL, count=25), rounds=16)
     found |= rounds.measure_alone(_arms("hop", NIXL_SIDES, nbytes=SMALL, count=50), rounds=4)
 
-    def row(transport: str, stock: str, beside: str, limit: float) -> Row:
+    def row(
+        transport: str, stock: str, beside: str, limit: float, plain: Mapping[str, Samples]
+    ) -> Row:
         return Row(
             f"4 KB hop, {transport}, against a plain object",
             found[f"ours {transport}"],
@@ -94,13 +123,37 @@ def hop(rounds: Rounds) -> list[Row]:
             MILLISECONDS,
             found[f"stock {stock}"],
             found[f"stock plain{beside}"],
+            **plain,
         )
 
     return [
-        row("auto", "gloo", "", 1.15),
-        row("gloo", "gloo", "", 1.15),
-        row("nixl", "nixl", " beside nixl", 1.3),
+        row("auto", "gloo", "", 1.15, _plain(found)),
+        row("gloo", "gloo", "", 1.15, _plain(found)),
+        row("nixl", "nixl", " beside nixl", 1.3, {"plain": found["stock plain beside nixl"]}),
     ]
+
+
+@case
+def medium_hop(rounds: Rounds) -> list[Row]:
+    """Transfer tensors of 64 KiB and 1 MiB from actor to actor, in sequence."""
+    sides = {name: side for name, side in GLOO_SIDES.items() if name != "ours gloo"}
+
+    def measure(label: str, nbytes: int) -> Row:
+        named = {f"{name}, {label}": side for name, side in sides.items()}
+        found = rounds.measure(_arms("hop", named, nbytes=nbytes, count=25), rounds=8)
+        return Row(
+            f"{label} hop, auto, against a plain object",
+            found[f"ours auto, {label}"],
+            found[f"ours plain, {label}"],
+            "ours, plain",
+            at_most(1),
+            MILLISECONDS,
+            found[f"stock gloo, {label}"],
+            found[f"stock plain, {label}"],
+            **_plain(found, f", {label}"),
+        )
+
+    return [measure("64 KiB", 64 << 10), measure("1 MiB", 1 << 20)]
 
 
 @case
@@ -119,6 +172,7 @@ def small_objects(rounds: Rounds) -> list[Row]:
             PER_SECOND,
             found[f"stock {stock}"],
             found[f"stock plain{beside}"],
+            **_plain(found),
         )
 
     return [row("auto", "gloo", ""), row("gloo", "gloo", "")]
@@ -138,6 +192,46 @@ def repeated(rounds: Rounds) -> list[Row]:
     return [
         _large_row("auto, against one-thread memcpy", found, "ours auto", "memcpy", 0.6),
         _large_row("auto, against stock gloo", found, "ours auto", "stock gloo", 6),
+        _row_in_company(rounds, "auto"),
+    ]
+
+
+def _row_in_company(rounds: Rounds, transport: str) -> Row:
+    """Measure this wheel again, beside plain Ray."""
+    ours = f"ours {transport}"
+    sides = {ours: (OURS, transport), **PLAIN_SIDES, "stock gloo": (STOCK, "gloo")}
+    named = {f"{name}, in company": side for name, side in sides.items()}
+    found = rounds.measure(_arms("hop", named, **IN_A_ROW), rounds=5)
+    return Row(
+        f"256 MiB repeated, {transport}, against plain Ray with zero-copy",
+        found[f"{ours}, in company"],
+        found["stock zero-copy, in company"],
+        "stock, zero-copy",
+        NO_BOUND,
+        gigabytes_per_second(LARGE),
+        found["stock gloo, in company"],
+        **_plain(found, ", in company"),
+    )
+
+
+@case
+def peers(rounds: Rounds) -> list[Row]:
+    """Transfer the same with libraries without Ray, each between two processes."""
+    options = {"nbytes": LARGE, "count": 8}
+    arms = {"ours auto": Arm(OURS, "hop", {"transport": "auto", **options})}
+    for name in LIBRARIES:
+        arms[name] = Arm(BARE, "library", {"library": name, **options})
+    found = rounds.measure_alone(arms, rounds=3)
+    return [
+        Row(
+            f"256 MiB, auto, against {name}",
+            found["ours auto"],
+            found[name],
+            name,
+            NO_BOUND,
+            gigabytes_per_second(LARGE),
+        )
+        for name in LIBRARIES
     ]
 
 
@@ -148,7 +242,10 @@ def gloo_large(rounds: Rounds) -> list[Row]:
     arms = _arms("hop", sides, **IN_A_ROW) | {"torch gloo": Arm(BARE, "raw_gloo", IN_A_ROW)}
     found = rounds.measure(arms, rounds=12)
     against = "gloo, against torch.distributed gloo"
-    return [_large_row(against, found, "ours gloo", "torch gloo", 0.9)]
+    return [
+        _large_row(against, found, "ours gloo", "torch gloo", 0.9),
+        _row_in_company(rounds, "gloo"),
+    ]
 
 
 def _large_row(
@@ -167,9 +264,43 @@ def _large_row(
 
 @case
 def fresh(rounds: Rounds) -> list[Row]:
-    """Transfer 256 MiB for the first time into a process with fresh memory."""
-    found = rounds.measure(_arms("hop_to_fresh", RDT_SIDES, nbytes=LARGE), rounds=5)
-    return [_against_stock_gloo("256 MiB first time into fresh memory", found, 3, LARGE)]
+    """Transfer 256 MiB eight times between two new processes with fresh memory."""
+    sides = {**RDT_SIDES, **PLAIN_SIDES}
+    arms = _arms("hop_to_fresh", sides, nbytes=LARGE, count=FIRST_HOPS)
+    arms["memcpy"] = Arm(BARE, "memcpy", IN_A_ROW)
+    found = rounds.measure(arms, rounds=5)
+    memcpy = found.pop("memcpy")
+    by_hop = [
+        {name: samples.every(FIRST_HOPS, number) for name, samples in found.items()}
+        for number in range(FIRST_HOPS)
+    ]
+    first = by_hop[0]
+    later = {name: slowest(hops[name] for hops in by_hop[1:]) for name in found}
+
+    def against_memcpy(measure: str, hops: dict[str, Samples]) -> Row:
+        return Row(
+            f"256 MiB, {measure} of a new pair, auto, against one-thread memcpy",
+            hops["ours auto"],
+            memcpy,
+            "memcpy",
+            at_most(1.3),
+            MILLISECONDS,
+            hops["stock gloo"],
+            **_plain(hops),
+        )
+
+    return [
+        _against_stock_gloo("256 MiB first time into fresh memory", first, 3, LARGE),
+        against_memcpy("first hop", first),
+        against_memcpy("slowest of the next seven hops", later),
+    ]
+
+
+@case
+def created(rounds: Rounds) -> list[Row]:
+    """Transfer 256 MiB that the producer's method creates for each hop."""
+    found = rounds.measure(_arms("hop_of_created", COMPANY, **IN_A_ROW), rounds=6)
+    return [_against_stock_gloo("256 MiB created anew for each hop", found, 6, LARGE)]
 
 
 @case
@@ -188,6 +319,7 @@ def _against_stock_gloo(measure: str, found: dict[str, Samples], limit: float, n
         at_least(limit),
         gigabytes_per_second(nbytes),
         found["stock gloo"],
+        **_plain(found),
     )
 
 
@@ -197,7 +329,8 @@ def many(rounds: Rounds) -> list[Row]:
     one = _arms(
         "hop", {f"{name}, one": side for name, side in RDT_SIDES.items()}, nbytes=MANY_IN_ONE
     )
-    found = rounds.measure(one | _arms("hop", RDT_SIDES, kind="many"), rounds=5)
+    sides = {**RDT_SIDES, **PLAIN_SIDES}
+    found = rounds.measure(one | _arms("hop", sides, kind="many"), rounds=5)
     nixl = {name: side for name, side in NIXL_SIDES.items() if side[1] == "nixl"}
     found |= rounds.measure_alone(_arms("hop", nixl, kind="many"), rounds=3)
     return [
@@ -210,6 +343,7 @@ def many(rounds: Rounds) -> list[Row]:
             MILLISECONDS,
             found["stock gloo"],
             found["stock gloo, one"],
+            **_plain(found),
         ),
         Row(
             "10,000 tensors of 20 KB, nixl, against stock nixl",
@@ -276,15 +410,6 @@ def tcp(rounds: Rounds) -> list[Row]:
     ]
 
 
-#: The alternatives for CPU tensors on one host.
-COMPANY: dict[str, tuple[str, str | None]] = {
-    "ours auto": (OURS, "auto"),
-    "stock plain": (STOCK, None),
-    "stock zero-copy": (STOCK_ZERO_COPY, None),
-    "stock gloo": (STOCK, "gloo"),
-}
-
-
 @case
 def fan_out(rounds: Rounds) -> list[Row]:
     """256 MiB, and the demo's state dict, to several readers of one host that sum them."""
@@ -310,6 +435,7 @@ def fan_out(rounds: Rounds) -> list[Row]:
             at_least(1.2),
             gigabytes_per_second(readers * nbytes),
             found[f"stock gloo, {label}, {readers}"],
+            **_plain(found, f", {label}, {readers}"),
         )
 
     return [
@@ -324,6 +450,7 @@ def fan_out(rounds: Rounds) -> list[Row]:
             MILLISECONDS,
             found["stock gloo, 256 MiB, 4"],
             found["stock gloo, 256 MiB, 1"],
+            **_plain(found, ", 256 MiB, 4"),
         ),
         Row(
             "memory of 8 readers beyond the producer's 256 MiB",
@@ -447,10 +574,7 @@ def group(rounds: Rounds) -> list[Row]:
 @case
 def task_hop(rounds: Rounds) -> list[Row]:
     """Transfer a 4 KB tensor from an actor to a normal task."""
-    sides: dict[str, tuple[str, str | None]] = {
-        "ours plain": (OURS, None),
-        "ours auto": (OURS, "auto"),
-    }
+    sides = {"ours plain": (OURS, None), "ours auto": (OURS, "auto"), **PLAIN_SIDES}
     found = rounds.measure(_arms("task_hop", sides, nbytes=SMALL, count=25), rounds=8)
     return [
         Row(
@@ -460,6 +584,7 @@ def task_hop(rounds: Rounds) -> list[Row]:
             "ours, plain",
             at_most(1.3),
             MILLISECONDS,
+            **_plain(found),
         )
     ]
 
@@ -467,8 +592,8 @@ def task_hop(rounds: Rounds) -> list[Row]:
 @case
 def generator(rounds: Rounds) -> list[Row]:
     """Take items from a streaming generator."""
-    sides: dict[str, tuple[str, str | None]] = {"plain": (OURS, None), "auto": (OURS, "auto")}
-    arms = {}
+    sides = {"plain": (OURS, None), "auto": (OURS, "auto"), **PLAIN_SIDES}
+    arms: dict[str, Arm] = {}
     for label, nbytes, count in (("4 KB", SMALL, 300), ("1 MiB", AWAITED, 100)):
         named = {f"{name}, {label}": side for name, side in sides.items()}
         arms |= _arms("items", named, nbytes=nbytes, count=count)
@@ -481,6 +606,7 @@ def generator(rounds: Rounds) -> list[Row]:
             "ours, plain",
             at_least(0.5),
             PER_SECOND,
+            **_plain(found, f", {label}"),
         )
         for label in ("4 KB", "1 MiB")
     ]
@@ -489,28 +615,36 @@ def generator(rounds: Rounds) -> list[Row]:
 @case
 def awaited(rounds: Rounds) -> list[Row]:
     """Await 100 objects of 1 MiB in one async actor, concurrently and sequentially."""
-    options = {"transport": "auto", "nbytes": AWAITED, "count": 100}
+    auto: Sides = {"ours auto": (OURS, "auto")}
+    options: dict[str, object] = {"nbytes": AWAITED, "count": 100}
+
+    def arms_of(label: str, sides: Sides, *, is_at_once: bool, what: str) -> dict[str, Arm]:
+        named = {f"{name}, {label}": side for name, side in sides.items()}
+        return _arms("awaited", named, is_at_once=is_at_once, what=what, **options)
+
     arms = {
-        "at once": Arm(OURS, "awaited", {**options, "is_at_once": True, "what": "pulls"}),
-        "one by one": Arm(OURS, "awaited", {**options, "is_at_once": False, "what": "pulls"}),
-        "standstill": Arm(OURS, "awaited", {**options, "is_at_once": True, "what": "standstill"}),
+        **arms_of("at once", {**auto, **PLAIN_SIDES}, is_at_once=True, what="pulls"),
+        **arms_of("one by one", auto, is_at_once=False, what="pulls"),
+        **arms_of("standstill", {**auto, **PLAIN_SIDES}, is_at_once=True, what="standstill"),
     }
     found = rounds.measure(arms, rounds=6)
     return [
         Row(
             "100 objects of 1 MiB awaited concurrently, against sequentially",
-            found["at once"],
-            found["one by one"],
+            found["ours auto, at once"],
+            found["ours auto, one by one"],
             "one by one",
             at_most(1),
             MILLISECONDS,
+            **_plain(found, ", at once"),
         ),
         Row(
             "longest event loop pause meanwhile",
-            found["standstill"],
+            found["ours auto, standstill"],
             Samples([0.020]),
             "20 ms",
             at_most(1, "<= 20 ms"),
             MILLISECONDS,
+            **_plain(found, ", standstill"),
         ),
     ]

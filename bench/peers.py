@@ -214,7 +214,7 @@ class Waiter:
 
 
 def peer_class(transport: str | None, threads: int = 1) -> Any:
-    """Create the actor class whose make() returns over a transport.
+    """Create the actor class whose make() and create() return over a transport.
 
     Args:
         transport: The transport, or None for plain Ray objects.
@@ -232,5 +232,9 @@ def peer_class(transport: str | None, threads: int = 1) -> Any:
         @returns
         def make(self, kind: str, nbytes: int) -> Value:
             return self.kept(kind, nbytes)
+
+        @returns
+        def create(self, kind: str, nbytes: int) -> Value:
+            return make_value(kind, nbytes)
 
     return ray.remote(**options)(Maker)

@@ -11,7 +11,18 @@ from rich.table import Table
 from bench.arms import MEBIBYTES, MILLISECONDS, Arm, Row, Samples
 
 Measured = dict[str, tuple[Arm, Samples]]
-VERDICTS = {True: "[green]yes", False: "[red]no", None: "[yellow]not measured"}
+VERDICTS = {True: "[green]yes", False: "[red]no", None: "-"}
+HEADINGS = (
+    "stock RDT",
+    "plain Ray",
+    "zero-copy",
+    "this wheel",
+    "to the best of these",
+    "against",
+    "ratio",
+    "bound",
+    "met",
+)
 
 
 def show_arms(console: Console, name: str, title: str, measured: Measured) -> None:
@@ -31,20 +42,37 @@ def show_rows(console: Console, rows: list[Row]) -> None:
     """Print the table of bounds."""
     table = Table(title="This wheel against stock Ray (medians)", title_justify="left")
     table.add_column("measure", min_width=40)
-    for heading in ("stock RDT", "this wheel", "against", "ratio", "bound", "met"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for row in rows:
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}x"
         stock = row.unit.show(row.stock) + _in_brackets(row.stock_ratio)
         against = f"{row.unit.show(row.against)} ({row.against_name})"
-        ours = row.unit.show(row.ours)
         table.add_row(
-            row.measure, stock, ours, against, ratio, row.bound.text, VERDICTS[row.is_met]
+            row.measure,
+            stock,
+            *(row.unit.show(samples) for samples in (row.plain, row.zero_copy, row.ours)),
+            _against_best(row),
+            against,
+            ratio,
+            row.bound.text,
+            _verdict(row),
         )
     console.print(table)
     for row in rows:
         if row.ratio is None:
             console.print(f"{row.measure}: {row.failure}", soft_wrap=True, highlight=False)
+
+
+def _verdict(row: Row) -> str:
+    return "[yellow]not measured" if row.ratio is None else VERDICTS[row.is_met]
+
+
+def _against_best(row: Row) -> str:
+    if row.best_alternative is None:
+        return "-"
+    name, speed = row.best_alternative
+    return f"{speed:.2f}x ({name})"
 
 
 def _in_brackets(ratio: float | None) -> str:

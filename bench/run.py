@@ -25,8 +25,8 @@ from bench.report import Measured, show_arms, show_rows, write_json
 from bench.rounds import Rounds
 
 OUTPUT = Path(__file__).resolve().parents[1] / "build" / "bench"
-FILE_WIDTH = 150
-PACKAGES = ("ray", "torch", "nixl", "numpy")
+FILE_WIDTH = 190
+PACKAGES = ("ray", "torch", "nixl", "numpy", "mooncake-transfer-engine-non-cuda")
 
 
 def parse_arguments() -> argparse.Namespace:

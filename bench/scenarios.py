@@ -108,6 +108,28 @@ class HopOfNew(PairScenario):
         return [self.pair.hop(*self._value)]
 
 
+class HopOfCreated(PairScenario):
+    """Transfer a value that the producer's method creates and returns.
+
+    Args:
+        transport: The transport, or None for plain objects.
+        nbytes: Bytes of the tensor.
+        count: Hops in one sample.
+    """
+
+    def __init__(self, transport: str | None, nbytes: int, count: int) -> None:
+        super().__init__(transport)
+        self._value, self._count = ("tensor", nbytes), count
+
+    def sample(self) -> list[float]:
+        """Return seconds of each hop, with the creation of the value."""
+        return [_seconds_of(self._hop) for _ in range(self._count)]
+
+    def _hop(self) -> None:
+        ref = self.pair.producer.create.remote(*self._value)
+        ray.get(self.pair.consumer.use.remote(ref))
+
+
 class FreshPairs:
     """Base of the scenarios that need processes with unused memory.
 
@@ -135,17 +157,27 @@ class FreshPairs:
 
 
 class HopToFresh(FreshPairs):
-    """Transfer a value to a process with unused memory."""
+    """Transfer an existing value to a process with unused memory.
+
+    Args:
+        transport: The transport, or None for plain objects.
+        nbytes: Bytes of the tensor.
+        count: Hops of each pair; the first one fills unused memory.
+    """
+
+    def __init__(self, transport: str | None, nbytes: int, count: int) -> None:
+        super().__init__(transport, nbytes)
+        self._count = count
 
     def sample(self) -> list[float]:
-        """Return seconds of one hop, without the start of the processes.
+        """Return seconds of each hop of a new pair, without the start of the processes.
 
         If a virtual machine has returned free memory to its host, touching it again costs many
         times a copy. So the memory that the hop needs is touched right before.
         """
         with self.fresh_pair() as pair:
             touch_free_memory(2 * self._value[1])
-            return [pair.hop(*self._value)]
+            return [pair.hop(*self._value) for _ in range(self._count)]
 
 
 class HopInto(PairScenario):
@@ -325,7 +357,7 @@ class Awaited(PairScenario):
     """Await many objects in one async actor.
 
     Args:
-        transport: The transport.
+        transport: The transport, or None for plain objects.
         nbytes: Bytes of each object.
         count: Number of objects.
         is_at_once: Whether to await concurrently instead of sequentially.
@@ -333,7 +365,7 @@ class Awaited(PairScenario):
     """
 
     def __init__(
-        self, transport: str, nbytes: int, count: int, is_at_once: bool, what: str
+        self, transport: str | None, nbytes: int, count: int, is_at_once: bool, what: str
     ) -> None:
         super().__init__(transport)
         self._value, self._count = ("tensor", nbytes), count
@@ -461,6 +493,7 @@ def _seconds_of(work: Callable[..., None], *arguments: Any) -> float:
 SCENARIOS: dict[str, Callable[..., Scenario]] = {
     "hop": Hop,
     "hop_of_new": HopOfNew,
+    "hop_of_created": HopOfCreated,
     "hop_to_fresh": HopToFresh,
     "hop_into": HopInto,
     "burst": Burst,

@@ -98,9 +98,9 @@ def serve(scenarios: Mapping[str, Callable[..., Scenario]]) -> None:
 def main() -> None:
     """Serve one side."""
     if sys.argv[1] == "bare":
-        from bench.bare import SCENARIOS
+        from bench import bare, libraries
 
-        serve(SCENARIOS)
+        serve(bare.SCENARIOS | libraries.SCENARIOS)
         return
     from bench.scenarios import SCENARIOS
 
