@@ -192,9 +192,10 @@ class Service::Session : public Channel::Handler {
       copy->WhenReady([huge_pages = context.huge_pages, pin](const Status &) {
         huge_pages->RecordPull(pin->memory, pin);
       });
-      copy->Fill(context.loop, context.copies, std::move(pin));
+      copy->Fill(context.loop, context.copies, pin);
     }
     copies_[id] = copy;
+    service_->pins_->Add(agent_, id, this, std::move(pin));
     copy->WhenReady([this, id, weak = std::weak_ptr(alive_)](const Status &status) {
       if (weak.lock()) GrantCopy(id, status);
     });
@@ -203,6 +204,7 @@ class Service::Session : public Channel::Handler {
   void GrantCopy(uint64_t id, Status status) {
     auto found = copies_.find(id);
     if (found == copies_.end()) return;  // aborted
+    service_->pins_->Remove(agent_, id, this);
     const SharedCopy &copy = *found->second;
     Fds files;
     for (const auto &file : copy.files()) {
