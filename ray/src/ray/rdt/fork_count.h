@@ -1,4 +1,4 @@
-// How often this process was forked.
+// The number of forks of this process.
 #pragma once
 
 #include <cstdint>

@@ -44,7 +44,7 @@ class Pool {
   // Call after a file was mapped at such a block, which then returns to the system when
   // it is freed. The lease is released after that.
   void Attach(uint64_t block, FilePlace place);
-  // Where the memory is in a file. Without a file if it is in none, or was written to
+  // The place of the memory in a file. Without a file if it is in none, or was written to
   // since it was mapped.
   FilePlace PlaceOf(const Span &span) const;
   // Returns blocks that were unused for idle_s to the system.

@@ -34,7 +34,7 @@ class SharedCopy : public std::enable_shared_from_this<SharedCopy> {
   // Another process may keep the files mapped: they are not used for other objects.
   void Abandon();
 
-  // Where the object's spans are: position in the file, and size.
+  // The places of the object's spans: position in the file, and size.
   const std::vector<Span> &layout() const { return layout_; }
   // For each span the number of its file.
   const std::vector<uint8_t> &file_of() const { return file_of_; }

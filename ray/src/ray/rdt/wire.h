@@ -122,7 +122,7 @@ struct Welcome {
   auto Fields() { return std::tie(lanes, probe_address, probe, mac); }
 };
 
-// What a consumer needs from the grant.
+// The part of the grant that a consumer needs.
 enum class PullMode : uint8_t {
   kStream = 0,  // nothing: the producer sends the bytes
   kSpans = 1,   // the addresses: the consumer reads the memory
