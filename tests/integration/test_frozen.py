@@ -29,8 +29,6 @@ def checksum_failure(peer: Peer, ref: list[ray.ObjectRef]) -> str:
 
 def in_file(peer: Peer) -> int:
     """The bytes of this process's mappings of RDT's files."""
-    with open("/proc/self/smaps_rollup") as file:
-        file.readline()
     with open("/proc/self/maps") as file:
         ranges = [line.split()[0].split("-") for line in file if "/memfd:rdt" in line]
     return sum(int(end, 16) - int(start, 16) for start, end in ranges)

@@ -53,7 +53,8 @@ def freeze(value: _Value) -> _Value:
     If a frozen tensor was received from a process of this host, or was created under
     ``shareable``, consumers of this host map its memory. All other transfers are not affected.
     RDT does not prevent writes. If you write to a frozen tensor, consumers may get the old or the
-    new bytes. With ``RAY_RDT_CHECKSUM=1`` they raise ``RDTChecksumError``.
+    new bytes. With ``RAY_RDT_CHECKSUM=1`` they raise ``RDTChecksumError`` if these differ from the
+    bytes of the first verified pull.
 
     Runs on: producer, any thread. Call it before the tensors are returned or put.
 
